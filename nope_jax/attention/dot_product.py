@@ -1,0 +1,212 @@
+"""Scaled dot-product attention with everything an encoding may ask of it, and its statistics.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
+"""
+
+import difflib
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+
+from nope_jax.attention.reference import reference_attention
+from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
+from nope_jax.attention.visibility import Visibility
+from nope_jax.encodings import BlockValue
+from nope_jax.encodings.encoding import Logit
+
+Implementation = Literal["reference", "streaming"]
+
+FLAX_KEYWORDS = frozenset(
+    {
+        "broadcast_dropout",
+        "dropout_rng",
+        "dtype",
+        "force_fp32_for_softmax",
+        "module",
+        "promote_dtype_func",
+    }
+)
+"""What Flax's attention modules pass beside the arguments below."""
+
+
+class AttentionStats(NamedTuple):
+    """What the weights of each row look like."""
+
+    entropy: Float[Array, "B N T"]
+    """-Σ a·ln a in nats: 0 on one key, ln n when spread evenly over n keys."""
+    logsumexp: Float[Array, "B N T"]
+    """ln Σ e^logit; -inf in a row that sees no key."""
+
+
+def dot_product_attention(
+    query: Shaped[Array, "B T N H"],
+    key: Shaped[Array, "B S K H"],
+    value: Shaped[Array, "B S K H2"],
+    *,
+    logit: Logit | None = None,
+    value_term: BlockValue | None = None,
+    query_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "B T"] | None = None,
+    key_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "B S"] | None = None,
+    mask: Bool[ArrayLike, "#B #N #T #S"] | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | tuple[Int[ArrayLike, "B T"], Int[ArrayLike, "B S"]] | None = None,
+    temperature: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
+    implementation: Implementation | None = None,
+    return_stats: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    **flax_keywords: Any,
+) -> Any:
+    """softmax(temperature · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
+
+    Args:
+        query: Queries.
+        key: Keys; K divides N, and query head n reads key head n // (N/K).
+        value: Values.
+        logit: What is added to the scaled content logit, computed block by block (`nope_jax.encodings.DistanceLogit`,
+            `BlockLogit`).
+        value_term: What is added to the output (`nope_jax.encodings.BlockValue`).
+        query_positions: Positions of the queries. Default: aligned at the end of the keys, S-T..S-1, so that a single
+            query against a long cache is its last token.
+        key_positions: Positions of the keys. Default: 0..S-1.
+        mask: True where a query may attend.
+        is_causal: A query sees no key at a later position than its own.
+        window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
+        segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
+        temperature: Factor of the content logit.
+        implementation: "reference" writes the weights out; "streaming" never does, and needs memory that grows with T
+            rather than T·S (differentiable in reverse mode only). None: streaming, unless everything fits one block.
+        return_stats: Also return `AttentionStats`.
+        precision: Of the matrix products, as in `jax.lax.dot`.
+        dropout_rate: Must be 0 unless deterministic: attention dropout is refused rather than ignored.
+        deterministic: Whether Flax's module says that no dropout takes place.
+        **flax_keywords: Flax's other `attention_fn` keywords are accepted, so that this function can be given to
+            `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`; sown weights are refused.
+
+    Returns:
+        The output [B, T, N, H2] in value's dtype; with return_stats a pair (output, AttentionStats). A row that sees no
+        key gives zeros and entropy 0.
+
+    Raises:
+        ValueError: An argument that cannot be right, named with what it should be.
+        TypeError: A keyword that nobody knows.
+    """
+    if implementation not in (None, "reference", "streaming"):
+        raise ValueError(f'implementation must be "reference", "streaming" or None, not {implementation!r}')
+    _check_arrays(query, key, value)
+    if dropout_rate and not deterministic:
+        raise ValueError("dropout_rate must be 0, or deterministic True: attention dropout is not supported")
+    query, key, value = _apply_flax_keywords(flax_keywords, query, key, value)
+    batch, query_length, num_heads, head_dim = query.shape
+    key_length = key.shape[1]
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (the query itself), not {window}")
+    query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
+    visibility = Visibility(
+        query_positions=_per_token("query_positions", query_positions, batch, query_length),
+        key_positions=_per_token("key_positions", key_positions, batch, key_length),
+        query_segments=query_segments,
+        key_segments=key_segments,
+        mask=_mask(mask, (batch, num_heads, query_length, key_length)),
+        is_causal=is_causal,
+        window=window,
+    )
+    factor = _temperature(temperature, batch, num_heads, query_length) / math.sqrt(head_dim)
+    if implementation is None:
+        implementation = "reference" if max(query_length, key_length) <= BLOCK_SIZE else "streaming"
+    output, entropy, logsumexp = _attention(
+        query, factor, key, value, logit, value_term, visibility, precision, implementation, return_stats
+    )
+    return (output, AttentionStats(entropy, logsumexp)) if return_stats else output
+
+
+@functools.partial(jax.jit, static_argnames=("precision", "implementation", "with_entropy"))
+def _attention(query, factor, key, value, logit, value_term, visibility, precision, implementation, with_entropy):
+    # Compiled as one, so that calling it outside of jit costs no compilation per operation.
+    arguments = query, factor, key, value, logit, value_term, visibility, precision
+    if implementation == "reference":
+        return reference_attention(*arguments)
+    return streaming_attention(*arguments, with_entropy=with_entropy)
+
+
+def _check_arrays(query, key, value) -> None:
+    for name, array in {"query": query, "key": key, "value": value}.items():
+        if array.ndim != 4:
+            raise ValueError(f"{name} must have four axes [batch, length, heads, head dim], not shape {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be a floating-point array, not {array.dtype}")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"value must have the batch, length and heads of key {key.shape[:3]}, not {value.shape[:3]}")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"key must have the batch and head dim of query {query.shape}, not shape {key.shape}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(f"key heads must divide the query heads: {key.shape[2]} does not divide {query.shape[2]}")
+
+
+def _apply_flax_keywords(keywords: dict[str, Any], *arrays):
+    """Honour or refuse what Flax's modules pass."""
+    for name in keywords:
+        if name not in FLAX_KEYWORDS:
+            known = [*FLAX_KEYWORDS, "mask", "is_causal", "window", "segment_ids", "temperature", "return_stats"]
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"unknown keyword {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if keywords.get("module") is not None:
+        raise ValueError("module must be None: weights are not sown; use return_stats")
+    dtype = keywords.get("dtype")
+    return arrays if dtype is None else [x.astype(dtype) for x in arrays]
+
+
+def _per_token(name: str, x, batch: int, length: int) -> Array | None:
+    """Integers [T] or [B, T] as [1, T] or [B, T]."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if x.shape not in ((length,), (1, length), (batch, length)):
+        raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {x.dtype}")
+    return x.reshape(-1, length)
+
+
+def _segments(segment_ids, batch: int, query_length: int, key_length: int):
+    if segment_ids is None:
+        return None, None
+    if not isinstance(segment_ids, tuple):
+        if query_length != key_length:
+            raise ValueError(
+                f"segment_ids must be a pair (of queries, of keys) when their lengths differ: {query_length}, {key_length}"
+            )
+        segment_ids = segment_ids, segment_ids
+    query_segments, key_segments = segment_ids
+    return (
+        _per_token("segment_ids", query_segments, batch, query_length),
+        _per_token("segment_ids", key_segments, batch, key_length),
+    )
+
+
+def _mask(mask, shape: tuple[int, ...]) -> Array | None:
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.ndim > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"mask must broadcast to [B, N, T, S] = {list(shape)}, not shape {list(mask.shape)}")
+    return mask.astype(bool).reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def _temperature(temperature, batch: int, num_heads: int, length: int) -> Float[Array, "#B #N T"]:
+    temperature = jnp.asarray(1.0 if temperature is None else temperature, jnp.float32)
+    shape = temperature.shape
+    if shape in ((), (num_heads,)):
+        temperature = temperature.reshape(1, -1, 1)
+    elif len(shape) != 3 or any(t not in (1, s) for t, s in zip(shape, (batch, num_heads, length), strict=True)):
+        raise ValueError(
+            f"temperature must be a number or have shape [{num_heads}] or [{batch} or 1, {num_heads} or 1, {length}], "
+            f"not {list(shape)}"
+        )
+    return jnp.broadcast_to(temperature, (*temperature.shape[:2], length))

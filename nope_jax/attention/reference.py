@@ -1,0 +1,61 @@
+"""Attention as it is defined, with the weights written out: what every other implementation must agree with.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from nope_jax.attention.visibility import Visibility
+from nope_jax.encodings import Block, BlockValue
+from nope_jax.encodings.encoding import Logit
+
+MASKED = -1e30
+"""Logit of a key that is not seen: far below any other, yet finite, so that no inf - inf arises."""
+
+
+def reference_attention(
+    query: Shaped[Array, "B T N H"],
+    factor: Float[Array, "#B #N T"],
+    key: Shaped[Array, "B S K H"],
+    value: Shaped[Array, "B S K H2"],
+    logit: Logit | None,
+    value_term: BlockValue | None,
+    visibility: Visibility,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
+    """softmax(factor · q·k + logit) · value, with entropy and logsumexp of each row, in float32 inside.
+
+    Args as in `dot_product_attention`; factor is temperature/√H.
+    """
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    visible = visibility.matrix(query.shape[1], key.shape[1])
+    block = Block(
+        query=jnp.swapaxes(query, 1, 2).astype(jnp.float32) * factor[..., None],
+        key=jnp.swapaxes(key, 1, 2),
+        query_positions=visibility.positions(query.shape[1], key.shape[1])[0],
+        key_positions=visibility.positions(query.shape[1], key.shape[1])[1],
+        query_features=getattr(logit, "query_features", None),
+        key_features=getattr(logit, "key_features", None),
+    )
+
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32)
+    logits *= factor[..., None]
+    if logit is not None:
+        logits += logit.block(block)
+    logits = jnp.where(visible, logits, MASKED)
+    some = visible.any(-1, keepdims=True)
+    weights = jnp.where(some, jax.nn.softmax(logits), 0.0)
+
+    out = jnp.einsum(
+        "bnts,bsnh->btnh", weights.astype(value.dtype), value, precision=precision, preferred_element_type=jnp.float32
+    )
+    if value_term is not None:
+        out += jnp.swapaxes(value_term.block(weights, block), 1, 2)
+    some = some[..., 0]
+    logsumexp = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
+    mean_logit = jnp.sum(weights * jnp.where(visible, logits, 0.0), axis=-1)
+    entropy = jnp.where(some, jnp.where(some, logsumexp, 0.0) - mean_logit, 0.0)
+    return out.astype(value.dtype), entropy, logsumexp

@@ -1,0 +1,50 @@
+"""Which key each query may see: causality, window, segments and a mask, from positions.
+
+Shapes: B batch, T query length, S key length, N query heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """The rule by which queries see keys. Positions are None when they run on: keys 0..S-1, queries S-T..S-1."""
+
+    query_positions: Int[Array, "#B T"] | None
+    key_positions: Int[Array, "#B S"] | None
+    query_segments: Int[Array, "#B T"] | None
+    key_segments: Int[Array, "#B S"] | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    is_causal: bool = dataclasses.field(metadata={"static": True})
+    window: int | None = dataclasses.field(metadata={"static": True})
+
+    def positions(self, query_length: int, key_length: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
+        """Explicit positions of all queries and keys."""
+        query_positions, key_positions = self.query_positions, self.key_positions
+        if query_positions is None:
+            query_positions = jnp.arange(key_length - query_length, key_length)[None]
+        if key_positions is None:
+            key_positions = jnp.arange(key_length)[None]
+        return query_positions, key_positions
+
+    def by_distance(self, distance: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
+        """The part that is decided by query position minus key position."""
+        visible = jnp.ones(distance.shape, bool)
+        if self.is_causal:
+            visible &= distance >= 0
+        if self.window is not None:
+            visible &= jnp.abs(distance) < self.window
+        return visible
+
+    def matrix(self, query_length: int, key_length: int) -> Bool[Array, "#B #N T S"]:
+        """The whole rule, written out."""
+        query_positions, key_positions = self.positions(query_length, key_length)
+        visible = self.by_distance(query_positions[:, None, :, None] - key_positions[:, None, None, :])
+        if self.query_segments is not None and self.key_segments is not None:
+            visible &= self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
+        return visible if self.mask is None else visible & self.mask
