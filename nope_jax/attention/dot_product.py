@@ -179,9 +179,8 @@ def _segments(segment_ids, batch: int, query_length: int, key_length: int):
         return None, None
     if not isinstance(segment_ids, tuple):
         if query_length != key_length:
-            raise ValueError(
-                f"segment_ids must be a pair (of queries, of keys) when their lengths differ: {query_length}, {key_length}"
-            )
+            lengths = f"{query_length} and {key_length}"
+            raise ValueError(f"segment_ids must be a pair (of queries, of keys) when their lengths differ: {lengths}")
         segment_ids = segment_ids, segment_ids
     query_segments, key_segments = segment_ids
     return (

@@ -1,12 +1,11 @@
 """One attention function per encoding, to import into any model: `<name>_attention(query, key, value, ...)`.
 
-Each takes the encoding's own parameters, then every keyword of `dot_product_attention`; returns what that returns; and can
-be given as `attention_fn` to Flax's attention modules.
+Each takes the encoding's own parameters, then every keyword of `dot_product_attention`; returns what that returns; and
+can be given as `attention_fn` to Flax's attention modules.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
-import functools
 import inspect
 from typing import Any
 
@@ -73,8 +72,9 @@ def _product(factor, temperature):
     """Product of two temperatures, each a number, [N] or [B or 1, N or 1, T]."""
     if temperature is None:
         return factor
-    factor, temperature = jnp.asarray(factor), jnp.asarray(temperature)
-    return jnp.prod(jnp.stack(jnp.broadcast_arrays(*(x[:, None] if x.ndim == 1 else x for x in (factor, temperature)))), 0)
+    factor, temperature = (x[:, None] if x.ndim == 1 else x for x in (jnp.asarray(factor), jnp.asarray(temperature)))
+    product = factor * temperature
+    return product[..., 0] if product.shape[-1:] == (1,) and product.ndim == 2 else product
 
 
 def _attention_function(function):
@@ -171,7 +171,7 @@ def t5_attention(
         value: Values [B, S, K, H].
         table: The bias of each bucket and query head; its gradient is exact in both implementations.
         max_distance: The distance from which on all share the last bucket.
-        bidirectional: Half of the buckets are for keys after the query (an encoder's); with causal attention leave it off.
+        bidirectional: Half of the buckets are for keys after the query, as in an encoder.
         **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:

@@ -1,16 +1,19 @@
 """Attention in one pass over blocks of keys: output, entropy and logsumexp together, in memory that grows with T.
 
 A row's state after some keys is m (the largest logit s), l (Σ e^(s-m)), w (Σ (s-m)·e^(s-m)) and acc (Σ e^(s-m)·v).
-A new block of keys multiplies it by a = e^(m_old - m_new) and adds its own; w also moves by (m_old - m_new)·l. At the end
-output = acc/l, logsumexp = m + ln l, entropy = ln l - w/l. The backward pass computes each block again from the logsumexp
-(Dao et al. 2022, arXiv 2205.14135), and adds to the gradient of a logit that of its row's entropy, -p·(s - logsumexp + entropy).
+A new block of keys multiplies it by a = e^(m_old - m_new) and adds its own; w also moves by (m_old - m_new)·l. At the
+end output = acc/l, logsumexp = m + ln l, entropy = ln l - w/l. The backward pass computes each block again from the
+logsumexp (Dao et al. 2022, arXiv 2205.14135); the entropy's gradient by a logit is -p·(s - logsumexp + entropy).
 
 Blocks are visited diagonal by diagonal: the pairs (i, j) of query and key blocks with the same i - j. What depends on
-distance alone (a bias, the causal mask, a window) is the same for a whole diagonal, so it is made once for all its blocks,
-and diagonals that hold nothing visible are never visited.
+distance alone (a bias, the causal mask, a window) is the same for a whole diagonal, so it is made once for all its
+blocks, and diagonals that hold nothing visible are never visited.
+
+Within a block keys come before queries: logits are [keys, queries], outputs [H, queries]. So every product, forward and
+backward, is one of row-major matrices, and every reduction runs over a leading axis, which is what vectorises.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head dim;
-n, c the number and size of query blocks, j and c those of key blocks (blocks are square).
+n and m the numbers of query and key blocks, q = k the size of both.
 """
 
 import dataclasses
@@ -105,9 +108,11 @@ def streaming_attention(
         value_term=value_term,
     )
     out, entropy, logsumexp = _attend(grid, operands, visibility)
-    out = jnp.moveaxis(out, 0, 3).reshape(batch, num_heads, -1, out.shape[-1])
-    rows = [jnp.moveaxis(x, 0, 3).reshape(batch, num_heads, -1)[..., :query_length] for x in (entropy, logsumexp)]
-    return jnp.swapaxes(out[:, :, :query_length], 1, 2).astype(value.dtype), *rows
+    out = out.transpose(1, 0, 5, 2, 4, 3).reshape(batch, -1, num_heads, out.shape[3])[:, :query_length]
+    entropy, logsumexp = (
+        jnp.moveaxis(x, 0, 3).reshape(batch, num_heads, -1)[..., :query_length] for x in (entropy, logsumexp)
+    )
+    return out, entropy, logsumexp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +143,10 @@ class _Grid:
         middle = diagonal * self.size + self.key_length - self.query_length
         return middle - (self.size - 1), middle + (self.size - 1)
 
-    def distances(self):
+    def distances(self) -> Array:
         """Every distance between a query and a key of the grid, in order: what `distance_values` holds a value of."""
-        return jnp.arange(self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1] + 1)
+        first, last = self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1]
+        return jnp.arange(first, last + 1)
 
     def diagonals(self, visibility: Visibility) -> list[tuple[int, int, bool]]:
         """Ranges (start, stop, masked) of neighbouring diagonals that hold something visible and are treated alike."""
@@ -166,10 +172,10 @@ class _Grid:
 class _Operands(NamedTuple):
     """The differentiable side of a call, cut into blocks."""
 
-    query: Shaped[Array, "n B K G c H"]
-    factor: Float[Array, "n #B K G c"]
-    key: Shaped[Array, "j B K c H"]
-    value: Shaped[Array, "j B K c H2"]
+    query: Shaped[Array, "n B K G q H"]
+    factor: Float[Array, "n #B K G q"]
+    key: Shaped[Array, "m B K k H"]
+    value: Shaped[Array, "m B K k H2"]
     distance_values: Float[Array, "N distances"] | None
     logit: BlockLogit | None
     value_term: BlockValue | None
@@ -178,10 +184,10 @@ class _Operands(NamedTuple):
 class _Rows(NamedTuple):
     """What is known of each row after the blocks visited so far: m, l, w and acc."""
 
-    largest: Float[Array, "*n B K G c"]
-    normaliser: Float[Array, "*n B K G c"]
-    weighted: Float[Array, "*n B K G c"] | None
-    output: Float[Array, "*n B K G c H2"]
+    largest: Float[Array, "*n B K G q"]
+    normaliser: Float[Array, "*n B K G q"]
+    weighted: Float[Array, "*n B K G q"] | None
+    output: Float[Array, "*n B K H2 G q"]
 
 
 def _distance_block(logit: DistanceLogit, block: Block) -> Array:
@@ -198,7 +204,7 @@ def _cut(x: Array, size: int, axis: int) -> Array:
     return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _heads_first(x: Shaped[Array, "B T N H"], kv_heads: int, size: int) -> Shaped[Array, "n B K G c H"]:
+def _heads_first(x: Shaped[Array, "B T N H"], kv_heads: int, size: int) -> Shaped[Array, "n B K G q H"]:
     x = _cut(x, size, 1)
     n, batch, c, heads, dim = x.shape
     return x.reshape(n, batch, c, kv_heads, heads // kv_heads, dim).transpose(0, 1, 3, 4, 2, 5)
@@ -236,23 +242,22 @@ def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2c-1"]:
 
 
 def _tile(grid: _Grid, operands: _Operands, visibility: Visibility, diagonal, masked: bool):
-    """What all blocks of a diagonal add to their logits, [K, G, c, c] or [c, c]; None when nothing."""
-    c = grid.size
+    """What all blocks of a diagonal add to their logits, [K, k, G, q] or [k, 1, q]; None when nothing."""
+    size = grid.size
     tile = None
     if operands.distance_values is not None:
-        heads = operands.distance_values.shape[0]
-        start = (diagonal + grid.key_blocks - 1) * c
-        values = lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * c - 1, axis=1)
-        tile = _shear(values).reshape(heads // grid.groups, grid.groups, c, c)
+        start = (diagonal + grid.key_blocks - 1) * size
+        values = lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1)
+        tile = _shear(values).reshape(-1, grid.groups, size, size).transpose(0, 3, 1, 2)
     if masked:
-        middle = diagonal * c + grid.key_length - grid.query_length
-        distance = middle + jnp.arange(c)[:, None] - jnp.arange(c)[None, :]
+        middle = diagonal * size + grid.key_length - grid.query_length
+        distance = middle + jnp.arange(size) - jnp.arange(size)[:, None, None]
         tile = jnp.where(visibility.by_distance(distance), 0.0 if tile is None else tile, MASKED)
     return tile
 
 
 def _visible(grid: _Grid, visibility: Visibility, i, j):
-    """What the queries of block i see of the keys of block j, [B or 1, K or 1, G or 1, c, c]."""
+    """What the queries of block i see of the keys of block j, [B or 1, K or 1, k, G or 1, q]."""
     rule = dataclasses.replace(
         visibility,
         query_positions=_at(visibility.query_positions, i),
@@ -263,61 +268,95 @@ def _visible(grid: _Grid, visibility: Visibility, i, j):
     )
     visible = rule.matrix(grid.size, grid.size)
     visible &= j * grid.size + jnp.arange(grid.size) < grid.key_length
-    batch, heads = visible.shape[:2]
-    split = (1, 1) if heads == 1 else (heads // grid.groups, grid.groups)
-    return visible.reshape(batch, *split, grid.size, grid.size)
+    groups = 1 if visible.shape[1] == 1 else grid.groups
+    return _keys_first(visible, groups)
 
 
 def _sweep(grid: _Grid, visibility: Visibility, visit_diagonal, state):
     """Fold visit_diagonal(diagonal, masked, state) over the diagonals that hold something visible."""
     for start, stop, masked in grid.diagonals(visibility):
-        state = lax.fori_loop(start, stop, lambda diagonal, s, masked=masked: visit_diagonal(diagonal, masked, s), state)
+        state = lax.fori_loop(start, stop, lambda diagonal, s, m=masked: visit_diagonal(diagonal, m, s), state)
     return state
 
 
 def _along(grid: _Grid, visibility: Visibility, diagonal, state, take, update, put):
     """Visit the blocks (i, j) of a diagonal: entries = take(state, i, j), state = put(state, update(...), i, j).
 
-    Only the entries pass through the branch that skips a block with nothing visible: XLA may copy what a branch carries.
+    Only the entries pass through the branch that skips a block with nothing visible, and barriers part them from the
+    state: XLA would otherwise copy the whole state for every block.
     """
 
     def visit(i, state):
         j = i - diagonal
-        entries = take(state, i, j)
+        entries = lax.optimization_barrier(take(state, i, j))
         if grid.per_block:
             visible = _visible(grid, visibility, i, j)
             entries = lax.cond(visible.any(), lambda e: update(i, j, visible, e), lambda e: e, entries)
         else:
             entries = update(i, j, None, entries)
-        return put(state, entries, i, j)
+        return put(state, lax.optimization_barrier(entries), i, j)
 
-    return lax.fori_loop(
-        jnp.maximum(diagonal, 0), jnp.minimum(grid.query_blocks, grid.key_blocks + diagonal), visit, state
-    )
+    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(grid.query_blocks, grid.key_blocks + diagonal)
+    return lax.fori_loop(first, stop, visit, state)
 
 
-def _merge_heads(x: Shaped[Array, "B K G ..."]) -> Shaped[Array, "B N ..."]:
+def _keys_first(x: Shaped[Array, "B N q k"], groups: int) -> Shaped[Array, "B K k G q"]:
+    batch, heads, queries, keys = x.shape
+    return x.reshape(batch, heads // groups, groups, queries, keys).transpose(0, 1, 4, 2, 3)
+
+
+def _queries_first(x: Shaped[Array, "B K k G q"]) -> Shaped[Array, "B N q k"]:
+    x = x.transpose(0, 1, 3, 4, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
+def _scaled(operands: _Operands) -> Float[Array, "n B K G q H"]:
+    """Queries times temperature/√H, float32."""
+    return operands.query.astype(jnp.float32) * operands.factor[..., None]
+
+
+def _transposed(*arrays: Array) -> Any:
+    """Arrays with their last axis brought before the queries or keys, laid out so in memory for all blocks at once."""
+    return lax.optimization_barrier(tuple(jnp.moveaxis(x, -1, 3) for x in arrays))
+
+
 class _Pair:
-    """One pair of blocks: its logits and terms, as functions of what they are differentiated by."""
+    """Query block i and key block j: what the forward and the backward pass both compute of them."""
 
-    def __init__(self, grid: _Grid, operands: _Operands, visibility: Visibility, i, j):
+    def __init__(self, grid: _Grid, operands: _Operands, visibility: Visibility, scaled, i, j):
         self.grid, self.operands, self.visibility, self.i, self.j = grid, operands, visibility, i, j
-        self.query, self.factor = _at((operands.query, operands.factor), i)
+        self.scaled = _at(scaled, i)
         self.key, self.value = _at((operands.key, operands.value), j)
-        self.scaled = self.query.astype(jnp.float32) * self.factor[..., None]
 
-    def einsum(self, subscripts: str, *operands):
-        return jnp.einsum(
-            subscripts, *operands, precision=self.grid.precision, preferred_element_type=jnp.float32
-        )
+    def product(self, subscripts: str, *arrays):
+        return jnp.einsum(subscripts, *arrays, precision=self.grid.precision, preferred_element_type=jnp.float32)
+
+    def logits(self, query_t, tile, visible) -> Float[Array, "B K k G q"]:
+        """Logits of the block, from queries [B, K, H, G, q]: scaled ones in float32, raw ones in a lower precision."""
+        logits = self.product("bksh,bkhgq->bksgq", self.key, query_t)
+        if query_t.dtype != jnp.float32:  # a scaled query would have to be rounded once more
+            logits *= _at(self.operands.factor, self.i)[:, :, None]
+        if tile is not None:
+            logits += tile
+        if self.operands.logit is not None:
+            logits += self.added(self.operands.logit, self.scaled, self.key)
+        return logits if visible is None else jnp.where(visible, logits, MASKED)
+
+    def added(self, logit: BlockLogit, query, key) -> Float[Array, "#B K k G q"]:
+        """What a `BlockLogit` adds."""
+        added = logit.block(self.block(query, key, logit))
+        added = jnp.broadcast_to(added, (added.shape[0], self.grid.groups * key.shape[1], *added.shape[2:]))
+        return _keys_first(added, self.grid.groups)
+
+    def value_added(self, term: BlockValue, weights, query, key) -> Float[Array, "B K H2 G q"]:
+        """What a `BlockValue` adds."""
+        added = term.block(_queries_first(weights), self.block(query, key, self.operands.logit))
+        return jnp.moveaxis(added.reshape(*query.shape[:-1], -1), -1, 2)
 
     def block(self, query, key, logit: BlockLogit | None) -> Block:
         """The pair as an encoding's function sees it."""
         return Block(
-            query=_merge_heads(query),
+            query=query.reshape(query.shape[0], -1, *query.shape[3:]),
             key=jnp.repeat(key, self.grid.groups, axis=1),
             query_positions=_at(self.visibility.query_positions, self.i),
             key_positions=_at(self.visibility.key_positions, self.j),
@@ -325,57 +364,39 @@ class _Pair:
             key_features=logit and _at(logit.key_features, self.j),
         )
 
-    def added(self, logit: BlockLogit, query, key):
-        """What a `BlockLogit` adds, [B or 1, K, G, c, c]."""
-        added = logit.block(self.block(query, key, logit))
-        heads = self.grid.groups * key.shape[1]
-        added = jnp.broadcast_to(added, (added.shape[0], heads, *added.shape[2:]))
-        return added.reshape(-1, key.shape[1], self.grid.groups, *added.shape[2:])
-
-    def value_added(self, term: BlockValue, weights, query, key):
-        """What a `BlockValue` adds, [B, K, G, c, H2]."""
-        added = term.block(_merge_heads(weights), self.block(query, key, self.operands.logit))
-        return added.reshape(*query.shape[:-1], -1)
-
-    def logits(self, tile, visible):
-        if self.key.dtype == jnp.float32:
-            logits = self.einsum("bkgqh,bksh->bkgqs", self.scaled, self.key)
-        else:  # a scaled query would have to be rounded once more
-            logits = self.einsum("bkgqh,bksh->bkgqs", self.query, self.key) * self.factor[..., None]
-        if tile is not None:
-            logits += tile
-        if self.operands.logit is not None:
-            logits += self.added(self.operands.logit, self.scaled, self.key)
-        return logits if visible is None else jnp.where(visible, logits, MASKED)
-
 
 def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
+    scaled = _scaled(operands)
+    raw = scaled if operands.query.dtype == jnp.float32 else operands.query
+    queries_t, values_t = _transposed(raw, operands.value)
+
     def update(tile, i, j, visible, rows: _Rows) -> _Rows:
-        pair = _Pair(grid, operands, visibility, i, j)
-        logits = pair.logits(tile, visible)
-        largest = jnp.maximum(rows.largest, logits.max(-1))
-        relative = logits - largest[..., None]
-        weights = jnp.exp(relative)
+        pair = _Pair(grid, operands, visibility, scaled, i, j)
+        logits = pair.logits(_at(queries_t, i), tile, visible)
+        largest = jnp.maximum(rows.largest, logits.max(2))
+        weights = jnp.exp(logits - largest[:, :, None])
         moved = rows.largest - largest
         decay = jnp.exp(moved)
         weighted = rows.weighted
         if weighted is not None:
-            weighted = decay * (weighted + moved * rows.normaliser) + (weights * relative).sum(-1)
-        output = decay[..., None] * rows.output
-        output += pair.einsum("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
+            # Behind the barrier the difference is computed again, which is cheaper than keeping it for two uses.
+            relative = lax.optimization_barrier(logits) - largest[:, :, None]
+            weighted = decay * (weighted + moved * rows.normaliser) + (weights * relative).sum(2)
+        value_t = _at(values_t, j)
+        output = decay[:, :, None] * rows.output
+        output += pair.product("bkhs,bksgq->bkhgq", value_t, weights.astype(value_t.dtype))
         if operands.value_term is not None:
             output += pair.value_added(operands.value_term, weights, pair.scaled, pair.key)
-        return _Rows(largest, decay * rows.normaliser + weights.sum(-1), weighted, output)
+        return _Rows(largest, decay * rows.normaliser + weights.sum(2), weighted, output)
 
     def visit_diagonal(diagonal, masked, rows):
-        tile = _tile(grid, operands, visibility, diagonal, masked)
         return _along(
             grid,
             visibility,
             diagonal,
             rows,
             take=lambda rows, i, j: _at(rows, i),
-            update=functools.partial(update, tile),
+            update=functools.partial(update, _tile(grid, operands, visibility, diagonal, masked)),
             put=lambda rows, entry, i, j: _put(rows, entry, i),
         )
 
@@ -384,13 +405,13 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
         largest=jnp.full(shape, MASKED),
         normaliser=jnp.zeros(shape),
         weighted=jnp.zeros(shape) if grid.with_entropy else None,
-        output=jnp.zeros((*shape, operands.value.shape[-1])),
+        output=jnp.zeros((*shape[:3], operands.value.shape[-1], *shape[3:])),
     )
     rows = _sweep(grid, visibility, visit_diagonal, rows)
 
     seen = rows.largest > MASKED / 2
     normaliser = jnp.where(seen, rows.normaliser, 1.0)
-    output = jnp.where(seen, 1 / normaliser, 0.0)[..., None] * rows.output
+    output = jnp.where(seen, 1 / normaliser, 0.0)[:, :, :, None] * rows.output
     logsumexp = jnp.where(seen, rows.largest + jnp.log(normaliser), -jnp.inf)
     if rows.weighted is None:
         entropy = jnp.zeros(shape)
@@ -409,98 +430,104 @@ def _attend_forward(grid: _Grid, operands: _Operands, visibility: Visibility):
     return results, (operands, visibility, results)
 
 
+class _Gradients(NamedTuple):
+    """Sums over the blocks visited so far, float32."""
+
+    query_t: Float[Array, "*n B K H G q"]
+    key: Float[Array, "*m B K k H"]
+    value: Float[Array, "*m B K k H2"]
+    tile: Float[Array, "K k G q"] | None
+    logit: Any
+    value_term: Any
+
+
 def _attend_backward(grid: _Grid, residuals, cotangents):
     operands, visibility, (output, entropy, logsumexp) = residuals
-    d_output, d_entropy, d_logsumexp = cotangents
+    d_output_t, d_entropy, d_logsumexp = cotangents
+    scaled = _scaled(operands)
+    raw = scaled if operands.query.dtype == jnp.float32 else operands.query
+    queries_t, keys_t = _transposed(raw, operands.key)
+    low_scaled, d_output = lax.optimization_barrier(
+        (scaled.astype(operands.key.dtype), jnp.moveaxis(d_output_t, 3, -1))
+    )
+
     seen = jnp.isfinite(logsumexp)
     logsumexp = jnp.where(seen, logsumexp, -MASKED)  # so that e^(s - logsumexp) is 0 in rows that see nothing
     # The part of ds/p that is one number per row: -(output·d_output) + d_logsumexp - d_entropy·(entropy - logsumexp).
-    row_term = d_logsumexp - (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
+    row_term = d_logsumexp - (output.astype(jnp.float32) * d_output_t.astype(jnp.float32)).sum(3)
     if grid.with_entropy:
         row_term -= d_entropy * (entropy - logsumexp)
     row_term = jnp.where(seen, row_term, 0.0)
 
-    def update(tile, i, j, visible, gradients):
-        d_query, d_key, d_value, d_tile, d_logit, d_value_term = gradients
-        pair = _Pair(grid, operands, visibility, i, j)
-        d_out, row, lse = _at((d_output, row_term, logsumexp), i)
-        logits = pair.logits(tile, visible)
-        weights = jnp.exp(logits - lse[..., None])
-        d_weights = pair.einsum("bkgqh,bksh->bkgqs", d_out, pair.value)
+    def update(tile, i, j, visible, sums: _Gradients) -> _Gradients:
+        pair = _Pair(grid, operands, visibility, scaled, i, j)
+        d_out, d_out_t, row, lse = _at((d_output, d_output_t, row_term, logsumexp), i)
+        d_query_t, d_key, d_value, d_tile, d_logit, d_value_term = sums
+        logits = pair.logits(_at(queries_t, i), tile, visible)
+        weights = jnp.exp(logits - lse[:, :, None])
+        d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
         if operands.value_term is not None:
             _, pull = jax.vjp(pair.value_added, operands.value_term, weights, pair.scaled, pair.key)
-            added, d_weights_added, d_scaled, d_key_added = pull(d_out.astype(jnp.float32))
-            d_value_term = _add(d_value_term, added)
+            added, d_weights_added, d_query_added, d_key_added = pull(d_out_t.astype(jnp.float32))
+            d_value_term = jax.tree.map(jnp.add, d_value_term, added)
             d_weights += d_weights_added
-            d_query, d_key = d_query + d_scaled, d_key + d_key_added
-        d_logits = d_weights + row[..., None]
+            d_query_t, d_key = d_query_t + jnp.moveaxis(d_query_added, -1, 2), d_key + d_key_added
+        d_logits = d_weights + row[:, :, None]
         if grid.with_entropy:
-            d_logits -= _at(d_entropy, i)[..., None] * logits
+            d_logits -= _at(d_entropy, i)[:, :, None] * logits
         d_logits *= weights
 
         low = d_logits.astype(pair.key.dtype)
-        d_query += pair.einsum("bkgqs,bksh->bkgqh", low, pair.key)
-        d_key += pair.einsum("bkgqs,bkgqh->bksh", low, pair.scaled.astype(low.dtype))
-        d_value += pair.einsum("bkgqs,bkgqh->bksh", weights.astype(d_out.dtype), d_out)
+        d_query_t += pair.product("bkhs,bksgq->bkhgq", _at(keys_t, j), low)
+        d_key += pair.product("bksgq,bkgqh->bksh", low, _at(low_scaled, i))
+        d_value += pair.product("bksgq,bkgqh->bksh", weights.astype(d_out.dtype), d_out)
         if d_tile is not None:
             d_tile += d_logits.sum(0)
         if operands.logit is not None:
             added, pull = jax.vjp(pair.added, operands.logit, pair.scaled, pair.key)
-            logit_added, d_scaled, d_key_added = pull(_sum_to(d_logits, added.shape))
-            d_logit = _add(d_logit, logit_added)
-            d_query, d_key = d_query + d_scaled, d_key + d_key_added
-        return d_query, d_key, d_value, d_tile, d_logit, d_value_term
+            logit_added, d_query_added, d_key_added = pull(_sum_to(d_logits, added.shape))
+            d_logit = jax.tree.map(jnp.add, d_logit, logit_added)
+            d_query_t, d_key = d_query_t + jnp.moveaxis(d_query_added, -1, 2), d_key + d_key_added
+        return _Gradients(d_query_t, d_key, d_value, d_tile, d_logit, d_value_term)
 
-    def visit_diagonal(diagonal, masked, gradients):
-        tile = _tile(grid, operands, visibility, diagonal, masked)
-        d_query, d_key, d_value, d_values, d_logit, d_value_term = gradients
-        d_tile = None if d_values is None else jnp.zeros((*operands.key.shape[2:3], grid.groups, grid.size, grid.size))
-        d_query, d_key, d_value, d_tile, d_logit, d_value_term = _along(
+    def visit_diagonal(diagonal, masked, state):
+        sums, d_values = state
+        if d_values is not None:
+            sums = sums._replace(tile=jnp.zeros((scaled.shape[2], grid.size, grid.groups, grid.size)))
+        sums = _along(
             grid,
             visibility,
             diagonal,
-            (d_query, d_key, d_value, d_tile, d_logit, d_value_term),
-            take=lambda g, i, j: (_at(g[0], i), _at(g[1], j), _at(g[2], j), *g[3:]),
-            update=functools.partial(update, tile),
-            put=lambda g, e, i, j: (_put(g[0], e[0], i), _put(g[1], e[1], j), _put(g[2], e[2], j), *e[3:]),
+            sums,
+            take=lambda s, i, j: _Gradients(_at(s[0], i), _at(s[1], j), _at(s[2], j), *s[3:]),
+            update=functools.partial(update, _tile(grid, operands, visibility, diagonal, masked)),
+            put=lambda s, e, i, j: _Gradients(_put(s[0], e[0], i), _put(s[1], e[1], j), _put(s[2], e[2], j), *e[3:]),
         )
         if d_values is not None:
             start = (diagonal + grid.key_blocks - 1) * grid.size
-            sums = _unshear(d_tile.reshape(-1, grid.size, grid.size))
-            here = lax.dynamic_slice_in_dim(d_values, start, sums.shape[1], axis=1)
-            d_values = lax.dynamic_update_slice_in_dim(d_values, here + sums, start, axis=1)
-        return d_query, d_key, d_value, d_values, d_logit, d_value_term
+            added = _unshear(sums.tile.transpose(0, 2, 3, 1).reshape(-1, grid.size, grid.size))
+            here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
+            d_values = lax.dynamic_update_slice_in_dim(d_values, here + added, start, axis=1)
+        return sums._replace(tile=None), d_values
 
-    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape))
-    gradients = zeros(
-        (
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.distance_values,
-            operands.logit,
-            operands.value_term,
-        )
-    )
-    d_scaled, d_key, d_value, d_values, d_logit, d_value_term = _sweep(grid, visibility, visit_diagonal, gradients)
-    d_factor = (d_scaled * operands.query.astype(jnp.float32)).sum(-1)
+    sums = _Gradients(queries_t, operands.key, operands.value, None, operands.logit, operands.value_term)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (sums, operands.distance_values))
+    sums, d_values = _sweep(grid, visibility, visit_diagonal, zeros)
+
+    d_scaled = jnp.moveaxis(sums.query_t, 3, -1)
     gradients = _Operands(
         query=d_scaled * operands.factor[..., None],
-        factor=_sum_to(d_factor, operands.factor.shape),
-        key=d_key,
-        value=d_value,
+        factor=_sum_to((d_scaled * operands.query.astype(jnp.float32)).sum(-1), operands.factor.shape),
+        key=sums.key,
+        value=sums.value,
         distance_values=d_values,
-        logit=d_logit,
-        value_term=d_value_term,
+        logit=sums.logit,
+        value_term=sums.value_term,
     )
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands), None
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _add(x: Any, y: Any) -> Any:
-    return jax.tree.map(jnp.add, x, y)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
