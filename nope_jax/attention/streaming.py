@@ -9,8 +9,9 @@ Blocks are visited diagonal by diagonal: the pairs (i, j) of query and key block
 distance alone (a bias, the causal mask, a window) is the same for a whole diagonal, so it is made once for all its
 blocks, and diagonals that hold nothing visible are never visited.
 
-Within a block keys come before queries: logits are [keys, queries], outputs [H, queries]. So every product, forward and
-backward, is one of row-major matrices, and every reduction runs over a leading axis, which is what vectorises.
+Matrix products are fastest when neither side has to be transposed and the right one is small. So the forward pass holds
+a block's logits as [queries, keys], for logits · values, and the backward pass as [keys, queries], for the gradients of
+keys and values, and its query gradient transposed.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head dim;
 n and m the numbers of query and key blocks, q = k the size of both.
@@ -108,7 +109,7 @@ def streaming_attention(
         value_term=value_term,
     )
     out, entropy, logsumexp = _attend(grid, operands, visibility)
-    out = out.transpose(1, 0, 5, 2, 4, 3).reshape(batch, -1, num_heads, out.shape[3])[:, :query_length]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, num_heads, out.shape[-1])[:, :query_length]
     entropy, logsumexp = (
         jnp.moveaxis(x, 0, 3).reshape(batch, num_heads, -1)[..., :query_length] for x in (entropy, logsumexp)
     )
@@ -187,7 +188,7 @@ class _Rows(NamedTuple):
     largest: Float[Array, "*n B K G q"]
     normaliser: Float[Array, "*n B K G q"]
     weighted: Float[Array, "*n B K G q"] | None
-    output: Float[Array, "*n B K H2 G q"]
+    output: Float[Array, "*n B K G q H2"]
 
 
 def _distance_block(logit: DistanceLogit, block: Block) -> Array:
@@ -242,22 +243,22 @@ def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2c-1"]:
 
 
 def _tile(grid: _Grid, operands: _Operands, visibility: Visibility, diagonal, masked: bool):
-    """What all blocks of a diagonal add to their logits, [K, k, G, q] or [k, 1, q]; None when nothing."""
+    """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
     size = grid.size
     tile = None
     if operands.distance_values is not None:
         start = (diagonal + grid.key_blocks - 1) * size
         values = lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1)
-        tile = _shear(values).reshape(-1, grid.groups, size, size).transpose(0, 3, 1, 2)
+        tile = _shear(values).reshape(-1, grid.groups, size, size)
     if masked:
         middle = diagonal * size + grid.key_length - grid.query_length
-        distance = middle + jnp.arange(size) - jnp.arange(size)[:, None, None]
-        tile = jnp.where(visibility.by_distance(distance), 0.0 if tile is None else tile, MASKED)
+        distance = middle + jnp.arange(size)[:, None] - jnp.arange(size)
+        tile = jnp.where(visibility.by_distance(distance)[None, None], 0.0 if tile is None else tile, MASKED)
     return tile
 
 
 def _visible(grid: _Grid, visibility: Visibility, i, j):
-    """What the queries of block i see of the keys of block j, [B or 1, K or 1, k, G or 1, q]."""
+    """What the queries of block i see of the keys of block j, [B or 1, K or 1, G or 1, q, k]."""
     rule = dataclasses.replace(
         visibility,
         query_positions=_at(visibility.query_positions, i),
@@ -268,8 +269,7 @@ def _visible(grid: _Grid, visibility: Visibility, i, j):
     )
     visible = rule.matrix(grid.size, grid.size)
     visible &= j * grid.size + jnp.arange(grid.size) < grid.key_length
-    groups = 1 if visible.shape[1] == 1 else grid.groups
-    return _keys_first(visible, groups)
+    return _split_heads(visible, 1 if visible.shape[1] == 1 else grid.groups)
 
 
 def _sweep(grid: _Grid, visibility: Visibility, visit_diagonal, state):
@@ -288,36 +288,37 @@ def _along(grid: _Grid, visibility: Visibility, diagonal, state, take, update, p
 
     def visit(i, state):
         j = i - diagonal
-        entries = lax.optimization_barrier(take(state, i, j))
+        entries = take(state, i, j)
         if grid.per_block:
             visible = _visible(grid, visibility, i, j)
             entries = lax.cond(visible.any(), lambda e: update(i, j, visible, e), lambda e: e, entries)
         else:
             entries = update(i, j, None, entries)
-        return put(state, lax.optimization_barrier(entries), i, j)
+        return put(state, entries, i, j)
 
     first, stop = jnp.maximum(diagonal, 0), jnp.minimum(grid.query_blocks, grid.key_blocks + diagonal)
     return lax.fori_loop(first, stop, visit, state)
 
 
-def _keys_first(x: Shaped[Array, "B N q k"], groups: int) -> Shaped[Array, "B K k G q"]:
-    batch, heads, queries, keys = x.shape
-    return x.reshape(batch, heads // groups, groups, queries, keys).transpose(0, 1, 4, 2, 3)
+def _split_heads(x: Shaped[Array, "B N q k"], groups: int) -> Shaped[Array, "B K G q k"]:
+    return x.reshape(x.shape[0], -1, groups, *x.shape[2:])
 
 
-def _queries_first(x: Shaped[Array, "B K k G q"]) -> Shaped[Array, "B N q k"]:
-    x = x.transpose(0, 1, 3, 4, 2)
+def _merge_heads(x: Shaped[Array, "B K G q k"]) -> Shaped[Array, "B N q k"]:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _keys_first(x: Shaped[Array, "*B K G q k"]) -> Shaped[Array, "*B K k G q"]:
+    return jnp.moveaxis(x, -1, -3)
+
+
+def _queries_first(x: Shaped[Array, "*B K k G q"]) -> Shaped[Array, "*B K G q k"]:
+    return jnp.moveaxis(x, -3, -1)
 
 
 def _scaled(operands: _Operands) -> Float[Array, "n B K G q H"]:
     """Queries times temperature/√H, float32."""
     return operands.query.astype(jnp.float32) * operands.factor[..., None]
-
-
-def _transposed(*arrays: Array) -> Any:
-    """Arrays with their last axis brought before the queries or keys, laid out so in memory for all blocks at once."""
-    return lax.optimization_barrier(tuple(jnp.moveaxis(x, -1, 3) for x in arrays))
 
 
 class _Pair:
@@ -331,32 +332,32 @@ class _Pair:
     def product(self, subscripts: str, *arrays):
         return jnp.einsum(subscripts, *arrays, precision=self.grid.precision, preferred_element_type=jnp.float32)
 
-    def logits(self, query_t, tile, visible) -> Float[Array, "B K k G q"]:
-        """Logits of the block, from queries [B, K, H, G, q]: scaled ones in float32, raw ones in a lower precision."""
-        logits = self.product("bksh,bkhgq->bksgq", self.key, query_t)
-        if query_t.dtype != jnp.float32:  # a scaled query would have to be rounded once more
-            logits *= _at(self.operands.factor, self.i)[:, :, None]
+    def logits(self, content, tile, visible, layout=lambda x: x):
+        """Logits of the block from its q·k, which a layout other than [B, K, G, q, k] applies to all that is added."""
+        if self.key.dtype != jnp.float32:  # queries were not scaled, since that would have rounded them once more
+            content *= layout(_at(self.operands.factor, self.i)[..., None])
         if tile is not None:
-            logits += tile
+            content += layout(tile)
         if self.operands.logit is not None:
-            logits += self.added(self.operands.logit, self.scaled, self.key)
-        return logits if visible is None else jnp.where(visible, logits, MASKED)
+            content += layout(self.added(self.operands.logit, self.scaled, self.key))
+        return content if visible is None else jnp.where(layout(visible), content, MASKED)
 
-    def added(self, logit: BlockLogit, query, key) -> Float[Array, "#B K k G q"]:
+    def added(self, logit: BlockLogit, query, key) -> Float[Array, "#B K G q k"]:
         """What a `BlockLogit` adds."""
         added = logit.block(self.block(query, key, logit))
         added = jnp.broadcast_to(added, (added.shape[0], self.grid.groups * key.shape[1], *added.shape[2:]))
-        return _keys_first(added, self.grid.groups)
+        return _split_heads(added, self.grid.groups)
 
-    def value_added(self, term: BlockValue, weights, query, key) -> Float[Array, "B K H2 G q"]:
+    def value_added(self, term: BlockValue, weights, query, key) -> Float[Array, "B K G q H2"]:
         """What a `BlockValue` adds."""
-        added = term.block(_queries_first(weights), self.block(query, key, self.operands.logit))
-        return jnp.moveaxis(added.reshape(*query.shape[:-1], -1), -1, 2)
+        return _split_heads(
+            term.block(_merge_heads(weights), self.block(query, key, self.operands.logit)), self.grid.groups
+        )
 
     def block(self, query, key, logit: BlockLogit | None) -> Block:
         """The pair as an encoding's function sees it."""
         return Block(
-            query=query.reshape(query.shape[0], -1, *query.shape[3:]),
+            query=_merge_heads(query),
             key=jnp.repeat(key, self.grid.groups, axis=1),
             query_positions=_at(self.visibility.query_positions, self.i),
             key_positions=_at(self.visibility.key_positions, self.j),
@@ -367,27 +368,27 @@ class _Pair:
 
 def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
     scaled = _scaled(operands)
-    raw = scaled if operands.query.dtype == jnp.float32 else operands.query
-    queries_t, values_t = _transposed(raw, operands.value)
+    queries = scaled if operands.query.dtype == jnp.float32 else operands.query
+    keys_t = lax.optimization_barrier(jnp.moveaxis(operands.key, -1, -2))  # once, not within the loop
 
     def update(tile, i, j, visible, rows: _Rows) -> _Rows:
         pair = _Pair(grid, operands, visibility, scaled, i, j)
-        logits = pair.logits(_at(queries_t, i), tile, visible)
-        largest = jnp.maximum(rows.largest, logits.max(2))
-        weights = jnp.exp(logits - largest[:, :, None])
+        content = pair.product("bkgqh,bkhs->bkgqs", _at(queries, i), _at(keys_t, j))
+        logits = pair.logits(content, tile, visible)
+        largest = jnp.maximum(rows.largest, logits.max(-1))
+        weights = jnp.exp(logits - largest[..., None])
         moved = rows.largest - largest
         decay = jnp.exp(moved)
         weighted = rows.weighted
         if weighted is not None:
             # Behind the barrier the difference is computed again, which is cheaper than keeping it for two uses.
-            relative = lax.optimization_barrier(logits) - largest[:, :, None]
-            weighted = decay * (weighted + moved * rows.normaliser) + (weights * relative).sum(2)
-        value_t = _at(values_t, j)
-        output = decay[:, :, None] * rows.output
-        output += pair.product("bkhs,bksgq->bkhgq", value_t, weights.astype(value_t.dtype))
+            relative = lax.optimization_barrier(logits) - largest[..., None]
+            weighted = decay * (weighted + moved * rows.normaliser) + (weights * relative).sum(-1)
+        output = decay[..., None] * rows.output
+        output += pair.product("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
         if operands.value_term is not None:
             output += pair.value_added(operands.value_term, weights, pair.scaled, pair.key)
-        return _Rows(largest, decay * rows.normaliser + weights.sum(2), weighted, output)
+        return _Rows(largest, decay * rows.normaliser + weights.sum(-1), weighted, output)
 
     def visit_diagonal(diagonal, masked, rows):
         return _along(
@@ -395,7 +396,7 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
             visibility,
             diagonal,
             rows,
-            take=lambda rows, i, j: _at(rows, i),
+            take=lambda rows, i, j: _Rows(*lax.optimization_barrier(_at(rows[:3], i)), _at(rows.output, i)),
             update=functools.partial(update, _tile(grid, operands, visibility, diagonal, masked)),
             put=lambda rows, entry, i, j: _put(rows, entry, i),
         )
@@ -405,13 +406,13 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
         largest=jnp.full(shape, MASKED),
         normaliser=jnp.zeros(shape),
         weighted=jnp.zeros(shape) if grid.with_entropy else None,
-        output=jnp.zeros((*shape[:3], operands.value.shape[-1], *shape[3:])),
+        output=jnp.zeros((*shape, operands.value.shape[-1])),
     )
     rows = _sweep(grid, visibility, visit_diagonal, rows)
 
     seen = rows.largest > MASKED / 2
     normaliser = jnp.where(seen, rows.normaliser, 1.0)
-    output = jnp.where(seen, 1 / normaliser, 0.0)[:, :, :, None] * rows.output
+    output = jnp.where(seen, 1 / normaliser, 0.0)[..., None] * rows.output
     logsumexp = jnp.where(seen, rows.largest + jnp.log(normaliser), -jnp.inf)
     if rows.weighted is None:
         entropy = jnp.zeros(shape)
@@ -443,18 +444,18 @@ class _Gradients(NamedTuple):
 
 def _attend_backward(grid: _Grid, residuals, cotangents):
     operands, visibility, (output, entropy, logsumexp) = residuals
-    d_output_t, d_entropy, d_logsumexp = cotangents
+    d_output, d_entropy, d_logsumexp = cotangents
     scaled = _scaled(operands)
-    raw = scaled if operands.query.dtype == jnp.float32 else operands.query
-    queries_t, keys_t = _transposed(raw, operands.key)
-    low_scaled, d_output = lax.optimization_barrier(
-        (scaled.astype(operands.key.dtype), jnp.moveaxis(d_output_t, 3, -1))
-    )
+    queries = scaled if operands.query.dtype == jnp.float32 else operands.query
+    queries_t, d_output_t = _keys_first(queries), _keys_first(d_output)
+    keys_t, low_scaled = jnp.moveaxis(operands.key, -1, -2), scaled.astype(operands.key.dtype)
+    # Laid out in memory once, not within the loop.
+    queries_t, d_output_t, keys_t, low_scaled = lax.optimization_barrier((queries_t, d_output_t, keys_t, low_scaled))
 
     seen = jnp.isfinite(logsumexp)
     logsumexp = jnp.where(seen, logsumexp, -MASKED)  # so that e^(s - logsumexp) is 0 in rows that see nothing
     # The part of ds/p that is one number per row: -(output·d_output) + d_logsumexp - d_entropy·(entropy - logsumexp).
-    row_term = d_logsumexp - (output.astype(jnp.float32) * d_output_t.astype(jnp.float32)).sum(3)
+    row_term = d_logsumexp - (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
     if grid.with_entropy:
         row_term -= d_entropy * (entropy - logsumexp)
     row_term = jnp.where(seen, row_term, 0.0)
@@ -463,15 +464,17 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         pair = _Pair(grid, operands, visibility, scaled, i, j)
         d_out, d_out_t, row, lse = _at((d_output, d_output_t, row_term, logsumexp), i)
         d_query_t, d_key, d_value, d_tile, d_logit, d_value_term = sums
-        logits = pair.logits(_at(queries_t, i), tile, visible)
+        content = pair.product("bksh,bkhgq->bksgq", pair.key, _at(queries_t, i))
+        logits = pair.logits(content, tile, visible, layout=_keys_first)
         weights = jnp.exp(logits - lse[:, :, None])
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
         if operands.value_term is not None:
-            _, pull = jax.vjp(pair.value_added, operands.value_term, weights, pair.scaled, pair.key)
-            added, d_weights_added, d_query_added, d_key_added = pull(d_out_t.astype(jnp.float32))
+            natural = _queries_first(weights)
+            _, pull = jax.vjp(pair.value_added, operands.value_term, natural, pair.scaled, pair.key)
+            added, d_weights_added, d_query_added, d_key_added = pull(d_out.astype(jnp.float32))
             d_value_term = jax.tree.map(jnp.add, d_value_term, added)
-            d_weights += d_weights_added
-            d_query_t, d_key = d_query_t + jnp.moveaxis(d_query_added, -1, 2), d_key + d_key_added
+            d_weights += _keys_first(d_weights_added)
+            d_query_t, d_key = d_query_t + _keys_first(d_query_added), d_key + d_key_added
         d_logits = d_weights + row[:, :, None]
         if grid.with_entropy:
             d_logits -= _at(d_entropy, i)[:, :, None] * logits
@@ -485,9 +488,9 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
             d_tile += d_logits.sum(0)
         if operands.logit is not None:
             added, pull = jax.vjp(pair.added, operands.logit, pair.scaled, pair.key)
-            logit_added, d_query_added, d_key_added = pull(_sum_to(d_logits, added.shape))
+            logit_added, d_query_added, d_key_added = pull(_sum_to(_queries_first(d_logits), added.shape))
             d_logit = jax.tree.map(jnp.add, d_logit, logit_added)
-            d_query_t, d_key = d_query_t + jnp.moveaxis(d_query_added, -1, 2), d_key + d_key_added
+            d_query_t, d_key = d_query_t + _keys_first(d_query_added), d_key + d_key_added
         return _Gradients(d_query_t, d_key, d_value, d_tile, d_logit, d_value_term)
 
     def visit_diagonal(diagonal, masked, state):
@@ -505,7 +508,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         )
         if d_values is not None:
             start = (diagonal + grid.key_blocks - 1) * grid.size
-            added = _unshear(sums.tile.transpose(0, 2, 3, 1).reshape(-1, grid.size, grid.size))
+            added = _unshear(_queries_first(sums.tile).reshape(-1, grid.size, grid.size))
             here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
             d_values = lax.dynamic_update_slice_in_dim(d_values, here + added, start, axis=1)
         return sums._replace(tile=None), d_values
@@ -514,7 +517,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (sums, operands.distance_values))
     sums, d_values = _sweep(grid, visibility, visit_diagonal, zeros)
 
-    d_scaled = jnp.moveaxis(sums.query_t, 3, -1)
+    d_scaled = _queries_first(sums.query_t)
     gradients = _Operands(
         query=d_scaled * operands.factor[..., None],
         factor=_sum_to((d_scaled * operands.query.astype(jnp.float32)).sum(-1), operands.factor.shape),
