@@ -1,0 +1,61 @@
+# make demo   a fresh machine to a picture: environment, five encodings trained on real text, their curves compared
+# make test   a fresh machine to a tested one: environment, lint, types, tests
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+BIN := $(VENV)/bin
+CONSTRAINTS := $(wildcard constraints/$(VERSION).txt)
+export PYTHONPATH := $(CURDIR)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-oracles lint benchmarks constraints clean
+
+help:
+	@sed -n 's/^# //p' $(MAKEFILE_LIST)
+
+# The versions of constraints/ are those it was tested with; a Python without such a file gets the newest that fit.
+$(BIN)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --requirement requirements.txt
+	@touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[test]'
+	@touch $@
+
+ENCODINGS := nope rope alibi t5 learned
+RUNS := runs/demo
+
+demo: $(BIN)/.installed
+	@for encoding in $(ENCODINGS); do \
+		$(BIN)/python train.py --config configs/tiny.py --workdir $(RUNS)/$$encoding --model.encoding $$encoding || exit $$?; \
+	done
+	$(BIN)/python eval.py --workdirs $(addprefix $(RUNS)/,$(ENCODINGS)) --lengths 128 256 512 1024 2048 --out $(RUNS)/report
+	@echo "The picture: $(RUNS)/report/perplexity.png, $(RUNS)/report/entropy.png; all of it: $(RUNS)/report/report.html"
+
+lint: $(BIN)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m 'not oracle'
+
+test-oracles: $(BIN)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[oracles]'
+	$(BIN)/pytest -m oracle
+
+benchmarks: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.attention
+
+# Run after an upgrade, with each supported PYTHON: writes down what was installed.
+constraints: $(BIN)/.installed-test
+	mkdir -p constraints
+	$(BIN)/pip freeze --exclude-editable > constraints/$(VERSION).txt
+
+clean:
+	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
