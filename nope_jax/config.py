@@ -1,0 +1,497 @@
+"""What a run is: frozen dataclasses, each field written once, saved as JSON beside the run.
+
+A config file is plain Python with a `get_config()` that returns a `Config`. `parse_train` and `parse_eval` add the
+command line, where any field is overridden by its dotted name (`--model.encoding alibi`).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import itertools
+import json
+import operator
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from nope_jax import encodings
+from nope_jax.encodings import Encoding, resolve
+
+EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. Everything that decides the shape of its parameters or what it computes."""
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    """Key/value heads; must divide num_heads. None: as many as num_heads."""
+    head_dim: int | None = None
+    """None: model_dim / num_heads."""
+    model_dim: int = 128
+    mlp_dim: int | None = None
+    """None: 4 model_dim when plain, 8/3 model_dim rounded up to a multiple of 64 when gated (as many parameters)."""
+    mlp: Literal["gated", "plain"] = "gated"
+    """gated: SwiGLU (Shazeer 2020); plain: GELU."""
+    tie_embeddings: bool = True
+    encoding: EncodingSpec = "nope"
+    """A name in ENCODINGS, an Encoding, or a tuple of them that repeats over the layers."""
+    train_length: int | None = None
+    """The length the model is trained at: rows of a learned table, and the yardstick of evaluation.
+
+    None: data.context_length."""
+    attention: Literal["reference", "streaming"] | None = None
+    """Which implementation of attention; None chooses by length."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; parameters, softmax, entropies and losses are float32 always."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "python_stdlib"
+    """python_stdlib, text:PATH_OR_GLOB, or tfds:NAME."""
+    dir: str | None = None
+    """Where prepared datasets lie. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a tokenizer.json or SentencePiece model."""
+    context_length: int = 128
+    batch_size: int = 32
+    """Rows per optimizer step over all devices and hosts."""
+    document_mask: bool = False
+    """Keep tokens from attending to another document of their window; positions then restart with each document."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to a tenth."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    accumulation: int = 1
+    """Microbatches per step; must divide the batch of each device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 500
+    log_every: int = 10
+    checkpoint_every: int = 250
+    eval_every: int = 250
+    eval_batches: int = 4
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; their product is the number of devices. At most one may be -1: what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    documents: int = 64
+    """At most so many validation documents per length."""
+    batch_size: int = 8
+    stride: int | None = None
+    """None: each document from its start.
+
+    A number: a window of the evaluated length slid by so many tokens, of which only the new ones count."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self):
+        _check(self)
+        if self.model.train_length is None:
+            model = dataclasses.replace(self.model, train_length=self.data.context_length)
+            object.__setattr__(self, "model", model)
+
+
+_GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
+_HINTS = {
+    f"{group}.{field}": hint for group, cls in _GROUPS.items() for field, hint in typing.get_type_hints(cls).items()
+}
+"""The type of every field, by its dotted name."""
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values for some fields, given by their dotted names.
+
+    Raises:
+        ValueError: a field that does not exist, or a value that it cannot have.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in _HINTS:
+            raise _unknown(name, _HINTS)
+        group, field = name.split(".")
+        groups.setdefault(group, {})[field] = value
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **fields) for group, fields in groups.items()}
+    )
+
+
+# Validation
+
+_AT_LEAST = {
+    1: """model.vocab_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.model_dim
+        model.mlp_dim model.train_length data.context_length data.batch_size optimizer.accumulation train.steps
+        train.log_every train.checkpoint_every train.eval_every train.eval_batches eval.documents eval.batch_size
+        eval.stride""",
+    0: "data.seed optimizer.warmup_steps optimizer.weight_decay train.seed eval.seed",
+}
+
+
+def _check(config: Config) -> None:
+    """Refuses what can be seen to be wrong without building anything."""
+    values = {name: operator.attrgetter(name)(config) for name in _HINTS}
+    for name, value in values.items():
+        if not _matches(value, _HINTS[name]):
+            raise ValueError(f"{name} must be {_wanted(_HINTS[name])}, not {value!r}")
+    for least, names in _AT_LEAST.items():
+        for name in names.split():
+            if values[name] is not None and not values[name] >= least:
+                raise ValueError(f"{name} must be at least {least}, not {values[name]}")
+    for name in "optimizer.learning_rate", "optimizer.clip_norm":
+        if not values[name] > 0:
+            raise ValueError(f"{name} must be greater than 0, not {values[name]}")
+    for name in "optimizer.b1", "optimizer.b2":
+        if not 0 <= values[name] < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, not {values[name]}")
+
+    model, data, mesh = config.model, config.data, dataclasses.asdict(config.mesh)
+    if model.num_heads % (model.num_kv_heads or 1):
+        raise ValueError(f"model.num_kv_heads {model.num_kv_heads} must divide model.num_heads {model.num_heads}")
+    if model.head_dim is None and model.model_dim % model.num_heads:
+        raise ValueError(
+            f"model.num_heads {model.num_heads} must divide model.model_dim {model.model_dim}, "
+            "unless model.head_dim is given"
+        )
+    if data.batch_size % config.optimizer.accumulation:
+        raise ValueError(
+            f"optimizer.accumulation {config.optimizer.accumulation} must divide data.batch_size {data.batch_size}"
+        )
+    for axis, size in mesh.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis} must be at least 1, or -1 for what the other axes leave, not {size}")
+    if list(mesh.values()).count(-1) > 1:
+        raise ValueError(f"mesh: at most one axis may be -1, not {', '.join(a for a in mesh if mesh[a] == -1)}")
+    try:
+        resolve(model.encoding)
+    except ValueError as error:
+        raise ValueError(f"model.encoding: {error}") from error
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; an integer is a number too, True and False are neither."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(part, arguments[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _takes_several(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    if hint == EncodingSpec:
+        return "a name, an Encoding, or a tuple of them"
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"{_wanted(arguments[0])} or several"
+    if arguments:
+        return " or ".join(map(_wanted, arguments))
+    words = {int: "an integer", float: "a number", str: "a string", bool: "True or False", Path: "a path"}
+    return words.get(hint, "None")
+
+
+def _unknown(name: str, known: Iterable[str]) -> ValueError:
+    """The error of a field that does not exist, which names the one most like it."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+    return ValueError(f"unknown field {name}: did you mean {near[0]}?")
+
+
+# JSON
+
+
+def save(config: Config, workdir: str | os.PathLike[str]) -> None:
+    """Writes `config.json` into a workdir.
+
+    An Encoding becomes an object of its fields and its "class": a name in ENCODINGS or "module:Name", where the module
+    of a class that is defined in a config file is the path of that file.
+
+    Raises:
+        ValueError: a field of an Encoding is not made of numbers, strings, tuples and dataclasses.
+    """
+    groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
+    for name in _HINTS:
+        group, field = name.split(".")
+        groups[group][field] = _to_json(operator.attrgetter(name)(config), name)
+    path = Path(workdir, "config.json")
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(groups, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def load(workdir: str | os.PathLike[str]) -> Config:
+    """Reads the `config.json` of a workdir.
+
+    Raises:
+        ValueError: there is none, or it is not the config of a run.
+    """
+    path = Path(workdir, "config.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{workdir} is not the workdir of a run: it has no config.json") from None
+    try:
+        groups = json.loads(text)
+        if not isinstance(groups, dict) or not all(isinstance(fields, dict) for fields in groups.values()):
+            raise ValueError("it must be an object of objects, one for each group of fields")
+        values = {
+            f"{group}.{field}": _from_json(value) for group, fields in groups.items() for field, value in fields.items()
+        }
+        return override(Config(), values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _to_json(value: Any, where: str) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(part, where) for part in value]
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return {"class": _class_name(type(value))} | {key: _to_json(part, where) for key, part in fields.items()}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{where}: a {type(value).__name__} cannot be saved in config.json: {value!r}")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
+    if not isinstance(value, dict):
+        return value
+    fields = {key: _from_json(part) for key, part in value.items()}
+    name = fields.pop("class", None)
+    try:
+        return _find_class(name)(**fields)
+    except (ImportError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"cannot make the class {name!r}: {error}") from error
+
+
+def _class_name(cls: type) -> str:
+    for name, encoding in encodings.ENCODINGS.items():
+        if encoding is cls:
+            return name
+    public = getattr(encodings, cls.__qualname__, None) is cls
+    return f"{encodings.__name__ if public else cls.__module__}:{cls.__qualname__}"
+
+
+def _find_class(name: str) -> type:
+    if name in encodings.ENCODINGS:
+        return encodings.ENCODINGS[name]
+    module, _, qualname = name.rpartition(":")
+    if module.endswith(".py") and module not in sys.modules:
+        _execute(Path(module))
+    cls = operator.attrgetter(qualname)(importlib.import_module(module))
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise TypeError("it is not a dataclass")
+    return cls
+
+
+# Config files and the command line
+
+
+def load_file(path: str | os.PathLike[str]) -> Config:
+    """What the `get_config()` of a Python file returns.
+
+    Raises:
+        ValueError: there is no such file or function, or it returns something else than a Config.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise ValueError(f"--config must be a Python file; there is no {path}")
+    get_config = getattr(_execute(path), "get_config", None)
+    if not callable(get_config):
+        raise ValueError(f"--config {path} has no get_config()")
+    config = get_config()
+    if not isinstance(config, Config):
+        raise ValueError(f"--config {path}: get_config() must return a Config, not {type(config).__name__}")
+    return config
+
+
+def _execute(path: Path) -> types.ModuleType:
+    # The module is named by its path, so that config.json can tell where a class comes from that the file defines.
+    module = sys.modules[str(path)] = types.ModuleType(str(path))
+    module.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+    return module
+
+
+class TrainArguments(NamedTuple):
+    config: Config
+    workdir: Path
+
+
+class EvalArguments(NamedTuple):
+    workdirs: tuple[Path, ...]
+    lengths: tuple[int, ...]
+    out: Path
+    overrides: dict[str, Any]
+    """The data.* and eval.* fields that were given, by dotted name: `override` puts them on the config of each run."""
+
+
+def parse_train(arguments: Sequence[str]) -> TrainArguments:
+    """The command line of train.py: `--config`, `--workdir`, and any field over those of the config file.
+
+    A model.train_length that equals data.context_length follows it when that is overridden.
+
+    Raises:
+        ValueError: in one line, what is wrong and what would be right.
+    """
+    options = {
+        "config": (Path, "A Python file whose get_config() returns the Config of the run."),
+        "workdir": (Path, "Where the run is written; started again on the same one, it continues."),
+    }
+    file = _given(arguments).get("config")
+    config = load_file(file[0]) if file else Config()
+    groups = {group: getattr(config, group) for group in _GROUPS}
+    values, overrides = _parse(arguments, options, groups, "Trains a decoder.")
+    if "data.context_length" in overrides and config.model.train_length == config.data.context_length:
+        overrides = {"model.train_length": None} | overrides
+    return TrainArguments(override(config, overrides), values.workdir)
+
+
+def parse_eval(arguments: Sequence[str]) -> EvalArguments:
+    """The command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
+
+    Raises:
+        ValueError: in one line, what is wrong and what would be right.
+    """
+    options = {
+        "workdirs": (tuple[Path, ...], "The runs to evaluate, each loaded from its own config.json."),
+        "lengths": (tuple[int, ...], "The lengths to evaluate at, in tokens."),
+        "out": (Path, "Where the report is written."),
+    }
+    groups = {"data": DataConfig(), "eval": EvalConfig()}
+    values, overrides = _parse(
+        arguments, options, groups, "Evaluates runs. A field of data or eval that is not given is that of the run."
+    )
+    override(Config(), overrides)
+    if min(values.lengths) < 1:
+        raise ValueError(f"--lengths must be at least 1, not {min(values.lengths)}")
+    return EvalArguments(values.workdirs, values.lengths, values.out, overrides)
+
+
+def _parse(
+    arguments: Sequence[str], options: Mapping[str, tuple[Any, str]], groups: Mapping[str, Any], description: str
+) -> tuple[Any, dict[str, Any]]:
+    """Parses required options (name: type and help) and overrides of groups; returns the options and the overrides."""
+    given = _given(arguments)
+    hints = {name: hint for name, (hint, _) in options.items()}
+    hints |= {name: hint for name, hint in _HINTS.items() if name.split(".")[0] in groups}
+    if "help" not in given and "-h" not in arguments:
+        for name, words in given.items():
+            if name not in hints:
+                raise _unknown(f"--{name}", [f"--{known}" for known in hints])
+            if not words or (len(words) > 1 and not _takes_several(hints[name])):
+                raise ValueError(f"--{name} must be {_wanted(hints[name])}, not {' '.join(words)!r}")
+        for name in options:
+            if name not in given:
+                raise ValueError(f"--{name} is missing: it must be {_wanted(hints[name])}")
+    fields: list[Any] = [(name, Annotated[hint, tyro.conf.arg(help=text)]) for name, (hint, text) in options.items()]
+    fields += [(group, type(default), default) for group, default in groups.items()]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed: Any = tyro.cli(
+                dataclasses.make_dataclass("Arguments", fields),
+                description=description,
+                args=arguments,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+                registry=_REGISTRY,
+            )
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+        for name, words in given.items():
+            if re.search(rf"--{re.escape(name)}\b", message):
+                message = f"--{name} must be {_wanted(hints[name])}, not {' '.join(words)!r}"
+        raise ValueError(message) from None
+    return parsed, {name: operator.attrgetter(name)(parsed) for name in given if name in _HINTS}
+
+
+def _given(arguments: Iterable[str]) -> dict[str, list[str]]:
+    """The options that a command line gives, each with the words that follow it."""
+    given: dict[str, list[str]] = {}
+    words: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            words = given[name.replace("-", "_")] = [value] if equals else []
+        else:
+            words.append(argument)
+    return given
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _encoding_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """One word is a name, several are a tuple of names; an Encoding itself can only come from a config file."""
+    if info.type != EncodingSpec:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME [NAME ...]",
+        instance_from_str=lambda words: words[0] if len(words) == 1 else tuple(words),
+        is_instance=lambda value: True,
+        str_from_instance=lambda spec: [str(part) for part in spec] if isinstance(spec, tuple) else [str(spec)],
+    )

@@ -1,0 +1,93 @@
+"""The batches of training and of the validation on its way: rows that depend on nothing but their index.
+
+B rows of this process, T context length.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from nope_jax.config import DataConfig
+from nope_jax.data.corpora import Split, load_corpus
+from nope_jax.data.windows import Windows, step_windows
+
+
+class Batch(NamedTuple):
+    """The rows of one process, int32."""
+
+    tokens: Int[np.ndarray, "B T"]
+    targets: Int[np.ndarray, "B T"]
+    """The token after each."""
+    positions: Int[np.ndarray, "B T"] | None = None
+    """None: 0 to T - 1. With data.document_mask they restart with each document."""
+    segment_ids: Int[np.ndarray, "B T"] | None = None
+    """None unless data.document_mask: which document of its row a token belongs to, from 1."""
+
+
+def train_batches(
+    config: DataConfig, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """The batches of training from `start_step` on, without end, prepared ahead in background threads.
+
+    Row r of step s is the same whatever the number of processes and wherever reading starts; a process gets its
+    contiguous share of the rows.
+
+    Raises:
+        ValueError: data.batch_size is no multiple of the processes, or the corpus is shorter than one window.
+    """
+    rows = _rows(config, process_index, process_count)
+    windows = _windows(config, "train", config.seed)
+
+    def batch(step: int) -> Batch:
+        return _stack(windows, step_windows(step, rows, config.batch_size, len(windows), config.seed), config)
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    return iter(steps.map(batch).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def validation_batches(
+    config: DataConfig, num_batches: int, *, process_index: int = 0, process_count: int = 1
+) -> list[Batch]:
+    """Batches of windows spread evenly over the validation documents: the same whatever the seed, at every call.
+
+    When there are fewer windows than rows, they are repeated as evenly as can be.
+
+    Raises:
+        ValueError: as `train_batches`.
+    """
+    rows = _rows(config, process_index, process_count)
+    windows = _windows(config, "validation", seed=0)
+    count = num_batches * config.batch_size
+    chosen = (np.arange(count) * len(windows) // count).reshape(num_batches, config.batch_size)
+    return [_stack(windows, indices[rows.start : rows.stop], config) for indices in chosen]
+
+
+def _rows(config: DataConfig, process_index: int, process_count: int) -> range:
+    if config.batch_size % process_count:
+        raise ValueError(f"data.batch_size {config.batch_size} must be a multiple of the {process_count} processes")
+    share = config.batch_size // process_count
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def _windows(config: DataConfig, split: Split, seed: int) -> Windows:
+    corpus = load_corpus(config, split)
+    windows = Windows(corpus, config.context_length, seed)
+    if not len(windows):
+        raise ValueError(
+            f"data.context_length {config.context_length} needs {config.context_length + 1} tokens, but the {split} "
+            f"split of data.source {config.source} has {len(corpus.tokens)}"
+        )
+    return windows
+
+
+def _stack(windows: Windows, indices: Int[np.ndarray, "B"], config: DataConfig) -> Batch:
+    tokens = np.stack([windows[index] for index in indices])
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    if config.document_mask:
+        positions, segment_ids = zip(*[windows.segments(index) for index in indices], strict=True)
+        batch = batch._replace(positions=np.stack(positions), segment_ids=np.stack(segment_ids))
+    return batch

@@ -1,0 +1,203 @@
+"""Corpora: the documents of a source as tokens."""
+
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Integer
+
+from nope_jax.config import DataConfig
+from nope_jax.data.python_stdlib import prepare
+from nope_jax.data.splits import VALIDATION_SHARE, is_validation, name_hash
+from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+
+Split = Literal["train", "validation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The documents of one split as tokens: `corpus[i]` is those of document i."""
+
+    tokens: Integer[np.ndarray, "tokens"]
+    """All documents one after another, each followed by the separator, in the smallest unsigned type."""
+    offsets: Integer[np.ndarray, "boundaries"]
+    """Where in `tokens` each document starts, and the end of the last."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Integer[np.ndarray, "length"]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1].astype(np.int32)
+
+    @property
+    def lengths(self) -> Integer[np.ndarray, "documents"]:
+        """Tokens of each document, its separator not counted."""
+        return np.diff(self.offsets) - 1
+
+
+def load_corpus(config: DataConfig, split: Split) -> Corpus:
+    """The documents of one split of `data.source`, as tokens of `data.tokenizer`.
+
+    `python_stdlib`: the standard library of the running Python, prepared into `data.dir` the first time.
+    `text:PATH_OR_GLOB`: files, one document each; a folder stands for all files under it that are not hidden. Which are
+    validation is decided by their names under the folder (or the part of the glob before its first wildcard), but at
+    least one file is on either side. A single file is cut in two: its last tenth is the validation document.
+    `tfds:NAME`: a dataset with a feature `text` that lies in `data.dir` as ArrayRecord; NAME is `name`, `name/config`
+    or `name/config:version`. Where it has no split `validation`, that is the last tenth of `train`.
+
+    Bytes are held in memory. Other tokens are kept in a file under `data.dir` for the next time.
+
+    Raises:
+        ValueError: no such source, or one that cannot be read as asked.
+    """
+    documents = _find_documents(config, split)
+    if not documents.size:
+        raise ValueError(f"data.source {config.source} has no documents in its {split} split")
+    tokenizer = load_tokenizer(config.tokenizer)
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    if isinstance(tokenizer, ByteTokenizer):
+        buffer = io.BytesIO()
+        offsets = _tokenize(documents, config, tokenizer, dtype, buffer)
+        return Corpus(np.frombuffer(buffer.getbuffer(), dtype), offsets)
+
+    fingerprint = hashlib.sha256(json.dumps(documents.fingerprint).encode())
+    fingerprint.update(Path(config.tokenizer).expanduser().read_bytes())
+    tokens_file = _data_dir(config) / "tokens" / f"{fingerprint.hexdigest()[:32]}.tokens"
+    offsets_file = tokens_file.with_suffix(".npy")
+    if not offsets_file.exists():
+        print(f"Tokenising {documents.size} {split} documents with {config.tokenizer}: once", file=sys.stderr)
+        tokens_file.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed when whole, the offsets last: whoever finds them finds the tokens, from whichever process.
+        unfinished = tokens_file.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            with unfinished.open("wb") as file:
+                offsets = _tokenize(documents, config, tokenizer, dtype, file)
+            unfinished.replace(tokens_file)
+            with unfinished.open("wb") as file:
+                np.save(file, offsets)
+            unfinished.replace(offsets_file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return Corpus(np.memmap(tokens_file, dtype, mode="r"), np.load(offsets_file))
+
+
+class _Documents(NamedTuple):
+    """The documents of one split, not read yet."""
+
+    size: int
+    read: Callable[[int], bytes]
+    name: Callable[[int], str]
+    fingerprint: Any
+    """What changes when the documents do, as JSON."""
+
+
+def _find_documents(config: DataConfig, split: Split) -> _Documents:
+    kind, _, name = config.source.partition(":")
+    if config.source == "python_stdlib":
+        return _tfds_documents(prepare(_data_dir(config)), split)
+    if kind == "text" and name:
+        return _text_documents(name, split)
+    if kind == "tfds" and name:
+        return _tfds_documents(_prepared_dataset(name, _data_dir(config)), split)
+    raise ValueError(f"data.source must be python_stdlib, text:PATH_OR_GLOB or tfds:NAME, not {config.source!r}")
+
+
+def _data_dir(config: DataConfig) -> Path:
+    return Path(config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+
+
+def _text_documents(pattern: str, split: Split) -> _Documents:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        root, found = path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)
+    elif path.exists():
+        root, found = path.parent, [str(path)]
+    else:
+        fixed = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+        root, found = Path(*path.parts[:fixed]), glob.glob(str(path), recursive=True)
+    files = {file.relative_to(root).as_posix(): file for file in sorted(map(Path, found)) if file.is_file()}
+    if not files:
+        raise ValueError(f"data.source text:{pattern} matches no file")
+
+    by_hash = sorted(files, key=name_hash)
+    tenth = sum(map(is_validation, files))
+    validation = set(by_hash[: min(max(tenth, 1), len(files) - 1)])
+    alone = len(files) == 1
+    paths = [path for name, path in files.items() if alone or (name in validation) == (split == "validation")]
+
+    def read(index: int) -> bytes:
+        text = paths[index].read_bytes()
+        return _share(text, split) if alone else text
+
+    stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return _Documents(len(paths), read, lambda index: str(paths[index]), [split, stats])
+
+
+def _share(text: bytes, split: Split) -> bytes:
+    """The part of a single document that belongs to a split, cut between two characters of UTF-8."""
+    cut = round(len(text) * (1 - VALIDATION_SHARE))
+    while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return text[:cut] if split == "train" else text[cut:]
+
+
+def _prepared_dataset(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    folder = data_dir / name.replace(":", "/")
+    found = sorted(file.parent for file in folder.glob("**/dataset_info.json"))
+    found = [path for path in found if not path.name.startswith("incomplete.")]
+    if len(found) != 1:
+        others = [str(path.relative_to(data_dir)) for path in found]
+        says = f"is one of several, {', '.join(others)}: name one" if found else f"does not lie in data.dir {data_dir}"
+        raise ValueError(f"data.source tfds:{name} {says}")
+    builder = tfds.builder_from_directory(found[0])
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(f"data.source tfds:{name} is no ArrayRecord; prepare it with file_format='array_record'")
+    features: Any = builder.info.features
+    if "text" not in features:
+        raise ValueError(f"data.source tfds:{name} has no feature text, only {', '.join(features)}")
+    return builder
+
+
+def _tfds_documents(builder: tfds.core.DatasetBuilder, split: Split) -> _Documents:
+    info = builder.info
+    part: str = split
+    if "validation" not in info.splits:
+        part = "train[:90%]" if split == "train" else "train[90%:]"
+    if "train" not in info.splits:
+        raise ValueError(f"data.source {info.full_name} has no split train, only {', '.join(info.splits)}")
+    source = builder.as_data_source(part)
+    return _Documents(
+        len(source),
+        lambda index: source[index]["text"],
+        lambda index: f"document {index} of {info.full_name}",
+        [str(builder.data_dir), part, len(source), info.splits[part].num_bytes],
+    )
+
+
+def _tokenize(
+    documents: _Documents, config: DataConfig, tokenizer: Tokenizer, dtype: np.dtype, file: BinaryIO
+) -> Integer[np.ndarray, "boundaries"]:
+    """Writes the tokens of all documents, each followed by the separator; returns their offsets."""
+    offsets = [0]
+    for index in range(documents.size):
+        try:
+            tokens = tokenizer.encode(documents.read(index))
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"data.source: {documents.name(index)} is not UTF-8, which data.tokenizer {config.tokenizer} needs; "
+                "bytes reads any file"
+            ) from None
+        file.write(tokens.astype(dtype).tobytes())
+        file.write(dtype.type(tokenizer.separator).tobytes())
+        offsets.append(offsets[-1] + len(tokens) + 1)
+    return np.array(offsets)

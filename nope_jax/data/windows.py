@@ -1,0 +1,95 @@
+"""Which tokens are in a window, and which window is row r of step s: functions of their indices alone.
+
+T is the context length.
+"""
+
+import numpy as np
+from jaxtyping import Int
+
+from nope_jax.data.corpora import Corpus
+
+
+class Windows:
+    """Slices of T + 1 tokens of all documents, in an order that the seed gives, each followed by the separator.
+
+    Window i starts at token i·T, so every token but the very first is predicted in exactly one window (fewer than T at
+    the end are left out).
+    """
+
+    def __init__(self, corpus: Corpus, context_length: int, seed: int):
+        order = permute(np.arange(len(corpus)), len(corpus), (seed,))
+        self._tokens = corpus.tokens
+        self._context_length = context_length
+        self._sources = corpus.offsets[order]  # where each document, in this order, starts in the tokens
+        self._starts = np.concatenate([[0], np.cumsum(corpus.lengths[order] + 1)])  # and in their concatenation
+
+    def __len__(self) -> int:
+        return int(self._starts[-1] - 1) // self._context_length
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, "window"]:
+        start = index * self._context_length
+        stop = start + self._context_length + 1
+        documents = self._documents(start, stop)
+        pieces = [
+            self._tokens[source + max(start - begin, 0) : source + min(stop, end) - begin]
+            for source, begin, end in zip(
+                self._sources[documents], self._starts[documents], self._starts[1:][documents], strict=True
+            )
+        ]
+        return np.concatenate(pieces).astype(np.int32)
+
+    def segments(self, index: int) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
+        """Position and segment of each input of a window, when documents are not to see each other.
+
+        A separator is predicted by the document it ends and, as an input, opens the next at position 0. So the losses
+        of a segment are those of the same tokens alone. Segments count from 1; the first may begin inside its document,
+        at position 0 nevertheless.
+        """
+        start = index * self._context_length
+        documents = self._documents(start, start + self._context_length)
+        separators = self._starts[1:][documents] - 1 - start
+        opens = np.zeros(self._context_length, np.int32)
+        opens[separators[(separators > 0) & (separators < self._context_length)]] = 1
+        positions = np.arange(self._context_length, dtype=np.int32)
+        return positions - np.maximum.accumulate(positions * opens), np.cumsum(opens, dtype=np.int32) + 1
+
+    def _documents(self, start: int, stop: int) -> slice:
+        """Those with tokens in [start, stop) of the concatenation."""
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        return slice(first, last + 1)
+
+
+def step_windows(step: int, rows: range, batch_size: int, count: int, seed: int) -> Int[np.ndarray, "rows"]:
+    """The windows of some rows of a step: each epoch visits all `count` windows once, in an order of its own."""
+    epochs, indices = np.divmod(step * batch_size + np.array(rows), count)
+    windows = np.empty_like(indices)
+    for epoch in np.unique(epochs):
+        windows[epochs == epoch] = permute(indices[epochs == epoch], count, (seed, int(epoch)))
+    return windows
+
+
+def permute(indices: Int[np.ndarray, "n"], size: int, key: tuple[int, ...]) -> Int[np.ndarray, "n"]:
+    """Where a random permutation of range(size), which the key chooses, sends some indices.
+
+    A Feistel network on the next larger power of four, walked until it comes back into the range: no table is kept,
+    however many windows there are.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(8, np.uint64)
+    images = np.asarray(indices, np.uint64)
+    walking = np.ones(len(images), bool)
+    while walking.any():
+        left, right = images[walking] >> half, images[walking] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        images[walking] = left << half | right
+        walking = images >= size
+    return images.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    # The finaliser of splitmix64 (Steele et al. 2014): every bit of the input reaches the low bits, which are kept.
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

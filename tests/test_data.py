@@ -1,0 +1,401 @@
+"""From documents to batches: the order of rows, the windows, the splits, the tokenizers."""
+
+import dataclasses
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax.config import DataConfig
+from nope_jax.data import load_corpus, load_tokenizer, python_stdlib, train_batches, validation_batches
+from nope_jax.data.splits import is_validation
+from nope_jax.data.tokenizers import JsonTokenizer
+from nope_jax.data.windows import Windows, permute, step_windows
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of 40 documents of 0 to 60 letters."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(40):
+        letters = random.integers(ord("a"), ord("z") + 1, i * 20 % 61, np.uint8)
+        (folder / f"{i}.txt").write_bytes(letters.tobytes())
+    return folder
+
+
+@pytest.fixture
+def config(texts, tmp_path):
+    return DataConfig(source=f"text:{texts}", dir=str(tmp_path / "data"), context_length=16, batch_size=8)
+
+
+def contents(corpus):
+    return [bytes(corpus[i].tolist()) for i in range(len(corpus))]
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+# The order of rows
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize(("hosts", "start"), [(2, 0), (4, 0), (1, 7), (4, 7)])
+def test_rows_are_the_same_for_any_hosts_and_start(config, hosts, start, document_mask):
+    config = dataclasses.replace(config, document_mask=document_mask)
+    whole = take(train_batches(config), 20)[start:]
+    shares = [
+        take(train_batches(config, start_step=start, process_index=host, process_count=hosts), 20 - start)
+        for host in range(hosts)
+    ]
+    for step, batch in enumerate(whole):
+        for field, expected in zip(batch._fields, batch, strict=True):
+            parts = [getattr(share[step], field) for share in shares]
+            if expected is None:
+                assert not document_mask and parts == [None] * hosts
+            else:
+                assert expected.shape == (8, 16) and expected.dtype == np.int32
+                np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_rows_depend_on_the_seed(config):
+    first, second = (
+        next(train_batches(dataclasses.replace(config, seed=seed))).tokens for seed in (config.seed, config.seed + 1)
+    )
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize("size", [*range(1, 18), 100, 1023, 1024, 1025])
+def test_permute_is_a_permutation(size):
+    for seed in range(5):
+        assert sorted(permute(np.arange(size), size, (seed,))) == list(range(size))
+
+
+def test_permute_is_random_access_and_reaches_every_permutation():
+    images = permute(np.arange(1000), 1000, (3, 1))
+    np.testing.assert_array_equal(permute(np.array([999, 0, 5]), 1000, (3, 1)), images[[999, 0, 5]])
+    assert np.mean(images == permute(np.arange(1000), 1000, (3, 2))) < 0.01
+    assert abs(np.corrcoef(np.arange(1000), images)[0, 1]) < 0.1
+    counts = np.unique([permute(np.arange(4), 4, (0, epoch)) for epoch in range(2400)], axis=0, return_counts=True)[1]
+    assert len(counts) == 24 and counts.min() > 50 and counts.max() < 150
+
+
+def test_permute_golden():
+    # A change of these changes the data of every run: no resumed run would go on as it began.
+    assert permute(np.arange(10), 10, (0,)).tolist() == [5, 7, 6, 3, 0, 4, 1, 9, 2, 8]
+    assert permute(np.array([0, 10**12]), 10**12 + 1, (7, 3)).tolist() == [303936786304, 303202601760]
+
+
+def test_every_epoch_visits_every_window_once_in_its_own_order():
+    count, batch_size = 7, 4
+    visited = np.concatenate([step_windows(step, range(batch_size), batch_size, count, seed=5) for step in range(14)])
+    epochs = visited.reshape(8, count)
+    np.testing.assert_array_equal(np.sort(epochs), [range(count)] * 8)
+    assert len({tuple(epoch) for epoch in epochs}) > 6
+
+
+# Windows
+
+
+def test_windows_hold_all_documents_each_once(config):
+    corpus = load_corpus(config, "train")
+    windows = Windows(corpus, config.context_length, seed=3)
+    rows = [windows[i] for i in range(len(windows))]
+    for row, following in itertools.pairwise(rows):
+        assert row.shape == (17,) and row[-1] == following[0]
+    stream = bytes(np.concatenate([rows[0][:1], *(row[1:] for row in rows)]).tolist())
+    whole = stream.rsplit(b"\0", 1)[0].split(b"\0")
+    left = sorted(contents(corpus))
+    for document in whole:
+        left.remove(document)
+    assert sum(len(document) + 1 for document in left) - len(stream.rsplit(b"\0", 1)[1]) < config.context_length
+    assert whole != contents(corpus)[: len(whole)], "the documents should be shuffled"
+
+
+def test_targets_are_the_next_tokens(config):
+    batch = next(train_batches(config))
+    np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+    assert batch.positions is None and batch.segment_ids is None
+
+
+def test_document_mask_restarts_at_each_separator(config):
+    # Zero stands for the separator alone here: the documents are letters.
+    for batch in take(train_batches(dataclasses.replace(config, document_mask=True)), 10):
+        for tokens, positions, segments in zip(batch.tokens, batch.positions, batch.segment_ids, strict=True):
+            position, segment = -1, 1
+            for column, token in enumerate(tokens):
+                opens = token == 0 and column > 0
+                position, segment = (0, segment + 1) if opens else (position + 1, segment)
+                assert (positions[column], segments[column]) == (position, segment)
+
+
+def test_a_zero_byte_inside_a_document_is_no_separator(tmp_path):
+    (tmp_path / "a").write_bytes(b"ab\0cd" * 100)
+    config = DataConfig(source=f"text:{tmp_path}/a", context_length=50, batch_size=4, document_mask=True)
+    batch = next(train_batches(config))
+    assert (batch.tokens == 0).any()
+    assert (batch.segment_ids == 1).all()
+
+
+def test_a_masked_row_has_the_logits_of_its_documents_alone(config):
+    batch = next(train_batches(dataclasses.replace(config, document_mask=True, context_length=48)))
+    row = int(np.argmax(batch.segment_ids[:, -1]))
+    tokens, segments = batch.tokens[row], batch.segment_ids[row]
+    assert segments[-1] > 2
+    model = Decoder(
+        ModelConfig(num_layers=1, num_heads=2, model_dim=16, mlp_dim=16, encoding="rope", train_length=48),
+        rngs=nnx.Rngs(0),
+    )
+    run = nnx.jit(lambda model, tokens, **inputs: model(tokens, **inputs))
+    packed = run(model, tokens[None], positions=batch.positions[row][None], segment_ids=segments[None])[0]
+    # Padded at the end to one length, which changes nothing before it.
+    pieces = [tokens[segments == segment] for segment in range(1, segments[-1] + 1)]
+    alone = run(model, np.stack([np.pad(piece, (0, 48 - len(piece))) for piece in pieces]))
+    expected = np.concatenate([logits[: len(piece)] for logits, piece in zip(alone, pieces, strict=True)])
+    np.testing.assert_allclose(packed, expected, atol=1e-5)
+
+
+def test_validation_batches_are_spread_evenly_and_ignore_the_seed(config):
+    first, second = (
+        validation_batches(dataclasses.replace(config, seed=seed, batch_size=2), num_batches=3) for seed in (0, 1)
+    )
+    windows = Windows(load_corpus(config, "validation"), config.context_length, seed=0)
+    rows = np.concatenate([batch.tokens for batch in first])
+    expected = [windows[i * len(windows) // 6][:-1] for i in range(6)]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(rows, np.concatenate([batch.tokens for batch in second]))
+    small = dataclasses.replace(config, batch_size=2)
+    shares = [validation_batches(small, 3, process_index=host, process_count=2)[1].tokens for host in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(shares), first[1].tokens)
+
+
+def test_a_corpus_shorter_than_one_window_is_refused(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 100)  # 90 for training, 10 for validation, and a separator after each
+    source = f"text:{tmp_path}/a"
+    assert next(train_batches(DataConfig(source=source, context_length=90))).tokens.shape == (32, 90)
+    with pytest.raises(ValueError, match="data.context_length 91 needs 92 tokens, but the train split of .* has 91"):
+        train_batches(DataConfig(source=source, context_length=91))
+    with pytest.raises(ValueError, match="data.context_length 11 needs 12 tokens, but the validation split .* has 11"):
+        validation_batches(DataConfig(source=source, context_length=11), 1)
+
+
+def test_rows_that_cannot_be_shared_are_refused(config):
+    with pytest.raises(ValueError, match="data.batch_size 8 must be a multiple of the 3 processes"):
+        train_batches(config, process_count=3)
+
+
+# Sources and splits
+
+
+def test_splits_share_no_document_and_leave_none_out(config, texts):
+    train, validation = (contents(load_corpus(config, split)) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(path.read_bytes() for path in texts.iterdir())
+    assert len(validation) == sum(is_validation(path.name) for path in texts.iterdir()) > 0
+
+
+def test_a_document_keeps_its_side_when_others_come_and_the_folder_moves(config, texts, tmp_path):
+    before = set(contents(load_corpus(config, "validation"))) - {b""}
+    for i in range(40, 80):
+        (texts / f"{i}.txt").write_bytes(b"new")
+    moved = texts.rename(tmp_path / "moved")
+    after = set(contents(load_corpus(dataclasses.replace(config, source=f"text:{moved}/*.txt"), "validation")))
+    assert before and after == before | {b"new"}
+
+
+@pytest.mark.parametrize("side", [True, False])
+def test_two_documents_are_one_on_each_side(side, tmp_path):
+    names = [name for name in map(str, range(100)) if is_validation(name) == side][:2]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    config = DataConfig(source=f"text:{tmp_path}/*")
+    train, validation = (contents(load_corpus(config, split)) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(name.encode() for name in names)
+    assert len(train) == len(validation) == 1
+
+
+def test_a_single_file_is_cut_between_characters(tmp_path):
+    text = "äöü€" * 25
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    config = DataConfig(source=f"text:{tmp_path}/a.txt")
+    (train,), (validation,) = (contents(load_corpus(config, split)) for split in ("train", "validation"))
+    assert train.decode() + validation.decode() == text
+    assert 0.08 < len(validation) / len(text.encode()) < 0.12
+
+
+def test_what_a_path_or_glob_matches(tmp_path):
+    for name in "a.txt", "b.md", "sub/c.txt", "sub/deep/d.txt", ".hidden/e.txt", "odd [x].txt":
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+    def matched(source):
+        config = DataConfig(source=f"text:{tmp_path}/{source}")
+        documents = contents(load_corpus(config, "train")) + contents(load_corpus(config, "validation"))
+        return sorted(document.decode() for document in documents)
+
+    assert matched("") == sorted(["a.txt", "b.md", "sub/c.txt", "sub/deep/d.txt", "odd [x].txt"])
+    assert matched("**/*.txt") == sorted(["a.txt", "sub/c.txt", "sub/deep/d.txt", "odd [x].txt"])
+    assert matched("*.[tm][xd]*") == sorted(["a.txt", "b.md", "odd [x].txt"])
+    assert matched("odd [x].txt") == ["odd [x].tx", "t"]
+    with pytest.raises(ValueError, match=r"data.source text:.*\*.rst matches no file"):
+        matched("*.rst")
+
+
+@pytest.mark.parametrize("source", ["stdlib", "text:", "tfds:", "texts:a", "python_stdlib:3"])
+def test_unknown_sources_are_refused(source):
+    with pytest.raises(ValueError, match="data.source must be python_stdlib, text:PATH_OR_GLOB or tfds:NAME, not"):
+        load_corpus(DataConfig(source=source), "train")
+
+
+def test_python_stdlib_is_prepared_once_and_read_as_any_prepared_dataset(tmp_path, capsys, monkeypatch):
+    root, data = tmp_path / "lib", tmp_path / "data"
+    files = {f"package/module{i}.py": f"x = {i}\n".encode() for i in range(30)}
+    skipped = {"empty.py": b"", "latin.py": b"# \xe9", "notes.txt": b"no", "site-packages/installed.py": b"no"}
+    for name, text in (files | skipped).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text)
+
+    # Killed on the way: what is left is not read.
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            yield "a.py", {"name": "a.py", "text": "x = 1"}
+            raise KeyboardInterrupt
+
+        patch.setattr(python_stdlib.PythonStdlib, "_generate_examples", killed)
+        with pytest.raises(KeyboardInterrupt):
+            python_stdlib.prepare(data, root)
+    # Another process comes first: what it wrote is read.
+    with monkeypatch.context() as patch:
+        download_and_prepare = python_stdlib.PythonStdlib.download_and_prepare
+
+        def too_late(builder):
+            download_and_prepare(python_stdlib.PythonStdlib(root=root, data_dir=data))
+            raise OSError("the folder is not empty")
+
+        patch.setattr(python_stdlib.PythonStdlib, "download_and_prepare", too_late)
+        python_stdlib.prepare(data, root)
+    assert "Preparing python_stdlib in" in capsys.readouterr().err
+
+    shutil.rmtree(root)
+    config = DataConfig(source="python_stdlib", dir=str(data))
+    train, validation = (contents(load_corpus(config, split)) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(files.values())
+    assert sorted(validation) == sorted(text for name, text in files.items() if is_validation(name))
+    assert capsys.readouterr().err == ""
+
+    config = dataclasses.replace(config, source="tfds:python_stdlib")
+    assert contents(load_corpus(config, "validation")) == validation
+    with pytest.raises(ValueError, match="data.source tfds:stdlib does not lie in data.dir"):
+        load_corpus(dataclasses.replace(config, source="tfds:stdlib"), "train")
+
+
+# Tokenizers
+
+
+@pytest.fixture
+def tokenizer_json(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_bytes(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.separator) == (256, 0)
+    assert tokenizer.encode("é").tolist() == [0xC3, 0xA9]
+    assert tokenizer.decode(tokenizer.encode("naïve €")) == "naïve €"
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 10)
+    (corpus,) = contents(load_corpus(DataConfig(source=f"text:{tmp_path}/binary"), "train"))
+    assert corpus == (bytes(range(256)) * 10)[: len(corpus)]
+
+
+def test_tokenizer_json(tokenizer_json):
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    assert tokenizer.separator == 0
+    tokens = tokenizer.encode("the cat, naïve €")
+    assert len(tokens) < len("the cat, naïve €".encode())
+    assert tokens.max() < tokenizer.vocab_size
+    assert tokenizer.decode(tokens) == "the cat, naïve €"
+
+
+def test_tokens_are_kept_until_a_file_changes(tokenizer_json, texts, config, monkeypatch):
+    config = dataclasses.replace(config, tokenizer=str(tokenizer_json))
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = load_corpus(config, "train")
+    assert sorted(tokenizer.decode(corpus[i]).encode() for i in range(len(corpus))) == sorted(
+        contents(load_corpus(dataclasses.replace(config, tokenizer="bytes"), "train"))
+    )
+    np.testing.assert_array_equal(corpus.tokens[corpus.offsets[1:] - 1], tokenizer.separator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonTokenizer, "encode", lambda *_: pytest.fail("tokenised again"))
+        again = load_corpus(config, "train")
+    np.testing.assert_array_equal(again.tokens, corpus.tokens)
+    assert again.lengths.tolist() == corpus.lengths.tolist()
+
+    changed = next(path for path in texts.iterdir() if not is_validation(path.name))
+    changed.write_text("the cat")
+    corpus = load_corpus(config, "train")
+    assert "the cat" in [tokenizer.decode(corpus[i]) for i in range(len(corpus))]
+
+
+def test_a_file_that_is_no_text_is_named(tokenizer_json, texts, config):
+    for path in texts.iterdir():
+        path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"data.source: .*\d.txt is not UTF-8, which data.tokenizer .* needs"):
+        load_corpus(dataclasses.replace(config, tokenizer=str(tokenizer_json)), "train")
+    assert not list((texts.parent / "data").rglob("*.*"))
+
+
+def test_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat"] * 20),
+        model_prefix=str(tmp_path / "model"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "model.model"))
+    tokens = tokenizer.encode(b"the cat sat")
+    assert tokenizer.decode(tokens) == "the cat sat"
+    assert tokenizer.separator == 2 not in tokens
+    assert tokens.max() < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("absent.json", None, "data.tokenizer must be bytes or the path of .*absent.json is no file"),
+        ("bad.json", "{}", "bad.json is not a tokenizer.json"),
+        ("bad.model", "{}", "bad.model is neither a SentencePiece model nor a .json file"),
+        (
+            "plain.json",
+            tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str(),
+            "plain.json has no token that separates documents",
+        ),
+    ],
+)
+def test_tokenizers_that_are_none(name, content, complaint, tmp_path):
+    pytest.importorskip("sentencepiece")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        load_tokenizer(str(tmp_path / name))
