@@ -1,4 +1,4 @@
-"""Positional encodings: small frozen dataclasses that act at the places of `Encoding`, and the functions they are made of."""
+"""Positional encodings: frozen dataclasses that act at the places of `Encoding`, and the functions they are made of."""
 
 import difflib
 from collections.abc import Mapping
@@ -44,6 +44,7 @@ def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding
 
 __all__ = [
     "ENCODINGS",
+    "T5",
     "ALiBi",
     "Block",
     "BlockLogit",
@@ -58,7 +59,6 @@ __all__ = [
     "RotaryScaling",
     "Sinusoidal",
     "Sizes",
-    "T5",
     "alibi_slopes",
     "apply_rope",
     "resolve",

@@ -50,7 +50,7 @@ def _alibi(slopes: Float[Array, "N"], distance: Int[Array, "*shape"]) -> Float[A
 def t5_bucket(
     relative_position: Int[Array, "*shape"], *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
 ) -> Int[Array, "*shape"]:
-    """Bucket of each relative position: exact near, logarithmic far, one for all from max_distance on (Raffel et al. 2020).
+    """Bucket of each relative position: exact near, logarithmic far, one for all the farthest (Raffel et al. 2020).
 
     Args:
         relative_position: Key position minus query position: the past is negative.
@@ -93,7 +93,8 @@ def _check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> 
 class T5(Encoding):
     """q·k/√H + table[bucket(distance), h], one table for all layers (Raffel et al. 2020, arXiv 1910.10683).
 
-    T5 itself leaves out the 1/√H, which its initialisation absorbs; here it stays. The bias does tell the directions apart.
+    T5 itself leaves out the 1/√H, which its initialisation absorbs; here it stays. Where both directions are seen the
+    bias tells them apart.
     """
 
     num_buckets: int = 32

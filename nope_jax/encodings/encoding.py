@@ -1,10 +1,11 @@
 """What an encoding is: five places of a decoder where position can enter, each of which it may leave alone.
 
-    embedding --input--> ... per layer: query, key --query/key--> q·k * temperature + logit --softmax--> weights --value--> output
+    once:      embeddings -> [input] -> x
+    per layer: q, k -> [query/key] -> [temperature] · q·k/√H + [logit] -> softmax -> weights · v + [value] -> output
 
-The logit place comes in two kinds, which are all that an attention kernel has to know. A `DistanceLogit` is a function of
-the distance between query and key alone, so that a vector of length T stands for a [T, S] matrix. A `BlockLogit` is any
-function of a block's positions, queries and keys. Both are evaluated block by block: no full bias ever exists.
+The logit place comes in two kinds, which are all that an attention kernel has to know. A `DistanceLogit` is a function
+of the distance between query and key alone, so that a vector of length T stands for a [T, S] matrix. A `BlockLogit` is
+any function of a block's positions, queries and keys. Both are evaluated block by block: no full bias ever exists.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block.
@@ -53,7 +54,7 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """A method that equals another of an equal object (Python compares the owners by identity), so that jit caches on it."""
+    """A method that equals the same method of an equal object (Python's do not), so that jit caches on it."""
 
     function: Callable
     owner: Any
@@ -108,7 +109,7 @@ class BlockLogit(_Term):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockValue(_Term):
-    """What is added to the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights."""
+    """Added to the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights."""
 
     function: Callable = dataclasses.field(metadata={"static": True})
     parameters: Any = None
@@ -124,8 +125,8 @@ Logit = DistanceLogit | BlockLogit
 class Encoding:
     """Base of all encodings: does nothing at any of the five places.
 
-    A subclass is a frozen dataclass of plain settings; what it learns it declares in `init_shared` (one set for the whole
-    model) and `init_layer` (one set per layer). Every place receives the two merged in one dict `params`.
+    A subclass is a frozen dataclass of plain settings; what it learns it declares in `init_shared` (one set for the
+    whole model) and `init_layer` (one set per layer). Every place receives the two merged in one dict `params`.
     """
 
     def max_length(self, sizes: Sizes) -> int | None:

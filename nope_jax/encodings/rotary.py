@@ -42,7 +42,11 @@ class LinearScaling(RotaryScaling):
 
 
 def rope_frequencies(
-    dim: int, *, base: float = 10_000.0, scaling: RotaryScaling | None = None, length: Int[Array, ""] | int | None = None
+    dim: int,
+    *,
+    base: float = 10_000.0,
+    scaling: RotaryScaling | None = None,
+    length: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "{dim}//2"]:
     """Angle per position of each pair of dimensions: base^(-2i/dim), float32, radians.
 

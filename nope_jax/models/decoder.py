@@ -90,7 +90,7 @@ class Decoder(nnx.Module):
             Logits [B, T, V] in float32, or a pair (logits, AttentionStats).
 
         Raises:
-            ValueError: Tokens outside the vocabulary, positions that the encoding does not have, or a shape that cannot be.
+            ValueError: Tokens outside the vocabulary, positions the encoding does not have, or a shape that cannot be.
         """
         hidden, stats = self.hidden(
             tokens, positions=positions, segment_ids=segment_ids, temperature=temperature, return_stats=return_stats
@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
         temperature: Any = None,
         return_stats: bool = False,
     ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
-        """What the head reads: the normed output of the last layer, and the statistics if asked for. Args as `__call__`."""
+        """What the head reads: the normed output of the last layer; and the statistics. Args as `__call__`."""
         self._check_tokens(tokens, positions)
         config = self.config
         distinct = dict.fromkeys(self.encodings)
@@ -152,23 +152,21 @@ class Decoder(nnx.Module):
         x = rms_norm(x, self.norm[...])
         if not return_stats:
             return x, None
-        # [periods, ...] for each slot, to one axis of layers in their order, and the layers of the last, unfinished period.
+        # From [periods, ...] per slot to one axis of layers in their order, then those of an unfinished last period.
         stats = jax.tree.map(lambda *s: jnp.stack(s, axis=1).reshape(-1, *s[0].shape[1:]), *stats)
         return x, jax.tree.map(lambda *s: jnp.concatenate([s[0], *(r[None] for r in s[1:])]), stats, *rest)
 
     def logits(self, hidden: Shaped[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head: logits in float32."""
         weights = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.einsum(
-            "btd,dv->btv", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("btd,dv->btv", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def _check_tokens(self, tokens, positions) -> None:
         """Refuse what can be seen to be wrong; values under jit cannot."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape [batch, length], not {list(tokens.shape)}")
         seen = _values(tokens)
-        if seen is not None and seen.size and not (0 <= seen.min() and seen.max() < self.config.vocab_size):
+        if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= self.config.vocab_size):
             bad = seen.min() if seen.min() < 0 else seen.max()
             raise ValueError(f"tokens must be between 0 and {self.config.vocab_size - 1} (vocab_size), not {bad}")
         if self.max_length is None:
@@ -206,5 +204,6 @@ def _check(config: ModelConfig) -> None:
         raise ValueError(
             f"num_heads must divide model_dim (or give head_dim): {config.num_heads} does not divide {config.model_dim}"
         )
-    if config.num_heads % (config.num_kv_heads or config.num_heads):
-        raise ValueError(f"num_kv_heads must divide num_heads: {config.num_kv_heads} does not divide {config.num_heads}")
+    kv_heads = config.num_kv_heads or config.num_heads
+    if config.num_heads % kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads: {kv_heads} does not divide {config.num_heads}")

@@ -17,7 +17,7 @@ from nope_jax.encodings import Encoding, Params, Sizes
 
 @jax.custom_vjp
 def project(x: Shaped[Array, "B T D"], kernel: Shaped[Array, "D F"]) -> Shaped[Array, "B T F"]:
-    """x @ kernel, whose gradient does not transpose the cotangent in memory as autodiff's does (a sixth of a CPU step)."""
+    """x @ kernel, whose gradient does not transpose the cotangent in memory, as autodiff's would on a CPU."""
     return x @ kernel
 
 
@@ -62,7 +62,8 @@ class Attention(nnx.Module):
         self.query = kernel(rngs, (d, n, h), ("embed", "heads", "head"), inputs=d)
         self.key = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
         self.value = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
-        self.out = kernel(rngs, (n, h, d), ("heads", "head", "embed"), inputs=n * h, gain=(2 * config.num_layers) ** -0.5)
+        residual = (2 * config.num_layers) ** -0.5  # as many outputs add up on the residual stream (GPT-2)
+        self.out = kernel(rngs, (n, h, d), ("heads", "head", "embed"), inputs=n * h, gain=residual)
         self.position = encoding_params(encoding.init_layer(rngs.params(), sizes))
 
     def __call__(self, x: Shaped[Array, "B T D"], shared: Params, *, return_stats: bool = False, **common: Any) -> Any:
