@@ -3,9 +3,11 @@
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 import difflib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 from nope_jax.attention.reference import reference_attention
 from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
 from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import BlockValue
+from nope_jax.encodings import BlockValue, DistanceLogit
 from nope_jax.encodings.encoding import Logit
 
 Implementation = Literal["reference", "streaming"]
@@ -117,6 +119,8 @@ def dot_product_attention(
         is_causal=is_causal,
         window=window,
     )
+    if is_causal and isinstance(logit, DistanceLogit):
+        logit = dataclasses.replace(logit, function=_Past(logit.function))
     factor = _temperature(temperature, batch, num_heads, query_length) / math.sqrt(head_dim)
     if implementation is None:
         implementation = "reference" if max(query_length, key_length) <= BLOCK_SIZE else "streaming"
@@ -133,6 +137,16 @@ def _attention(query, factor, key, value, logit, value_term, visibility, precisi
     if implementation == "reference":
         return reference_attention(*arguments)
     return streaming_attention(*arguments, with_entropy=with_entropy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Past:
+    """A function of distance that is never asked about the future, where it may have no finite value."""
+
+    function: Callable
+
+    def __call__(self, parameters, distance):
+        return self.function(parameters, jnp.maximum(distance, 0))
 
 
 def _check_arrays(query, key, value) -> None:

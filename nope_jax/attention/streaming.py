@@ -77,9 +77,8 @@ def streaming_attention(
     distance_values = None
     if isinstance(logit, DistanceLogit):
         if contiguous:
-            distance = grid.distances()
-            distance = jnp.maximum(distance, 0) if visibility.is_causal else distance
-            distance_values, logit = logit.function(logit.parameters, distance).astype(jnp.float32), None
+            distance_values = logit.function(logit.parameters, grid.distances()).astype(jnp.float32)
+            logit = None
         else:
             logit = BlockLogit(_distance_block, logit)
 

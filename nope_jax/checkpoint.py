@@ -1,0 +1,212 @@
+"""Checkpoints of a run, in `<workdir>/checkpoints/<step>`: written asynchronously, whole or not at all.
+
+The only module that knows orbax.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from nope_jax import config as configs
+from nope_jax.config import Config
+from nope_jax.models import Decoder
+from nope_jax.sharding import abstract_on_mesh
+
+# Orbax reports its every move, and errors a second time; whatever goes wrong here is raised.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+PyTree = Any
+
+
+class Checkpointer:
+    """The checkpoints of one workdir: the newest `keep` of them.
+
+    A checkpoint is a dict of named trees of arrays, each saved beside its checksum, so that one of the trees can be
+    read without the others. Used as a context manager, it finishes the save under way before it closes.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False):
+        self._directory = Path(workdir).absolute() / "checkpoints"
+        self._read_only = read_only
+        self._saving: int | None = None
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, trees: dict[str, PyTree]) -> None:
+        """Begins to save; returns once the arrays may be overwritten. Waits for the save before it.
+
+        Raises:
+            OSError: this save could not begin, or the one before it failed; the checkpoints before are as they were.
+        """
+        self.wait()
+        items = {name: {"tree": tree, "checksum": _checksum(tree)} for name, tree in trees.items()}
+        self._saving = step
+        with self._as_os_error(step):
+            args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+            OSError: it could not be written; the checkpoints before are as they were.
+        """
+        if self._saving is not None:
+            step, self._saving = self._saving, None
+            with self._as_os_error(step):
+                self._manager.wait_until_finished()
+
+    def restore(self, abstract: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]]:
+        """The newest checkpoint that can be read: its step and its trees.
+
+        One that cannot be read (truncated, corrupted) is warned about and, unless read-only, renamed to
+        `<step>.unreadable`, so that the run can save that step anew.
+
+        Args:
+            abstract: the trees to read, of `jax.ShapeDtypeStruct` with shardings, whatever they were when saved.
+
+        Raises:
+            ValueError: there is no checkpoint, or none that can be read.
+        """
+        unreadable: dict[int, str] = {}
+        with _hushed():
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                try:
+                    trees = self._read(step, abstract)
+                    break
+                except Exception as error:  # orbax has no one exception for what is broken
+                    unreadable[step] = str(error).partition("\n")[0][:100] or type(error).__name__
+            else:
+                reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items()) or "there is none"
+                raise ValueError(f"{self._directory}: no checkpoint that can be read ({reasons})")
+        for broken, reason in unreadable.items():
+            warnings.warn(
+                f"{self._directory}: cannot read the checkpoint of step {broken} ({reason}); "
+                f"going back to that of step {step}",
+                stacklevel=2,
+            )
+        if unreadable and not self._read_only:
+            self._set_aside(list(unreadable))
+        return step, trees
+
+    def _read(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
+        checksum = np.zeros((), np.uint32)  # as numpy, it belongs to no device
+        args = {name: ocp.args.StandardRestore({"tree": tree, "checksum": checksum}) for name, tree in abstract.items()}
+        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        for name in abstract:
+            if int(_checksum(items[name]["tree"])) != int(items[name]["checksum"]):
+                raise ValueError(f"the checksum of its {name} is wrong")
+        return {name: items[name]["tree"] for name in abstract}
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                (self._directory / str(step)).replace(self._directory / f"{step}.unreadable")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _as_os_error(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # A failed write reaches us as tensorstore's ValueError, which holds the code of the system's error.
+            match = re.search(r"os_error_code='(\d+)'", str(error))
+            code = error.errno if isinstance(error, OSError) else match and int(match[1])
+            if code is None:
+                raise
+            _drop_late_complaints()
+            kept = max(self._manager.all_steps(read=True), default=None)
+            still = "there is no earlier one" if kept is None else f"that of step {kept} is kept"
+            raise OSError(
+                code, f"cannot save the checkpoint of step {step} ({os.strerror(code)}); {still}", str(self._directory)
+            ) from error
+
+
+@jax.jit
+def _checksum(tree: PyTree) -> jax.Array:
+    # Sums of integers wrap and commute: the same whatever the sharding. Orbax itself does not notice a flipped bit.
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        total = 31 * total + leaf.view(f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32).sum(dtype=jnp.uint32)
+    return total
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    # When one array cannot be read, orbax abandons its reads of the others; collected, they complain.
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda *_: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.excepthook, sys.unraisablehook = hooks
+
+
+def _drop_late_complaints() -> None:
+    # The writes that a failed save leaves behind end later, each with a traceback: the event loop they knew is closed.
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if str(error) != "Event loop is closed":
+            report(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> tuple[Config, Decoder, int]:
+    """The trained decoder of a workdir, from its own config.json and its newest checkpoint that can be read.
+
+    Args:
+        workdir: what `train.py` wrote.
+        mesh: devices to spread the parameters over; None puts them all on the first device.
+
+    Returns:
+        The config of the run, the decoder, and the step that it was saved at.
+
+    Raises:
+        ValueError: there is no such run, or it has saved no checkpoint that can be read.
+    """
+    config = configs.load(workdir)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), abstract)
+    else:
+        abstract = abstract_on_mesh(abstract, mesh)
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        step, trees = checkpointer.restore({"params": abstract})
+    return config, nnx.merge(graphdef, trees["params"]), step

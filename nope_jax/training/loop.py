@@ -1,0 +1,180 @@
+"""A run, from its config to its last checkpoint, continued from wherever its workdir stands."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer
+from nope_jax.config import Config
+from nope_jax.data import load_tokenizer, train_batches, validation_batches
+from nope_jax.sharding import make_mesh, place_batch
+from nope_jax.training.metrics import Record
+from nope_jax.training.optimizer import make_optimizer
+from nope_jax.training.state import TrainState, abstract_state, init_state
+from nope_jax.training.step import Metrics, jit_train_step, total_nll
+
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "data.dir",
+    "mesh.",
+    "eval.",
+)
+"""The fields and groups that a run may be started again with differently. They leave its parameters alone (a mesh up to
+rounding), except `train.steps`: the rest of the run then follows the cosine of the new length."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop, and it is saved."""
+
+    def __init__(self, signum: int, step: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"{name}: stopped at step {step} and saved; the same command goes on from there")
+        self.signum = signum
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> None:
+    """Trains up to `config.train.steps`, from the newest checkpoint in `workdir` or else from the start.
+
+    A run that is stopped at any moment and started again arrives at the bits of one that never stopped.
+
+    Raises:
+        ValueError: something in `config` cannot be had, or is not what the run in `workdir` was started with.
+        OSError: `workdir` cannot be written; the checkpoints in it are as they were.
+        FloatingPointError: the loss or its gradient is not finite; that state is not saved.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    workdir = Path(workdir)
+    steps = config.train.steps
+    mesh = make_mesh(config.mesh)
+    _check(config, mesh)
+    optimizer = make_optimizer(config.optimizer, steps)
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        validation = [
+            place_batch(rows, mesh) for rows in validation_batches(config.data, config.train.eval_batches, **hosts)
+        ]
+        graphdef, abstract = abstract_state(config, optimizer, mesh)
+
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpointer = stack.enter_context(Checkpointer(workdir))
+        start, state = _restore(config, workdir, checkpointer, abstract)
+        if start == steps:
+            print(f"{workdir}: already finished at step {steps}; a larger train.steps would continue it")
+            return
+        if jax.process_index() == 0:
+            configs.save(config, workdir)
+        state = state or init_state(config, optimizer, abstract)
+
+        batches = train_batches(config.data, start_step=start, **hosts)
+        batch = place_batch(next(batches), mesh)
+        record = stack.enter_context(Record(config, workdir, start=start, tokens_per_step=batch.targets.size))
+        with record.paused():  # compiled ahead, so that the clock times only steps
+            jitted = jit_train_step(graphdef, optimizer, abstract, config.optimizer.accumulation)
+            take_step = jitted.lower(state, batch).compile()
+        validate = jax.jit(lambda params, rows: total_nll(graphdef, params, rows))
+
+        signals = stack.enter_context(_caught_signals())
+        unread: deque[tuple[int, Metrics]] = deque()
+        for step in range(start + 1, steps + 1):
+            state, metrics = take_step(state, batch)
+            unread.append((step, metrics))
+            if step < steps:
+                batch = place_batch(next(batches), mesh)
+
+            stops = bool(signals) and step < steps
+            evaluates = step % config.train.eval_every == 0 or step == steps
+            saves = step % config.train.checkpoint_every == 0 or step == steps or stops
+            # One step stays unread, so that the device works while we read; none before a save: what is saved is sound.
+            while len(unread) > (0 if evaluates or saves else 1):
+                record.step(*_finite(*unread.popleft(), checkpointer))
+            with record.paused() if evaluates or saves else contextlib.nullcontext():
+                if evaluates:
+                    nll = sum(float(total) for total in [validate(state.params, rows) for rows in validation])
+                    record.validation(step, nll / sum(rows.targets.size for rows in validation))
+                if saves:  # after this step's lines are written: a run resumed from here does not write them
+                    checkpointer.save(step, state._asdict())
+                if stops:
+                    checkpointer.wait()
+                    raise Interrupted(signals[0], step)
+
+
+def _check(config: Config, mesh: Mesh) -> None:
+    accumulation, rows = config.optimizer.accumulation, config.data.batch_size
+    if rows % (mesh.shape["data"] * mesh.shape["fsdp"] * accumulation):
+        raise ValueError(
+            f"data.batch_size {rows} must be a multiple of mesh.data {mesh.shape['data']} x mesh.fsdp "
+            f"{mesh.shape['fsdp']} x optimizer.accumulation {accumulation}"
+        )
+    tokens = load_tokenizer(config.data.tokenizer).vocab_size
+    if tokens > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokens} tokens of data.tokenizer "
+            f"{config.data.tokenizer!r}"
+        )
+
+
+def _restore(
+    config: Config, workdir: Path, checkpointer: Checkpointer, abstract: TrainState
+) -> tuple[int, TrainState | None]:
+    """The steps that the run in `workdir` has taken and its state; 0 and None if it has saved none."""
+    if checkpointer.latest_step is None:
+        return 0, None
+    _refuse_disagreement(configs.load(workdir), config, workdir)
+    step, trees = checkpointer.restore(abstract._asdict())
+    if step > config.train.steps:
+        raise ValueError(f"train.steps is {config.train.steps}, but {workdir} has already reached step {step}")
+    return step, TrainState(**trees)
+
+
+def _refuse_disagreement(old: Config, new: Config, workdir: Path) -> None:
+    differences = []
+    for group in dataclasses.fields(Config):
+        before, now = getattr(old, group.name), getattr(new, group.name)
+        for field in dataclasses.fields(now):
+            name, was, is_now = f"{group.name}.{field.name}", getattr(before, field.name), getattr(now, field.name)
+            if was != is_now and not name.startswith(MAY_CHANGE):
+                differences.append(f"{name} was {was!r}, not {is_now!r}")
+    if differences:
+        raise ValueError(f"{workdir} holds a run of another config: {'; '.join(differences)}; choose another workdir")
+
+
+def _finite(step: int, metrics: Metrics, checkpointer: Checkpointer) -> tuple[int, dict[str, float]]:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            checkpointer.wait()
+            kept = checkpointer.latest_step
+            last = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
+            raise FloatingPointError(f"{name} is {value} at step {step}; {last}")
+    return step, values
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """The stop signals received so far. A second one of the same kind ends the process at once."""
+    received: list[int] = []
+
+    def receive(signum: int, _: object) -> None:
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    previous = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

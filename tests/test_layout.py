@@ -1,0 +1,95 @@
+"""The shape of the house: imports run one way, and the documents' code runs."""
+
+import ast
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each part may import of the project.
+MAY_IMPORT = {
+    "encodings": set(),
+    "attention": {"encodings"},
+    "config": {"encodings"},
+    "sharding": {"config"},
+    "data": {"config"},
+    "models": {"encodings", "attention", "config"},
+    "checkpoint": {"config", "models", "sharding"},
+    "training": {"config", "data", "models", "checkpoint", "sharding"},
+    "evaluation": {"attention", "encodings", "config", "data", "models", "checkpoint", "sharding"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} if node.module != "nope_jax" else {f"nope_jax.{a.name}" for a in node.names}
+    return names
+
+
+def files_of(part: str) -> list[Path]:
+    path = ROOT / "nope_jax" / part
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def test_every_part_is_listed():
+    parts = {path.stem for path in (ROOT / "nope_jax").iterdir() if not path.name.startswith("_")}
+    assert parts == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_run_one_way(part):
+    for path in files_of(part):
+        parts = {name.split(".")[1] for name in imported(path) if name.startswith("nope_jax.")} - {part}
+        assert parts <= MAY_IMPORT[part], f"{path.relative_to(ROOT)} imports {parts - MAY_IMPORT[part]}"
+
+
+@pytest.mark.parametrize("part", ["encodings", "attention"])
+def test_the_mathematics_knows_neither_flax_nor_meshes(part):
+    for path in files_of(part):
+        assert not [n for n in imported(path) if n.split(".")[0] in ("flax", "optax", "orbax") or "sharding" in n], path
+
+
+def test_orbax_is_known_in_one_place():
+    users = [p.name for p in (ROOT / "nope_jax").rglob("*.py") if any(n.startswith("orbax") for n in imported(p))]
+    assert users == ["checkpoint.py"]
+
+
+def test_evaluation_knows_nothing_of_training():
+    names = {name for path in [ROOT / "eval.py", *files_of("evaluation")] for name in imported(path)}
+    assert not [name for name in names if name == "train" or name.startswith("nope_jax.training")]
+
+
+def test_tensorflow_is_nowhere():
+    code = "import nope_jax.training, nope_jax.evaluation, sys; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_code_of_the_readme_runs(tmp_path, monkeypatch):
+    text = tmp_path / "books"
+    text.mkdir()
+    for name in "abc":
+        (text / f"{name}.txt").write_text(f"{name} is a letter, and here it stands again and again. " * 20)
+    command = "train.py --config configs/tiny.py --train.steps 2 --model.num_layers 1 --train.eval_batches 1"
+    options = ["--data.source", f"text:{text}/*.txt", "--workdir", str(tmp_path / "runs/nope")]
+    subprocess.run(
+        [sys.executable, *command.split(), *options], cwd=ROOT, check=True
+    )
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert results.attempted > 10
+    assert results.failed == 0
+
+
+def test_code_of_the_encodings_page_runs():
+    results = doctest.testfile(str(ROOT / "docs/encodings.md"), module_relative=False)
+    assert results.attempted > 8
+    assert results.failed == 0

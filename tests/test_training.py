@@ -1,0 +1,280 @@
+"""Training: the step, the record of a run, and that a run comes to the same bits however often it is stopped."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder
+from nope_jax import config as configs
+from nope_jax.checkpoint import load_model
+from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from nope_jax.data import Batch
+from nope_jax.sharding import make_mesh
+from nope_jax.training import Interrupted, loop, train
+from nope_jax.training.metrics import MetricsLog
+from nope_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer
+from nope_jax.training.state import abstract_state, init_state
+from nope_jax.training.step import train_step
+
+ROOT = Path(__file__).parents[1]
+RUN = "import sys; from nope_jax import config, training; training.train(config.load(sys.argv[1]), sys.argv[1])"
+"""A run as a process of its own, from the config.json in its workdir."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Most runs here compile the same step: the first leaves it for the others, in this process and below it."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def smoke_config(corpus: Path) -> Config:
+    return Config(
+        model=ModelConfig(num_layers=2, num_heads=2, model_dim=16, mlp_dim=32),
+        data=DataConfig(source=f"text:{corpus}/*.txt", context_length=16, batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+        train=TrainConfig(steps=12, log_every=1, checkpoint_every=4, eval_every=6, eval_batches=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A smoke run over text that is the same everywhere."""
+    corpus = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for document in range(20):
+        words = ["".join(draw.choices("aeiou", k=3)) for _ in range(100)]
+        (corpus / f"{document:02}.txt").write_text(" ".join(words))
+    return smoke_config(corpus)
+
+
+@pytest.fixture(scope="module")
+def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of that run, never stopped."""
+    workdir = tmp_path_factory.mktemp("finished")
+    train(config, workdir)
+    return workdir
+
+
+def lines(workdir: Path) -> list[dict]:
+    """What the run logged, without the one number that depends on the machine."""
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in logged]
+
+
+def losses(workdir: Path) -> list[float]:
+    return [line["loss"] for line in lines(workdir) if "loss" in line]
+
+
+def checkpoints(workdir: Path) -> set[str]:
+    return {entry.name for entry in (workdir / "checkpoints").iterdir()}
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    assert lines(workdir) == lines(expected)
+    (_, model, step), (_, expected_model, expected_step) = load_model(workdir), load_model(expected)
+    assert step == expected_step
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected_model))
+
+
+def test_the_losses_are_the_golden_ones(finished):
+    # Update these when the model, the data order or the optimizer are meant to change, and say so in the commit.
+    golden = [5.481889, 5.4959, 5.289359, 4.949257, 4.569606, 4.236071]
+    golden += [3.928385, 3.604552, 3.598229, 3.430381, 3.293314, 3.356147]
+    np.testing.assert_allclose(losses(finished), golden, rtol=1e-4)
+
+
+def test_every_step_is_logged_once_and_the_newest_checkpoints_kept(config, finished):
+    logged = lines(finished)
+    assert [line["step"] for line in logged if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in logged if "validation_loss" in line] == [6, 12]
+    assert checkpoints(finished) == {"8", "12"}
+    assert configs.load(finished) == config
+    assert load_model(finished)[0] == config
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
+    """Sends signals to this process while step `step` runs."""
+    batches = loop.train_batches
+
+    def signalling(data: DataConfig, *, start_step: int, **hosts: int):
+        for index, batch in enumerate(batches(data, start_step=start_step, **hosts), start_step):
+            if index == step:  # the batch of the next step, fetched while this one runs
+                for signum in signals:
+                    os.kill(os.getpid(), signum)
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", signalling)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, signum):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 5 and saved") as stop:
+        stop_at(5, patch, signum)
+        train(config, tmp_path)
+    assert stop.value.signum == signum
+    assert checkpoints(tmp_path) == {"4", "5"}
+    train(config, tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
+    # Many checkpoints, so that the kill may hit one half written.
+    often = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=1, eval_every=3))
+    configs.save(often, tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT)
+    log = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1))
+    process.kill()
+    process.wait()
+    train(dataclasses.replace(often, train=config.train), tmp_path)
+    assert losses(tmp_path) == losses(finished)
+    model, expected = load_model(tmp_path)[1], load_model(finished)[1]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected))
+
+
+def test_a_finished_run_says_so_and_a_shorter_one_is_refused(config, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    train(config, finished)
+    assert "already finished at step 12" in capsys.readouterr().out
+    shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=10))
+    with pytest.raises(ValueError, match="train.steps is 10, but .* step 12"):
+        train(shorter, finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_config_that_disagrees_is_refused_with_both_values(config, finished):
+    other = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, encoding="alibi"),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5),
+    )
+    with pytest.raises(ValueError, match="encoding was 'nope', not 'alibi'; .*rate was 0.01, not 0.5"):
+        train(other, finished)
+    assert configs.load(finished) == config
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_path, monkeypatch):
+    def exploding(*args):
+        grow = optax.scale_by_schedule(lambda count: jnp.where(count < 5, 1.0, jnp.inf))
+        return optax.chain(make_optimizer(*args), grow)
+
+    monkeypatch.setattr(loop, "make_optimizer", exploding)
+    with pytest.raises(FloatingPointError, match="at step 6; the checkpoint of step 4 is kept"):
+        train(config, tmp_path)
+    assert checkpoints(tmp_path) == {"4"}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(load_model(tmp_path)[1])))
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("mesh", "fsdp", 2, "fsdp 2 .* does not fit 1 device"),
+        ("data", "context_length", 10**6, "data.context_length 1000000 needs"),
+        ("model", "vocab_size", 100, "model.vocab_size 100 is smaller than the 256 tokens"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_anything_is_written(config, tmp_path, group, field, value, message):
+    changed = dataclasses.replace(getattr(config, group), **{field: value})
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(config, **{group: changed}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_microbatches_make_the_update_of_the_whole_batch(config):
+    optimizer = optax.sgd(1.0)
+    graphdef, abstract = abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+    state = init_state(config, optimizer, abstract)
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 17), np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    results = []
+    for accumulation in 1, 4:
+        step = jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer, accumulation=accumulation))
+        results.append(step(state, batch))
+    (whole, metrics), (accumulated, accumulated_metrics) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.params, accumulated.params)
+    np.testing.assert_allclose(accumulated_metrics["loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(accumulated_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["nope", "learned", "t5"])
+def test_matrices_decay_and_norms_and_encodings_do_not(encoding):
+    config = ModelConfig(
+        num_layers=2, num_heads=2, model_dim=16, encoding=encoding, tie_embeddings=False, train_length=32
+    )
+    params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    decayed = {path[-1] for path, decay in nnx.to_flat_state(decays(params)) if decay.get_value()}
+    assert decayed == {"embedding", "query", "key", "value", "out", "gate", "up", "down", "head"}
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    rate = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10), steps=110)
+    assert [float(rate(count)) for count in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert float(rate(60)) == pytest.approx((2.0 + 0.2) / 2)  # half way down
+    assert [float(rate(count)) for count in (110, 1000)] == pytest.approx([0.2, 0.2])
+
+
+def test_a_resumed_log_drops_later_and_half_written_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = MetricsLog(path, start=2)
+    log.write(3, {"loss": 0.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+def test_eight_devices_train_as_one(config, finished, tmp_path):
+    spread = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    configs.save(spread, tmp_path)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, env=environment, check=True)
+    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
+    # What eight devices saved goes on one.
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=13))
+    train(longer, tmp_path)
+    assert checkpoints(tmp_path) == {"12", "13"}
+
+
+def test_the_command_saves_on_sigterm_and_ends_with_its_status(config, tmp_path):
+    (tmp_path / "smoke.py").write_text(f"from nope_jax.config import *\n\n\ndef get_config():\n    return {config!r}\n")
+    workdir = tmp_path / "run"
+    command = [sys.executable, "train.py", "--config", str(tmp_path / "smoke.py"), "--workdir", str(workdir)]
+    process = subprocess.Popen([*command, "--train.steps", "1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = workdir / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    process.terminate()
+    assert "SIGTERM: stopped at step" in process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert load_model(workdir)[2] == lines(workdir)[-1]["step"]
