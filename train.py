@@ -9,37 +9,18 @@ and saved.
 
 import importlib.metadata
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Sequence
 
-from nope_jax.config import Config, parse_train
-
-
-def main(arguments: Sequence[str]) -> int:
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        config, workdir = parse_train(arguments)
-        tune_xla(config)
-        from nope_jax.training import train  # seconds of imports, which bad arguments need not wait for
-
-        train(config, workdir)
-    except KeyboardInterrupt as stop:
-        print(stop, file=sys.stderr)
-        return 128 + getattr(stop, "signum", signal.SIGINT)
-    except FloatingPointError as error:
-        return fail(str(error), status=1)
-    except OSError as error:
-        return fail(f"{error.filename or 'workdir'}: {error.strerror or error}", status=2)
-    except ValueError as error:
-        return fail(str(error), status=2)
-    return 0
+from nope_jax.cli import parse_train, run
+from nope_jax.config import Config
 
 
-def fail(message: str, *, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return status
+def main() -> None:
+    config, workdir = parse_train(sys.argv[1:])
+    tune_xla(config)
+    from nope_jax.training import train  # seconds of imports, which bad arguments need not wait for
+
+    train(config, workdir)
 
 
 def tune_xla(config: Config) -> None:
@@ -51,4 +32,4 @@ def tune_xla(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

@@ -1,27 +1,21 @@
 """What a run is: frozen dataclasses, each field written once, saved as JSON beside the run.
 
-A config file is plain Python with a `get_config()` that returns a `Config`. `parse_train` and `parse_eval` add the
-command line, where any field is overridden by its dotted name (`--model.encoding alibi`).
+A config file is plain Python with a `get_config()` that returns a `Config`. The command line (`nope_jax.cli`) overrides
+any field by its dotted name (`--model.encoding alibi`).
 """
 
-import contextlib
 import dataclasses
 import difflib
 import importlib
-import io
-import itertools
 import json
 import operator
 import os
-import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-import tyro
+from typing import Any, Literal
 
 from nope_jax import encodings
 from nope_jax.encodings import Encoding, resolve
@@ -45,7 +39,7 @@ class ModelConfig:
     """None: 4 model_dim when plain, 8/3 model_dim rounded up to a multiple of 64 when gated (as many parameters)."""
     mlp: Literal["gated", "plain"] = "gated"
     """gated: SwiGLU (Shazeer 2020); plain: GELU."""
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     encoding: EncodingSpec = "nope"
     """A name in ENCODINGS, an Encoding, or a tuple of them that repeats over the layers."""
     train_length: int | None = None
@@ -139,9 +133,9 @@ class Config:
             object.__setattr__(self, "model", model)
 
 
-_GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
-_HINTS = {
-    f"{group}.{field}": hint for group, cls in _GROUPS.items() for field, hint in typing.get_type_hints(cls).items()
+GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
+HINTS = {
+    f"{group}.{field}": hint for group, cls in GROUPS.items() for field, hint in typing.get_type_hints(cls).items()
 }
 """The type of every field, by its dotted name."""
 
@@ -154,8 +148,8 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        if name not in _HINTS:
-            raise _unknown(name, _HINTS)
+        if name not in HINTS:
+            raise unknown(name, HINTS)
         group, field = name.split(".")
         groups.setdefault(group, {})[field] = value
     return dataclasses.replace(
@@ -176,10 +170,10 @@ _AT_LEAST = {
 
 def _check(config: Config) -> None:
     """Refuses what can be seen to be wrong without building anything."""
-    values = {name: operator.attrgetter(name)(config) for name in _HINTS}
+    values = {name: operator.attrgetter(name)(config) for name in HINTS}
     for name, value in values.items():
-        if not _matches(value, _HINTS[name]):
-            raise ValueError(f"{name} must be {_wanted(_HINTS[name])}, not {value!r}")
+        if not _matches(value, HINTS[name]):
+            raise ValueError(f"{name} must be {wanted(HINTS[name])}, not {value!r}")
     for least, names in _AT_LEAST.items():
         for name in names.split():
             if values[name] is not None and not values[name] >= least:
@@ -228,11 +222,11 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _takes_several(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
+def takes_several(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple or any(map(takes_several, typing.get_args(hint)))
 
 
-def _wanted(hint: Any) -> str:
+def wanted(hint: Any) -> str:
     """A type in words."""
     if hint == EncodingSpec:
         return "a name, an Encoding, or a tuple of them"
@@ -240,14 +234,14 @@ def _wanted(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"{_wanted(arguments[0])} or several"
+        return f"{wanted(arguments[0])} or several"
     if arguments:
-        return " or ".join(map(_wanted, arguments))
+        return " or ".join(map(wanted, arguments))
     words = {int: "an integer", float: "a number", str: "a string", bool: "True or False", Path: "a path"}
     return words.get(hint, "None")
 
 
-def _unknown(name: str, known: Iterable[str]) -> ValueError:
+def unknown(name: str, known: Iterable[str]) -> ValueError:
     """The error of a field that does not exist, which names the one most like it."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
     return ValueError(f"unknown field {name}: did you mean {near[0]}?")
@@ -265,8 +259,8 @@ def save(config: Config, workdir: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: a field of an Encoding is not made of numbers, strings, tuples and dataclasses.
     """
-    groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
-    for name in _HINTS:
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name in HINTS:
         group, field = name.split(".")
         groups[group][field] = _to_json(operator.attrgetter(name)(config), name)
     path = Path(workdir, "config.json")
@@ -342,7 +336,7 @@ def _find_class(name: str) -> type:
     return cls
 
 
-# Config files and the command line
+# Config files
 
 
 def load_file(path: str | os.PathLike[str]) -> Config:
@@ -369,129 +363,3 @@ def _execute(path: Path) -> types.ModuleType:
     module.__file__ = str(path)
     exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     return module
-
-
-class TrainArguments(NamedTuple):
-    config: Config
-    workdir: Path
-
-
-class EvalArguments(NamedTuple):
-    workdirs: tuple[Path, ...]
-    lengths: tuple[int, ...]
-    out: Path
-    overrides: dict[str, Any]
-    """The data.* and eval.* fields that were given, by dotted name: `override` puts them on the config of each run."""
-
-
-def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """The command line of train.py: `--config`, `--workdir`, and any field over those of the config file.
-
-    A model.train_length that equals data.context_length follows it when that is overridden.
-
-    Raises:
-        ValueError: in one line, what is wrong and what would be right.
-    """
-    options = {
-        "config": (Path, "A Python file whose get_config() returns the Config of the run."),
-        "workdir": (Path, "Where the run is written; started again on the same one, it continues."),
-    }
-    file = _given(arguments).get("config")
-    config = load_file(file[0]) if file else Config()
-    groups = {group: getattr(config, group) for group in _GROUPS}
-    values, overrides = _parse(arguments, options, groups, "Trains a decoder.")
-    if "data.context_length" in overrides and config.model.train_length == config.data.context_length:
-        overrides = {"model.train_length": None} | overrides
-    return TrainArguments(override(config, overrides), values.workdir)
-
-
-def parse_eval(arguments: Sequence[str]) -> EvalArguments:
-    """The command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
-
-    Raises:
-        ValueError: in one line, what is wrong and what would be right.
-    """
-    options = {
-        "workdirs": (tuple[Path, ...], "The runs to evaluate, each loaded from its own config.json."),
-        "lengths": (tuple[int, ...], "The lengths to evaluate at, in tokens."),
-        "out": (Path, "Where the report is written."),
-    }
-    groups = {"data": DataConfig(), "eval": EvalConfig()}
-    values, overrides = _parse(
-        arguments, options, groups, "Evaluates runs. A field of data or eval that is not given is that of the run."
-    )
-    override(Config(), overrides)
-    if min(values.lengths) < 1:
-        raise ValueError(f"--lengths must be at least 1, not {min(values.lengths)}")
-    return EvalArguments(values.workdirs, values.lengths, values.out, overrides)
-
-
-def _parse(
-    arguments: Sequence[str], options: Mapping[str, tuple[Any, str]], groups: Mapping[str, Any], description: str
-) -> tuple[Any, dict[str, Any]]:
-    """Parses required options (name: type and help) and overrides of groups; returns the options and the overrides."""
-    given = _given(arguments)
-    hints = {name: hint for name, (hint, _) in options.items()}
-    hints |= {name: hint for name, hint in _HINTS.items() if name.split(".")[0] in groups}
-    if "help" not in given and "-h" not in arguments:
-        for name, words in given.items():
-            if name not in hints:
-                raise _unknown(f"--{name}", [f"--{known}" for known in hints])
-            if not words or (len(words) > 1 and not _takes_several(hints[name])):
-                raise ValueError(f"--{name} must be {_wanted(hints[name])}, not {' '.join(words)!r}")
-        for name in options:
-            if name not in given:
-                raise ValueError(f"--{name} is missing: it must be {_wanted(hints[name])}")
-    fields: list[Any] = [(name, Annotated[hint, tyro.conf.arg(help=text)]) for name, (hint, text) in options.items()]
-    fields += [(group, type(default), default) for group, default in groups.items()]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: Any = tyro.cli(
-                dataclasses.make_dataclass("Arguments", fields),
-                description=description,
-                args=arguments,
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-                registry=_REGISTRY,
-            )
-    except SystemExit as exit:
-        if not exit.code:
-            raise
-        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
-        for name, words in given.items():
-            if re.search(rf"--{re.escape(name)}\b", message):
-                message = f"--{name} must be {_wanted(hints[name])}, not {' '.join(words)!r}"
-        raise ValueError(message) from None
-    return parsed, {name: operator.attrgetter(name)(parsed) for name in given if name in _HINTS}
-
-
-def _given(arguments: Iterable[str]) -> dict[str, list[str]]:
-    """The options that a command line gives, each with the words that follow it."""
-    given: dict[str, list[str]] = {}
-    words: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            words = given[name.replace("-", "_")] = [value] if equals else []
-        else:
-            words.append(argument)
-    return given
-
-
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _encoding_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """One word is a name, several are a tuple of names; an Encoding itself can only come from a config file."""
-    if info.type != EncodingSpec:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME [NAME ...]",
-        instance_from_str=lambda words: words[0] if len(words) == 1 else tuple(words),
-        is_instance=lambda value: True,
-        str_from_instance=lambda spec: [str(part) for part in spec] if isinstance(spec, tuple) else [str(spec)],
-    )

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from nope_jax import config as configs
+from nope_jax.cli import parse_eval, parse_train
 from nope_jax.config import (
     Config,
     DataConfig,
@@ -17,8 +18,6 @@ from nope_jax.config import (
     OptimizerConfig,
     TrainConfig,
     override,
-    parse_eval,
-    parse_train,
 )
 from nope_jax.encodings import ALiBi, Encoding, LinearScaling, RoPE
 
@@ -53,7 +52,7 @@ def config_file(tmp_path):
 
 def every_field_changed() -> Config:
     return Config(
-        ModelConfig(300, 6, 6, 2, 24, 96, 100, "plain", False, "rope", 77, "reference", "bfloat16", True),
+        ModelConfig(300, 6, 6, 2, 24, 96, 100, "plain", True, "rope", 77, "reference", "bfloat16", True),
         DataConfig("text:a", "dir", "tokenizer.json", 64, 12, True, 1),
         OptimizerConfig(0.1 + 0.2, 1, 0.5, 0.6, 0.0, 0.3, 4),
         TrainConfig(1, 2, 3, 4, 5, 6),
@@ -85,7 +84,7 @@ def test_json_round_trip_is_exact(config, tmp_path):
 
 def test_every_field_changed_is_what_it_says():
     before, after = Config(), every_field_changed()
-    for name in configs._HINTS:
+    for name in configs.HINTS:
         assert operator.attrgetter(name)(before) != operator.attrgetter(name)(after), name
 
 
@@ -266,7 +265,7 @@ def test_help_lists_every_field(config_file, capsys):
         parse_train(["--config", str(config_file), "--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    for name in ["config", "workdir", *configs._HINTS]:
+    for name in ["config", "workdir", *configs.HINTS]:
         assert f"--{name} " in text
 
 

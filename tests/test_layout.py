@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "encodings": set(),
     "attention": {"encodings"},
     "config": {"encodings"},
+    "cli": {"config"},
     "sharding": {"config"},
     "data": {"config"},
     "models": {"encodings", "attention", "config"},
