@@ -11,7 +11,7 @@ from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 def get_config() -> Config:
     return Config(
         model=ModelConfig(vocab_size=256, num_layers=4, num_heads=4, model_dim=128, encoding="nope"),
-        data=DataConfig(source="python_stdlib", tokenizer="bytes", context_length=128, batch_size=32),
+        data=DataConfig(source="python_stdlib", tokenizer="bytes", context_length=128, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        train=TrainConfig(steps=500, log_every=10, checkpoint_every=250, eval_every=250, eval_batches=16),
+        train=TrainConfig(steps=500, log_every=10, checkpoint_every=250, eval_every=250, eval_batches=32),
     )

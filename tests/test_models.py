@@ -12,7 +12,16 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, RoPE, Sizes
 
-TINY = ModelConfig(vocab_size=32, num_layers=2, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48, tie_embeddings=True, train_length=24)
+TINY = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    model_dim=32,
+    mlp_dim=48,
+    tie_embeddings=True,
+    train_length=24,
+)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 32)
 
 

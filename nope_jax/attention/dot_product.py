@@ -75,9 +75,9 @@ def dot_product_attention(
             `BlockLogit`).
         value_term: What is added to the output (`nope_jax.encodings.BlockValue`).
         query_positions: Positions of the queries. Default: aligned at the end of the keys, S-T..S-1, so that a single
-            query against a long cache is its last token.
+            query against a long cache is its last token. In a cache that is not full yet, give them.
         key_positions: Positions of the keys. Default: 0..S-1.
-        mask: True where a query may attend.
+        mask: True where a query may attend. Numbers count as truth values: an additive mask is another thing.
         is_causal: A query sees no key at a later position than its own.
         window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
         segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
@@ -101,18 +101,18 @@ def dot_product_attention(
     """
     if implementation not in (None, "reference", "streaming"):
         raise ValueError(f'implementation must be "reference", "streaming" or None, not {implementation!r}')
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     if dropout_rate and not deterministic:
         raise ValueError("dropout_rate must be 0, or deterministic True: attention dropout is not supported")
     query, key, value = _apply_flax_keywords(flax_keywords, query, key, value)
     batch, query_length, num_heads, head_dim = query.shape
     key_length = key.shape[1]
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query itself), not {window}")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(f"window must be an integer of at least 1 (the query itself), not {window}")
     query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
     visibility = Visibility(
-        query_positions=_per_token("query_positions", query_positions, batch, query_length),
-        key_positions=_per_token("key_positions", key_positions, batch, key_length),
+        query_positions=per_token("query_positions", query_positions, batch, query_length),
+        key_positions=per_token("key_positions", key_positions, batch, key_length),
         query_segments=query_segments,
         key_segments=key_segments,
         mask=_mask(mask, (batch, num_heads, query_length, key_length)),
@@ -149,7 +149,8 @@ class _Past:
         return self.function(parameters, jnp.maximum(distance, 0))
 
 
-def _check_arrays(query, key, value) -> None:
+def check_arrays(query, key, value) -> None:
+    """Refuse queries, keys and values whose shapes do not go together."""
     for name, array in {"query": query, "key": key, "value": value}.items():
         if array.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, length, heads, head dim], not shape {array.shape}")
@@ -176,7 +177,7 @@ def _apply_flax_keywords(keywords: dict[str, Any], *arrays):
     return arrays if dtype is None else [x.astype(dtype) for x in arrays]
 
 
-def _per_token(name: str, x, batch: int, length: int) -> Array | None:
+def per_token(name: str, x, batch: int, length: int) -> Array | None:
     """Integers [T] or [B, T] as [1, T] or [B, T]."""
     if x is None:
         return None
@@ -198,8 +199,8 @@ def _segments(segment_ids, batch: int, query_length: int, key_length: int):
         segment_ids = segment_ids, segment_ids
     query_segments, key_segments = segment_ids
     return (
-        _per_token("segment_ids", query_segments, batch, query_length),
-        _per_token("segment_ids", key_segments, batch, key_length),
+        per_token("segment_ids", query_segments, batch, query_length),
+        per_token("segment_ids", key_segments, batch, key_length),
     )
 
 

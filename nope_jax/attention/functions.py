@@ -6,13 +6,14 @@ can be given as `attention_fn` to Flax's attention modules.
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+import functools
 import inspect
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from nope_jax.attention.dot_product import dot_product_attention
+from nope_jax.attention.dot_product import check_arrays, dot_product_attention, per_token
 from nope_jax.encodings import T5, ALiBi, Encoding, NoPE, Params, RoPE, RotaryScaling
 
 
@@ -41,7 +42,14 @@ def encoded_attention(
         temperature: Times the encoding's own temperature.
         **common: As `dot_product_attention`.
     """
-    query_positions, key_positions = _positions(query, key, common)
+    check_arrays(query, key, value)
+    lengths = query.shape[1], key.shape[1]
+    query_positions = per_token("query_positions", common.get("query_positions"), query.shape[0], lengths[0])
+    key_positions = per_token("key_positions", common.get("key_positions"), query.shape[0], lengths[1])
+    if query_positions is None:
+        query_positions = jnp.arange(lengths[1] - lengths[0], lengths[1])[None]
+    if key_positions is None:
+        key_positions = jnp.arange(lengths[1])[None]
     factor = encoding.temperature(params, query_positions, key_positions)
     if factor is not None:
         temperature = _product(factor, temperature)
@@ -57,17 +65,6 @@ def encoded_attention(
     )
 
 
-def _positions(query, key, common):
-    """Positions [1 or B, T] and [1 or B, S], explicit or the default."""
-    query_positions, key_positions = common.get("query_positions"), common.get("key_positions")
-    length = key.shape[1]
-    if query_positions is None:
-        query_positions = jnp.arange(length - query.shape[1], length)
-    if key_positions is None:
-        key_positions = jnp.arange(length)
-    return jnp.atleast_2d(jnp.asarray(query_positions)), jnp.atleast_2d(jnp.asarray(key_positions))
-
-
 def _product(factor, temperature):
     """Product of two temperatures, each a number, [N] or [B or 1, N or 1, T]."""
     if temperature is None:
@@ -78,13 +75,19 @@ def _product(factor, temperature):
 
 
 def _attention_function(function):
-    """Spell out **common in the signature, which is what Flax's modules and readers look at."""
+    """Check the arrays first, and spell out **common in the signature, which Flax's modules and readers look at."""
+
+    @functools.wraps(function)
+    def checked(query, key, value, **keywords):
+        check_arrays(query, key, value)
+        return function(query, key, value, **keywords)
+
     own = inspect.signature(function)
     common = inspect.signature(dot_product_attention).parameters.values()
     shared = [p for p in common if p.name not in ("query", "key", "value", "logit", "value_term")]
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    function.__signature__ = own.replace(parameters=[*parameters, *shared])
-    return function
+    checked.__signature__ = own.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
+    return checked
 
 
 @_attention_function

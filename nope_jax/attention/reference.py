@@ -45,17 +45,21 @@ def reference_attention(
     logits *= factor[..., None]
     if logit is not None:
         logits += logit.block(block)
-    logits = jnp.where(visible, logits, MASKED)
-    some = visible.any(-1, keepdims=True)
-    weights = jnp.where(some, jax.nn.softmax(logits), 0.0)
+    # The barrier keeps XLA from computing the logits twice, rounded in two ways: none would then be the largest.
+    logits = jax.lax.optimization_barrier(jnp.where(visible, logits, MASKED))
+    largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    relative = logits - largest
+    normaliser = jnp.exp(relative).sum(-1, keepdims=True)
+    some = jnp.broadcast_to(visible.any(-1, keepdims=True), normaliser.shape)
+    weights = jnp.where(some, jnp.exp(relative) / normaliser, 0.0)
 
     out = jnp.einsum(
         "bnts,bsnh->btnh", weights.astype(value.dtype), value, precision=precision, preferred_element_type=jnp.float32
     )
     if value_term is not None:
         out += jnp.swapaxes(value_term.block(weights, block), 1, 2)
-    some = some[..., 0]
-    logsumexp = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
-    mean_logit = jnp.sum(weights * jnp.where(visible, logits, 0.0), axis=-1)
-    entropy = jnp.where(some, jnp.where(some, logsumexp, 0.0) - mean_logit, 0.0)
-    return out.astype(value.dtype), entropy, logsumexp
+    logsumexp = jnp.where(some, largest + jnp.log(normaliser), -jnp.inf)
+    # Both terms are relative to the largest logit: the difference of two large numbers would lose the entropy.
+    spread = jnp.log(normaliser) - jnp.sum(weights * jnp.where(visible, relative, 0.0), axis=-1, keepdims=True)
+    entropy = jnp.where(some, spread, 0.0)
+    return out.astype(value.dtype), entropy[..., 0], logsumexp[..., 0]

@@ -1,0 +1,181 @@
+"""Trained runs compared past their training length: what eval.py does."""
+
+import dataclasses
+import functools
+import operator
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.config import Config, MeshConfig
+from nope_jax.data import load_corpus, load_tokenizer
+from nope_jax.evaluation import figures, table
+from nope_jax.evaluation.curves import measure
+from nope_jax.evaluation.files import write_curves, write_heads
+from nope_jax.evaluation.protocol import choose_documents, plan_windows
+from nope_jax.evaluation.report import write_report
+from nope_jax.evaluation.run import Run, encoding_name, run_names
+from nope_jax.models import Decoder
+from nope_jax.sharding import make_mesh, place_batch
+
+SHARED = ("data.source", "eval.documents", "eval.stride", "eval.seed")
+"""Fields that must agree between runs: only like is compared with like."""
+
+Documents = dict[int, list[np.ndarray]]
+"""For each length, the tokens of the documents that are read at it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run to measure, and what it reads."""
+
+    workdir: Path
+    config: Config
+    run: Run
+    documents: Documents
+
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, those that do not count included."""
+        return sum(
+            length * len(plan_windows([len(d) for d in self.documents[length]], length, self.config.eval.stride))
+            for length in self.run.possible
+        )
+
+
+def compare(
+    workdirs: Sequence[Path], lengths: Sequence[int], out: Path, overrides: Mapping[str, Any], *, command: str
+) -> None:
+    """Measures every run at every length; writes curves, heads, figures and report to `out`, and prints a table.
+
+    What has been measured is written even if the rest fails or is interrupted.
+
+    Args:
+        workdirs: what `train.py` wrote.
+        lengths: in tokens; a run is measured at those that its encoding can take, at least one.
+        out: a directory, created if need be.
+        overrides: data.* and eval.* fields by dotted name, over those of each run's own config.
+        command: what the user typed, for the report.
+
+    Raises:
+        ValueError: a run, a length, a corpus or a tokenizer that cannot be had, or runs that cannot be compared.
+        OSError: `out` cannot be written.
+    """
+    jobs = _plan(workdirs, sorted(set(lengths)), overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    stride = jobs[0].config.eval.stride
+    try:
+        _measure_all(jobs, out)
+    finally:
+        if runs := [job.run for job in jobs if job.run.curves]:
+            write_heads(out / "heads.npz", runs)
+            figures.plot_perplexity(out / "perplexity.png", runs, stride)
+            figures.plot_entropy(out / "entropy.png", runs, stride)
+            corpus = _describe_corpus(jobs)
+            write_report(out / "report.html", runs, command=command, stride=stride, corpus=corpus)
+            table.print_table(runs, stride, corpus, f"Written to {out}: see report.html there.")
+
+
+def _plan(workdirs: Sequence[Path], lengths: Sequence[int], overrides: Mapping[str, Any]) -> list[Job]:
+    """Finds out all that can be wrong before anything large is loaded or computed."""
+    names = run_names(workdirs)
+    loaded = [configs.override(configs.load(workdir), overrides) for workdir in workdirs]
+    for field in SHARED:
+        values = [operator.attrgetter(field)(config) for config in loaded]
+        if len(set(values)) > 1:
+            listed = ", ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+            raise ValueError(f"{field} differs between the runs ({listed}); give --{field} for all of them")
+    stride = loaded[0].eval.stride
+    if stride is not None and stride > lengths[0]:
+        raise ValueError(f"eval.stride must be at most {lengths[0]}, the shortest of --lengths, not {stride}")
+
+    jobs = []
+    read: dict[tuple, Documents] = {}
+    for workdir, name, config in zip(workdirs, names, loaded, strict=True):
+        run = _find_run(workdir, name, config, lengths)
+        corpus = (config.data.dir, config.data.tokenizer)
+        if corpus not in read:
+            read[corpus] = _read_documents(config, lengths)
+        jobs.append(Job(workdir, config, run, read[corpus]))
+    return jobs
+
+
+def _find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -> Run:
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        if checkpointer.latest_step is None:
+            raise ValueError(f"{workdir}: no checkpoint yet")
+    tokens = load_tokenizer(config.data.tokenizer).vocab_size
+    if tokens > config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer {config.data.tokenizer!r} has {tokens} tokens, but {workdir} was trained with "
+            f"model.vocab_size {config.model.vocab_size}"
+        )
+    train_length = config.model.train_length
+    assert train_length is not None  # Config fills it in
+    max_length = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length
+    run = Run(name, encoding_name(config.model.encoding), train_length, max_length, tuple(lengths))
+    if not run.possible:
+        raise ValueError(
+            f"--lengths: {name} reads none of them, its {run.encoding} encoding has {max_length} positions"
+        )
+    return run
+
+
+def _read_documents(config: Config, lengths: Sequence[int]) -> Documents:
+    corpus = load_corpus(config.data, "validation")
+    chosen = choose_documents(corpus.lengths, lengths, config.eval.documents, config.eval.seed)
+    # Of a document that is read from its start, no more is kept than is read.
+    end = max(lengths) + 1 if config.eval.stride is None else None
+    tokens = {index: corpus[index][:end] for index in {int(i) for indices in chosen.values() for i in indices}}
+    return {length: [tokens[int(i)] for i in indices] for length, indices in chosen.items()}
+
+
+def _measure_all(jobs: Sequence[Job], out: Path) -> None:
+    """Fills in the curves of every run, and keeps curves.csv up to date with them."""
+    mesh = make_mesh(MeshConfig())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=sum(job.num_tokens() for job in jobs))
+        for job in jobs:
+            progress.update(bar, description=f"{job.run.name}: loading")
+            _, model, _ = load_model(job.workdir, mesh)
+            settings = job.config.eval
+            for length in job.run.possible:
+                progress.update(bar, description=f"{job.run.name} at {length:,}")
+                job.run.curves[length] = measure(
+                    model,
+                    job.documents[length],
+                    length,
+                    stride=settings.stride,
+                    batch_size=-(-settings.batch_size // mesh.shape["data"]) * mesh.shape["data"],
+                    place=functools.partial(place_batch, mesh=mesh),
+                    advance=functools.partial(progress.advance, bar),
+                )
+                write_curves(out / "curves.csv", [job.run for job in jobs], settings.stride)
+        progress.update(bar, description="measured")
+
+
+def _describe_corpus(jobs: Sequence[Job]) -> str:
+    counts = {length: _count(len(documents)) for length, documents in jobs[0].documents.items()}
+    if len(set(counts.values())) == 1:
+        read = f"{counts[min(counts)]}, the same at every length,"
+    else:
+        read = ", ".join(f"{count} at {length:,}" for length, count in counts.items()) + ","
+    tokenizers = dict.fromkeys(job.config.data.tokenizer for job in jobs)
+    comparable = "" if len(tokenizers) == 1 else "; not comparable between runs, which differ in tokenizer"
+    return (
+        f"Read: {read} of the validation split of {jobs[0].config.data.source}. "
+        f"Perplexity is per token ({', '.join(tokenizers)}){comparable}."
+    )
+
+
+def _count(documents: int) -> str:
+    return f"{documents} document{'s' * (documents != 1)}"

@@ -1,0 +1,216 @@
+"""The two figures: perplexity and attention entropy by position, all runs on one pair of axes."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from nope_jax.evaluation.curves import Curve, perplexity
+from nope_jax.evaluation.files import replace_file
+from nope_jax.evaluation.protocol import protocol_name
+from nope_jax.evaluation.run import Run
+
+# The colours of Okabe and Ito (2008), without the yellow that vanishes on white. Dashes and markers repeat at another
+# pace, so that runs differ in print as well, and the eighth is not the first again.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+DASHES = ("-", (0, (6, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+INK, QUIET = "#222222", "#707070"
+
+FIRST_POSITION = 16
+"""Where the position axis begins, on curves of four times that at least: earlier positions are few and noisy."""
+HEADROOM = 30.0
+"""How many times its lowest value the perplexity axis may reach; a curve that leaves it is labelled with its value."""
+DIRECT_LABELS = 10
+"""Up to so many runs, each line carries its name at its end; more are named in a legend."""
+
+
+class _Line(NamedTuple):
+    run: Run
+    x: np.ndarray
+    y: np.ndarray
+    colour: str
+    style: dict[str, Any]
+
+
+def plot_perplexity(path: Path, runs: Sequence[Run], stride: int | None) -> None:
+    """Draws perplexity by position with its standard error, each run at its longest measured length."""
+    figure, axes = _axes("Perplexity (log scale)", runs, stride, "Bands: one standard error over documents.")
+    axes.set_yscale("log")
+    lines = _lines(runs, lambda curve: perplexity(curve.nll))
+    finite = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
+    bottom = finite.min(initial=1e300) / 1.35
+    axes.set_ylim(bottom, min(finite.max(initial=bottom * 2) * 1.15, bottom * HEADROOM))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.2g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    for line in lines:
+        error = _drawn(line.run, lambda curve: np.nan_to_num(curve.nll_stderr))
+        band = line.y / perplexity(error), line.y * perplexity(error)
+        axes.fill_between(line.x, *band, color=line.colour, alpha=0.12, linewidth=0)
+    _finish(path, figure, axes, lines)
+
+
+def plot_entropy(path: Path, runs: Sequence[Run], stride: int | None) -> None:
+    """Draws the mean attention entropy by position below its ceiling, each run at its longest measured length."""
+    figure, axes = _axes("Attention entropy (nats, mean over heads)", runs, stride)
+    lines = _lines(runs, lambda curve: curve.entropy)
+    first, last = min(line.x[0] for line in lines), max(max(line.run.curves) for line in lines)
+    ceiling = np.array([first, last])
+    axes.plot(ceiling, np.log(ceiling), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
+    x = first * (last / first) ** 0.75
+    axes.text(
+        x,
+        math.log(x) + 0.1,
+        "ceiling: ln(position + 1)",
+        ha="center",
+        color=QUIET,
+        fontsize=9,
+        rotation=math.degrees(math.atan(1 / x)),
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+    )
+    axes.set_ylim(0, 1.04 * math.log(last))
+    _finish(path, figure, axes, lines)
+
+
+def _drawn(run: Run, values: Callable[[Curve], np.ndarray]) -> np.ndarray:
+    """What the figures show of a run's longest curve."""
+    curve = run.curves[max(run.curves)]
+    first = FIRST_POSITION if curve.length >= 4 * FIRST_POSITION else 0
+    return values(curve)[curve.edges[:-1] >= first]
+
+
+def _lines(runs: Sequence[Run], values: Callable[[Curve], np.ndarray]) -> list[_Line]:
+    lines = []
+    for i, run in enumerate(runs):
+        if run.curves:
+            # Position p is drawn at p + 1 tokens read, and a bucket at its middle on the logarithmic axis.
+            x = _drawn(run, lambda curve: np.sqrt((curve.edges[:-1] + 1.0) * curve.edges[1:]))
+            colour = COLOURS[i % len(COLOURS)]
+            style = {"linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
+            lines.append(_Line(run, x, _drawn(run, values), colour, style))
+    return lines
+
+
+def _axes(y_label: str, runs: Sequence[Run], stride: int | None, remark: str = "") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.5, 4.5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel(f"Position in the {'document' if stride is None else 'window'} (tokens, log scale)")
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.tick_params(which="both", color=QUIET)
+    documents = sorted({run.curves[max(run.curves)].documents for run in runs if run.curves})
+    counts = " to ".join(str(count) for count in dict.fromkeys((documents[0], documents[-1])))
+    figure.supxlabel(
+        f"Protocol: {protocol_name(stride)}. {counts} validation documents. {remark}",
+        fontsize=8,
+        color=QUIET,
+    )
+    return figure, axes
+
+
+def _finish(path: Path, figure: Figure, axes: Axes, lines: list[_Line]) -> None:
+    drawn = []
+    for i, line in enumerate(lines):
+        where = (0.12 * (i + 0.5) / len(lines), 0.12)
+        drawn += axes.plot(
+            line.x, line.y, color=line.colour, linewidth=1.8, markersize=4.5, markevery=where, **line.style
+        )
+    last = max(max(line.run.curves) for line in lines)
+    axes.set_xlim(min(line.x[0] for line in lines), last)
+    trained = sorted({line.run.train_length for line in lines if line.run.train_length <= last})
+    for length in trained:
+        axes.axvline(length, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"trained at {length:,}",
+            (length, 1),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontsize=9,
+        )
+    if trained:
+        axes.axvspan(trained[-1], last, color="#f5f5f2", zorder=-1)
+    if len(lines) <= DIRECT_LABELS:
+        _label_at_ends(figure, axes, [line for line in lines if max(line.run.curves) == last])
+    else:
+        figure.legend(drawn, [_name(axes, line) for line in lines], loc="outside right upper")
+    _mark_ends(axes, [line for line in lines if max(line.run.curves) < last])
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor="white")
+
+
+def _name(axes: Axes, line: _Line) -> str:
+    """The run's name, with the line's highest value where the axis does not show it."""
+    peak = float(np.max(line.y))
+    if peak <= axes.get_ylim()[1]:
+        return line.run.name
+    return f"{line.run.name} ↑ {peak:,.0f}" if peak < 1e5 else f"{line.run.name} ↑ {peak:.0e}"
+
+
+def _label_at_ends(figure: Figure, axes: Axes, lines: list[_Line]) -> None:
+    """Writes each run's name in the right margin, as near to the height of its line's end as its neighbours allow."""
+    figure.draw_without_rendering()
+    spacing = 13 / 72 * figure.dpi / axes.bbox.height
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = []
+    for line in lines:
+        height = to_axes.transform((line.x[-1], line.y[-1]))[1] if math.isfinite(line.y[-1]) else 1.0
+        ends.append((min(height, 1.0), line))
+    ends.sort(key=lambda end: end[0])
+    heights = [end for end, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + spacing)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1 - spacing * (len(heights) - 1 - i))
+    for height, (end, line) in zip(heights, ends, strict=True):
+        axes.annotate(
+            _name(axes, line),
+            (1, end),
+            (1.03, height),
+            xycoords="axes fraction",
+            va="center",
+            color=_darker(line.colour),
+            fontsize=10,
+            fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": line.colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0},
+        )
+
+
+def _mark_ends(axes: Axes, lines: list[_Line]) -> None:
+    """Marks where the curve of a run ends before those of others; says why at the foot of the figure, which is free."""
+    for i, line in enumerate(lines):
+        reason = f" ends: {line.run.max_length:,} positions" if line.run.refused else " ends"
+        axes.plot(line.x[-1], line.y[-1], "X", color=line.colour, markersize=9, markeredgecolor="white", zorder=5)
+        axes.annotate(
+            line.run.name + reason,
+            (line.x[-1], line.y[-1]),
+            (line.x[-1], 0.035 + 0.05 * i),
+            textcoords=("data", "axes fraction"),
+            ha="right",
+            va="center",
+            color=_darker(line.colour),
+            fontsize=9,
+            fontweight="bold",
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0},
+            arrowprops={"arrowstyle": "-", "color": line.colour, "linewidth": 0.8, "shrinkB": 4, "relpos": (1, 0.5)},
+        )
+
+
+def _darker(colour: str) -> tuple[float, ...]:
+    """The colour for text, which needs more contrast than a line."""
+    return tuple(0.75 * channel for channel in to_rgb(colour))

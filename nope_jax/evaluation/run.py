@@ -1,0 +1,65 @@
+"""A trained model under evaluation: its name, what it is, and what was measured of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from nope_jax.config import EncodingSpec
+from nope_jax.encodings import ENCODINGS
+from nope_jax.evaluation.curves import Curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One trained model: what it is, and its curve at each length, filled in as they are measured."""
+
+    name: str
+    encoding: str
+    train_length: int
+    max_length: int | None
+    """Positions that its encoding can take; None: any number."""
+    lengths: tuple[int, ...]
+    """The lengths asked for, ascending."""
+    curves: dict[int, Curve] = dataclasses.field(default_factory=dict)
+
+    @property
+    def possible(self) -> tuple[int, ...]:
+        """The lengths that its encoding can take."""
+        return tuple(n for n in self.lengths if self.max_length is None or n <= self.max_length)
+
+    @property
+    def refused(self) -> tuple[int, ...]:
+        """The lengths that its encoding cannot take."""
+        return tuple(n for n in self.lengths if n not in self.possible)
+
+    @property
+    def longest(self) -> Curve | None:
+        """The curve of the longest length measured so far."""
+        return self.curves[max(self.curves)] if self.curves else None
+
+
+def run_names(workdirs: Sequence[Path]) -> list[str]:
+    """Names each run by the end of its path, as long as it takes for every name to differ.
+
+    Raises:
+        ValueError: a workdir is given twice.
+    """
+    paths = [workdir.resolve() for workdir in workdirs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ValueError(f"--workdirs names {workdirs[i]} twice")
+    names = []
+    for path in paths:
+        ends = ["/".join(path.parts[-depth:]) for depth in range(1, len(path.parts))]
+        others = ["/".join(other.parts) for other in paths if other != path]
+        names.append(next(end for end in ends if not any(other.endswith(f"/{end}") for other in others)))
+    return names
+
+
+def encoding_name(spec: EncodingSpec) -> str:
+    """The name of an encoding; of one with settings of its own, or unknown to the registry, how it is written."""
+    if isinstance(spec, str):
+        return spec
+    if isinstance(spec, tuple | list):
+        return "+".join(encoding_name(part) for part in spec)
+    return next((name for name, encoding in ENCODINGS.items() if spec == encoding()), repr(spec))

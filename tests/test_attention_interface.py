@@ -1,0 +1,138 @@
+"""What attention takes: as a part of Flax's own layers, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import ATTENTION, LENGTH, assert_close, every_encoding, inputs, parameters, random
+from flax import linen, nnx
+
+from nope_jax.attention import alibi_attention, nope_attention, rope_attention, t5_attention
+
+# --- Inside Flax's own attention layers
+
+
+def causal_layer_arguments(encoding):
+    x = random(2, 12, 16)
+    return x, nnx.make_causal_mask(np.ones((2, 12))), functools.partial(ATTENTION[encoding], **parameters(encoding))
+
+
+@every_encoding
+def test_it_drops_into_nnx_multi_head_attention(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=True,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    direct = layer.out(attend(layer.query(x), layer.key(x), layer.value(x)))
+    assert_close(layer(x, mask=mask), direct, tolerance=2e-6)
+    assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
+
+
+@every_encoding
+def test_it_drops_into_linen_multi_head_attention(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=True)
+    variables = layer.init(jax.random.key(0), x, mask=mask)
+    weights = variables["params"]
+
+    def project(name):
+        return jnp.einsum("btd,dnh->btnh", x, weights[name]["kernel"]) + weights[name]["bias"]
+
+    direct = attend(project("query"), project("key"), project("value"))
+    direct = jnp.einsum("btnh,nhd->btd", direct, weights["out"]["kernel"]) + weights["out"]["bias"]
+    assert_close(layer.apply(variables, x, mask=mask), direct, tolerance=2e-6)
+
+
+def test_nnx_is_not_causal_unless_it_says_so():
+    x, _, attend = causal_layer_arguments("nope")
+    layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+    direct = attend(layer.query(x), layer.key(x), layer.value(x), is_causal=False)
+    assert_close(layer(x), layer.out(direct), tolerance=2e-6)
+
+
+def test_active_dropout_is_refused_inside_nnx():
+    x, mask, attend = causal_layer_arguments("nope")
+    layer = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=False,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"\A.*dropout_rate.*\Z"):
+        layer(x, mask=mask)
+
+
+def test_active_dropout_is_refused_inside_linen():
+    x, mask, attend = causal_layer_arguments("nope")
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=False)
+    with pytest.raises(ValueError, match=r"\Adropout_rate "):
+        layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, mask=mask)
+
+
+# --- Bad input
+
+
+@every_encoding
+def test_an_unknown_keyword_is_a_type_error(encoding):
+    with pytest.raises(TypeError, match="windw"):
+        ATTENTION[encoding](*inputs(), windw=3, **parameters(encoding))
+
+
+BAD = [
+    ("implementation", "fast"),
+    ("window", 0),
+    ("window", 2.5),
+    ("mask", np.ones((3, 1), bool)),
+    ("query_positions", np.arange(5)),
+    ("query_positions", np.arange(LENGTH) / 2),
+    ("key_positions", np.zeros((3, LENGTH), int)),
+    ("segment_ids", np.zeros((2, 5), int)),
+    ("temperature", np.ones(3)),
+]
+
+
+@every_encoding
+@pytest.mark.parametrize(("name", "bad"), BAD, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BAD)])
+def test_a_bad_argument_is_refused_in_one_line_that_names_it(encoding, name, bad):
+    with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+        ATTENTION[encoding](*inputs(), **{name: bad}, **parameters(encoding))
+
+
+BAD_SHAPES = [
+    ("query", [(2, 3, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
+    ("key", [(2, 3, 4, 8), (3, 8), (2, 3, 1, 8)]),
+    ("value", [(2, 3, 4, 8), (2, 3, 1, 8), (2, 4, 1, 8)]),
+    ("value", [(2, 3, 4, 8), (2, 3, 2, 8), (2, 3, 1, 8)]),
+    ("key", [(2, 3, 4, 8), (1, 3, 2, 8), (1, 3, 2, 8)]),
+    ("key", [(2, 3, 4, 8), (2, 3, 2, 4), (2, 3, 2, 8)]),
+    ("heads", [(2, 3, 4, 8), (2, 3, 3, 8), (2, 3, 3, 8)]),
+    ("heads", [(2, 3, 4, 8), (2, 3, 8, 8), (2, 3, 8, 8)]),
+]
+
+
+@every_encoding
+@pytest.mark.parametrize(("name", "shapes"), BAD_SHAPES)
+def test_shapes_that_do_not_fit_are_refused_in_one_line_that_names_the_argument(encoding, name, shapes):
+    with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+        ATTENTION[encoding](*(jnp.ones(shape) for shape in shapes), **parameters(encoding))
+
+
+def test_segments_need_a_pair_when_lengths_differ():
+    with pytest.raises(ValueError, match=r"\A.*segment_ids.*pair.*\Z"):
+        nope_attention(inputs(T=3)[0], *inputs(T=5)[1:], segment_ids=np.zeros((2, 3), int))
+
+
+@pytest.mark.parametrize("rotary_dim", [3, 10, 0])
+def test_rope_refuses_a_rotary_dim_that_is_odd_or_larger_than_the_head(rotary_dim):
+    with pytest.raises(ValueError, match=r"\Arotary_dim .*\Z"):
+        rope_attention(*inputs(), rotary_dim=rotary_dim)
+
+
+def test_alibi_and_t5_refuse_parameters_for_another_number_of_heads():
+    with pytest.raises(ValueError, match=r"\A.*\bslopes\b.*\Z"):
+        alibi_attention(*inputs(), slopes=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
+        t5_attention(*inputs(), table=np.ones((32, 3), np.float32))
+    with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
+        t5_attention(*inputs(), table=np.ones(32, np.float32))

@@ -1,0 +1,424 @@
+"""The evaluator: which tokens are read, what is measured, and what is written about it."""
+
+import base64
+import csv
+import itertools
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.config import Config, DataConfig, EvalConfig
+from nope_jax.data import load_corpus
+from nope_jax.encodings import NoPE, RoPE
+from nope_jax.evaluation import compare, figures, table
+from nope_jax.evaluation.curves import Curve, bucket_edges, measure
+from nope_jax.evaluation.files import COLUMNS, replace_file, write_curves, write_heads
+from nope_jax.evaluation.protocol import Window, choose_documents, plan_windows
+from nope_jax.evaluation.report import write_report
+from nope_jax.evaluation.run import Run, encoding_name, run_names
+
+VOCABULARY, LAYERS, HEADS = 11, 2, 3
+
+
+class Bigram(nnx.Module):
+    """A model whose every number can be worked out by hand."""
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.asarray(np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)), jnp.float32))
+
+    def __call__(self, tokens, return_stats):
+        assert return_stats
+        heads = 1.0 + jnp.arange(LAYERS * HEADS).reshape(LAYERS, 1, HEADS, 1)
+        entropy = heads * (tokens[:, None] + 0.5 * jnp.arange(tokens.shape[1]))
+        return self.table[...][tokens], SimpleNamespace(entropy=entropy)
+
+
+def expected_nll(document):
+    logits = np.asarray(Bigram().table[...], np.float64)
+    return np.log(np.exp(logits).sum(-1))[document[:-1]] - logits[document[:-1], document[1:]]
+
+
+def some_documents(*lengths):
+    return [np.random.default_rng(length).integers(0, VOCABULARY, length) for length in lengths]
+
+
+def test_buckets_are_single_then_eight_per_octave():
+    np.testing.assert_array_equal(bucket_edges(32), [*range(16), *range(16, 33, 2)])
+    edges = bucket_edges(2048)
+    assert edges[0] == 0 and edges[-1] == 2048 and (np.diff(edges) > 0).all()
+    for octave in (8, 16, 128, 1024):
+        np.testing.assert_array_equal(
+            edges[(edges >= octave) & (edges <= 2 * octave)], np.linspace(octave, 2 * octave, 9, dtype=int)
+        )
+
+
+@pytest.mark.parametrize(
+    ("length", "tail"), [(1, [0, 1]), (5, [3, 4, 5]), (129, [120, 128, 129]), (100, [88, 96, 100])]
+)
+def test_buckets_are_clipped_to_the_length(length, tail):
+    assert bucket_edges(length)[-len(tail) :].tolist() == tail
+
+
+def test_document_choice_is_nested_and_prefers_documents_that_reach_more():
+    lengths = np.random.default_rng(1).integers(1, 300, 200)
+    chosen = choose_documents(lengths, [16, 64, 256], 20, seed=3)
+    for shorter, longer in itertools.pairwise([16, 64, 256]):
+        assert set(chosen[longer]) <= set(chosen[shorter])
+        assert (lengths[chosen[longer]] > longer).all()
+    assert chosen[256].tolist() == chosen[16].tolist()
+    # Where few documents reach the longest, the shorter ones are filled up, those that reach most first.
+    chosen = choose_documents(np.array([5, 50, 500, 5000]), [4, 40, 400, 4000], 3, seed=0)
+    assert [chosen[n].tolist() for n in (4000, 400, 40, 4)] == [[3], [3, 2], [3, 2, 1], [3, 2, 1]]
+
+
+def test_document_choice_follows_the_seed():
+    lengths = np.full(100, 50)
+    first, again, other = (choose_documents(lengths, [10], 10, seed)[10].tolist() for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_length_that_no_document_reaches_is_refused():
+    with pytest.raises(ValueError, match=r"length 8, .*2: 3, 4: 1, 8: 0.* has 8 tokens") as error:
+        choose_documents(np.array([3, 4, 8]), [2, 4, 8], 10, seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_windows_from_the_start():
+    assert plan_windows([9, 100], 8, None) == [Window(0, 0, 0), Window(1, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "stride"), [(9, 8, 3), (100, 8, 3), (100, 8, 8), (98, 8, 1), (33, 16, 16)]
+)
+def test_sliding_windows_score_every_token_once(tokens, length, stride):
+    windows = plan_windows([tokens], length, stride)
+    scored = [w.start + p for w in windows for p in range(w.scored_from, length)]
+    assert scored == list(range(tokens - 1))
+    assert all(w.start + length < tokens for w in windows)
+    assert all(w.start % stride == 0 and w.scored_from in (0, length - stride) for w in windows[:-1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_curve_from_the_start_is_that_of_a_direct_computation(batch_size):
+    documents, length = some_documents(40, 30, 25), 20
+    curve = measure(Bigram(), documents, length, batch_size=batch_size)
+    nll = np.stack([expected_nll(document)[:length] for document in documents])
+    inputs = np.stack([document[:length] for document in documents]).astype(np.float64)
+    heads = np.arange(1.0, 1 + LAYERS * HEADS).reshape(LAYERS, HEADS, 1) * (inputs + 0.5 * np.arange(length)).mean(0)
+
+    assert (curve.length, curve.documents) == (length, 3)
+    np.testing.assert_allclose(curve.heads, heads, rtol=1e-6)
+    for i, (start, end) in enumerate(itertools.pairwise(curve.edges)):
+        part = nll[:, start:end]
+        assert curve.tokens.sum(0)[i] == part.size
+        np.testing.assert_allclose(curve.nll[i], part.mean(), rtol=1e-6)
+        np.testing.assert_allclose(curve.nll_stderr[i], part.mean(1).std(ddof=1) / math.sqrt(3), rtol=1e-5)
+        np.testing.assert_allclose(curve.entropy[i], heads[..., start:end].mean(), rtol=1e-6)
+    np.testing.assert_allclose(curve.perplexity(8, 18, documents=2), np.exp(nll[:2, 8:18].mean()), rtol=1e-6)
+
+
+def test_curve_of_sliding_windows_is_that_of_a_direct_computation():
+    documents, length, stride = some_documents(40, 27), 8, 3
+    curve = measure(Bigram(), documents, length, stride=stride, batch_size=4)
+    # A bigram model does not see the window, so that only the placing of tokens into positions is left to check.
+    nll, entropy, tokens = np.zeros(length), np.zeros(length), np.zeros(length)
+    for document in documents:
+        for target, value in enumerate(expected_nll(document)):
+            last_start = len(document) - 1 - length
+            start = 0 if target < length else min(stride * math.ceil((target - length + 1) / stride), last_start)
+            nll[target - start] += value
+            entropy[target - start] += 3.5 * (document[target] + 0.5 * (target - start))
+            tokens[target - start] += 1
+    assert tokens.sum() == sum(len(document) - 1 for document in documents)
+    np.testing.assert_array_equal(curve.tokens.sum(0), tokens)
+    np.testing.assert_allclose(curve.nll, nll / tokens, rtol=1e-5)
+    np.testing.assert_allclose(curve.entropy, entropy / tokens, rtol=1e-5)
+
+
+def test_progress_counts_every_token():
+    seen = []
+    measure(Bigram(), some_documents(10, 11, 12), 8, batch_size=2, advance=seen.append)
+    assert seen == [16, 8]
+
+
+def test_run_names_are_as_short_as_they_can_be():
+    paths = [Path(p) for p in ("/a/runs/nope", "/b/runs/nope", "/b/runs/rope", "/c/tests/nope/", "/d/xrope")]
+    assert run_names(paths) == ["a/runs/nope", "b/runs/nope", "rope", "tests/nope", "xrope"]
+    assert run_names([Path("/r/nope"), Path("/r/nope/2")]) == ["nope", "2"]
+    with pytest.raises(ValueError, match="/b/x/../nope twice"):
+        run_names([Path("/b/nope"), Path("/b/x/../nope")])
+
+
+def test_encoding_names():
+    assert encoding_name("rope") == encoding_name(RoPE()) == "rope"
+    assert encoding_name(("rope", NoPE())) == "rope+nope"
+    assert encoding_name(RoPE(base=500.0)).startswith("RoPE(base=500.0")
+
+
+def synthetic_run(name="nope", nll=lambda p: 2.0, *, lengths=(128, 256, 512, 1024, 2048), max_length=None, documents=4):
+    """A run trained at 128 whose loss is a function of position, the same in every document."""
+    run = Run(name, "learned" if max_length else name, 128, max_length, lengths)
+    for length in run.possible:
+        edges = bucket_edges(length)
+        tokens = np.tile(np.diff(edges), (documents, 1))
+        nll_sum = np.array([sum(nll(p) for p in range(*edge)) for edge in itertools.pairwise(edges)])
+        heads = np.tile(0.5 * np.log1p(np.arange(length, dtype=np.float32)), (LAYERS, HEADS, 1))
+        entropy = np.add.reduceat(heads.mean((0, 1)), edges[:-1]) / np.diff(edges)
+        run.curves[length] = Curve(edges, np.tile(nll_sum, (documents, 1)), tokens, entropy, heads)
+    return run
+
+
+def cells(run, stride=None):
+    return dict(zip(table.HEADER, table.rows([run], stride)[0], strict=True))
+
+
+def test_table_of_a_flat_run_holds_to_the_end():
+    assert cells(synthetic_run()) == {
+        "run": "nope",
+        "encoding": "nope",
+        "trained at": "128",
+        "in-window": "7.39",
+        "2x": "7.39",
+        "4x": "7.39",
+        "8x": "7.39",
+        "16x": "7.39",
+        "within 10 % up to": ">= 2048",
+    }
+
+
+def test_table_reads_the_last_half_of_each_length():
+    steps = synthetic_run("rope", lambda p: 1.0 if p < 64 else math.floor(math.log2(p)) / 6.0)
+    row = cells(steps)
+    octaves = {"in-window": 6, "2x": 7, "4x": 8, "8x": 9, "16x": 10}
+    assert {name: row[name] for name in octaves} == {name: f"{math.exp(o / 6):.2f}" for name, o in octaves.items()}
+
+
+def test_a_run_holds_up_to_the_octave_that_leaves_ten_percent():
+    # Over [p/2, p) the mean excess is 1 - 512/p past 512: above ln 1.1 from p = 576 on, the next bucket edge.
+    step = synthetic_run("rope", lambda p: 2.0 + (p >= 512))
+    assert table.extent(step, None) == table.Extent(512, 128, 2048)
+    gentle = synthetic_run("t5", lambda p: 2.0 + 0.1 * (p >= 512))
+    assert table.extent(gentle, None) == table.Extent(960, 128, 2048)  # 0.1 (1 - 512/p) passes ln 1.1 between 960, 1024
+    assert cells(gentle)["within 10 % up to"] == "960"
+
+
+def test_a_run_that_returns_does_not_hold():
+    bump = synthetic_run("rope", lambda p: 2.0 + (256 <= p < 512))
+    assert table.extent(bump, None) == table.Extent(256, 128, 2048)
+
+
+def test_a_run_that_never_holds_says_so():
+    at_length = synthetic_run()
+    at_length.curves[2048] = synthetic_run(nll=lambda p: 9.0).curves[2048]
+    assert cells(at_length)["within 10 % up to"] == "< 128"
+
+
+def test_the_extent_compares_the_same_documents():
+    run = synthetic_run()
+    long, short = run.curves[2048], run.curves[128]
+    # One hard document is all that reaches 2,048; at 128, easy ones follow it.
+    run.curves[2048] = Curve(long.edges, long.nll_sum[:1] * 2, long.tokens[:1], long.entropy, long.heads)
+    hard_first = short.nll_sum * np.array([[2.0], [1], [1], [1]])
+    run.curves[128] = Curve(short.edges, hard_first, short.tokens, short.entropy, short.heads)
+    assert table.extent(run, None) == table.Extent(2048, 128, 2048)
+
+
+def test_table_of_lengths_not_asked_for():
+    row = cells(synthetic_run(lengths=(300, 512)))
+    assert (row["in-window"], row["2x"], row["4x"], row["8x"], row["within 10 % up to"]) == (
+        "7.39",
+        "-",
+        "7.39",
+        "-",
+        ">= 512",
+    )
+    row = cells(synthetic_run(lengths=(64,)))
+    assert (row["in-window"], row["2x"], row["within 10 % up to"]) == ("-", "-", "-")
+
+
+def test_table_of_sliding_windows_takes_all_tokens():
+    run = synthetic_run(nll=lambda p: 2.0 + 0.5 * (p >= 512), lengths=(128, 256, 512, 1024))
+    row = cells(run, stride=64)
+    assert (row["4x"], row["8x"]) == ("7.39", f"{math.exp(2.25):.2f}")
+    assert table.extent(run, 64) == table.Extent(512, 128, 1024)
+
+
+def test_refused_lengths_are_said_and_not_measured():
+    run = synthetic_run("table", max_length=128)
+    assert run.refused == (256, 512, 1024, 2048) and list(run.curves) == [128]
+    row = cells(run)
+    assert (row["in-window"], row["2x"], row["16x"]) == ("7.39", "cannot", "cannot")
+    assert row["within 10 % up to"] == "128 (all it has)"
+    assert table.notes([run], None)[0].startswith("table cannot read 256, 512, 1,024, 2,048 tokens")
+
+
+def test_csv_has_the_promised_columns_and_one_row_per_bucket(tmp_path):
+    runs = [synthetic_run(), synthetic_run("table", max_length=128), synthetic_run("one", lengths=(128,), documents=1)]
+    write_curves(tmp_path / "curves.csv", runs, None)
+    with (tmp_path / "curves.csv").open() as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    promised = "run encoding train_length length position_start position_end tokens nll nll_stderr perplexity entropy"
+    assert reader.fieldnames == list(COLUMNS) and list(COLUMNS[:11]) == promised.split()
+    assert len(rows) == sum(len(curve.edges) - 1 for run in runs for curve in run.curves.values())
+    assert {row["length"] for row in rows if row["run"] == "table"} == {"128"}
+    assert {row["nll_stderr"] for row in rows if row["run"] == "one"} == {""}
+    assert {row["nll_stderr"] for row in rows if row["run"] == "nope"} == {"0"}
+    last = [row for row in rows if row["run"] == "nope"][-1]
+    names = ("length", "position_start", "position_end", "tokens", "nll", "perplexity", "protocol")
+    assert [last[name] for name in names] == ["2048", "1920", "2048", "512", "2", "7.38906", "from start"]
+
+
+def test_heads_of_the_longest_length(tmp_path):
+    write_heads(tmp_path / "heads.npz", [synthetic_run(), synthetic_run("table", max_length=128)])
+    with np.load(tmp_path / "heads.npz") as heads:
+        assert {name: heads[name].shape for name in heads} == {
+            "nope/entropy": (LAYERS, HEADS, 2048),
+            "nope/positions": (2048,),
+            "table/entropy": (LAYERS, HEADS, 128),
+            "table/positions": (128,),
+        }
+        np.testing.assert_allclose(heads["nope/entropy"][1, 2], 0.5 * np.log1p(heads["nope/positions"]), rtol=1e-6)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    (tmp_path / "curves.csv").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replace_file(tmp_path / "curves.csv") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.csv"]
+    assert (tmp_path / "curves.csv").read_text() == "old"
+
+
+def test_report_is_one_self_contained_page(tmp_path):
+    runs = [
+        synthetic_run("<b>nope"),
+        synthetic_run("rope", lambda p: 2.0 + 1e4 * (p >= 128)),
+        synthetic_run("table", max_length=128),
+    ]
+    figures.plot_perplexity(tmp_path / "perplexity.png", runs, None)
+    figures.plot_entropy(tmp_path / "entropy.png", runs, None)
+    write_curves(tmp_path / "curves.csv", runs, None)
+    write_report(tmp_path / "report.html", runs, command="python eval.py --out 'a <b'", stride=None, corpus="words")
+    page = (tmp_path / "report.html").read_text()
+
+    loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", page)
+    assert len(loads) == 3 and all(load.startswith("data:") for load in loads)
+    assert "<script" not in page and "//" not in re.sub(r"data:[^\"]*", "", page)
+    embedded = [base64.b64decode(load.partition("base64,")[2]) for load in loads]
+    assert embedded == [(tmp_path / name).read_bytes() for name in ("perplexity.png", "entropy.png", "curves.csv")]
+    assert all(image.startswith(b"\x89PNG") for image in embedded[:2])
+    assert "&lt;b&gt;nope" in page and "<b>" not in page and "a &lt;b" in page
+    assert "prefers-color-scheme: dark" in page and "read from its start" in page
+    assert page.count("<rect") == 3 * LAYERS * HEADS
+
+
+def test_figures_name_what_leaves_their_axis(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
+    runs = [synthetic_run(), synthetic_run("rope", lambda p: 2.0 + 8 * (p >= 128)), synthetic_run("t", max_length=128)]
+    figures.plot_perplexity(tmp_path / "perplexity.png", runs, None)
+    axes = drawn[0].axes[0]
+    texts = {text.get_text() for text in axes.texts}
+    assert texts == {"nope", "rope ↑ 22,026", "t ends: 128 positions", "trained at 128"}
+    assert axes.get_ylim()[1] < 300 and axes.get_xlim()[1] == 2048
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Two runs as train.py leaves them, and documents to read, in one folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    for i in range(60):
+        text = np.random.default_rng(i).integers(97, 123, 30 + 10 * i).astype(np.uint8)
+        (folder / "text" / f"{i}.txt").parent.mkdir(exist_ok=True)
+        (folder / "text" / f"{i}.txt").write_bytes(text.tobytes())
+    for encoding in ("alibi", "learned"):
+        config = Config(
+            ModelConfig(num_layers=2, num_heads=2, model_dim=8, encoding=encoding),
+            DataConfig(source=f"text:{folder}/text", context_length=8),
+            eval=EvalConfig(batch_size=2),
+        )
+        (folder / encoding).mkdir()
+        configs.save(config, folder / encoding)
+        with Checkpointer(folder / encoding) as checkpointer:
+            checkpointer.save(0, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(0)))})
+    return folder
+
+
+def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys):
+    folders = [workdirs / "alibi", workdirs / "learned"]
+    compare(folders, (16, 8, 8), tmp_path / "a" / "b", {}, command="python eval.py")
+    names = {"curves.csv", "heads.npz", "perplexity.png", "entropy.png", "report.html"}
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == names
+    with (tmp_path / "a" / "b" / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = [("alibi", "8"), ("alibi", "16"), ("learned", "8")]
+    assert list(dict.fromkeys((row["run"], row["length"]) for row in rows)) == measured
+
+    # The numbers are those of the saved model on its own documents.
+    config, model, _ = load_model(folders[0])
+    corpus = load_corpus(config.data, "validation")
+    documents = np.stack([corpus[i][:17] for i in range(len(corpus))])
+    logits, stats = model(jnp.asarray(documents[:, :16]), return_stats=True)
+    logits = np.asarray(logits, np.float64)
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, documents[:, 1:, None], -1)[..., 0]
+    found = [float(row["nll"]) for row in rows if (row["run"], row["length"]) == ("alibi", "16")]
+    np.testing.assert_allclose(found, nll.mean(0), rtol=1e-4)
+    with np.load(tmp_path / "a" / "b" / "heads.npz") as heads:
+        np.testing.assert_allclose(heads["alibi/entropy"], stats.entropy.mean(1), rtol=1e-4, atol=1e-6)
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "learned cannot read 16 tokens: its learned encoding has 8 positions." in printed
+    assert "8 (all it has)" in printed
+    assert f"Read: {len(corpus)} documents, the same at every length" in printed
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+def test_compare_keeps_what_was_measured_before_it_stopped(workdirs, tmp_path, monkeypatch, stop):
+    def load(workdir, mesh):
+        if workdir.name == "learned":
+            raise stop
+        return load_model(workdir, mesh)
+
+    monkeypatch.setattr("nope_jax.evaluation.comparison.load_model", load)
+    with pytest.raises(stop):
+        compare([workdirs / "alibi", workdirs / "learned"], (8,), tmp_path / "out", {}, command="")
+    assert "alibi,alibi,8,8," in (tmp_path / "out" / "curves.csv").read_text()
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+REFUSED = {
+    "nowhere is not the workdir of a run": (["nowhere"], (8,), {}),
+    "empty: no checkpoint yet": (["alibi", "empty"], (8,), {}),
+    "reaches length 999, .* 8: [2-9], 999: 0; the longest has": (["alibi"], (8, 999), {}),
+    "learned reads none of them, its learned encoding has 8": (["alibi", "learned"], (16,), {}),
+    "eval.stride must be at most 8, the shortest of": (["alibi"], (8, 16), {"eval.stride": 9}),
+    "eval.documents differs .*alibi: 64, other: 7.; give": (["alibi", "other"], (8,), {}),
+    "nowhere.json": (["alibi"], (8,), {"data.tokenizer": "nowhere.json"}),
+    "'bytes' has 256 tokens, but .*model.vocab_size 99": (["small"], (8,), {}),
+    "text:/nowhere/. matches no file": (["alibi"], (8,), {"data.source": "text:/nowhere/*"}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(workdirs, tmp_path, message):
+    runs, lengths, overrides = REFUSED[message]
+    for name, changes in {"other": {"eval.documents": 7}, "small": {"model.vocab_size": 99}}.items():
+        shutil.copytree(workdirs / "alibi", tmp_path / name)
+        configs.save(configs.override(configs.load(tmp_path / name), changes), tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(workdirs / "alibi" / "config.json", tmp_path / "empty")
+    folders = [workdirs / run if (workdirs / run).exists() else tmp_path / run for run in runs]
+    with pytest.raises(ValueError, match=message) as error:
+        compare(folders, lengths, tmp_path / "out", overrides, command="")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
