@@ -4,8 +4,8 @@
 
 All contestants run in turn, round after round, in one process, so that a machine that slows down slows them all; a
 ratio is the median over rounds of the time over torch SDPA's in the same round (over `jax.nn`'s where torch is not
-installed: `pip install torch`). float32, batch 1, 8 heads of 64. "temporaries" is what the compiled program needs beside
-its inputs and outputs, forward / forward and backward.
+installed: `pip install torch`). float32, batch 1, 8 heads of 64. "temporaries" is what the compiled program needs
+beside its inputs and outputs, forward / forward and backward.
 """
 
 import argparse

@@ -81,9 +81,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
         (text / f"{name}.txt").write_text(f"{name} is a letter, and here it stands again and again. " * 20)
     command = "train.py --config configs/tiny.py --train.steps 2 --model.num_layers 1 --train.eval_batches 1"
     options = ["--data.source", f"text:{text}/*.txt", "--workdir", str(tmp_path / "runs/nope")]
-    subprocess.run(
-        [sys.executable, *command.split(), *options], cwd=ROOT, check=True
-    )
+    subprocess.run([sys.executable, *command.split(), *options], cwd=ROOT, check=True)
     monkeypatch.chdir(tmp_path)
     results = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert results.attempted > 10

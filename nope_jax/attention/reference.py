@@ -41,12 +41,11 @@ def reference_attention(
         key_features=getattr(logit, "key_features", None),
     )
 
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32)
-    logits *= factor[..., None]
+    # Scaled before the product: a factor after it would be fused into what follows, rounded in two ways.
+    logits = jnp.einsum("bnth,bnsh->bnts", block.query, block.key.astype(jnp.float32), precision=precision)
     if logit is not None:
         logits += logit.block(block)
-    # The barrier keeps XLA from computing the logits twice, rounded in two ways: none would then be the largest.
-    logits = jax.lax.optimization_barrier(jnp.where(visible, logits, MASKED))
+    logits = jnp.where(visible, logits, MASKED)
     largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     relative = logits - largest
     normaliser = jnp.exp(relative).sum(-1, keepdims=True)
