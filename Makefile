@@ -1,5 +1,10 @@
-# make demo   a fresh machine to a picture: environment, five encodings trained on real text, their curves compared
-# make test   a fresh machine to a tested one: environment, lint, types, tests
+## make demo           a fresh machine to a picture: five encodings trained on real text, their curves compared
+## make test           a fresh machine to a tested one: lint, types, tests
+## make test-all       the slow tests too
+## make test-oracles   goldens against live PyTorch and transformers
+## make benchmarks     attention beside jax.nn, and beside torch where it is installed
+## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
+## make clean          removes environments and caches
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -12,7 +17,7 @@ export PYTHONPATH := $(CURDIR)
 .PHONY: help demo test test-all test-oracles lint benchmarks constraints clean
 
 help:
-	@sed -n 's/^# //p' $(MAKEFILE_LIST)
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The versions of constraints/ are those it was tested with; a Python without such a file gets the newest that fit.
 $(BIN)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS)
@@ -28,11 +33,15 @@ ENCODINGS := nope rope alibi t5 learned
 RUNS := runs/demo
 
 demo: $(BIN)/.installed
-	@for encoding in $(ENCODINGS); do \
-		$(BIN)/python train.py --config configs/tiny.py --workdir $(RUNS)/$$encoding --model.encoding $$encoding || exit $$?; \
-	done
+	@echo "Training $(ENCODINGS), two at a time: a few minutes."
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(ENCODINGS:%=demo-%)
 	$(BIN)/python eval.py --workdirs $(addprefix $(RUNS)/,$(ENCODINGS)) --lengths 128 256 512 1024 2048 --out $(RUNS)/report
 	@echo "The picture: $(RUNS)/report/perplexity.png, $(RUNS)/report/entropy.png; all of it: $(RUNS)/report/report.html"
+
+# A model this small leaves a second core idle: two runs at once take less time than one after the other.
+demo-%: $(BIN)/.installed
+	@echo "$*:"
+	@$(BIN)/python train.py --config configs/tiny.py --workdir $(RUNS)/$* --model.encoding $*
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .
@@ -52,7 +61,6 @@ test-oracles: $(BIN)/.installed-test
 benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention
 
-# Run after an upgrade, with each supported PYTHON: writes down what was installed.
 constraints: $(BIN)/.installed-test
 	mkdir -p constraints
 	$(BIN)/pip freeze --exclude-editable > constraints/$(VERSION).txt

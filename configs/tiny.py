@@ -1,4 +1,4 @@
-"""The demo: a decoder of 0.8 million parameters that reads 128 bytes of Python's standard library at a time.
+"""The demo: a decoder of a quarter of a million parameters that reads 128 bytes of Python's standard library at a time.
 
     python train.py --config configs/tiny.py --workdir runs/nope --model.encoding nope
 
@@ -10,8 +10,8 @@ from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(vocab_size=256, num_layers=4, num_heads=4, model_dim=128, encoding="nope"),
+        model=ModelConfig(vocab_size=256, num_layers=4, num_heads=4, model_dim=64, encoding="nope"),
         data=DataConfig(source="python_stdlib", tokenizer="bytes", context_length=128, batch_size=16),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        train=TrainConfig(steps=500, log_every=10, checkpoint_every=250, eval_every=250, eval_batches=32),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50),
+        train=TrainConfig(steps=800, log_every=20, checkpoint_every=400, eval_every=400, eval_batches=32),
     )

@@ -1,6 +1,22 @@
 """How causal transformers know where tokens stand, and what happens past the training length."""
 
-from nope_jax.config import ModelConfig
-from nope_jax.models import Decoder
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nope_jax.config import ModelConfig
+    from nope_jax.models import Decoder
 
 __all__ = ["Decoder", "ModelConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: the attention functions alone need no Flax.
+    if name == "Decoder":
+        from nope_jax.models import Decoder
+
+        return Decoder
+    if name == "ModelConfig":
+        from nope_jax.config import ModelConfig
+
+        return ModelConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ A config file is plain Python with a `get_config()` that returns a `Config`. The
 any field by its dotted name (`--model.encoding alibi`).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -13,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,9 +204,13 @@ def _check(config: Config) -> None:
     if list(mesh.values()).count(-1) > 1:
         raise ValueError(f"mesh: at most one axis may be -1, not {', '.join(a for a in mesh if mesh[a] == -1)}")
     try:
-        resolve(model.encoding)
+        period = len(resolve(model.encoding))
     except ValueError as error:
         raise ValueError(f"model.encoding: {error}") from error
+    if period > model.num_layers:
+        raise ValueError(
+            f"model.encoding: its period of {period} layers is more than model.num_layers {model.num_layers}"
+        )
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -265,8 +270,11 @@ def save(config: Config, workdir: str | os.PathLike[str]) -> None:
         groups[group][field] = _to_json(operator.attrgetter(name)(config), name)
     path = Path(workdir, "config.json")
     unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(groups, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(groups, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def load(workdir: str | os.PathLike[str]) -> Config:
@@ -351,7 +359,8 @@ def load_file(path: str | os.PathLike[str]) -> Config:
     get_config = getattr(_execute(path), "get_config", None)
     if not callable(get_config):
         raise ValueError(f"--config {path} has no get_config()")
-    config = get_config()
+    with _told_of(path):
+        config = get_config()
     if not isinstance(config, Config):
         raise ValueError(f"--config {path}: get_config() must return a Config, not {type(config).__name__}")
     return config
@@ -361,5 +370,15 @@ def _execute(path: Path) -> types.ModuleType:
     # The module is named by its path, so that config.json can tell where a class comes from that the file defines.
     module = sys.modules[str(path)] = types.ModuleType(str(path))
     module.__file__ = str(path)
-    exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+    with _told_of(path):
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     return module
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Turns whatever a user's file does wrong into one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error

@@ -59,6 +59,11 @@ def test_the_mathematics_knows_neither_flax_nor_meshes(part):
         assert not [n for n in imported(path) if n.split(".")[0] in ("flax", "optax", "orbax") or "sharding" in n], path
 
 
+def test_attention_alone_loads_no_flax():
+    code = "from nope_jax.attention import alibi_attention; import sys; sys.exit('flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_orbax_is_known_in_one_place():
     users = [p.name for p in (ROOT / "nope_jax").rglob("*.py") if any(n.startswith("orbax") for n in imported(p))]
     assert users == ["checkpoint.py"]

@@ -207,9 +207,11 @@ def test_untied_and_plain_variants():
         ({"encoding": "ropee"}, "did you mean 'rope'"),
         ({"encoding": ("rope", "nope", "nope")}, "period of 3 layers"),
         ({"encoding": ()}, "non-empty tuple"),
-        ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads"),
-        ({"num_heads": 5}, "num_heads must divide model_dim"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3 must divide model.num_heads 4"),
+        ({"num_heads": 6}, "num_heads 6 must divide model.model_dim 32"),
         ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"mlp": "swiglu"}, "model.mlp must be one of gated, plain"),
+        ({"head_dim": 0}, "model.head_dim must be at least 1"),
         ({"encoding": RoPE(rotary_dim=16)}, "rotary_dim"),
     ],
 )
@@ -222,10 +224,9 @@ def test_tokens_and_positions_that_do_not_exist_are_refused_or_poison_the_answer
     model = decoder(encoding="learned")
     with pytest.raises(ValueError, match=r"tokens must be between 0 and 31 .* not 32"):
         model(TOKENS.at[0, 0].set(32))
-    with pytest.raises(ValueError, match="positions must be below 24"):
-        model(jnp.zeros((1, 25), int))
-    with pytest.raises(ValueError, match="positions must be below 24"):
-        model(TOKENS, positions=jnp.arange(1, 25))
+    for positions in (None, jnp.arange(1, 26), jnp.arange(-1, 24)):
+        with pytest.raises(ValueError, match="positions must be between 0 and 23"):
+            model(jnp.zeros((1, 25), int), positions=positions)
     assert np.isnan(jax.jit(lambda t: model(t))(TOKENS.at[0, 3].set(-1))[0, 3:]).all()
     assert np.isnan(jax.jit(lambda p: model(TOKENS, positions=p))(jnp.arange(1, 25))[:, -1]).all()
 

@@ -83,7 +83,8 @@ def dot_product_attention(
         segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
         temperature: Factor of the content logit.
         implementation: "reference" writes the weights out; "streaming" never does, and needs memory that grows with T
-            rather than T·S (differentiable in reverse mode only). None: streaming, unless everything fits one block.
+            rather than T·S (differentiable in reverse mode only). None: streaming, unless all weights of a head fit
+            one block.
         return_stats: Also return `AttentionStats`.
         precision: Of the matrix products, as in `jax.lax.dot`.
         dropout_rate: Must be 0 unless deterministic: attention dropout is refused rather than ignored.
@@ -123,7 +124,7 @@ def dot_product_attention(
         logit = dataclasses.replace(logit, function=_Past(logit.function))
     factor = _temperature(temperature, batch, num_heads, query_length) / math.sqrt(head_dim)
     if implementation is None:
-        implementation = "reference" if max(query_length, key_length) <= BLOCK_SIZE else "streaming"
+        implementation = "reference" if query_length * key_length <= BLOCK_SIZE**2 else "streaming"
     output, entropy, logsumexp = _attention(
         query, factor, key, value, logit, value_term, visibility, precision, implementation, return_stats
     )

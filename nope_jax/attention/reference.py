@@ -34,6 +34,7 @@ def reference_attention(
     visible = visibility.matrix(query.shape[1], key.shape[1])
     block = Block(
         query=jnp.swapaxes(query, 1, 2).astype(jnp.float32) * factor[..., None],
+        factor=jnp.broadcast_to(factor, (factor.shape[0], query.shape[2], query.shape[1])),
         key=jnp.swapaxes(key, 1, 2),
         query_positions=visibility.positions(query.shape[1], key.shape[1])[0],
         key_positions=visibility.positions(query.shape[1], key.shape[1])[1],

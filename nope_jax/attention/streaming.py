@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.attention.reference import MASKED
 from nope_jax.attention.visibility import Visibility
@@ -32,7 +32,7 @@ from nope_jax.encodings import Block, BlockLogit, BlockValue, DistanceLogit
 from nope_jax.encodings.encoding import Logit
 
 BLOCK_SIZE = 256
-"""Queries and keys per block: 64 is 2.6 times slower on a CPU, 1,024 1.8 times (`python -m benchmarks.attention`)."""
+"""Queries and keys per block: on a CPU faster than 128 and 512."""
 
 
 def streaming_attention(
@@ -83,26 +83,24 @@ def streaming_attention(
             logit = BlockLogit(_distance_block, logit)
 
     query_positions, key_positions = visibility.positions(query_length, key_length)
+    per_token = functools.partial(jax.tree.map, lambda x: _cut(x, size, 1))
     visibility = dataclasses.replace(
         visibility,
-        query_positions=_cut(query_positions, grid.size, 1),
-        key_positions=_cut(key_positions, grid.size, 1),
-        query_segments=jax.tree.map(lambda x: _cut(x, grid.size, 1), visibility.query_segments),
-        key_segments=jax.tree.map(lambda x: _cut(x, grid.size, 1), visibility.key_segments),
-        mask=None if visibility.mask is None else _cut_mask(visibility.mask, grid),
+        query_positions=per_token(query_positions),
+        key_positions=per_token(key_positions),
+        query_segments=per_token(visibility.query_segments),
+        key_segments=per_token(visibility.key_segments),
+        mask=None if visibility.mask is None else _cut_mask(visibility.mask, size),
     )
     if isinstance(logit, BlockLogit):
-        logit = dataclasses.replace(
-            logit,
-            query_features=jax.tree.map(lambda x: _cut(x, grid.size, 1), logit.query_features),
-            key_features=jax.tree.map(lambda x: _cut(x, grid.size, 1), logit.key_features),
-        )
+        features = {"query_features": per_token(logit.query_features), "key_features": per_token(logit.key_features)}
+        logit = dataclasses.replace(logit, **features)
     factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
     operands = _Operands(
-        query=_heads_first(query, kv_heads, grid.size),
-        factor=_cut(factor.reshape(factor.shape[0], kv_heads, grid.groups, -1), grid.size, 3),
-        key=_heads_first(key, kv_heads, grid.size)[:, :, :, 0],
-        value=_heads_first(value, kv_heads, grid.size)[:, :, :, 0],
+        query=_heads_first(query, kv_heads, size),
+        factor=_cut(factor.reshape(factor.shape[0], kv_heads, grid.groups, -1), size, 3),
+        key=_heads_first(key, kv_heads, size)[:, :, :, 0],
+        value=_heads_first(value, kv_heads, size)[:, :, :, 0],
         distance_values=distance_values,
         logit=logit,
         value_term=value_term,
@@ -210,10 +208,11 @@ def _heads_first(x: Shaped[Array, "B T N H"], kv_heads: int, size: int) -> Shape
     return x.reshape(n, batch, c, kv_heads, heads // kv_heads, dim).transpose(0, 1, 3, 4, 2, 5)
 
 
-def _cut_mask(mask: Array, grid: _Grid) -> Array:
-    """A mask [B or 1, N or 1, T or 1, S or 1] as [j, n, B or 1, N or 1, c, c]."""
-    mask = jnp.broadcast_to(mask, (*mask.shape[:2], grid.query_length, grid.key_length))
-    return _cut(_cut(mask, grid.size, 2), grid.size, 4)
+def _cut_mask(mask: Bool[Array, "#B #N #T #S"], size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
+    """A mask in blocks; an axis along which it is broadcast stays one entry."""
+    for axis in (2, 4):
+        mask = mask[None] if mask.shape[axis] == 1 else _cut(mask, size, axis)
+    return mask
 
 
 def _at(x: Any, index) -> Any:
@@ -264,10 +263,13 @@ def _visible(grid: _Grid, visibility: Visibility, i, j):
         key_positions=_at(visibility.key_positions, j),
         query_segments=_at(visibility.query_segments, i),
         key_segments=_at(visibility.key_segments, j),
-        mask=_at(_at(visibility.mask, j), i),
+        mask=None,
     )
     visible = rule.matrix(grid.size, grid.size)
-    visible &= j * grid.size + jnp.arange(grid.size) < grid.key_length
+    if visibility.mask is not None:
+        keys, queries = visibility.mask.shape[:2]
+        visible = visible & visibility.mask[jnp.minimum(j, keys - 1), jnp.minimum(i, queries - 1)]
+    visible = visible & (j * grid.size + jnp.arange(grid.size) < grid.key_length)
     return _split_heads(visible, 1 if visible.shape[1] == 1 else grid.groups)
 
 
@@ -325,7 +327,7 @@ class _Pair:
 
     def __init__(self, grid: _Grid, operands: _Operands, visibility: Visibility, scaled, i, j):
         self.grid, self.operands, self.visibility, self.i, self.j = grid, operands, visibility, i, j
-        self.scaled = _at(scaled, i)
+        self.scaled, self.factor = _at((scaled, operands.factor), i)
         self.key, self.value = _at((operands.key, operands.value), j)
 
     def product(self, subscripts: str, *arrays):
@@ -334,7 +336,7 @@ class _Pair:
     def logits(self, content, tile, visible, layout=lambda x: x):
         """Logits of the block from its q·k, which a layout other than [B, K, G, q, k] applies to all that is added."""
         if self.key.dtype != jnp.float32:  # queries were not scaled, since that would have rounded them once more
-            content *= layout(_at(self.operands.factor, self.i)[..., None])
+            content *= layout(self.factor[..., None])
         if tile is not None:
             content += layout(tile)
         if self.operands.logit is not None:
@@ -357,6 +359,7 @@ class _Pair:
         """The pair as an encoding's function sees it."""
         return Block(
             query=_merge_heads(query),
+            factor=_merge_heads(self.factor),
             key=jnp.repeat(key, self.grid.groups, axis=1),
             query_positions=_at(self.visibility.query_positions, self.i),
             key_positions=_at(self.visibility.key_positions, self.j),

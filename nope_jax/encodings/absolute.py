@@ -80,6 +80,6 @@ class Learned(Encoding):
         return {"positions": 0.02 * jax.random.normal(key, (self.max_length(sizes), sizes.model_dim))}
 
     def input(self, params: Params, embeddings, positions):
-        # A position without a row that only the device can see gives NaN, which no one mistakes for an answer.
+        # A position without a row, where only the device can see it, gives NaN: no one mistakes that for an answer.
         rows = params["positions"].at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return embeddings + rows.astype(embeddings.dtype)

@@ -38,7 +38,9 @@ class Block(NamedTuple):
     """What a `BlockLogit` or `BlockValue` sees of one block of queries and keys; key heads are repeated to N."""
 
     query: Float[Array, "B N q H"]
-    """After the query/key place, times temperature/√H: a logit linear in it is scaled as q·k is."""
+    """After the query/key place, times `factor`: a logit linear in it is scaled as q·k is."""
+    factor: Float[Array, "#B N q"]
+    """temperature/√H, for logits that are not linear in the query."""
     key: Float[Array, "B N k H"]
     query_positions: Int[Array, "#B q"]
     key_positions: Int[Array, "#B k"]
@@ -159,7 +161,10 @@ class Encoding:
         query_positions: Int[Array, "#B T"],
         key_positions: Int[Array, "#B S"],
     ) -> tuple[Float[Array, "B T N H2"], Float[Array, "B S K H2"]]:
-        """Query/key place: transforms queries and keys before their product."""
+        """Query/key place: transforms queries and keys before their product.
+
+        It may change their head dim; the product is then divided by the root of the new one.
+        """
         return query, key
 
     def logit(

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats
-from nope_jax.config import ModelConfig
+from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Sizes, resolve
 from nope_jax.models.layers import Block, encoding_params, kernel, rms_norm
 
@@ -29,12 +29,10 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        _check(config)
+        Config(model=config)  # refuses what cannot be
         self.config = config
         self.encodings = resolve(config.encoding)
         period = len(self.encodings)
-        if period > config.num_layers:
-            raise ValueError(f"encoding has a period of {period} layers, more than num_layers = {config.num_layers}")
         sizes = Sizes(
             num_heads=config.num_heads,
             head_dim=config.head_dim or config.model_dim // config.num_heads,
@@ -172,10 +170,11 @@ class Decoder(nnx.Module):
         if self.max_length is None:
             return
         where = np.arange(tokens.shape[1]) if positions is None else _values(positions)
-        if where is not None and where.size and where.max() >= self.max_length:
+        if where is not None and where.size and (where.min() < 0 or where.max() >= self.max_length):
+            bad = where.min() if where.min() < 0 else where.max()
+            encoding = self.config.encoding
             raise ValueError(
-                f"positions must be below {self.max_length}, the length of the {self.config.encoding!r} table, "
-                f"not {where.max()}"
+                f"positions must be between 0 and {self.max_length - 1}, all that {encoding!r} has, not {bad}"
             )
 
 
@@ -194,16 +193,3 @@ def _per_layer(temperature: Any, num_layers: int) -> Array:
             raise ValueError(f"temperature [L, N] must have L = {num_layers} rows, not {temperature.shape[0]}")
         return temperature
     return jnp.broadcast_to(temperature, (num_layers, *temperature.shape))
-
-
-def _check(config: ModelConfig) -> None:
-    for name in ("vocab_size", "num_layers", "num_heads", "model_dim"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.head_dim is None and config.model_dim % config.num_heads:
-        raise ValueError(
-            f"num_heads must divide model_dim (or give head_dim): {config.num_heads} does not divide {config.model_dim}"
-        )
-    kv_heads = config.num_kv_heads or config.num_heads
-    if config.num_heads % kv_heads:
-        raise ValueError(f"num_kv_heads must divide num_heads: {kv_heads} does not divide {config.num_heads}")

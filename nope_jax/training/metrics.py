@@ -56,13 +56,17 @@ class MetricsLog:
                 temporary = path.with_name(path.name + ".tmp")
                 temporary.write_text("".join(kept))
                 os.replace(temporary, path)
-        self._file = path.open("a", buffering=1)  # by line: what is logged survives a kill
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # what is logged survives a kill
 
     def close(self) -> None:
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        except OSError as error:  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def _is_up_to(line: str, step: int) -> bool:
