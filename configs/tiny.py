@@ -13,5 +13,5 @@ def get_config() -> Config:
         model=ModelConfig(vocab_size=256, num_layers=4, num_heads=4, model_dim=64, encoding="nope"),
         data=DataConfig(source="python_stdlib", tokenizer="bytes", context_length=128, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50),
-        train=TrainConfig(steps=800, log_every=20, checkpoint_every=400, eval_every=400, eval_batches=32),
+        train=TrainConfig(steps=600, log_every=20, checkpoint_every=300, eval_every=300, eval_batches=32),
     )
