@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,8 +109,7 @@ def test_both_implementations_agree_in_value_statistics_and_gradient(encoding):
         return logits, stats, gradient
 
     reference, streaming = run("reference"), run("streaming")
-    for expected, found in zip(jax.tree.leaves(reference), jax.tree.leaves(streaming), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_close(streaming, reference, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("encoding", [*ENCODINGS, Shaw(), Forgetting()], ids=str)
@@ -160,8 +160,7 @@ def test_remat_changes_nothing():
 
     text = str(jax.make_jaxpr(lambda s: nnx.merge(remat_graph, s)(TOKENS))(state))
     assert "remat" in text or "checkpoint" in text
-    for expected, found in zip(jax.tree.leaves(gradient(graph)), jax.tree.leaves(gradient(remat_graph)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(gradient(remat_graph), gradient(graph), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

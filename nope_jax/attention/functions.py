@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.dot_product import check_arrays, dot_product_attention, per_token
+from nope_jax.attention.visibility import positions_or_default
 from nope_jax.encodings import T5, ALiBi, Encoding, NoPE, Params, RoPE, RotaryScaling
 
 
@@ -43,13 +44,13 @@ def encoded_attention(
         **common: As `dot_product_attention`.
     """
     check_arrays(query, key, value)
-    lengths = query.shape[1], key.shape[1]
-    query_positions = per_token("query_positions", common.get("query_positions"), query.shape[0], lengths[0])
-    key_positions = per_token("key_positions", common.get("key_positions"), query.shape[0], lengths[1])
-    if query_positions is None:
-        query_positions = jnp.arange(lengths[1] - lengths[0], lengths[1])[None]
-    if key_positions is None:
-        key_positions = jnp.arange(lengths[1])[None]
+    batch, query_length, key_length = *query.shape[:2], key.shape[1]
+    query_positions, key_positions = positions_or_default(
+        per_token("query_positions", common.get("query_positions"), batch, query_length),
+        per_token("key_positions", common.get("key_positions"), batch, key_length),
+        query_length,
+        key_length,
+    )
     factor = encoding.temperature(params, query_positions, key_positions)
     if factor is not None:
         temperature = _product(factor, temperature)

@@ -32,12 +32,13 @@ def reference_attention(
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     visible = visibility.matrix(query.shape[1], key.shape[1])
+    query_positions, key_positions = visibility.positions(query.shape[1], key.shape[1])
     block = Block(
         query=jnp.swapaxes(query, 1, 2).astype(jnp.float32) * factor[..., None],
         factor=jnp.broadcast_to(factor, (factor.shape[0], query.shape[2], query.shape[1])),
         key=jnp.swapaxes(key, 1, 2),
-        query_positions=visibility.positions(query.shape[1], key.shape[1])[0],
-        key_positions=visibility.positions(query.shape[1], key.shape[1])[1],
+        query_positions=query_positions,
+        key_positions=key_positions,
         query_features=getattr(logit, "query_features", None),
         key_features=getattr(logit, "key_features", None),
     )

@@ -10,6 +10,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
+def positions_or_default(
+    query_positions: Int[Array, "#B T"] | None,
+    key_positions: Int[Array, "#B S"] | None,
+    query_length: int,
+    key_length: int,
+) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
+    """The positions given; where none are, keys run on from 0 and queries end where the keys end."""
+    if query_positions is None:
+        query_positions = jnp.arange(key_length - query_length, key_length)[None]
+    if key_positions is None:
+        key_positions = jnp.arange(key_length)[None]
+    return query_positions, key_positions
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visibility:
@@ -25,12 +39,7 @@ class Visibility:
 
     def positions(self, query_length: int, key_length: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
         """Explicit positions of all queries and keys."""
-        query_positions, key_positions = self.query_positions, self.key_positions
-        if query_positions is None:
-            query_positions = jnp.arange(key_length - query_length, key_length)[None]
-        if key_positions is None:
-            key_positions = jnp.arange(key_length)[None]
-        return query_positions, key_positions
+        return positions_or_default(self.query_positions, self.key_positions, query_length, key_length)
 
     def by_distance(self, distance: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
         """The part that is decided by query position minus key position."""
