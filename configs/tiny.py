@@ -3,7 +3,7 @@
     python train.py --config configs/tiny.py --workdir runs/nope --model.encoding nope
 
 Takes one to two minutes on two CPU cores. NoPE, the slowest to learn, ends at a validation loss of about 2.0 nats per
-byte, RoPE at about 1.5 (`make demo`, two AMD EPYC cores, 2026-11-20).
+byte, RoPE at about 1.5 (`make demo`, two Zen 4 cores, 2026-11-20).
 """
 
 from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
