@@ -365,7 +365,8 @@ def test_a_file_that_is_no_text_is_named(tokenizer_json, texts, config):
 
 
 def test_sentencepiece(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat sat on the mat"] * 20),
         model_prefix=str(tmp_path / "model"),
@@ -394,7 +395,6 @@ def test_sentencepiece(tmp_path):
     ],
 )
 def test_tokenizers_that_are_none(name, content, complaint, tmp_path):
-    pytest.importorskip("sentencepiece")
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=complaint):
