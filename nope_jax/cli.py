@@ -56,8 +56,8 @@ def run(command: Callable[[], None]) -> int:
 def _keep_freed_memory() -> None:
     """Has the C library keep what is freed; must come before XLA starts its threads.
 
-    XLA allocates the temporaries of every step anew on a CPU. Given back to the system each time, their page faults
-    cost a step of configs/tiny.py a fifth of its time.
+    XLA allocates the temporaries of every step anew on a CPU. Given back to the system each time, they fault in
+    again page by page, which small steps feel.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
