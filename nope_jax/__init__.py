@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nope_jax.config import ModelConfig
-    from nope_jax.models import Decoder
+    from nope_jax.models import Decoder, generate
 
-__all__ = ["Decoder", "ModelConfig"]
+__all__ = ["Decoder", "ModelConfig", "generate"]
 
 
 def __getattr__(name: str) -> Any:
     # On demand: the attention functions alone need no Flax.
-    if name == "Decoder":
-        from nope_jax.models import Decoder
+    if name in ("Decoder", "generate"):
+        from nope_jax import models
 
-        return Decoder
+        return getattr(models, name)
     if name == "ModelConfig":
         from nope_jax.config import ModelConfig
 

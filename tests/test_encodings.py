@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig, encodings
-from nope_jax.encodings import alibi_slopes, apply_rope, rope_frequencies, sinusoidal_positions, t5_bucket
+from nope_jax.encodings import Tokens, alibi_slopes, apply_rope, rope_frequencies, sinusoidal_positions, t5_bucket
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "huggingface.json").read_text())
 POSITIONS = np.array(GOLDEN["positions"])
@@ -242,7 +242,7 @@ def test_a_learned_table_adds_its_rows():
     encoding = encodings.Learned(length=4)
     params = encoding.init_shared(jax.random.key(0), encodings.Sizes(num_heads=1, head_dim=6, model_dim=6))
     embeddings = jnp.array(random(2, 3, 6))
-    out = encoding.input(params, embeddings, jnp.array([[0, 3, 1], [2, 2, 0]]))
+    out = encoding.input(params, embeddings, Tokens(None, jnp.array([[0, 3, 1], [2, 2, 0]]), None, 4))
     np.testing.assert_array_equal(out, embeddings + params["positions"][np.array([[0, 3, 1], [2, 2, 0]])])
 
 
@@ -251,7 +251,7 @@ def test_a_learned_table_never_answers_for_a_position_it_does_not_have(positions
     # Under jit nothing can be raised; what must not happen is a clipped or wrapped row.
     encoding = encodings.Learned(length=4)
     params = encoding.init_shared(jax.random.key(0), encodings.Sizes(num_heads=1, head_dim=6, model_dim=6))
-    out = jax.jit(encoding.input)(params, jnp.zeros((1, 3, 6)), jnp.array(positions))
+    out = jax.jit(encoding.input)(params, jnp.zeros((1, 3, 6)), Tokens(None, jnp.array(positions), None, 4))
     missing = (np.array(positions) < 0) | (np.array(positions) > 3)
     assert np.isnan(out[missing]).all() and np.isfinite(out[~missing]).all()
 

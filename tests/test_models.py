@@ -65,8 +65,9 @@ class Forgetting(Encoding):
     def init_layer(self, key, sizes: Sizes):
         return {"gate": jax.random.normal(key, (sizes.model_dim, sizes.num_heads)) / sizes.model_dim**0.5}
 
-    def features(self, params, inputs):
-        return jnp.cumsum(jax.nn.log_sigmoid(inputs.astype(jnp.float32) @ params["gate"]), axis=1)
+    def features(self, params, inputs, previous):
+        kept = jnp.cumsum(jax.nn.log_sigmoid(inputs.astype(jnp.float32) @ params["gate"]), axis=1)
+        return kept if previous is None else kept + previous[:, None]
 
     def _logit(self, _, block):
         difference = block.query_features[:, :, None] - block.key_features[:, None]

@@ -1,16 +1,14 @@
 """The oracles and the committed goldens against torch and Hugging Face transformers, live.
 
-Needs an environment with both (see regenerate_goldens.py), and therefore runs only when asked for:
+Needs an environment with both (see goldens/regenerate.py), and therefore runs only when asked for:
 
     pytest tests/test_oracles.py -m oracle
 """
 
-import json
-
 import numpy as np
 import oracles
 import pytest
-import regenerate_goldens
+from goldens import regenerate
 
 pytestmark = pytest.mark.oracle
 
@@ -28,12 +26,9 @@ def flat(tree, path=()):
     return {path: tree}
 
 
-def test_the_committed_goldens_are_what_transformers_computes_today():
-    import torch
-
-    with torch.no_grad():
-        today = flat(regenerate_goldens.make())
-    committed = flat(json.loads(regenerate_goldens.PATH.read_text()))
+@pytest.mark.parametrize("family", regenerate.FAMILIES)
+def test_the_committed_goldens_are_what_independent_code_computes_today(family):
+    today, committed = flat(regenerate.make(family)), flat(regenerate.load(family))
     assert today.keys() == committed.keys()
     for path, x in committed.items():
         np.testing.assert_allclose(today[path], x, rtol=1e-6, atol=1e-6, err_msg=str(path))

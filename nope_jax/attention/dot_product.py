@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from nope_jax.attention.reference import reference_attention
+from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
 from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import BlockValue, DistanceLogit
+from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
 from nope_jax.encodings.encoding import Logit
 
 Implementation = Literal["reference", "streaming"]
@@ -33,6 +34,8 @@ FLAX_KEYWORDS = frozenset(
     }
 )
 """What Flax's attention modules pass beside the arguments below."""
+
+_OWN_KEYWORDS = ("mask", "is_causal", "window", "chunk_size", "segment_ids", "temperature", "return_stats")
 
 
 class AttentionStats(NamedTuple):
@@ -56,6 +59,7 @@ def dot_product_attention(
     mask: Bool[ArrayLike, "#B #N #T #S"] | None = None,
     is_causal: bool = True,
     window: int | None = None,
+    chunk_size: int | None = None,
     segment_ids: Int[ArrayLike, "B T"] | tuple[Int[ArrayLike, "B T"], Int[ArrayLike, "B S"]] | None = None,
     temperature: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
     implementation: Implementation | None = None,
@@ -72,7 +76,7 @@ def dot_product_attention(
         key: Keys; K divides N, and query head n reads key head n // (N/K).
         value: Values.
         logit: What is added to the scaled content logit, computed block by block (`nope_jax.encodings.DistanceLogit`,
-            `BlockLogit`).
+            `BlockLogit`, `ScanLogit`).
         value_term: What is added to the output (`nope_jax.encodings.BlockValue`).
         query_positions: Positions of the queries. Default: aligned at the end of the keys, S-T..S-1, so that a single
             query against a long cache is its last token. In a cache that is not full yet, give them.
@@ -80,6 +84,7 @@ def dot_product_attention(
         mask: True where a query may attend. Numbers count as truth values: an additive mask is another thing.
         is_causal: A query sees no key at a later position than its own.
         window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
+        chunk_size: A query sees only the keys of its own chunk of so many positions, the first from 0 on.
         segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
         temperature: Factor of the content logit.
         implementation: "reference" writes the weights out; "streaming" never does, and needs memory that grows with T
@@ -108,8 +113,9 @@ def dot_product_attention(
     query, key, value = _apply_flax_keywords(flax_keywords, query, key, value)
     batch, query_length, num_heads, head_dim = query.shape
     key_length = key.shape[1]
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise ValueError(f"window must be an integer of at least 1 (the query itself), not {window}")
+    for name, number in {"window": window, "chunk_size": chunk_size}.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number}")
     query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
     visibility = Visibility(
         query_positions=per_token("query_positions", query_positions, batch, query_length),
@@ -119,6 +125,7 @@ def dot_product_attention(
         mask=_mask(mask, (batch, num_heads, query_length, key_length)),
         is_causal=is_causal,
         window=window,
+        chunk_size=chunk_size,
     )
     if is_causal and isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, function=_Past(logit.function))
@@ -137,6 +144,8 @@ def _attention(query, factor, key, value, logit, value_term, visibility, precisi
     arguments = query, factor, key, value, logit, value_term, visibility, precision
     if implementation == "reference":
         return reference_attention(*arguments)
+    if isinstance(logit, ScanLogit):
+        return scanning_attention(*arguments)
     return streaming_attention(*arguments, with_entropy=with_entropy)
 
 
@@ -169,8 +178,7 @@ def _apply_flax_keywords(keywords: dict[str, Any], *arrays):
     """Honour or refuse what Flax's modules pass."""
     for name in keywords:
         if name not in FLAX_KEYWORDS:
-            known = [*FLAX_KEYWORDS, "mask", "is_causal", "window", "segment_ids", "temperature", "return_stats"]
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, [*FLAX_KEYWORDS, *_OWN_KEYWORDS], n=1)
             raise TypeError(f"unknown keyword {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if keywords.get("module") is not None:
         raise ValueError("module must be None: weights are not sown; use return_stats")

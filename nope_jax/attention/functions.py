@@ -30,7 +30,7 @@ def encoded_attention(
     temperature: Any = None,
     **common: Any,
 ) -> Any:
-    """`dot_product_attention` with what an encoding does at the query/key, logit, value and temperature places.
+    """`dot_product_attention` with what an encoding does within a layer: all but its input place.
 
     Args:
         encoding: The encoding, a user's own included.
@@ -54,6 +54,9 @@ def encoded_attention(
     factor = encoding.temperature(params, query_positions, key_positions)
     if factor is not None:
         temperature = _product(factor, temperature)
+    for name, number in encoding.reach()._asdict().items():
+        given = [n for n in (number, common.get(name)) if n is not None]
+        common[name] = min(given, default=None)
     turned_query, turned_key = encoding.query_key(params, query, key, query_positions, key_positions)
     return dot_product_attention(
         turned_query,

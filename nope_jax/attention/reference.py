@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import Block, BlockValue
+from nope_jax.encodings import Block, BlockLogit, BlockValue, ScanLogit
 from nope_jax.encodings.encoding import Logit
 
 MASKED = -1e30
@@ -41,11 +41,17 @@ def reference_attention(
         key_positions=key_positions,
         query_features=getattr(logit, "query_features", None),
         key_features=getattr(logit, "key_features", None),
+        distances=jnp.arange(1 - query.shape[1], key.shape[1]) if visibility.contiguous else None,
     )
+    if isinstance(logit, BlockLogit) and logit.by_distance is not None and visibility.contiguous:
+        block = block._replace(by_distance=logit.by_distance(logit.parameters, block.distances))
 
     # Scaled before the product: a factor after it would be fused into what follows, rounded in two ways.
     logits = jnp.einsum("bnth,bnsh->bnts", block.query, block.key.astype(jnp.float32), precision=precision)
-    if logit is not None:
+    if isinstance(logit, ScanLogit):
+        added, _ = logit.function(logit.parameters, block, logits, visible, jnp.zeros(logits.shape[:-1]))
+        logits += added
+    elif logit is not None:
         logits += logit.block(block)
     logits = jnp.where(visible, logits, MASKED)
     largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))

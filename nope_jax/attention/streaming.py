@@ -29,7 +29,6 @@ from jaxtyping import Array, Bool, Float, Shaped
 from nope_jax.attention.reference import MASKED
 from nope_jax.attention.visibility import Visibility
 from nope_jax.encodings import Block, BlockLogit, BlockValue, DistanceLogit
-from nope_jax.encodings.encoding import Logit
 
 BLOCK_SIZE = 256
 """Queries and keys per block: on a CPU faster than 128 and 512."""
@@ -40,7 +39,7 @@ def streaming_attention(
     factor: Float[Array, "#B #N T"],
     key: Shaped[Array, "B S K H"],
     value: Shaped[Array, "B S K H2"],
-    logit: Logit | None,
+    logit: DistanceLogit | BlockLogit | None,
     value_term: BlockValue | None,
     visibility: Visibility,
     precision: jax.lax.PrecisionLike = None,
@@ -60,7 +59,7 @@ def streaming_attention(
     size = -(-largest // -(-largest // block_size))  # as few blocks as fit, and then as small as they can be
     size = min(-(-size // 8) * 8, max(block_size, 1))
 
-    contiguous = visibility.query_positions is None and visibility.key_positions is None
+    contiguous = visibility.contiguous
     grid = _Grid(
         query_length=query_length,
         key_length=key_length,
@@ -70,39 +69,43 @@ def streaming_attention(
         per_block=not contiguous
         or visibility.query_segments is not None
         or visibility.mask is not None
+        or visibility.chunk_size is not None
         or (not visibility.is_causal and key_length % size != 0),
         with_entropy=with_entropy,
         precision=precision,
     )
-    distance_values = None
+    distance_values = by_distance = None
     if isinstance(logit, DistanceLogit):
         if contiguous:
             distance_values = logit.function(logit.parameters, grid.distances()).astype(jnp.float32)
             logit = None
         else:
             logit = BlockLogit(_distance_block, logit)
+    elif logit is not None and logit.by_distance is not None and contiguous:
+        by_distance = logit.by_distance(logit.parameters, grid.distances())
 
     query_positions, key_positions = visibility.positions(query_length, key_length)
-    per_token = functools.partial(jax.tree.map, lambda x: _cut(x, size, 1))
+    per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
     visibility = dataclasses.replace(
         visibility,
         query_positions=per_token(query_positions),
         key_positions=per_token(key_positions),
         query_segments=per_token(visibility.query_segments),
         key_segments=per_token(visibility.key_segments),
-        mask=None if visibility.mask is None else _cut_mask(visibility.mask, size),
+        mask=None if visibility.mask is None else cut_mask(visibility.mask, size),
     )
-    if isinstance(logit, BlockLogit):
+    if logit is not None:
         features = {"query_features": per_token(logit.query_features), "key_features": per_token(logit.key_features)}
         logit = dataclasses.replace(logit, **features)
     factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
     operands = _Operands(
         query=_heads_first(query, kv_heads, size),
-        factor=_cut(factor.reshape(factor.shape[0], kv_heads, grid.groups, -1), size, 3),
+        factor=cut(factor.reshape(factor.shape[0], kv_heads, grid.groups, -1), size, 3),
         key=_heads_first(key, kv_heads, size)[:, :, :, 0],
         value=_heads_first(value, kv_heads, size)[:, :, :, 0],
         distance_values=distance_values,
         logit=logit,
+        by_distance=by_distance,
         value_term=value_term,
     )
     out, entropy, logsumexp = _attend(grid, operands, visibility)
@@ -146,6 +149,10 @@ class _Grid:
         first, last = self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1]
         return jnp.arange(first, last + 1)
 
+    def distance_start(self, diagonal) -> Any:
+        """Where the values of a diagonal's distances, 2·size - 1 of them, start among those of `distances`."""
+        return (diagonal + self.key_blocks - 1) * self.size
+
     def diagonals(self, visibility: Visibility) -> list[tuple[int, int, bool]]:
         """Ranges (start, stop, masked) of neighbouring diagonals that hold something visible and are treated alike."""
         first, last = 1 - self.key_blocks, self.query_blocks - 1
@@ -155,7 +162,8 @@ class _Grid:
         for diagonal in range(first, last + 1):
             low, high = self.distance_range(diagonal)
             nearest = 0 if low <= 0 <= high else min(abs(low), abs(high))
-            window = visibility.window or max(abs(low), abs(high)) + 1
+            reach = [n for n in (visibility.window, visibility.chunk_size) if n is not None]
+            window = min(reach, default=max(abs(low), abs(high)) + 1)
             if not (visibility.is_causal and high < 0) and nearest < window:
                 kinds.append((diagonal, (visibility.is_causal and low < 0) or max(abs(low), abs(high)) >= window))
         ranges: list[tuple[int, int, bool]] = []
@@ -176,6 +184,8 @@ class _Operands(NamedTuple):
     value: Shaped[Array, "m B K k H2"]
     distance_values: Float[Array, "N distances"] | None
     logit: BlockLogit | None
+    by_distance: Any
+    """What the logit's `by_distance` gave, [distances, ...] as `distance_values`."""
     value_term: BlockValue | None
 
 
@@ -192,7 +202,7 @@ def _distance_block(logit: DistanceLogit, block: Block) -> Array:
     return logit.block(block)
 
 
-def _cut(x: Array, size: int, axis: int) -> Array:
+def cut(x: Array, size: int, axis: int) -> Array:
     """Cut an axis into blocks of a size, the last one padded by its edge, and move their index to the front."""
     blocks = -(-x.shape[axis] // size)
     if blocks * size != x.shape[axis]:
@@ -203,16 +213,22 @@ def _cut(x: Array, size: int, axis: int) -> Array:
 
 
 def _heads_first(x: Shaped[Array, "B T N H"], kv_heads: int, size: int) -> Shaped[Array, "n B K G q H"]:
-    x = _cut(x, size, 1)
+    x = cut(x, size, 1)
     n, batch, c, heads, dim = x.shape
     return x.reshape(n, batch, c, kv_heads, heads // kv_heads, dim).transpose(0, 1, 3, 4, 2, 5)
 
 
-def _cut_mask(mask: Bool[Array, "#B #N #T #S"], size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
+def cut_mask(mask: Bool[Array, "#B #N #T #S"], size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
     """A mask in blocks; an axis along which it is broadcast stays one entry."""
     for axis in (2, 4):
-        mask = mask[None] if mask.shape[axis] == 1 else _cut(mask, size, axis)
+        mask = mask[None] if mask.shape[axis] == 1 else cut(mask, size, axis)
     return mask
+
+
+def mask_at(mask: Bool[Array, "#m #n #B #N #q #k"], i, j) -> Bool[Array, "#B #N #q #k"]:
+    """What `cut_mask` made of query block i and key block j."""
+    keys, queries = mask.shape[:2]
+    return mask[jnp.minimum(j, keys - 1), jnp.minimum(i, queries - 1)]
 
 
 def _at(x: Any, index) -> Any:
@@ -240,12 +256,43 @@ def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2c-1"]:
     return rows.sum(1)[:, -2::-1]
 
 
+class _LogitArrays(NamedTuple):
+    """The arrays of a `BlockLogit`: whole, or cut to a pair of blocks."""
+
+    parameters: Any
+    query_features: Any
+    key_features: Any
+    by_distance: Any
+
+    @classmethod
+    def of(cls, operands: _Operands) -> "_LogitArrays | None":
+        logit = operands.logit
+        if logit is None:
+            return None
+        return cls(logit.parameters, logit.query_features, logit.key_features, operands.by_distance)
+
+    def at(self, grid: _Grid, i, j) -> "_LogitArrays":
+        """Cut to query block i and key block j."""
+        start, span = grid.distance_start(i - j), 2 * grid.size - 1
+        here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, span), self.by_distance)
+        return _LogitArrays(self.parameters, _at(self.query_features, i), _at(self.key_features, j), here)
+
+    def put(self, grid: _Grid, entry: "_LogitArrays", i, j) -> "_LogitArrays":
+        """With what `at` cut out replaced."""
+        start = grid.distance_start(i - j)
+        by_distance = jax.tree.map(
+            lambda x, new: lax.dynamic_update_slice_in_dim(x, new, start, 0), self.by_distance, entry.by_distance
+        )
+        features = _put(self.query_features, entry.query_features, i), _put(self.key_features, entry.key_features, j)
+        return _LogitArrays(entry.parameters, *features, by_distance)
+
+
 def _tile(grid: _Grid, operands: _Operands, visibility: Visibility, diagonal, masked: bool):
     """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
     size = grid.size
     tile = None
     if operands.distance_values is not None:
-        start = (diagonal + grid.key_blocks - 1) * size
+        start = grid.distance_start(diagonal)
         values = lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1)
         tile = _shear(values).reshape(-1, grid.groups, size, size)
     if masked:
@@ -267,8 +314,7 @@ def _visible(grid: _Grid, visibility: Visibility, i, j):
     )
     visible = rule.matrix(grid.size, grid.size)
     if visibility.mask is not None:
-        keys, queries = visibility.mask.shape[:2]
-        visible = visible & visibility.mask[jnp.minimum(j, keys - 1), jnp.minimum(i, queries - 1)]
+        visible = visible & mask_at(visibility.mask, i, j)
     visible = visible & (j * grid.size + jnp.arange(grid.size) < grid.key_length)
     return _split_heads(visible, 1 if visible.shape[1] == 1 else grid.groups)
 
@@ -339,32 +385,43 @@ class _Pair:
             content *= layout(self.factor[..., None])
         if tile is not None:
             content += layout(tile)
-        if self.operands.logit is not None:
-            content += layout(self.added(self.operands.logit, self.scaled, self.key))
+        arrays = self.logit_arrays()
+        if arrays is not None:
+            content += layout(self.added(arrays, self.scaled, self.key))
         return content if visible is None else jnp.where(layout(visible), content, MASKED)
 
-    def added(self, logit: BlockLogit, query, key) -> Float[Array, "#B K G q k"]:
+    def logit_arrays(self) -> _LogitArrays | None:
+        arrays = _LogitArrays.of(self.operands)
+        return arrays and arrays.at(self.grid, self.i, self.j)
+
+    def added(self, arrays: _LogitArrays, query, key) -> Float[Array, "#B K G q k"]:
         """What a `BlockLogit` adds."""
-        added = logit.block(self.block(query, key, logit))
+        logit = self.operands.logit
+        assert logit is not None  # as there are arrays of it
+        added = logit.function(arrays.parameters, self.block(query, key, arrays))
         added = jnp.broadcast_to(added, (added.shape[0], self.grid.groups * key.shape[1], *added.shape[2:]))
         return _split_heads(added, self.grid.groups)
 
     def value_added(self, term: BlockValue, weights, query, key) -> Float[Array, "B K G q H2"]:
         """What a `BlockValue` adds."""
         return _split_heads(
-            term.block(_merge_heads(weights), self.block(query, key, self.operands.logit)), self.grid.groups
+            term.block(_merge_heads(weights), self.block(query, key, self.logit_arrays())), self.grid.groups
         )
 
-    def block(self, query, key, logit: BlockLogit | None) -> Block:
+    def block(self, query, key, arrays: _LogitArrays | None) -> Block:
         """The pair as an encoding's function sees it."""
+        first, _ = self.grid.distance_range(self.i - self.j)
+        distances = first + jnp.arange(2 * self.grid.size - 1) if self.grid.contiguous else None
         return Block(
             query=_merge_heads(query),
             factor=_merge_heads(self.factor),
             key=jnp.repeat(key, self.grid.groups, axis=1),
             query_positions=_at(self.visibility.query_positions, self.i),
             key_positions=_at(self.visibility.key_positions, self.j),
-            query_features=logit and _at(logit.query_features, self.i),
-            key_features=logit and _at(logit.key_features, self.j),
+            query_features=arrays and arrays.query_features,
+            key_features=arrays and arrays.key_features,
+            distances=distances,
+            by_distance=arrays and arrays.by_distance,
         )
 
 
@@ -440,7 +497,7 @@ class _Gradients(NamedTuple):
     key: Float[Array, "*m B K k H"]
     value: Float[Array, "*m B K k H2"]
     tile: Float[Array, "K k G q"] | None
-    logit: Any
+    logit: _LogitArrays | None
     value_term: Any
 
 
@@ -489,11 +546,22 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         if d_tile is not None:
             d_tile += d_logits.sum(0)
         if operands.logit is not None:
-            added, pull = jax.vjp(pair.added, operands.logit, pair.scaled, pair.key)
+            added, pull = jax.vjp(pair.added, pair.logit_arrays(), pair.scaled, pair.key)
             logit_added, d_query_added, d_key_added = pull(_sum_to(_queries_first(d_logits), added.shape))
             d_logit = jax.tree.map(jnp.add, d_logit, logit_added)
             d_query_t, d_key = d_query_t + _keys_first(d_query_added), d_key + d_key_added
         return _Gradients(d_query_t, d_key, d_value, d_tile, d_logit, d_value_term)
+
+    def take(sums: _Gradients, i, j) -> _Gradients:
+        logit = sums.logit and sums.logit.at(grid, i, j)
+        query_t, key, value = _at(sums.query_t, i), _at(sums.key, j), _at(sums.value, j)
+        return sums._replace(query_t=query_t, key=key, value=value, logit=logit)
+
+    def put(sums: _Gradients, entry: _Gradients, i, j) -> _Gradients:
+        logit = entry.logit and sums.logit and sums.logit.put(grid, entry.logit, i, j)
+        query_t = _put(sums.query_t, entry.query_t, i)
+        key, value = _put((sums.key, sums.value), (entry.key, entry.value), j)
+        return entry._replace(query_t=query_t, key=key, value=value, logit=logit)
 
     def visit_diagonal(diagonal, masked, state):
         sums, d_values = state
@@ -504,29 +572,33 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
             visibility,
             diagonal,
             sums,
-            take=lambda s, i, j: _Gradients(_at(s[0], i), _at(s[1], j), _at(s[2], j), *s[3:]),
+            take=take,
             update=functools.partial(update, _tile(grid, operands, visibility, diagonal, masked)),
-            put=lambda s, e, i, j: _Gradients(_put(s[0], e[0], i), _put(s[1], e[1], j), _put(s[2], e[2], j), *e[3:]),
+            put=put,
         )
         if d_values is not None:
-            start = (diagonal + grid.key_blocks - 1) * grid.size
+            start = grid.distance_start(diagonal)
             added = _unshear(_queries_first(sums.tile).reshape(-1, grid.size, grid.size))
             here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
             d_values = lax.dynamic_update_slice_in_dim(d_values, here + added, start, axis=1)
         return sums._replace(tile=None), d_values
 
-    sums = _Gradients(queries_t, operands.key, operands.value, None, operands.logit, operands.value_term)
+    sums = _Gradients(queries_t, operands.key, operands.value, None, _LogitArrays.of(operands), operands.value_term)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (sums, operands.distance_values))
     sums, d_values = _sweep(grid, visibility, visit_diagonal, zeros)
 
-    d_scaled = _queries_first(sums.query_t)
+    d_scaled, logit = _queries_first(sums.query_t), operands.logit
+    if logit is not None:
+        parameters, query_features, key_features, _ = sums.logit
+        logit = BlockLogit(logit.function, parameters, query_features, key_features, logit.by_distance)
     gradients = _Operands(
         query=d_scaled * operands.factor[..., None],
         factor=_sum_to((d_scaled * operands.query.astype(jnp.float32)).sum(-1), operands.factor.shape),
         key=sums.key,
         value=sums.value,
         distance_values=d_values,
-        logit=sums.logit,
+        logit=logit,
+        by_distance=sums.logit and sums.logit.by_distance,
         value_term=sums.value_term,
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands), None

@@ -1,4 +1,4 @@
-"""Which key each query may see: causality, window, segments and a mask, from positions.
+"""Which key each query may see: causality, window, chunks, segments and a mask, from positions.
 
 Shapes: B batch, T query length, S key length, N query heads.
 """
@@ -36,10 +36,16 @@ class Visibility:
     mask: Bool[Array, "#B #N #T #S"] | None
     is_causal: bool = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
+    chunk_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def positions(self, query_length: int, key_length: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
         """Explicit positions of all queries and keys."""
         return positions_or_default(self.query_positions, self.key_positions, query_length, key_length)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether positions run on, so that the distance of a query and a key follows from their indices."""
+        return self.query_positions is None and self.key_positions is None
 
     def by_distance(self, distance: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
         """The part that is decided by query position minus key position."""
@@ -54,6 +60,9 @@ class Visibility:
         """The whole rule, written out."""
         query_positions, key_positions = self.positions(query_length, key_length)
         visible = self.by_distance(query_positions[:, None, :, None] - key_positions[:, None, None, :])
+        if self.chunk_size is not None:
+            query_chunk, key_chunk = query_positions // self.chunk_size, key_positions // self.chunk_size
+            visible &= query_chunk[:, None, :, None] == key_chunk[:, None, None, :]
         if self.query_segments is not None and self.key_segments is not None:
             visible &= self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
         return visible if self.mask is None else visible & self.mask

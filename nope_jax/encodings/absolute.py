@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nope_jax.encodings.encoding import Encoding, Params, Sizes
+from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
 
 Layout = Literal["interleaved", "halves"]
 
@@ -40,6 +40,11 @@ def sinusoidal_positions(
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, features)
 
 
+def rows_at(table: Float[Array, "length D"], positions: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
+    """Rows of a table of positions. One that it does not have gives NaN, which no one mistakes for an answer."""
+    return table.at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
 def _check_waves(base: float, layout: str) -> None:
     if not base > 0:
         raise ValueError(f"base must be positive, not {base}")
@@ -57,8 +62,8 @@ class Sinusoidal(Encoding):
     def __post_init__(self):
         _check_waves(self.base, self.layout)
 
-    def input(self, params: Params, embeddings, positions):
-        table = sinusoidal_positions(positions, embeddings.shape[-1], base=self.base, layout=self.layout)
+    def input(self, params: Params, embeddings, tokens: Tokens):
+        table = sinusoidal_positions(tokens.positions, embeddings.shape[-1], base=self.base, layout=self.layout)
         return embeddings + table.astype(embeddings.dtype)
 
 
@@ -79,7 +84,5 @@ class Learned(Encoding):
     def init_shared(self, key, sizes: Sizes) -> Params:
         return {"positions": 0.02 * jax.random.normal(key, (self.max_length(sizes), sizes.model_dim))}
 
-    def input(self, params: Params, embeddings, positions):
-        # A position without a row, where only the device can see it, gives NaN: no one mistakes that for an answer.
-        rows = params["positions"].at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return embeddings + rows.astype(embeddings.dtype)
+    def input(self, params: Params, embeddings, tokens: Tokens):
+        return embeddings + rows_at(params["positions"], tokens.positions).astype(embeddings.dtype)

@@ -3,9 +3,10 @@
     once:      embeddings -> [input] -> x
     per layer: q, k -> [query/key] -> [temperature] · q·k/√H + [logit] -> softmax -> weights · v + [value] -> output
 
-The logit place comes in two kinds, which are all that an attention kernel has to know. A `DistanceLogit` is a function
-of the distance between query and key alone, so that a vector of length T stands for a [T, S] matrix. A `BlockLogit` is
-any function of a block's positions, queries and keys. Both are evaluated block by block: no full bias ever exists.
+The logit place comes in three kinds, which are all that an attention kernel has to know. A `DistanceLogit` is a
+function of the distance between query and key alone, so that a vector of length T stands for a [T, S] matrix. A
+`BlockLogit` is any function of a block's positions, queries and keys. A `ScanLogit` is one that also hands something on
+from block to block. All are evaluated block by block: no full bias ever exists.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block.
@@ -17,7 +18,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 Params = dict[str, Any]
 """The parameters of an encoding: arrays by name."""
@@ -32,10 +34,31 @@ class Sizes:
     model_dim: int
     train_length: int | None = None
     """The length the model is trained at, where it is known."""
+    num_kv_heads: int | None = None
+    """None: as many as num_heads."""
+    vocab_size: int | None = None
+
+
+class Tokens(NamedTuple):
+    """What the input place knows of the tokens beside their embeddings."""
+
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "#B T"]
+    segments: Int[Array, "#B T"] | None
+    """Tokens of different segments do not see each other."""
+    length: int
+    """Positions are below it: how much of a table has to be computed."""
+
+
+class Reach(NamedTuple):
+    """Which of the keys that are visible anyway a layer's queries see: `window` and `chunk_size` of attention."""
+
+    window: int | None = None
+    chunk_size: int | None = None
 
 
 class Block(NamedTuple):
-    """What a `BlockLogit` or `BlockValue` sees of one block of queries and keys; key heads are repeated to N."""
+    """What the function of a term sees of one block of queries and keys; key heads are repeated to N."""
 
     query: Float[Array, "B N q H"]
     """After the query/key place, times `factor`: a logit linear in it is scaled as q·k is."""
@@ -47,6 +70,10 @@ class Block(NamedTuple):
     query_features: Any
     """`query_features` of the logit, cut to the block's queries."""
     key_features: Any
+    distances: Int[Array, "q+k-1"] | None = None
+    """Where positions run on: the distances that occur, ascending, from the first query and last key on. Else None."""
+    by_distance: Any = None
+    """`by_distance` of the logit at `distances`, a leading axis of q+k-1; None where positions do not run on."""
 
     @property
     def distance(self) -> Int[Array, "#B q k"]:
@@ -71,8 +98,10 @@ class _Term:
     function: Callable
 
     def __post_init__(self):
-        if inspect.ismethod(self.function):
-            object.__setattr__(self, "function", _Method(self.function.__func__, self.function.__self__))
+        for name in ("function", "by_distance"):
+            method = getattr(self, name, None)
+            if inspect.ismethod(method):
+                object.__setattr__(self, name, _Method(method.__func__, method.__self__))
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +116,7 @@ class DistanceLogit(_Term):
     parameters: Any = None
 
     def block(self, block: Block) -> Float[Array, "#B N q k"]:
-        return jax.numpy.moveaxis(self.function(self.parameters, block.distance), 0, 1)
+        return jnp.moveaxis(self.function(self.parameters, block.distance), 0, 1)
 
 
 @jax.tree_util.register_dataclass
@@ -96,13 +125,16 @@ class BlockLogit(_Term):
     """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Block`.
 
     `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...] (or pytrees of them), which reach the
-    function cut to its block.
+    function cut to its block. `by_distance` is for what costs more per distance than one would pay in every block: a
+    function (parameters, distances [d]) -> [d, ...], evaluated once where positions run on, and cut to each block's
+    distances.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
     parameters: Any = None
     query_features: Any = None
     key_features: Any = None
+    by_distance: Callable | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, block: Block) -> Float[Array, "#B #N q k"]:
         return self.function(self.parameters, block)
@@ -120,7 +152,40 @@ class BlockValue(_Term):
         return self.function(self.parameters, weights, block)
 
 
-Logit = DistanceLogit | BlockLogit
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScanLogit(_Term):
+    """A logit that sums over the keys between query and key.
+
+    `function(parameters, block, content, visible, carry) -> (added, carry)` visits the blocks of a query's keys from
+    the last to the first. `content` [B, N, q, k] is the scaled q·k, `visible` [B or 1, N or 1, q, k] what the queries
+    see, `added` [B, N, q, k] goes to the logits; `carry` [B, N, q] is handed on, and is 0 before the last key.
+    """
+
+    function: Callable = dataclasses.field(metadata={"static": True})
+    parameters: Any = None
+    query_features: Any = None
+    key_features: Any = None
+
+
+Logit = DistanceLogit | BlockLogit | ScanLogit
+
+
+def skew(rows: Shaped[Array, "*B q q+k-1"], keys: int) -> Shaped[Array, "*B q k"]:
+    """Entry (x, y) of a block from rows x by ascending distance, as in `Block.distances`; no gather."""
+    queries, span = rows.shape[-2:]
+    rows = jnp.pad(rows[..., ::-1], [(0, 0)] * (rows.ndim - 1) + [(0, 1)])
+    flat = rows.reshape(*rows.shape[:-2], -1)[..., queries - 1 : queries - 1 + queries * span]
+    return flat.reshape(*rows.shape[:-2], queries, span)[..., :keys]
+
+
+def unskew(block: Shaped[Array, "*B q k"]) -> Shaped[Array, "*B q q+k-1"]:
+    """The transpose of `skew`: each row of a block by ascending distance, 0 where the block has no such key."""
+    queries, keys = block.shape[-2:]
+    span, outer = queries + keys - 1, [(0, 0)] * (block.ndim - 2)
+    flat = jnp.pad(block, [*outer, (0, 0), (0, queries - 1)]).reshape(*block.shape[:-2], -1)
+    rows = jnp.pad(flat, [*outer, (queries - 1, 1)]).reshape(*block.shape[:-2], queries, span + 1)
+    return rows[..., -2::-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +200,15 @@ class Encoding:
         """Number of positions the encoding can take; None when nothing bounds it."""
         return None
 
+    def with_sizes(self, sizes: Sizes) -> "Encoding":
+        """Itself, with those settings that are left to the model (a training length) taken from it."""
+        return self
+
+    @property
+    def core(self) -> "Encoding":
+        """What acts at the input place and holds the shared parameters: layers with the same one share it."""
+        return self
+
     def init_shared(self, key: Array, sizes: Sizes) -> Params:
         """Parameters that all layers (and the input place) share."""
         return {}
@@ -143,14 +217,31 @@ class Encoding:
         """Parameters of one layer."""
         return {}
 
-    def input(
-        self, params: Params, embeddings: Float[Array, "B T D"], positions: Int[Array, "#B T"]
-    ) -> Float[Array, "B T D"]:
-        """Input place: acts on the token embeddings, once."""
+    def positions(self, positions: Int[Array, "#B T"], length: int, key: Array | None) -> Int[Array, "#B T"]:
+        """The positions that the other places are told, given those of the tokens, all below length.
+
+        They keep the tokens' order. The key is that of a training step; None outside of training.
+        """
+        return positions
+
+    def reach(self) -> Reach:
+        """Which keys the layer's queries see, of those that causality and segments leave."""
+        return Reach()
+
+    def lookback(self) -> int:
+        """How many tokens before a token its input place reads, for decoding token by token."""
+        return 0
+
+    def input(self, params: Params, embeddings: Float[Array, "B T D"], tokens: Tokens) -> Float[Array, "B T D"]:
+        """Input place: acts on the token embeddings, once. Its params are the shared ones."""
         return embeddings
 
-    def features(self, params: Params, inputs: Float[Array, "B T D"]) -> Any:
-        """Numbers per token [B, T, ...] that the logit place needs beside queries and keys, from the layer's input."""
+    def features(self, params: Params, inputs: Float[Array, "B T D"], previous: Any) -> Any:
+        """Numbers per token [B, T, ...] that the logit place needs beside queries and keys, from the layer's input.
+
+        Where they run on from token to token, `previous` is the entry [B, ...] of the token before the first; None
+        where there is none.
+        """
         return None
 
     def query_key(

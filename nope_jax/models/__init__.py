@@ -1,5 +1,6 @@
-"""The Flax NNX decoder."""
+"""The Flax NNX decoder, and text from it."""
 
-from nope_jax.models.decoder import Decoder
+from nope_jax.models.decoder import Cache, Decoder
+from nope_jax.models.generation import generate
 
-__all__ = ["Decoder"]
+__all__ = ["Cache", "Decoder", "generate"]

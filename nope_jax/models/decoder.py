@@ -3,7 +3,7 @@
 Shapes: B batch, T length, L layers, N query heads, D model width, V vocabulary; P the encodings' period.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,19 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats
 from nope_jax.config import Config, ModelConfig
-from nope_jax.encodings import Sizes, resolve
-from nope_jax.models.layers import Block, encoding_params, kernel, rms_norm
+from nope_jax.encodings import Encoding, Params, Sizes, Tokens, resolve
+from nope_jax.models.layers import Block, Past, encoding_params, kernel, rms_norm
+
+
+class Cache(NamedTuple):
+    """What `Decoder.decode_step` remembers."""
+
+    length: Int[Array, ""]
+    """Tokens so far."""
+    inputs: list[Shaped[Array, "B lookback D"]]
+    """The last embeddings before each encoding's input place, as many as it looks back."""
+    pasts: list[Past]
+    """Per place in the encodings' period, layers on a leading axis: [layers, B, S, ...]."""
 
 
 class Decoder(nnx.Module):
@@ -31,14 +42,17 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         Config(model=config)  # refuses what cannot be
         self.config = config
-        self.encodings = resolve(config.encoding)
-        period = len(self.encodings)
         sizes = Sizes(
             num_heads=config.num_heads,
             head_dim=config.head_dim or config.model_dim // config.num_heads,
             model_dim=config.model_dim,
             train_length=config.train_length,
+            num_kv_heads=config.num_kv_heads or config.num_heads,
+            vocab_size=config.vocab_size,
         )
+        self.encodings = tuple(encoding.with_sizes(sizes) for encoding in resolve(config.encoding))
+        self.cores = tuple(dict.fromkeys(encoding.core for encoding in self.encodings))
+        period = len(self.encodings)
         limits = [limit for encoding in self.encodings if (limit := encoding.max_length(sizes)) is not None]
         self.max_length = min(limits, default=None)
 
@@ -46,8 +60,7 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(
             embedding(rngs.params(), (config.vocab_size, config.model_dim), jnp.float32), axes=("vocab", "embed")
         )
-        distinct = dict.fromkeys(self.encodings)
-        self.positions = nnx.List([encoding_params(e.init_shared(rngs.params(), sizes)) for e in distinct])
+        self.positions = nnx.List([encoding_params(e.init_shared(rngs.params(), sizes)) for e in self.cores])
 
         def stack(slot: int) -> Block:
             """All layers of one place in the period, their parameters stacked on a leading axis."""
@@ -72,6 +85,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         temperature: Any = None,
+        key: Array | None = None,
         return_stats: bool = False,
     ) -> Any:
         """Logits of the next token at every position.
@@ -82,6 +96,7 @@ class Decoder(nnx.Module):
             segment_ids: Tokens attend only within their segment.
             temperature: Factor of every content logit, beside the encoding's own: a number, [N], [L, N] or
                 [B or 1, N or 1, T].
+            key: In training, what random encodings draw from; None for what they do outside of training.
             return_stats: Also return entropy and logsumexp, [L, B, N, T] each.
 
         Returns:
@@ -91,7 +106,12 @@ class Decoder(nnx.Module):
             ValueError: Tokens outside the vocabulary, positions the encoding does not have, or a shape that cannot be.
         """
         hidden, stats = self.hidden(
-            tokens, positions=positions, segment_ids=segment_ids, temperature=temperature, return_stats=return_stats
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            temperature=temperature,
+            key=key,
+            return_stats=return_stats,
         )
         logits = self.logits(hidden)
         return (logits, stats) if return_stats else logits
@@ -103,64 +123,190 @@ class Decoder(nnx.Module):
         positions: Any = None,
         segment_ids: Any = None,
         temperature: Any = None,
+        key: Array | None = None,
         return_stats: bool = False,
     ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
         """What the head reads: the normed output of the last layer; and the statistics. Args as `__call__`."""
-        self._check_tokens(tokens, positions)
-        config = self.config
-        distinct = dict.fromkeys(self.encodings)
-        shared = {e: {k: p[...] for k, p in params.items()} for e, params in zip(distinct, self.positions, strict=True)}
-
-        rows = self.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        x = (rows * config.model_dim**0.5).astype(config.dtype)  # the scale of a sinusoid, as in Vaswani et al. 2017
+        self.check_tokens(tokens, positions)
         where = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.atleast_2d(positions)
-        for encoding, params in shared.items():
-            x = encoding.input(params, x, where)
+        seen = Tokens(jnp.asarray(tokens), where, segment_ids, self._bound(tokens, positions))
 
+        shared = self._shared()
+        x = self._embed(tokens)
+        for core, params in shared.items():
+            told = seen._replace(positions=core.positions(where, seen.length, key))
+            x = core.input(params, x, told)
+
+        common = []
+        for encoding in self.encodings:
+            at: Array | None = encoding.positions(where, seen.length, key)
+            # Positions that run on are not spelled out: attention is faster when it knows.
+            at = None if positions is None and at is where else at
+            common.append({"query_positions": at, "key_positions": at, "segment_ids": segment_ids})
+        x, stats, _ = self._layers(x, shared, common, temperature=temperature, return_stats=return_stats)
+        return x, stats
+
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        """An empty cache for `decode_step` with room for `length` tokens per row.
+
+        Raises:
+            ValueError: A size below 1, or more tokens than the encoding has positions.
+        """
+        for name, number in {"batch_size": batch_size, "length": length}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number}")
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"length must be at most {self.max_length}, all the positions that {self.config.encoding!r} has, "
+                f"not {length}"
+            )
+        dtype, shared = jnp.dtype(self.config.dtype), self._shared()
+
+        def past(block: Block, encoding: Encoding) -> Past:
+            first = nnx.merge(*_first_layer(block))
+            layers = block.attention_norm.shape[0]
+            empty = first.attention.empty_past(shared[encoding.core], batch_size, length, dtype)
+            return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), empty)
+
+        return Cache(
+            jnp.zeros((), jnp.int32),
+            [jnp.zeros((batch_size, core.lookback(), self.config.model_dim), dtype) for core in self.cores],
+            [past(block, encoding) for block, encoding in zip(self.blocks, self.encodings, strict=True)],
+        )
+
+    def decode_step(
+        self, tokens: Int[Array, "B T"], cache: Cache, *, temperature: Any = None, return_stats: bool = False
+    ) -> Any:
+        """Logits after more tokens, given those before: one, or a whole prompt at once.
+
+        They are those of one pass over the same tokens. A few encodings depend on how many tokens there are in all
+        (dynamic scalings of RoPE, randomized positions); while decoding that is the cache's room, so that a cache with
+        room for T tokens gives the logits of one pass over T tokens.
+
+        Args:
+            tokens: The next tokens of every row.
+            cache: What `init_cache` or the last step returned.
+            temperature: As `__call__`.
+            return_stats: Also return the statistics, [L, B, N, T] each.
+
+        Returns:
+            Logits [B, T, V] in float32 and the new cache; with return_stats (logits, stats, cache). Past the cache's
+            room logits are NaN where jit hides it from the check.
+
+        Raises:
+            ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache has room for.
+        """
+        self.check_tokens(tokens, np.zeros(1, int))
+        (batch, steps), (_, rows, room) = tokens.shape, cache.pasts[0].key.shape[:3]
+        if batch != rows:
+            raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
+        start, used = cache.length, _values(cache.length)
+        if steps + (0 if used is None else int(used)) > room:
+            raise ValueError(
+                f"tokens: {steps} more do not fit the cache, whose room is {room}, of which {used} are used"
+            )
+        tokens = jnp.asarray(tokens)
+        where, everywhere = start + jnp.arange(steps)[None], jnp.arange(room)[None]
+
+        shared = self._shared()
+        x = self._embed(tokens)
+        inputs = []
+        for (encoding, params), before in zip(shared.items(), cache.inputs, strict=True):
+            back = encoding.lookback()
+            window = jnp.concatenate([before, x], axis=1)
+            ids = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)
+            at = encoding.positions(start + jnp.arange(-back, steps)[None], room, None)
+            x = encoding.input(params, window, Tokens(ids, at, None, room))[:, back:]
+            inputs.append(window[:, steps:])
+
+        common = [
+            {"query_positions": e.positions(where, room, None), "key_positions": e.positions(everywhere, room, None)}
+            for e in self.encodings
+        ]
+        x, stats, pasts = self._layers(
+            x, shared, common, temperature=temperature, return_stats=return_stats, pasts=cache.pasts, start=start
+        )
+        logits = jnp.where(start + steps <= room, self.logits(x), jnp.nan)
+        cache = Cache(start + steps, inputs, pasts)
+        return (logits, stats, cache) if return_stats else (logits, cache)
+
+    def _bound(self, tokens, positions) -> int:
+        """What all positions are below; where they cannot be seen, they are taken to be a training batch's."""
+        if positions is None:
+            return tokens.shape[1]
+        known = _values(positions)
+        seen = self.config.train_length or 0 if known is None else int(known.max(initial=0)) + 1
+        return max(tokens.shape[1], seen)
+
+    def _shared(self) -> dict[Encoding, Params]:
+        """The parameters that layers share, by the encoding they belong to."""
+        return {e: {k: p[...] for k, p in params.items()} for e, params in zip(self.cores, self.positions, strict=True)}
+
+    def _embed(self, tokens) -> Shaped[Array, "B T D"]:
+        rows = self.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        # The scale of a sinusoid, as in Vaswani et al. 2017.
+        return (rows * self.config.model_dim**0.5).astype(self.config.dtype)
+
+    def _layers(self, x, shared, common, *, temperature, return_stats, pasts=None, start=0):
+        """All layers and the last norm: output, statistics [L, B, N, T], and the pasts with these tokens in them.
+
+        `common` holds the keywords of attention for each place in the period.
+        """
+        config = self.config
         structures, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
-        def layer(x, slot: int, state, temperature):
+        def layer(x, slot: int, state, temperature, past):
             block = nnx.merge(structures[slot], state)
             return block(
                 x,
-                shared[self.encodings[slot]],
-                query_positions=positions,
-                key_positions=positions,
-                segment_ids=segment_ids,
+                shared[self.encodings[slot].core],
                 temperature=temperature,
                 return_stats=return_stats,
+                past=past,
+                start=start,
+                **common[slot],
             )
 
         if config.remat:
             layer = jax.checkpoint(layer, static_argnums=1)
 
         def period(x, layers):
-            stats = []
-            for slot, (state, temperature) in enumerate(layers):
-                x, s = layer(x, slot, state, temperature)
+            stats, new = [], []
+            for slot, (state, temperature, past) in enumerate(layers):
+                x, s, past = layer(x, slot, state, temperature, past)
                 stats.append(s)
-            return x, stats
+                new.append(past)
+            return x, (stats, new)
 
         slots, whole = len(states), config.num_layers // len(states)
         per_layer = _per_layer(temperature, config.num_layers)
-        layers = [(state, per_layer[slot::slots]) for slot, state in enumerate(states)]
-        x, stats = jax.lax.scan(period, x, jax.tree.map(lambda a: a[:whole], layers))
-        x, rest = period(x, jax.tree.map(lambda a: a[whole], layers[: config.num_layers % slots]))
+        decodes = pasts is not None
+        pasts = pasts if decodes else [None] * slots
+        layers = [(state, per_layer[slot::slots], pasts[slot]) for slot, state in enumerate(states)]
+        x, (stats, new) = jax.lax.scan(period, x, jax.tree.map(lambda a: a[:whole], layers))
+        x, (rest, rest_new) = period(x, jax.tree.map(lambda a: a[whole], layers[: config.num_layers % slots]))
+        if decodes:
+            for slot, past in enumerate(rest_new):  # layers of an unfinished last period
+                new[slot] = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), new[slot], past)
 
         x = rms_norm(x, self.norm[...])
         if not return_stats:
-            return x, None
+            return x, None, new
         # From [periods, ...] per slot to one axis of layers in their order, then those of an unfinished last period.
         stats = jax.tree.map(lambda *s: jnp.stack(s, axis=1).reshape(-1, *s[0].shape[1:]), *stats)
-        return x, jax.tree.map(lambda *s: jnp.concatenate([s[0], *(r[None] for r in s[1:])]), stats, *rest)
+        return x, jax.tree.map(lambda *s: jnp.concatenate([s[0], *(r[None] for r in s[1:])]), stats, *rest), new
 
     def logits(self, hidden: Shaped[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head: logits in float32."""
         weights = self.embedding[...].T if self.head is None else self.head[...]
         return jnp.einsum("btd,dv->btv", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def _check_tokens(self, tokens, positions) -> None:
-        """Refuse what can be seen to be wrong; values under jit cannot."""
+    def check_tokens(self, tokens: Any, positions: Any = None) -> None:
+        """Refuse what can be seen to be wrong; values under jit cannot.
+
+        Raises:
+            ValueError: Tokens that are not [B, T] or outside the vocabulary, or positions that the encoding lacks.
+        """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape [batch, length], not {list(tokens.shape)}")
         seen = _values(tokens)
@@ -176,6 +322,12 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"positions must be between 0 and {self.max_length - 1}, all that {encoding!r} has, not {bad}"
             )
+
+
+def _first_layer(block: Block):
+    """One of the layers stacked in a block."""
+    structure, state = nnx.split(block)
+    return structure, jax.tree.map(lambda x: x[0], state)
 
 
 def _values(x: Any) -> np.ndarray | None:

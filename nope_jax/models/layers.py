@@ -3,12 +3,13 @@
 Shapes: B batch, T length, N query heads, K key/value heads, H head dim, D model width, F feed-forward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats, encoded_attention
 from nope_jax.config import ModelConfig
@@ -66,25 +67,81 @@ class Attention(nnx.Module):
         self.out = kernel(rngs, (n, h, d), ("heads", "head", "embed"), inputs=n * h, gain=residual)
         self.position = encoding_params(encoding.init_layer(rngs.params(), sizes))
 
-    def __call__(self, x: Shaped[Array, "B T D"], shared: Params, *, return_stats: bool = False, **common: Any) -> Any:
-        """Attend; `shared` are the encoding's parameters that all layers share, `common` as `dot_product_attention`."""
-        params = {**shared, **{name: param[...] for name, param in self.position.items()}}
-        features = self.encoding.features(params, x)
+    def __call__(
+        self,
+        x: Shaped[Array, "B T D"],
+        shared: Params,
+        *,
+        past: "Past | None" = None,
+        start: Int[Array, ""] | int = 0,
+        return_stats: bool = False,
+        **common: Any,
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, "Past | None"]:
+        """Attend; returns the output, the statistics and the past with these tokens written into it.
+
+        Args:
+            x: The layer's input.
+            shared: The encoding's parameters that all layers share.
+            past: When decoding: what the layer remembers.
+            start: Where in it these tokens go.
+            return_stats: Whether to compute statistics.
+            **common: As `dot_product_attention`.
+        """
+        params = self.encoding_params(shared)
+        features = self.encoding.features(params, x, None if past is None else past.before(start))
+        now = Past(_to_heads(x, self.key), _to_heads(x, self.value), features)
+        seen = now if past is None else past.write(now, start)
         out = encoded_attention(
             self.encoding,
             params,
             _to_heads(x, self.query),
-            _to_heads(x, self.key),
-            _to_heads(x, self.value),
+            seen.key,
+            seen.value,
             query_features=features,
-            key_features=features,
+            key_features=seen.features,
             implementation=self.implementation,
             return_stats=return_stats,
             **common,
         )
         out, stats = out if return_stats else (out, None)
         n, h, d = self.out.shape
-        return project(out.reshape(*out.shape[:2], n * h), self.out[...].reshape(n * h, d).astype(x.dtype)), stats
+        out = project(out.reshape(*out.shape[:2], n * h), self.out[...].reshape(n * h, d).astype(x.dtype))
+        return out, stats, None if past is None else seen
+
+    def encoding_params(self, shared: Params) -> Params:
+        """What the encoding's places receive."""
+        return {**shared, **{name: param[...] for name, param in self.position.items()}}
+
+    def empty_past(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "Past":
+        """Room for the keys and values of so many tokens."""
+        (d, k, h), room = self.key.shape, (batch_size, length)
+        features = jax.eval_shape(
+            lambda x: self.encoding.features(self.encoding_params(shared), x, None), jnp.zeros((*room, d), dtype)
+        )
+        heads = jnp.zeros((*room, k, h), dtype)
+        return Past(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
+
+
+class Past(NamedTuple):
+    """What attention remembers of the tokens so far, and room for those to come.
+
+    Keys are kept as projected: the query/key place is applied to all of them at every step, as it is in one pass.
+    """
+
+    key: Shaped[Array, "B S K H"]
+    value: Shaped[Array, "B S K H"]
+    features: Any
+    """The encoding's features of the tokens, [B, S, ...]."""
+
+    def write(self, now: "Past", start: Int[Array, ""] | int) -> "Past":
+        """With the entries from `start` on replaced."""
+        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=1), self, now)
+
+    def before(self, start: Int[Array, ""] | int) -> Any:
+        """The features of the token before `start`; zeros when there is none."""
+        index = jnp.maximum(start - 1, 0)
+        entry = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), self.features)
+        return jax.tree.map(lambda x: jnp.where(start > 0, x, 0), entry)
 
 
 def _to_heads(x: Shaped[Array, "B T D"], weights: nnx.Param) -> Shaped[Array, "B T N H"]:
@@ -124,7 +181,8 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Shaped[Array, "B T D"], shared: Params, **common: Any
-    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
-        attended, stats = self.attention(rms_norm(x, self.attention_norm[...]), shared, **common)
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, Past | None]:
+        """Args and Returns as `Attention`."""
+        attended, stats, past = self.attention(rms_norm(x, self.attention_norm[...]), shared, **common)
         x = x + attended
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...])), stats
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...])), stats, past

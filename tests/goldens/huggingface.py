@@ -1,16 +1,6 @@
-"""Write goldens/huggingface.json: short arrays from Hugging Face transformers, which shares no code with this project.
+"""Rotations, biases, buckets, sinusoids and attention of Llama, GPT-J, GPT-NeoX, Bloom and T5 (`regenerate.py`)."""
 
-Needs an environment with torch and transformers (made with 2.13.0 and 5.23.0, CPU, float32); `make test` only reads the
-file. Regenerate it when a case is added, never to make a test pass:
-
-    python tests/regenerate_goldens.py
-"""
-
-import json
 import math
-from pathlib import Path
-
-PATH = Path(__file__).parent / "goldens" / "huggingface.json"
 
 # Small positions: float32 angles are good to position · 2⁻²⁴ rad, and the goldens are to hold at 1e-5.
 POSITIONS = [0, 1, 2, 5, 17, 63]
@@ -194,28 +184,3 @@ def attention_golden(query, key, value, out, weights):
     entropy = torch.special.entr(weights).sum(-1)
     inputs = {name: x.transpose(1, 2).tolist() for name, x in (("query", query), ("key", key), ("value", value))}
     return inputs | {"out": out.tolist(), "entropy": entropy.tolist()}
-
-
-def rounded(tree):
-    """To nine significant digits, which tell any two float32 apart."""
-    if isinstance(tree, dict):
-        return {name: rounded(x) for name, x in tree.items()}
-    if isinstance(tree, list):
-        return [rounded(x) for x in tree]
-    return float(f"{tree:.9g}") if isinstance(tree, float) else tree
-
-
-def dumps(tree, indent=""):
-    """JSON with one array a line, so that a change shows as the arrays that changed."""
-    if not isinstance(tree, dict):
-        return json.dumps(tree, separators=(",", ":"))
-    inner = indent + " "
-    lines = ",\n".join(f"{inner}{json.dumps(name)}: {dumps(x, inner)}" for name, x in tree.items())
-    return f"{{\n{lines}\n{indent}}}"
-
-
-if __name__ == "__main__":
-    import torch
-
-    with torch.no_grad():
-        PATH.write_text(dumps(rounded(make())) + "\n")

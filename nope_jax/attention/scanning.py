@@ -1,0 +1,125 @@
+"""Attention whose logits sum over keys (`ScanLogit`), in memory that grows with T.
+
+For each block of queries the blocks of keys are visited from the last to the first, as the sums run. A row's state is
+that of `streaming.py` and the logit's carry. Gradients are JAX's own: the inner and the outer loop are recomputed in
+the backward pass, so that at any time one block of queries keeps its states, of [S / block, block] numbers.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim;
+n and m the numbers of query and key blocks, q = k the size of both.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+from nope_jax.attention.reference import MASKED
+from nope_jax.attention.streaming import BLOCK_SIZE, cut, cut_mask, mask_at
+from nope_jax.attention.visibility import Visibility
+from nope_jax.encodings import Block, BlockValue, ScanLogit
+
+
+def scanning_attention(
+    query: Shaped[Array, "B T N H"],
+    factor: Float[Array, "#B #N T"],
+    key: Shaped[Array, "B S K H"],
+    value: Shaped[Array, "B S K H2"],
+    logit: ScanLogit,
+    value_term: BlockValue | None,
+    visibility: Visibility,
+    precision: jax.lax.PrecisionLike = None,
+    *,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
+    """Same arguments and results as `reference_attention`, for a `ScanLogit`; differentiable in reverse mode."""
+    (batch, query_length, num_heads, _), (key_length, kv_heads) = query.shape, key.shape[1:3]
+    size = min(block_size, max(query_length, key_length))
+    query_positions, key_positions = visibility.positions(query_length, key_length)
+    per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
+    mask = None if visibility.mask is None else cut_mask(visibility.mask, size)
+    factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
+    queries = {
+        "query": per_token(query),
+        "factor": cut(factor, size, 2),
+        "positions": per_token(query_positions),
+        "segments": per_token(visibility.query_segments),
+        "features": per_token(logit.query_features),
+        "index": jnp.arange(-(-query_length // size)),
+    }
+    keys = {
+        "key": per_token(key),
+        "value": per_token(value),
+        "positions": per_token(key_positions),
+        "segments": per_token(visibility.key_segments),
+        "features": per_token(logit.key_features),
+        "index": jnp.arange(-(-key_length // size)),
+    }
+
+    def product(subscripts, *arrays):
+        return jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=jnp.float32)
+
+    def visible(rows, columns):
+        rule = dataclasses.replace(
+            visibility,
+            query_positions=rows["positions"],
+            key_positions=columns["positions"],
+            query_segments=rows["segments"],
+            key_segments=columns["segments"],
+            mask=None if mask is None else mask_at(mask, rows["index"], columns["index"]),
+        )
+        return rule.matrix(size, size) & (columns["index"] * size + jnp.arange(size) < key_length)
+
+    def query_block(rows):
+        scaled = jnp.swapaxes(rows["query"], 1, 2).astype(jnp.float32) * rows["factor"][..., None]
+
+        def visit(columns, seen, state):
+            largest, normaliser, weighted, output, carry = state
+            key, value = (jnp.repeat(columns[x], num_heads // kv_heads, axis=2) for x in ("key", "value"))
+            block = Block(
+                query=scaled,
+                factor=jnp.broadcast_to(rows["factor"], (rows["factor"].shape[0], num_heads, size)),
+                key=jnp.swapaxes(key, 1, 2),
+                query_positions=rows["positions"],
+                key_positions=columns["positions"],
+                query_features=rows["features"],
+                key_features=columns["features"],
+            )
+            content = product("bnqh,bknh->bnqk", scaled, key.astype(jnp.float32))
+            added, carry = logit.function(logit.parameters, block, content, seen, carry)
+            logits = jnp.where(seen, content + added, MASKED)
+            new = jnp.maximum(largest, lax.stop_gradient(logits).max(-1))
+            moved = largest - new
+            decay = jnp.exp(moved)
+            weights = jnp.where(seen, jnp.exp(logits - new[..., None]), 0.0)
+            relative = jnp.where(seen, logits - new[..., None], 0.0)
+            weighted = decay * (weighted + moved * normaliser) + (weights * relative).sum(-1)
+            output = decay[..., None] * output + product("bnqk,bknh->bnqh", weights.astype(value.dtype), value)
+            if value_term is not None:
+                output += value_term.block(weights, block)
+            return new, decay * normaliser + weights.sum(-1), weighted, output, carry
+
+        @jax.checkpoint
+        def key_block(state, columns):
+            seen = visible(rows, columns)
+            state = lax.cond(seen.any(), lambda s: visit(columns, seen, s), lambda s: s, state)
+            return state, None
+
+        shape = (batch, num_heads, size)
+        zeros = jnp.zeros(shape)
+        state = jnp.full(shape, MASKED), zeros, zeros, jnp.zeros((*shape, value.shape[-1])), zeros
+        (largest, normaliser, weighted, output, _), _ = lax.scan(key_block, state, keys, reverse=True)
+        some = normaliser > 0
+        normaliser = jnp.where(some, normaliser, 1.0)
+        entropy = jnp.where(some, jnp.log(normaliser) - weighted / normaliser, 0.0)
+        logsumexp = jnp.where(some, largest + jnp.log(normaliser), -jnp.inf)
+        return output / normaliser[..., None], entropy, logsumexp
+
+    _, (output, entropy, logsumexp) = lax.scan(jax.checkpoint(lambda _, rows: (None, query_block(rows))), None, queries)
+    output = output.transpose(1, 0, 3, 2, 4).reshape(batch, -1, num_heads, value.shape[-1])[:, :query_length]
+    entropy, logsumexp = (
+        jnp.moveaxis(x, 0, 2).reshape(batch, num_heads, -1)[..., :query_length] for x in (entropy, logsumexp)
+    )
+    return output.astype(value.dtype), entropy, logsumexp

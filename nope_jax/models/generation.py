@@ -1,0 +1,85 @@
+"""Text from a decoder, token by token.
+
+Shapes: B batch, T prompt length, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nope_jax.models.decoder import Decoder
+
+
+def generate(
+    model: Decoder,
+    prompt: Int[Array, "B T"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    key: Array | None = None,
+) -> Int[Array, "B T+max_new_tokens"]:
+    """The prompt and what the model continues it with.
+
+    Args:
+        model: The decoder.
+        prompt: Tokens to continue, at least one per row.
+        max_new_tokens: How many tokens to add.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        top_k: Draw among so many likeliest tokens only.
+        key: What is drawn from; needed when temperature is above 0.
+
+    Raises:
+        ValueError: An argument that cannot be right, or a length that the model's encoding does not have.
+    """
+    vocab = model.config.vocab_size
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise ValueError(f"top_k must be between 1 and the vocabulary {vocab}, not {top_k}")
+    if temperature > 0 and key is None:
+        raise ValueError("key must be given when temperature is above 0, as in key=jax.random.key(0)")
+    prompt = jnp.asarray(prompt)
+    if prompt.ndim != 2 or not prompt.size:
+        raise ValueError(f"prompt must have shape [batch, length], at least one token each, not {list(prompt.shape)}")
+    if max_new_tokens == 0:
+        return prompt
+    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens)
+    model.check_tokens(prompt)
+    graphdef, state = nnx.split(model)
+    key = jax.random.key(0) if key is None else key
+    sampled = (temperature > 0, max_new_tokens, top_k)
+    new = _continue(graphdef, *sampled, state, cache, prompt, jnp.float32(temperature), key)
+    return jnp.concatenate([prompt, new], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _continue(graphdef, draws: bool, count: int, top_k: int | None, state, cache, prompt, temperature, key):
+    model = nnx.merge(graphdef, state)
+
+    def choose(logits: Float[Array, "B V"], key) -> Int[Array, "B"]:
+        if not draws:
+            return logits.argmax(-1).astype(prompt.dtype)
+        if top_k is not None:
+            least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(key, logits / temperature).astype(prompt.dtype)
+
+    def step(carry, key):
+        tokens, cache = carry
+        logits, cache = model.decode_step(tokens[:, None], cache)
+        tokens = choose(logits[:, -1], key)
+        return (tokens, cache), tokens
+
+    first, *keys = jax.random.split(key, count)
+    logits, cache = model.decode_step(prompt, cache)
+    tokens = choose(logits[:, -1], first)
+    if count == 1:
+        return tokens[:, None]
+    _, rest = jax.lax.scan(step, (tokens, cache), jnp.stack(keys))
+    return jnp.concatenate([tokens[:, None], rest.T], axis=1)
