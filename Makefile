@@ -49,10 +49,10 @@ lint: $(BIN)/.installed-test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 test-all: lint
-	$(BIN)/pytest -m 'not oracle'
+	$(BIN)/pytest --numprocesses auto -m 'not oracle'
 
 test-oracles: $(BIN)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[oracles]'

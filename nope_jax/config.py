@@ -94,6 +94,10 @@ class TrainConfig:
     eval_every: int = 250
     eval_batches: int = 4
     seed: int = 0
+    start_from: str | None = None
+    """The workdir of a run whose weights training starts from, though its encoding may be another.
+
+    What the encodings have learned comes along where a layer keeps its encoding, and starts anew elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,8 @@ BAD = [
     ("implementation", "fast"),
     ("window", 0),
     ("window", 2.5),
+    ("chunk_size", 0),
+    ("chunk_size", 2.5),
     ("mask", np.ones((3, 1), bool)),
     ("query_positions", np.arange(5)),
     ("query_positions", np.arange(LENGTH) / 2),

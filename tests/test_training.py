@@ -193,12 +193,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_pa
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(load_model(tmp_path)[1])))
 
 
+def test_a_run_starts_from_the_weights_of_another_under_its_own_encoding(config, finished, tmp_path):
+    settings = {"steps": 2, "start_from": str(finished)}
+    dropped = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, encoding="log_n"),
+        train=dataclasses.replace(config.train, **settings),
+    )
+    train(dropped, tmp_path / "run")
+    # It goes on about where the other ended, 2 nats below where it began.
+    assert abs(losses(tmp_path / "run")[0] - losses(finished)[-1]) < 0.5
+    assert losses(finished)[0] - losses(tmp_path / "run")[0] > 1.5
+    wider = dataclasses.replace(dropped, model=dataclasses.replace(dropped.model, mlp_dim=48))
+    with pytest.raises(ValueError, match="train.start_from .*: its model.mlp_dim is 32, not 48"):
+        train(wider, tmp_path / "wider")
+    assert not (tmp_path / "wider").exists()
+
+
 @pytest.mark.parametrize(
     ("group", "field", "value", "message"),
     [
         ("mesh", "fsdp", 2, "fsdp 2 .* does not fit 1 device"),
         ("data", "context_length", 10**6, "data.context_length 1000000 needs"),
         ("model", "vocab_size", 100, "model.vocab_size 100 is smaller than the 256 tokens"),
+        ("train", "start_from", "nowhere", "nowhere is not the workdir of a run"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_anything_is_written(config, tmp_path, group, field, value, message):

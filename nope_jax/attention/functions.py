@@ -8,14 +8,37 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from nope_jax.attention.dot_product import check_arrays, dot_product_attention, per_token
 from nope_jax.attention.visibility import positions_or_default
-from nope_jax.encodings import T5, ALiBi, Encoding, NoPE, Params, RoPE, RotaryScaling
+from nope_jax.encodings import (
+    FIRE,
+    KERPLE,
+    NEZHA,
+    T5,
+    TUPE,
+    ALiBi,
+    CoPE,
+    DeBERTa,
+    Encoding,
+    Forgetting,
+    NoPE,
+    Params,
+    RoPE,
+    RotaryScaling,
+    RunningSum,
+    Shaw,
+    TransformerXL,
+    XPos,
+    forget_sums,
+)
+from nope_jax.encodings.temperature import temperature_product
 
 
 def encoded_attention(
@@ -30,7 +53,9 @@ def encoded_attention(
     temperature: Any = None,
     **common: Any,
 ) -> Any:
-    """`dot_product_attention` with what an encoding does within a layer: all but its input place.
+    """`dot_product_attention` with what an encoding does within a layer.
+
+    Its input place and its `positions` come before, and are the caller's to apply.
 
     Args:
         encoding: The encoding, a user's own included.
@@ -51,12 +76,13 @@ def encoded_attention(
         query_length,
         key_length,
     )
-    factor = encoding.temperature(params, query_positions, key_positions)
-    if factor is not None:
-        temperature = _product(factor, temperature)
-    for name, number in encoding.reach()._asdict().items():
-        given = [n for n in (number, common.get(name)) if n is not None]
-        common[name] = min(given, default=None)
+    temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
+    reach = encoding.reach()
+    chunks = [n for n in (reach.chunk_size, common.get("chunk_size")) if n is not None]
+    if len(chunks) == 2 and chunks[1] > 0 and max(chunks) % min(chunks):
+        raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
+    windows = [n for n in (reach.window, common.get("window")) if n is not None]
+    common |= {"chunk_size": min(chunks, default=None), "window": min(windows, default=None)}
     turned_query, turned_key = encoding.query_key(params, query, key, query_positions, key_positions)
     return dot_product_attention(
         turned_query,
@@ -67,15 +93,6 @@ def encoded_attention(
         temperature=temperature,
         **common,
     )
-
-
-def _product(factor, temperature):
-    """Product of two temperatures, each a number, [N] or [B or 1, N or 1, T]."""
-    if temperature is None:
-        return factor
-    factor, temperature = (x[:, None] if x.ndim == 1 else x for x in (jnp.asarray(factor), jnp.asarray(temperature)))
-    product = factor * temperature
-    return product[..., 0] if product.shape[-1:] == (1,) and product.ndim == 2 else product
 
 
 def _attention_function(function):
@@ -139,7 +156,7 @@ def rope_attention(
 
 @_attention_function
 def alibi_attention(query, key, value, *, slopes: Float[Array, "N"] | None = None, **common: Any) -> Any:
-    """Attention with linear biases: softmax(q·k/√H - slope · distance).
+    """Attention with linear biases: softmax(q·k/√H - slope · distance), the bias outside the division.
 
     Args:
         query: Queries [B, T, N, H].
@@ -168,6 +185,7 @@ def t5_attention(
     table: Float[Array, "num_buckets N"],
     max_distance: int = 128,
     bidirectional: bool = False,
+    scaled: bool = True,
     **common: Any,
 ) -> Any:
     """Attention with T5's learned bias: softmax(q·k/√H + table[bucket(distance), head]).
@@ -179,13 +197,411 @@ def t5_attention(
         table: The bias of each bucket and query head; its gradient is exact in both implementations.
         max_distance: The distance from which on all share the last bucket.
         bidirectional: Half of the buckets are for keys after the query, as in an encoder.
+        scaled: Whether q·k is divided by √H; T5's own weights are made for logits that are not.
         **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
-        Raffel et al. 2020, arXiv 1910.10683. T5 itself leaves out 1/√H; temperature=√H gives that form.
+        Raffel et al. 2020, arXiv 1910.10683.
     """
     table = jnp.asarray(table)
     if table.ndim != 2 or table.shape[1] != query.shape[2]:
         raise ValueError(f"table must have shape [num_buckets, {query.shape[2]}], not {list(table.shape)}")
-    encoding = T5(num_buckets=table.shape[0], max_distance=max_distance, bidirectional=bidirectional)
+    encoding = T5(table.shape[0], max_distance=max_distance, bidirectional=bidirectional, scaled=scaled)
     return encoded_attention(encoding, {"table": table}, query, key, value, **common)
+
+
+@_attention_function
+def xpos_attention(
+    query,
+    key,
+    value,
+    *,
+    base: float = 10_000.0,
+    scale_base: float = 512.0,
+    interleaved: bool = True,
+    **common: Any,
+) -> Any:
+    """Attention with xPos: RoPE whose pairs of dimensions fade with distance, the fast ones most.
+
+    Args:
+        query: Queries [B, T, N, H], not turned yet; H is even.
+        key: Keys [B, S, K, H], not turned yet.
+        value: Values [B, S, K, H].
+        base: Wavelengths grow from 2π to base·2π.
+        scale_base: The distance, in positions, over which the first pair fades to 0.4/1.4.
+        interleaved: Pairs are neighbours (as in its code); otherwise halves (as in Llama).
+        **common: As `dot_product_attention`, which also says what is returned and raised. Positions that differ by more
+            than `XPos.max_length()` allows raise a ValueError, or give NaN where jit hides them.
+
+    References:
+        Sun et al. 2022, arXiv 2212.10554.
+    """
+    encoding = XPos(base=base, scale_base=scale_base, interleaved=interleaved)
+    span = _span(query, key, common.get("query_positions"), common.get("key_positions"))
+    if span is not None and span >= encoding.max_length():
+        raise ValueError(
+            f"positions must differ by less than {encoding.max_length()}, all that xPos can span in float32 at "
+            f"scale_base {scale_base}, not by {span}"
+        )
+    return encoded_attention(encoding, {}, query, key, value, **common)
+
+
+def _span(query, key, query_positions, key_positions) -> int | None:
+    """The largest difference of two positions in one row, where it can be seen: not under jit, nor on other hosts."""
+    (batch, length), total = query.shape[:2], key.shape[1]
+    rows = []
+    for name, positions, size, default in (
+        ("query_positions", query_positions, length, np.arange(total - length, total)),
+        ("key_positions", key_positions, total, np.arange(total)),
+    ):
+        if isinstance(positions, jax.core.Tracer) or not getattr(positions, "is_fully_addressable", True):
+            return None
+        per_token(name, positions, batch, size)  # refuses other shapes
+        rows.append(np.atleast_2d(default if positions is None else np.asarray(positions)))
+    least, most = (f(*(f.reduce(x, axis=-1) for x in rows)) for f in (np.minimum, np.maximum))
+    return int((most - least).max())
+
+
+@_attention_function
+def kerple_attention(
+    query,
+    key,
+    value,
+    *,
+    r1: Float[Array, "N"],
+    r2: Float[Array, "N"],
+    variant: Literal["log", "power"] = "log",
+    **common: Any,
+) -> Any:
+    """Attention with KERPLE's biases: softmax(q·k/√H - r1·log(1 + r2·distance)), or - r1·distance^r2.
+
+    Args:
+        query: Queries [B, T, N, H].
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        r1: One per query head, positive.
+        r2: One per query head, positive; the power is at most 2 in the paper.
+        variant: "log" or "power".
+        **common: As `dot_product_attention`, which also says what is returned and raised.
+
+    References:
+        Chi et al. 2022, arXiv 2205.09921.
+    """
+    r1, r2 = (_shaped(name, x, (query.shape[2],)) for name, x in (("r1", r1), ("r2", r2)))
+    return dot_product_attention(query, key, value, logit=KERPLE(variant).bias(r1, r2), **common)
+
+
+@_attention_function
+def fire_attention(
+    query,
+    key,
+    value,
+    *,
+    hidden_weights: Float[Array, "W"],
+    hidden_bias: Float[Array, "W"],
+    weights: Float[Array, "W N"],
+    bias: Float[Array, "N"] | None = None,
+    c: Float[Array, ""] | float = 0.1,
+    threshold: Float[Array, ""] | float = 512.0,
+    **common: Any,
+) -> Any:
+    """Attention with FIRE's biases: softmax(q·k/√H + MLP(log(c·distance + 1) / log(c·max(i, L) + 1))).
+
+    The MLP is ReLU(x·hidden_weights + hidden_bias) · weights + bias, i the query's position.
+
+    Args:
+        query: Queries [B, T, N, H].
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        hidden_weights: From the distance to the W hidden units.
+        hidden_bias: Of the hidden units.
+        weights: From the hidden units to the query heads.
+        bias: Of the query heads; the softmax forgets it, and None leaves it out.
+        c: How fast the logarithm bends, positive.
+        threshold: L, in positions, positive.
+        **common: As `dot_product_attention`, which also says what is returned and raised.
+
+    References:
+        Li et al. 2024, arXiv 2310.04418.
+    """
+    heads = query.shape[2]
+    hidden_weights = jnp.asarray(hidden_weights)
+    width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
+    logit = FIRE().bias(
+        _shaped("hidden_weights", hidden_weights, (width,)),
+        _shaped("hidden_bias", hidden_bias, (width,)),
+        _shaped("weights", weights, (width, heads)),
+        jnp.zeros(heads) if bias is None else _shaped("bias", bias, (heads,)),
+        _shaped("c", c, ()),
+        _shaped("threshold", threshold, ()),
+    )
+    return dot_product_attention(query, key, value, logit=logit, **common)
+
+
+@_attention_function
+def cope_attention(
+    query,
+    key,
+    value,
+    *,
+    embeddings: Float[Array, "P H"] | Float[Array, "N P H"],
+    scaled: bool = False,
+    **common: Any,
+) -> Any:
+    """Attention with contextual positions: softmax(q·k/√H + q·e[p]), p the sum of σ(q·k/√H) from the key on.
+
+    Args:
+        query: Queries [B, T, N, H].
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        embeddings: Of the positions 0 to P - 1, for all heads or for each query head; p is clipped to P - 1.
+        scaled: Whether q·e is divided by √H too.
+        **common: As `dot_product_attention`, which also says what is returned and raised. Only visible keys count; a
+            temperature multiplies the queries wherever they are.
+
+    References:
+        Golovneva et al. 2024, arXiv 2405.18719.
+    """
+    embeddings = jnp.asarray(embeddings)
+    heads, head_dim = query.shape[2:]
+    positions = embeddings.shape[-2] if embeddings.ndim > 1 else "P"
+    wanted = (positions, head_dim) if embeddings.ndim < 3 else (heads, positions, head_dim)
+    _shaped("embeddings", embeddings, wanted)
+    encoding = CoPE(embeddings.shape[-2], scaled=scaled)
+    return encoded_attention(encoding, {"embeddings": embeddings}, query, key, value, **common)
+
+
+@_attention_function
+def forgetting_attention(
+    query,
+    key,
+    value,
+    *,
+    log_forget: Float[Array, "#B S N"],
+    query_start: Int[ArrayLike, ""] | None = None,
+    **common: Any,
+) -> Any:
+    """Attention with forget gates: softmax(q·k/√H + the sum of log_forget over the tokens after the key).
+
+    Args:
+        query: Queries [B, T, N, H].
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        log_forget: The logarithm of each gate, one per key and query head, not above 0: log σ(w·x + b) in the paper.
+            The gate of a key's own token does not count for it, that of the query's does.
+        query_start: The queries are T of the keys' tokens in a row; which key is the first of them. Default: the last
+            T keys. In a cache that is not full yet, give it, and their positions.
+        **common: As `dot_product_attention`, which also says what is returned and raised.
+
+    References:
+        Lin et al. 2025, arXiv 2503.02130.
+    """
+    length, total = query.shape[1], key.shape[1]
+    if length > total:
+        raise ValueError(f"query must be of at most as many tokens as key, {total}, not {length}")
+    log_forget = jnp.asarray(log_forget)
+    batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1
+    sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
+    start = total - length if query_start is None else query_start
+    last = RunningSum(*(jax.lax.dynamic_slice_in_dim(part, start, length, axis=1) for part in sums))
+    return encoded_attention(Forgetting(), {}, query, key, value, query_features=last, key_features=sums, **common)
+
+
+def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
+    """An array of floating-point numbers of a shape, or an error that names it; a letter stands for any size."""
+    x = jnp.asarray(x)
+    if x.ndim != len(shape) or any(isinstance(n, int) and n != size for n, size in zip(shape, x.shape, strict=True)):
+        raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], not {list(x.shape)}")
+    return x
+
+
+@_attention_function
+def shaw_attention(
+    query,
+    key,
+    value,
+    *,
+    key_table: Float[Array, "2*clip+1 H"],
+    value_table: Float[Array, "2*clip+1 H2"],
+    **common: Any,
+) -> Any:
+    """Attention with learned relative vectors: softmax(q·(k + key_table[c])/√H) · (v + value_table[c]).
+
+    Args:
+        query: Queries [B, T, N, H].
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H2].
+        key_table: Row clip + c is added to keys at c positions after the query; -clip <= c <= clip, where all farther
+            ones share the ends.
+        value_table: The same for values.
+        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+            q·key_table as well.
+
+    References:
+        Shaw et al. 2018, arXiv 1803.02155.
+    """
+    key_table = _shaped("key_table", key_table, ("2·clip + 1", query.shape[3]))
+    rows = len(key_table)
+    if rows < 3 or rows % 2 == 0:
+        raise ValueError(f"key_table must have an odd number of rows, 3 or more (2·clip + 1), not {rows}")
+    params = {"keys": key_table, "values": _shaped("value_table", value_table, (rows, value.shape[3]))}
+    return encoded_attention(Shaw(clip=rows // 2), params, query, key, value, **common)
+
+
+@_attention_function
+def nezha_attention(query, key, value, *, clip: int = 64, **common: Any) -> Any:
+    """Attention with the sinusoids of j - i, held within ±clip, added to keys and values.
+
+    Args:
+        query: Queries [B, T, N, H]; H is even.
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        clip: The distance from which on all share a vector.
+        **common: As `dot_product_attention`, which also says what is returned and raised.
+
+    References:
+        Wei et al. 2019, arXiv 1909.00204.
+    """
+    if query.shape[3] % 2 or value.shape[3] != query.shape[3]:
+        raise ValueError(f"value must have the head dim of query, an even one: {value.shape[3]} and {query.shape[3]}")
+    return encoded_attention(NEZHA(clip=clip), {}, query, key, value, **common)
+
+
+@_attention_function
+def transformer_xl_attention(
+    query,
+    key,
+    value,
+    *,
+    content_bias: Float[Array, "N H"],
+    position_bias: Float[Array, "N H"],
+    position_kernel: Float[Array, "D N H"],
+    **common: Any,
+) -> Any:
+    """Attention of Transformer-XL and XLNet: softmax(((q+u)·k + (q+v)·W r)/√H), r the sinusoids of the distance.
+
+    Args:
+        query: Queries [B, T, N, H], without u and v.
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        content_bias: u.
+        position_bias: v.
+        position_kernel: W; D is even, and r has D/2 sines before its D/2 cosines.
+        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+            all of the logit.
+
+    References:
+        Dai et al. 2019, arXiv 1901.02860; Yang et al. 2019, arXiv 1906.08237.
+    """
+    heads = query.shape[2:]
+    params = {
+        "content_bias": _shaped("content_bias", content_bias, heads),
+        "position_bias": _shaped("position_bias", position_bias, heads),
+        "position_kernel": _shaped("position_kernel", position_kernel, ("D", *heads)),
+    }
+    width = len(params["position_kernel"])
+    if width < 2 or width % 2:
+        raise ValueError(f"position_kernel must have a positive even number of rows (sines, cosines), not {width}")
+    return encoded_attention(TransformerXL(), params, query, key, value, **common)
+
+
+@_attention_function
+def tupe_attention(
+    query,
+    key,
+    value,
+    *,
+    positions: Float[Array, "length D"],
+    query_kernel: Float[Array, "D N H"],
+    key_kernel: Float[Array, "D K H"],
+    scale: Float[Array, "D"] | None = None,
+    shift: Float[Array, "D"] | None = None,
+    table: Float[Array, "num_buckets N"] | None = None,
+    max_distance: int = 128,
+    bidirectional: bool = False,
+    **common: Any,
+) -> Any:
+    """Attention with untied positions: softmax(q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + table[bucket(distance), head]).
+
+    Args:
+        query: Queries [B, T, N, H].
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        positions: A vector per position, normalised to p; a position past it gives NaN.
+        query_kernel: U.
+        key_kernel: V.
+        scale: Of the normalisation; None for ones.
+        shift: Of the normalisation; None for zeros.
+        table: T5's bias (TUPE-R); None for none (TUPE-A).
+        max_distance: As `t5_attention`.
+        bidirectional: As `t5_attention`.
+        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+            both products, not the table.
+
+    References:
+        Ke et al. 2021, arXiv 2006.15595.
+    """
+    positions = _shaped("positions", positions, ("length", "D"))
+    length, width = positions.shape
+    params = {
+        "positions": positions,
+        "query_kernel": _shaped("query_kernel", query_kernel, (width, *query.shape[2:])),
+        "key_kernel": _shaped("key_kernel", key_kernel, (width, *key.shape[2:])),
+        "scale": jnp.ones(width) if scale is None else _shaped("scale", scale, (width,)),
+        "shift": jnp.zeros(width) if shift is None else _shaped("shift", shift, (width,)),
+    }
+    if table is None:
+        encoding = TUPE(relative=False, length=length)
+    else:
+        params["bias"] = _shaped("table", table, ("num_buckets", query.shape[2]))
+        encoding = TUPE(
+            length=length, num_buckets=len(params["bias"]), max_distance=max_distance, bidirectional=bidirectional
+        )
+    return encoded_attention(encoding, params, query, key, value, **common)
+
+
+@_attention_function
+def deberta_attention(
+    query,
+    key,
+    value,
+    *,
+    relative: Float[Array, "2*rows D"],
+    key_kernel: Float[Array, "D K H"],
+    query_kernel: Float[Array, "D N H"],
+    max_distance: int | None = None,
+    released: bool = False,
+    **common: Any,
+) -> Any:
+    """Disentangled attention: softmax((q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H)), δ(i,j) = i - j + rows, held.
+
+    Args:
+        query: Queries [B, T, N, H]; of the enhanced mask decoder, with the absolute positions in them.
+        key: Keys [B, S, K, H].
+        value: Values [B, S, K, H].
+        relative: A vector for each of the relative positions -rows..rows-1.
+        key_kernel: Projects them to K.
+        query_kernel: Projects them to Q.
+        max_distance: None: a row is a distance. Otherwise rows are buckets, logarithmic far away, of which the last
+            begins at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
+        released: Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need.
+        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+            all of the logit.
+
+    References:
+        He et al. 2021, arXiv 2006.03654.
+    """
+    relative = _shaped("relative", relative, ("2·rows", "D"))
+    rows, width = relative.shape
+    if rows < 2 or rows % 2:
+        raise ValueError(f"relative must have a positive even number of rows, not {rows}")
+    params = {
+        "relative": relative,
+        "key_kernel": _shaped("key_kernel", key_kernel, (width, *key.shape[2:])),
+        "query_kernel": _shaped("query_kernel", query_kernel, (width, *query.shape[2:])),
+    }
+    if max_distance is None:
+        encoding = DeBERTa(max_distance=rows // 2, released=released)
+    else:
+        encoding = DeBERTa(max_distance=max_distance, buckets=rows // 2, released=released)
+    return encoded_attention(encoding, params, query, key, value, **common)

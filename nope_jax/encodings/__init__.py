@@ -1,7 +1,16 @@
 """Positional encodings: frozen dataclasses that act at the places of `Encoding`, and the functions they are made of."""
 
-from nope_jax.encodings.absolute import Learned, Sinusoidal, sinusoidal_positions
-from nope_jax.encodings.bias import T5, ALiBi, alibi_slopes, t5_bucket
+from nope_jax.encodings.absolute import (
+    ComplexOrder,
+    Hierarchical,
+    Learned,
+    Multiplicative,
+    Sinusoidal,
+    sinusoidal_positions,
+)
+from nope_jax.encodings.bias import FIRE, KERPLE, T5, ALiBi, alibi_slopes, t5_bucket
+from nope_jax.encodings.contextual import CoPE, Forgetting, RunningSum, forget_sums
+from nope_jax.encodings.convolution import Convolution
 from nope_jax.encodings.encoding import (
     Block,
     BlockLogit,
@@ -17,38 +26,100 @@ from nope_jax.encodings.encoding import (
     unskew,
 )
 from nope_jax.encodings.nope import NoPE
+from nope_jax.encodings.randomized import Randomized, randomized_positions
+from nope_jax.encodings.recurrent import FLOATER, Recursive
 from nope_jax.encodings.registry import ENCODINGS, SCHEDULES, resolve
-from nope_jax.encodings.rotary import LinearScaling, RoPE, RotaryScaling, apply_rope, rope_frequencies
+from nope_jax.encodings.relative import NEZHA, TUPE, DeBERTa, Shaw, TransformerXL, deberta_bucket
+from nope_jax.encodings.rotary import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
+    NTKScaling,
+    RoPE,
+    RotaryScaling,
+    XPos,
+    YaRNScaling,
+    apply_rope,
+    rope_frequencies,
+)
+from nope_jax.encodings.schedules import Chunked, Windowed
+from nope_jax.encodings.temperature import (
+    HeadScale,
+    Llama4Temperature,
+    LogN,
+    SSMax,
+    SwanTemperature,
+    UniformScale,
+    keys_seen,
+    temperature_product,
+)
 from nope_jax.encodings.wrapper import Wrapper
 
 __all__ = [
     "ENCODINGS",
+    "FIRE",
+    "FLOATER",
+    "KERPLE",
+    "NEZHA",
     "SCHEDULES",
     "T5",
+    "TUPE",
     "ALiBi",
     "Block",
     "BlockLogit",
     "BlockValue",
+    "Chunked",
+    "CoPE",
+    "ComplexOrder",
+    "Convolution",
+    "DeBERTa",
     "DistanceLogit",
+    "DynamicNTKScaling",
     "Encoding",
+    "Forgetting",
+    "HeadScale",
+    "Hierarchical",
     "Learned",
     "LinearScaling",
+    "Llama3Scaling",
+    "Llama4Temperature",
+    "LogN",
+    "LongRoPEScaling",
+    "Multiplicative",
+    "NTKScaling",
     "NoPE",
     "Params",
+    "Randomized",
     "Reach",
+    "Recursive",
     "RoPE",
     "RotaryScaling",
+    "RunningSum",
+    "SSMax",
     "ScanLogit",
+    "Shaw",
     "Sinusoidal",
     "Sizes",
+    "SwanTemperature",
     "Tokens",
+    "TransformerXL",
+    "UniformScale",
+    "Windowed",
     "Wrapper",
+    "XPos",
+    "YaRNScaling",
     "alibi_slopes",
     "apply_rope",
+    "deberta_bucket",
+    "forget_sums",
+    "keys_seen",
+    "randomized_positions",
     "resolve",
     "rope_frequencies",
     "sinusoidal_positions",
     "skew",
     "t5_bucket",
+    "temperature_product",
     "unskew",
 ]

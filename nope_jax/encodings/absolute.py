@@ -1,6 +1,6 @@
-"""Absolute positions, added to the token embeddings: learned (Gehring et al. 2017), sinusoidal (Vaswani et al. 2017).
+"""Absolute positions, given to the token embeddings: learned and sinusoidal, added, multiplied, or as a phase.
 
-Shapes: B batch, T length, D model width.
+Shapes: B batch, T length, D model width, V vocabulary.
 """
 
 import dataclasses
@@ -68,8 +68,8 @@ class Sinusoidal(Encoding):
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned(Encoding):
-    """x + P[position], P a learned table. It has no row past its length, and refuses to go there."""
+class _Table(Encoding):
+    """Base of the encodings that learn a table of positions."""
 
     length: int | None = None
     """Rows of the table. None: the model's training length, or 1,024 where that is not known."""
@@ -78,11 +78,114 @@ class Learned(Encoding):
         if self.length is not None and self.length < 1:
             raise ValueError(f"length must be at least 1, not {self.length}")
 
-    def max_length(self, sizes: Sizes) -> int:
+    def rows(self, sizes: Sizes) -> int:
+        """How many rows the table has."""
         return self.length or sizes.train_length or 1024
 
     def init_shared(self, key, sizes: Sizes) -> Params:
-        return {"positions": 0.02 * jax.random.normal(key, (self.max_length(sizes), sizes.model_dim))}
+        return {"positions": 0.02 * jax.random.normal(key, (self.rows(sizes), sizes.model_dim))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(_Table):
+    """x + P[position], P a learned table (Gehring et al. 2017, arXiv 1705.03122).
+
+    Past its last row nothing has been learned: a decoder raises, and where jit hides the position the answer is NaN.
+    `Hierarchical` trains the same table and goes on past it.
+    """
+
+    def max_length(self, sizes: Sizes) -> int:
+        return self.rows(sizes)
 
     def input(self, params: Params, embeddings, tokens: Tokens):
         return embeddings + rows_at(params["positions"], tokens.positions).astype(embeddings.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hierarchical(_Table):
+    """A learned table of n rows for n² positions, read as numbers of two digits (Su 2020, kexue.fm/archives/7947).
+
+    Position (i-1)·n + j, with i and j from 1 to n, gets q = α·u_i + (1-α)·u_j, where u = (p - α·p_1) / (1-α) makes q
+    the table itself up to n. That is q = p_j + α/(1-α) · (p_i - p_1), and is computed so: the first n rows are those of
+    `Learned` to the bit, in value and gradient, and training within them trains the same table.
+    """
+
+    alpha: float = 0.4
+    """Weight of the leading digit; between 0 and 1, but not 1/2, at which (i, j) and (j, i) are one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.alpha < 1 or self.alpha == 0.5:
+            raise ValueError(f"alpha must lie between 0 and 1 and not be 0.5, not {self.alpha}")
+
+    def max_length(self, sizes: Sizes) -> int:
+        return self.rows(sizes) ** 2
+
+    def input(self, params: Params, embeddings, tokens: Tokens):
+        table = params["positions"]
+        leading, last = jnp.divmod(tokens.positions, table.shape[0])
+        further = rows_at(table, leading) - table[0]
+        rows = rows_at(table, last) + self.alpha / (1 - self.alpha) * jnp.where(leading[..., None] == 0, 0, further)
+        return embeddings + rows.astype(embeddings.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplicative(_Table):
+    """x · P[position]: a learned table that starts near ones, or the sinusoids of Vaswani et al. 2017."""
+
+    sinusoidal: bool = False
+    """Multiply by sinusoids, which nothing bounds; those of low frequency silence half of x at early positions."""
+
+    def max_length(self, sizes: Sizes) -> int | None:
+        return None if self.sinusoidal else self.rows(sizes)
+
+    def init_shared(self, key, sizes: Sizes) -> Params:
+        return {} if self.sinusoidal else {"positions": 1 + super().init_shared(key, sizes)["positions"]}
+
+    def input(self, params: Params, embeddings, tokens: Tokens):
+        if self.sinusoidal:
+            rows = sinusoidal_positions(tokens.positions, embeddings.shape[-1])
+        else:
+            rows = rows_at(params["positions"], tokens.positions)
+        return (embeddings.astype(jnp.float32) * rows).astype(embeddings.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComplexOrder(Encoding):
+    """r_j · exp(i·(ω_j·k + θ_j)): token j at position k as complex numbers (Wang et al. 2020, arXiv 1912.12333).
+
+    In a model of real numbers the first half of an embedding is the real part of r_j·exp(i·θ_j), amplitude and phase in
+    Cartesian form, and the second half its imaginary part; the input place turns them by ω_j·k radians. The model's own
+    layers stay real, where the paper's are complex as well.
+    """
+
+    per_token: bool = True
+    """Each token learns its own frequencies; otherwise all share one set, as in the paper's ablation."""
+    base: float = 10_000.0
+    """All start from the frequencies of the sinusoids, base^(-2m/D)."""
+
+    def __post_init__(self):
+        if not self.base > 0:
+            raise ValueError(f"base must be positive, not {self.base}")
+
+    def init_shared(self, key, sizes: Sizes) -> Params:
+        width = _even(sizes.model_dim)
+        if self.per_token and sizes.vocab_size is None:
+            raise ValueError("vocab_size must be known for frequencies per token")
+        start = self.base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        return {"frequencies": jnp.tile(start, (sizes.vocab_size if self.per_token else 1, 1))}
+
+    def input(self, params: Params, embeddings, tokens: Tokens):
+        _even(embeddings.shape[-1])
+        ids = tokens.ids if self.per_token else jnp.zeros_like(tokens.ids)
+        angles = tokens.positions[..., None].astype(jnp.float32) * rows_at(params["frequencies"], ids)
+        real, imaginary = jnp.split(embeddings.astype(jnp.float32), 2, axis=-1)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        turned = jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+        return turned.astype(embeddings.dtype)
+
+
+def _even(width: int) -> int:
+    if width % 2:
+        raise ValueError(f"model_dim must be even, half of it real and half imaginary, not {width}")
+    return width

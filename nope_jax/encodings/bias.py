@@ -1,17 +1,19 @@
-"""Biases of the attention logit that depend on distance: ALiBi (Press et al. 2022), T5 (Raffel et al. 2020).
+"""Biases of the attention logit that depend on positions alone: ALiBi, T5, KERPLE, FIRE.
 
-Shapes: N query heads, B batch, T query length, S key length.
+Shapes: N query heads, B batch, T query length, S key length; q and k the queries and keys of one block, W the width of
+FIRE's hidden layer.
 """
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nope_jax.encodings.encoding import DistanceLogit, Encoding, Params, Sizes
+from nope_jax.encodings.encoding import Block, BlockLogit, DistanceLogit, Encoding, Params, Sizes, skew
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
@@ -33,10 +35,18 @@ def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
 
 @dataclasses.dataclass(frozen=True)
 class ALiBi(Encoding):
-    """q·k/√H - slope_h · distance: the bias is added after the division by √H and carries a slope per head.
+    """q·k/√H - slope_h · distance (Press et al. 2022, arXiv 2108.12409).
 
-    Press et al. 2022, arXiv 2108.12409. Without a causal mask it is symmetric in distance.
+    The bias is added after the division by √H, not inside it, and carries a slope per head. slope_h · key position is
+    the same after the softmax: what they differ by is constant in a row. Without a causal mask the bias is symmetric in
+    distance.
     """
+
+    learned: bool = False
+    """Whether the slopes are parameters of each layer that start from `alibi_slopes`; the paper's stay there."""
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        return {"slopes": alibi_slopes(sizes.num_heads)} if self.learned else {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         slopes = params["slopes"] if "slopes" in params else alibi_slopes(query.shape[2])
@@ -93,19 +103,25 @@ def _check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> 
 class T5(Encoding):
     """q·k/√H + table[bucket(distance), h], one table for all layers (Raffel et al. 2020, arXiv 1910.10683).
 
-    T5 itself leaves out the 1/√H, which its initialisation absorbs; here it stays. Where both directions are seen the
-    bias tells them apart.
+    Where both directions are seen the bias tells them apart.
     """
 
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
+    scaled: bool = True
+    """Whether q·k is divided by √H. T5 itself does not, and starts its query weights smaller by √H instead."""
 
     def __post_init__(self):
         _check_buckets(self.bidirectional, self.num_buckets, self.max_distance)
 
     def init_shared(self, key, sizes: Sizes) -> Params:
         return {"table": 0.02 * jax.random.normal(key, (self.num_buckets, sizes.num_heads))}
+
+    def query_key(self, params: Params, query, key, query_positions, key_positions):
+        if self.scaled:
+            return query, key
+        return (query.astype(jnp.float32) * math.sqrt(query.shape[-1])).astype(query.dtype), key
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         return DistanceLogit(self._bias, params["table"])
@@ -118,3 +134,146 @@ class T5(Encoding):
             max_distance=self.max_distance,
         )
         return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 0)
+
+
+_KERPLE_LEAST = 0.01
+"""What the authors' code keeps r1 and r2 above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KERPLE(Encoding):
+    """q·k/√H - r1·log(1 + r2·|i - j|), or - r1·|i - j|^r2, r1 and r2 of each head and layer learned.
+
+    Chi et al. 2022, arXiv 2205.09921. Both are positive, and the power at most 2: so that they stay so, what is learned
+    is log r1, and log r2 or the logit of r2/2. They start as in the authors' code, uniform in (0, 2) and (0, 1) for r1
+    and r2 of "log", in (0, 1) and (0, 2) for those of "power", none below 0.01.
+    """
+
+    variant: Literal["log", "power"] = "log"
+
+    def __post_init__(self):
+        if self.variant not in ("log", "power"):
+            raise ValueError(f'variant must be "log" or "power", not {self.variant!r}')
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        draws = jax.random.uniform(key, (2, sizes.num_heads))
+        if self.variant == "log":
+            r1, r2 = jnp.maximum(jnp.array([[2.0], [1.0]]) * draws, _KERPLE_LEAST)
+            return {"log_r1": jnp.log(r1), "log_r2": jnp.log(r2)}
+        r1, half_r2 = jnp.clip(draws, jnp.array([[_KERPLE_LEAST], [_KERPLE_LEAST / 2]]), 0.999)
+        return {"log_r1": jnp.log(r1), "logit_r2": jax.scipy.special.logit(half_r2)}
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        if self.variant == "log":
+            return self.bias(jnp.exp(params["log_r1"]), jnp.exp(params["log_r2"]))
+        return self.bias(jnp.exp(params["log_r1"]), 2 * jax.nn.sigmoid(params["logit_r2"]))
+
+    def bias(self, r1: Float[Array, "N"], r2: Float[Array, "N"]) -> DistanceLogit:
+        """The logit of r1 and r2 themselves."""
+        return DistanceLogit(_kerple_log if self.variant == "log" else _kerple_power, (r1, r2))
+
+
+def _kerple_log(parameters, distance: Int[Array, "*shape"]) -> Float[Array, "N *shape"]:
+    r1, r2 = (x.astype(jnp.float32).reshape(-1, *[1] * distance.ndim) for x in parameters)
+    return -r1 * jnp.log1p(r2 * jnp.abs(distance))
+
+
+def _kerple_power(parameters, distance: Int[Array, "*shape"]) -> Float[Array, "N *shape"]:
+    r1, r2 = (x.astype(jnp.float32).reshape(-1, *[1] * distance.ndim) for x in parameters)
+    distance = jnp.abs(distance).astype(jnp.float32)
+    # 0^r2 is 0 for every r2 > 0, but its derivative by the rule of powers 0·log 0.
+    return jnp.where(distance > 0, -r1 * jnp.exp(r2 * jnp.log(jnp.maximum(distance, 1.0))), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FIRE(Encoding):
+    """q·k/√H + MLP(log(c·|i - j| + 1) / log(c·max(i, L) + 1)), the MLP, c and L of each layer learned.
+
+    Li et al. 2024, arXiv 2310.04418. The MLP has one number in, one hidden layer of ReLU and one number out per head.
+    What is learned of c and L are their logarithms, so that they stay positive. Queries from position L on see their
+    whole past as distances 0 to 1, whatever its length; the bias of two tokens therefore depends on where they stand,
+    and not on their distance alone. The paper is causal: without the mask distances to both sides count alike, still
+    relative to the query's own position, so that those to keys far behind it pass 1.
+    """
+
+    width: int = 32
+    c: float = 0.1
+    """Where c starts."""
+    threshold: float = 512.0
+    """Where L starts, in positions."""
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, not {self.width}")
+        for name in ("c", "threshold"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        keys = jax.random.split(key, 4)
+
+        def uniform(key, shape, inputs):  # as the paper's code leaves it to PyTorch's linear layers
+            return jax.random.uniform(key, shape, minval=-(inputs**-0.5), maxval=inputs**-0.5)
+
+        return {
+            "hidden_weights": uniform(keys[0], (self.width,), 1),
+            "hidden_bias": uniform(keys[1], (self.width,), 1),
+            "weights": uniform(keys[2], (self.width, sizes.num_heads), self.width),
+            "bias": uniform(keys[3], (sizes.num_heads,), self.width),
+            "log_c": jnp.log(jnp.float32(self.c)),
+            "log_threshold": jnp.log(jnp.float32(self.threshold)),
+        }
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        mlp = {name: params[name] for name in ("hidden_weights", "hidden_bias", "weights", "bias")}
+        return self.bias(**mlp, c=jnp.exp(params["log_c"]), threshold=jnp.exp(params["log_threshold"]))
+
+    def bias(
+        self,
+        hidden_weights: Float[Array, "W"],
+        hidden_bias: Float[Array, "W"],
+        weights: Float[Array, "W N"],
+        bias: Float[Array, "N"],
+        c: Float[Array, ""],
+        threshold: Float[Array, ""],
+    ) -> BlockLogit:
+        """The logit of c and L themselves: ReLU(x·hidden_weights + hidden_bias) · weights + bias."""
+        return BlockLogit(_fire, (hidden_weights, hidden_bias, weights, bias, c, threshold))
+
+
+def _fire(parameters, block: Block) -> Float[Array, "#B N q k"]:
+    *mlp, c, threshold = (x.astype(jnp.float32) for x in parameters)
+    if block.distances is None:
+        log_distance = jnp.log1p(c * jnp.abs(block.distance))
+    else:
+        rows = jnp.log1p(c * jnp.abs(block.distances))
+        rows = jnp.broadcast_to(rows, (block.query_positions.shape[1], *rows.shape))
+        log_distance = skew(rows, block.key_positions.shape[1])[None]
+    position = block.query_positions.astype(jnp.float32)
+    longest = jnp.where(position > threshold, position, threshold)
+    x = log_distance / jnp.log1p(c * longest)[..., None]
+
+    # An MLP of one number is linear between the edges where a unit turns on or off. Which piece x falls in is found for
+    # all heads at once, and each head looks up its slope and offset, rather than summing its units for every x.
+    edges, slopes, offsets = _pieces(*mlp)
+    piece = (x[..., None] > edges).sum(-1)
+    return jnp.moveaxis(slopes[piece] * x[..., None] + offsets[piece], -1, 1)
+
+
+def _pieces(
+    hidden_weights: Float[Array, "W"],
+    hidden_bias: Float[Array, "W"],
+    weights: Float[Array, "W N"],
+    bias: Float[Array, "N"],
+) -> tuple[Float[Array, "W"], Float[Array, "W+1 N"], Float[Array, "W+1 N"]]:
+    """Edges of the pieces of an MLP of one number, ascending, and slope and offset of each piece."""
+    width = hidden_weights.shape[0]
+    constant = hidden_weights == 0  # on or off everywhere: its edge is never reached
+    edges = jnp.where(constant, jnp.inf, -hidden_bias / jnp.where(constant, 1.0, hidden_weights))
+    order = jnp.argsort(edges)
+    passed = jnp.arange(width + 1)[:, None] > jnp.argsort(order)
+    on = jnp.where(constant, hidden_bias > 0, passed == (hidden_weights > 0)).astype(jnp.float32)
+    slopes, offsets = (
+        jnp.matmul(on * x, weights, precision=jax.lax.Precision.HIGHEST) for x in (hidden_weights, hidden_bias)
+    )
+    return jax.lax.stop_gradient(edges)[order], slopes, offsets + bias

@@ -4,27 +4,56 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from nope_jax.encodings.absolute import Learned, Sinusoidal
-from nope_jax.encodings.bias import T5, ALiBi
+from nope_jax.encodings.absolute import ComplexOrder, Hierarchical, Learned, Multiplicative, Sinusoidal
+from nope_jax.encodings.bias import FIRE, KERPLE, T5, ALiBi
+from nope_jax.encodings.contextual import CoPE, Forgetting
+from nope_jax.encodings.convolution import Convolution
 from nope_jax.encodings.encoding import Encoding
 from nope_jax.encodings.nope import NoPE
-from nope_jax.encodings.rotary import RoPE
+from nope_jax.encodings.randomized import Randomized
+from nope_jax.encodings.recurrent import FLOATER, Recursive
+from nope_jax.encodings.relative import NEZHA, TUPE, DeBERTa, Shaw, TransformerXL
+from nope_jax.encodings.rotary import RoPE, XPos
+from nope_jax.encodings.schedules import SCHEDULES, Chunked, Windowed
+from nope_jax.encodings.temperature import HeadScale, Llama4Temperature, LogN, SSMax, SwanTemperature, UniformScale
 from nope_jax.encodings.wrapper import Wrapper
 
 ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
     {
         "nope": NoPE,
         "learned": Learned,
+        "hierarchical": Hierarchical,
         "sinusoidal": Sinusoidal,
+        "multiplicative": Multiplicative,
+        "complex": ComplexOrder,
+        "recursive": Recursive,
+        "floater": FLOATER,
+        "convolution": Convolution,
+        "randomized": Randomized,
         "rope": RoPE,
+        "xpos": XPos,
         "alibi": ALiBi,
         "t5": T5,
+        "kerple": KERPLE,
+        "fire": FIRE,
+        "shaw": Shaw,
+        "nezha": NEZHA,
+        "transformer_xl": TransformerXL,
+        "tupe": TUPE,
+        "deberta": DeBERTa,
+        "cope": CoPE,
+        "forgetting": Forgetting,
+        "log_n": LogN,
+        "uniform_scale": UniformScale,
+        "head_scale": HeadScale,
+        "ssmax": SSMax,
+        "llama4_temperature": Llama4Temperature,
+        "swan_temperature": SwanTemperature,
+        "windowed": Windowed,
+        "chunked": Chunked,
     }
 )
 """Every encoding that a name stands for; called without arguments it has its paper's settings."""
-
-SCHEDULES: Mapping[str, tuple[Encoding, ...]] = MappingProxyType({})
-"""Every schedule over layers that a name stands for: the encodings of one period."""
 
 
 def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding, ...]:
@@ -42,11 +71,10 @@ def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding
     if isinstance(spec, str):
         name, colon, inner = spec.partition(":")
         if colon:
-            wrapper = _find(name)[0]
-            if not isinstance(wrapper, Wrapper):
-                wrappers = ", ".join(name for name, cls in ENCODINGS.items() if issubclass(cls, Wrapper))
-                raise ValueError(f"{name!r} in {spec!r} must be a wrapper: choose from {wrappers}")
-            return tuple(type(wrapper)(encoding) for encoding in resolve(inner))
+            wrappers = {name: cls for name, cls in ENCODINGS.items() if issubclass(cls, Wrapper)}
+            if name not in wrappers:
+                raise ValueError(f"{name!r} in {spec!r} must be a wrapper: choose from {', '.join(wrappers)}")
+            return tuple(wrappers[name](encoding) for encoding in resolve(inner))
         return _find(name)
     if not isinstance(spec, tuple | list) or not spec:
         raise ValueError(f"encoding must be a name, an Encoding or a non-empty tuple of them, not {spec!r}")

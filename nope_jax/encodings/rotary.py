@@ -1,16 +1,22 @@
-"""RoPE: queries and keys turned by an angle that grows with position (Su et al. 2021, arXiv 2104.09864).
+"""RoPE (Su et al. 2021, arXiv 2104.09864), the scalings that stretch it past its training length, and xPos.
 
-Shapes: B batch, T length, N heads, H head dim.
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim; "half" is half of the
+dimensions that turn, one number for each pair of them.
 """
 
 import abc
 import dataclasses
 import functools
+import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from nope_jax.encodings.encoding import Encoding, Params
+from nope_jax.encodings.encoding import Encoding, Params, Sizes
+
+Frequencies = Float[np.ndarray, "half"] | Float[Array, "half"]
+"""Radians per position: float64 in NumPy as long as they are known beforehand, float32 in JAX otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +24,13 @@ class RotaryScaling(abc.ABC):
     """Base of the scalings that stretch RoPE past its training length: what becomes of the frequencies."""
 
     @abc.abstractmethod
-    def frequencies(
-        self, frequencies: Float[Array, "half"], *, base: float, length: Int[Array, ""] | int | None
-    ) -> Float[Array, "half"]:
+    def frequencies(self, frequencies: Frequencies, *, base: float, length: Int[Array, ""] | int | None) -> Frequencies:
         """The scaled frequencies, given the plain ones, their base and the number of positions in use."""
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by, so that q·k is multiplied by its square ("attention factor")."""
+        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +43,209 @@ class LinearScaling(RotaryScaling):
     factor: float
 
     def __post_init__(self):
-        if not self.factor >= 1:
-            raise ValueError(f"factor must be at least 1, not {self.factor}")
+        _at_least(1, factor=self.factor)
 
     def frequencies(self, frequencies, *, base, length):
         return frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKScaling(RotaryScaling):
+    """NTK-aware scaling: base · factor^(d/(d-2)) in the place of base, d the dimensions that turn.
+
+    The fastest pair keeps its frequency, the slowest is divided by factor, those between by powers of it. It came from
+    a post by bloc97 (2023), not from a paper; Peng et al. 2023 (arXiv 2309.00071) write it out.
+
+    One may read a position as a number and each pair of dimensions as one of its digits, in base base^(2/d): neighbours
+    differ in the fast digits, far positions in the slow ones. Position interpolation makes numbers fit by dividing
+    them, which leaves neighbours a fraction of a digit apart; here they are converted to a larger base, in which as
+    many digits reach factor times as far and neighbours still differ by a whole one.
+    """
+
+    factor: float
+
+    def __post_init__(self):
+        _at_least(1, factor=self.factor)
+
+    def frequencies(self, frequencies, *, base, length):
+        return frequencies * self.factor ** -_ntk_exponents(len(frequencies))
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicNTKScaling(RotaryScaling):
+    """NTK-aware scaling by no more than the length asks for: base · (s·n/L - (s-1))^(d/(d-2)) for n > L positions.
+
+    s is factor, L is original_length, d the dimensions that turn; up to L positions RoPE stays as it is. Like
+    `NTKScaling` it was posted, not published (bloc97 and emozilla 2023); see Peng et al. 2023, arXiv 2309.00071.
+
+    The frequencies depend on n, the number of positions in use: a longer sequence turns its first tokens otherwise than
+    a shorter one does. In decoding n is the room of the cache.
+    """
+
+    factor: float
+    original_length: int
+
+    def __post_init__(self):
+        _at_least(1, factor=self.factor, original_length=self.original_length)
+
+    def frequencies(self, frequencies, *, base, length):
+        excess = jnp.maximum(_known(length, self) - self.original_length, 0)
+        # The growth of the base, s·n/L - (s-1), without the difference of two large numbers.
+        growth = jnp.log1p(excess * (self.factor / self.original_length))
+        return frequencies * jnp.exp(-_ntk_exponents(len(frequencies)) * growth)
+
+
+@dataclasses.dataclass(frozen=True)
+class YaRNScaling(RotaryScaling):
+    """YaRN: fast pairs stay, slow ones are interpolated, a ramp between; cosines and sines times 0.1·ln(factor) + 1.
+
+    A pair is fast if it turns more than beta_fast times within original_length positions, slow if fewer than beta_slow
+    times. The ramp is linear in the index of the pair, as in the code published with the paper and in the models made
+    with it; the paper's text makes it linear in the number of turns. With attention_factor=1 it is "NTK-by-parts".
+
+    Peng et al. 2023, arXiv 2309.00071.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """What cosines and sines are multiplied by. None: 0.1·ln(factor) + 1."""
+    truncate: bool = True
+    """Move the ends of the ramp outwards to whole pairs, as the published code does. gpt-oss does not."""
+
+    def __post_init__(self):
+        _at_least(1, factor=self.factor, original_length=self.original_length)
+        _positive(beta_fast=self.beta_fast, beta_slow=self.beta_slow, attention_factor=self.attention_factor)
+        if not self.beta_fast > self.beta_slow:
+            raise ValueError(f"beta_fast must be above beta_slow, {self.beta_slow}, not {self.beta_fast}")
+
+    @property
+    def amplitude(self) -> float:
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+    def frequencies(self, frequencies, *, base, length):
+        if not base > 1:
+            raise ValueError(f"base must be above 1 for YaRNScaling, not {base}")
+        dim = 2 * len(frequencies)
+        # The index, a fraction, of a pair that turns so many times within original_length.
+        first, last = (
+            dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - first) / max(last - first, 0.001), 0, 1)
+        return frequencies * (1 - ramp) + frequencies / self.factor * ramp
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRoPEScaling(RotaryScaling):
+    """LongRoPE: every pair's frequency divided by a factor of its own; two sets, for short and for long sequences.
+
+    The factors were searched for by the model's makers. Cosines and sines are multiplied by √(1 + ln s / ln L) at every
+    length, s being factor and L original_length. Ding et al. 2024, arXiv 2402.13753.
+
+    The frequencies depend on the number of positions in use: a sequence beyond original_length turns its first tokens
+    otherwise than a shorter one does. In decoding that number is the room of the cache.
+    """
+
+    short_factors: tuple[float, ...]
+    """One per pair, up to original_length positions in use."""
+    long_factors: tuple[float, ...]
+    """One per pair, beyond."""
+    original_length: int
+    factor: float | None = None
+    """The longest length over original_length; needed unless attention_factor is given."""
+    attention_factor: float | None = None
+    """What cosines and sines are multiplied by. None: √(1 + ln(factor) / ln(original_length))."""
+
+    def __post_init__(self):
+        for name in ("short_factors", "long_factors"):
+            numbers = tuple(map(float, getattr(self, name)))  # so that a list can be given, too
+            if not numbers or not all(number > 0 for number in numbers):
+                raise ValueError(f"{name} must be positive numbers, one per pair, not {numbers}")
+            object.__setattr__(self, name, numbers)
+        if len(self.short_factors) != len(self.long_factors):
+            raise ValueError(
+                f"long_factors must be as many as short_factors, {len(self.short_factors)}, "
+                f"not {len(self.long_factors)}"
+            )
+        _at_least(1, original_length=self.original_length)
+        _positive(attention_factor=self.attention_factor)
+        if self.factor is not None:
+            _at_least(1, factor=self.factor)
+        if self.attention_factor is None:
+            if self.factor is None:
+                raise ValueError("factor must be given where attention_factor is not: it decides it")
+            _at_least(2, original_length=self.original_length)  # its logarithm is divided by
+
+    @property
+    def amplitude(self) -> float:
+        return self.attention_factor or math.sqrt(1 + math.log(self.factor or 1) / math.log(self.original_length))
+
+    def frequencies(self, frequencies, *, base, length):
+        if len(self.short_factors) != len(frequencies):
+            raise ValueError(
+                f"short_factors and long_factors must have {len(frequencies)} entries, one per pair of dimensions "
+                f"that turn, not {len(self.short_factors)}"
+            )
+        short, long = frequencies / np.array(self.short_factors), frequencies / np.array(self.long_factors)
+        return jnp.where(_known(length, self) > self.original_length, long, short)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling(RotaryScaling):
+    """Llama 3.1's scaling: fast pairs stay, slow ones are interpolated, a ramp between, linear in turns.
+
+    A pair is slow if it turns fewer than low_frequency_factor times within original_length positions, fast if more than
+    high_frequency_factor times. It has no attention factor. Llama team 2024, arXiv 2407.21783, and its code.
+    """
+
+    factor: float = 8.0
+    original_length: int = 8192
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+
+    def __post_init__(self):
+        _at_least(1, factor=self.factor, original_length=self.original_length)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        _positive(low_frequency_factor=low)
+        if not high > low:
+            raise ValueError(f"high_frequency_factor must be above low_frequency_factor, {low}, not {high}")
+
+    def frequencies(self, frequencies, *, base, length):
+        turns = self.original_length * frequencies / (2 * math.pi)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+
+def _ntk_exponents(half: int) -> Float[np.ndarray, "{half}"]:
+    """2m/(d-2): a base times g^(d/(d-2)) divides the frequency of pair m by g to this power."""
+    if half < 2:
+        raise ValueError("dim must be at least 4 for NTK-aware scaling, which divides by dim - 2, not 2")
+    return np.arange(half) / (half - 1)
+
+
+def _known(length: Int[Array, ""] | int | None, scaling: RotaryScaling) -> Int[Array, ""] | int:
+    if length is None:
+        raise ValueError(f"length, the number of positions in use, must be given: {type(scaling).__name__} needs it")
+    return length
+
+
+def _at_least(least: int, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number >= least:
+            raise ValueError(f"{name} must be at least {least}, not {number}")
+
+
+def _positive(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} must be positive, not {number}")
 
 
 def rope_frequencies(
@@ -48,22 +255,25 @@ def rope_frequencies(
     scaling: RotaryScaling | None = None,
     length: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "{dim}//2"]:
-    """Angle per position of each pair of dimensions: base^(-2i/dim), float32, radians.
+    """Angle per position of each pair of dimensions: base^(-2m/dim), float32, radians.
 
     Args:
         dim: Dimensions that are rotated; even.
         base: Wavelengths grow from 2π to base·2π.
-        scaling: Stretches the frequencies past the training length.
-        length: Number of positions in use, which dynamic scalings depend on.
+        scaling: Stretches the frequencies past the training length. Its `amplitude` is not in the frequencies.
+        length: Number of positions in use, which `DynamicNTKScaling` and `LongRoPEScaling` depend on; may be traced.
 
     Raises:
-        ValueError: dim is odd or not positive, or base is not positive.
+        ValueError: dim is odd or not positive, base is not positive, or length is None and the scaling depends on it.
     """
+    return jnp.asarray(_frequencies(dim, base, scaling, length), jnp.float32)
+
+
+def _frequencies(dim: int, base: float, scaling=None, length=None) -> Frequencies:
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be a positive even number, not {dim}")
-    if not base > 0:
-        raise ValueError(f"base must be positive, not {base}")
-    frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    _positive(base=base)
+    frequencies = base ** (-np.arange(0, dim, 2) / dim)
     return frequencies if scaling is None else scaling.frequencies(frequencies, base=base, length=length)
 
 
@@ -84,13 +294,14 @@ def apply_rope(
         positions: Their positions.
         base: See `rope_frequencies`.
         rotary_dim: How many leading dimensions turn; None for all of them. Kazemnejad et al. 2023 turn a quarter.
-        interleaved: Pairs are neighbours (2i, 2i+1) as in the paper and GPT-J; otherwise (i, i + rotary_dim/2), as in
+        interleaved: Pairs are neighbours (2m, 2m+1) as in the paper and GPT-J; otherwise (m, m + rotary_dim/2), as in
             GPT-NeoX and Llama. The two differ by a permutation of dimensions, so checkpoints do not mix.
-        scaling: See `rope_frequencies`.
+        scaling: See `rope_frequencies`; what turns is also multiplied by its `amplitude`.
         length: See `rope_frequencies`; None for the largest position in use, plus 1.
 
     Raises:
-        ValueError: rotary_dim is odd, not positive or larger than the head dim; base is not positive.
+        ValueError: rotary_dim is odd, not positive or larger than the head dim; base is not positive; what the scaling
+            refuses.
     """
     head_dim = x.shape[-1]
     dim = head_dim if rotary_dim is None else rotary_dim
@@ -99,9 +310,19 @@ def apply_rope(
     if length is None and scaling is not None:
         length = positions.max() + 1
     frequencies = rope_frequencies(dim, base=base, scaling=scaling, length=length)
-    angles = (positions[..., None].astype(jnp.float32) * frequencies)[..., None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return _turn(x, angles, 1.0 if scaling is None else scaling.amplitude, interleaved)
 
+
+def _turn(
+    x: Shaped[Array, "B T N H"],
+    angles: Float[Array, "*#B T half"],
+    amplitude: Float[Array, "*#B T half"] | float,
+    interleaved: bool,
+) -> Shaped[Array, "B T N H"]:
+    """Turn the leading pairs of dimensions by their angles, and multiply them by amplitude; x in x's dtype."""
+    dim = 2 * angles.shape[-1]
+    cos, sin = ((f(angles) * amplitude)[..., None, :] for f in (jnp.cos, jnp.sin))
     turned = x[..., :dim].astype(jnp.float32)
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
@@ -116,7 +337,9 @@ def apply_rope(
 class RoPE(Encoding):
     """Rotary position embedding: q and k turned by position, so that q·k depends on their distance.
 
-    Alone it does not extrapolate: perplexity rises within about a tenth past the training length (Wang et al. 2024).
+    Su et al. 2021, arXiv 2104.09864. Alone it does not extrapolate: perplexity rises within about a tenth past the
+    training length (Wang et al. 2024, arXiv 2404.12224). Reaching further takes a scaling: position interpolation
+    divides the angles (`LinearScaling`), NTK-aware scaling changes the base (`NTKScaling`).
     """
 
     base: float = 10_000.0
@@ -124,12 +347,14 @@ class RoPE(Encoding):
     """How many leading dimensions of a head turn; None for all."""
     interleaved: bool = False
     scaling: RotaryScaling | None = None
+    """`DynamicNTKScaling` and `LongRoPEScaling` depend on the number of positions in use: the largest one, plus 1."""
 
     def __post_init__(self):
-        if not self.base > 0:
-            raise ValueError(f"base must be positive, not {self.base}")
+        _positive(base=self.base)
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"rotary_dim must be a positive even number, not {self.rotary_dim}")
+        if not isinstance(self.scaling, RotaryScaling | None):
+            raise ValueError(f"scaling must be a RotaryScaling, such as LinearScaling(2.0), not {self.scaling!r}")
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         # Queries and keys turn by the same frequencies: a scaling that depends on length is told the longer of the two.
@@ -143,3 +368,55 @@ class RoPE(Encoding):
             length=length,
         )
         return turn(query, query_positions), turn(key, key_positions)
+
+
+XPOS_RANGE = 80
+"""Powers of two that xPos may put between the nearest and the farthest product; float32 has 127, logits need some."""
+
+
+@dataclasses.dataclass(frozen=True)
+class XPos(Encoding):
+    """RoPE whose pairs fade with distance: q times ζ_m^(i/scale_base), k times ζ_m^(-j/scale_base).
+
+    ζ_m = (2m + 0.4H) / (1.4H) for pair m of a head: its product is multiplied by ζ_m^((i-j)/scale_base), so that fast
+    pairs fade most. Towards the future products grow, which is why xPos is for causal attention. Sun et al. 2022, arXiv
+    2212.10554, and its code (torchscale).
+
+    As only distance counts, positions are taken from the middle of those in use, which halves the exponents. What is
+    left bounds the span of positions that float32 can take: 22,663 positions at scale_base 512, and in proportion. A
+    wider span gives NaN where the check of `max_length` cannot see it.
+    """
+
+    base: float = 10_000.0
+    scale_base: float = 512.0
+    """The distance, in positions, over which the first pair fades to 0.4/1.4."""
+    interleaved: bool = True
+    """Pairs are neighbours (2m, 2m+1), as in its code; otherwise (m, m + H/2), as in Llama."""
+
+    def __post_init__(self):
+        _positive(base=self.base, scale_base=self.scale_base)
+
+    def max_length(self, sizes: Sizes | None = None) -> int:
+        """1 + the largest difference of two positions, and so the number of positions counted from 0."""
+        span = XPOS_RANGE * math.log(2) * self.scale_base / math.log(1.4 / 0.4)
+        return 1 + math.floor(min(span, 2**31 - 2))  # positions are 32-bit integers
+
+    def query_key(self, params: Params, query, key, query_positions, key_positions):
+        dim = query.shape[-1]
+        if dim % 2:
+            raise ValueError(f"the head dim must be even for xPos, not {dim}")
+        ends = [(x.min(-1, keepdims=True), x.max(-1, keepdims=True)) for x in (query_positions, key_positions)]
+        least, most = jnp.minimum(ends[0][0], ends[1][0]), jnp.maximum(ends[0][1], ends[1][1])
+        span = most - least
+        middle = least + span // 2
+        frequencies = rope_frequencies(dim, base=self.base)
+        fading = jnp.asarray(np.log((np.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)) / self.scale_base, jnp.float32)
+
+        def turn(x, positions, sign):
+            offset = (positions - middle)[..., None].astype(jnp.float32)
+            scale = jnp.exp(sign * jnp.where(span[..., None] < self.max_length(), offset, jnp.nan) * fading)
+            # float16 cannot hold these numbers, and is promoted to float32.
+            x = x.astype(jnp.promote_types(x.dtype, jnp.bfloat16))
+            return _turn(x, offset * frequencies, scale, self.interleaved)
+
+        return turn(query, query_positions, 1), turn(key, key_positions, -1)

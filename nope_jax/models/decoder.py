@@ -202,9 +202,7 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
         start, used = cache.length, _values(cache.length)
         if steps + (0 if used is None else int(used)) > room:
-            raise ValueError(
-                f"tokens: {steps} more do not fit the cache, whose room is {room}, of which {used} are used"
-            )
+            raise ValueError(f"tokens: {steps} more do not fit the cache, which has room for {room} and holds {used}")
         tokens = jnp.asarray(tokens)
         where, everywhere = start + jnp.arange(steps)[None], jnp.arange(room)[None]
 

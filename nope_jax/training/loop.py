@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer
+from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config
 from nope_jax.data import load_tokenizer, train_batches, validation_batches
+from nope_jax.models import Decoder, adopt_weights
 from nope_jax.sharding import make_mesh, place_batch
 from nope_jax.training.metrics import Record
 from nope_jax.training.optimizer import make_optimizer
@@ -69,6 +71,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         ]
         graphdef, abstract = abstract_state(config, optimizer, mesh)
 
+        donor = _donor(config, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         checkpointer = stack.enter_context(Checkpointer(workdir))
         start, state = _restore(config, workdir, checkpointer, abstract)
@@ -77,13 +80,16 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             return
         if jax.process_index() == 0:
             configs.save(config, workdir)
-        state = state or init_state(config, optimizer, abstract)
+        if state is None:
+            state = init_state(config, optimizer, abstract)
+            if donor is not None:
+                state = state._replace(params=_adopted(state.params, graphdef, donor))
 
         batches = train_batches(config.data, start_step=start, **hosts)
         batch = place_batch(next(batches), mesh)
         record = stack.enter_context(Record(config, workdir, start=start, tokens_per_step=batch.targets.size))
         with record.paused():  # compiled ahead, so that the clock times only steps
-            jitted = jit_train_step(graphdef, optimizer, abstract, config.optimizer.accumulation)
+            jitted = jit_train_step(graphdef, optimizer, abstract, config.optimizer.accumulation, config.train.seed)
             take_step = jitted.lower(state, batch).compile()
         validate = jax.jit(lambda params, rows: total_nll(graphdef, params, rows))
 
@@ -138,6 +144,26 @@ def _restore(
     if step > config.train.steps:
         raise ValueError(f"train.steps is {config.train.steps}, but {workdir} has already reached step {step}")
     return step, TrainState(**trees)
+
+
+def _donor(config: Config, workdir: Path) -> Decoder | None:
+    """The decoder whose weights a run that has saved nothing yet starts from."""
+    source = config.train.start_from
+    if source is None or any((workdir / "checkpoints").glob("*")):
+        return None
+    _, donor, _ = load_model(source)
+    try:
+        adopt_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), donor)
+    except ValueError as error:
+        raise ValueError(f"train.start_from {source}: {error}") from error
+    return donor
+
+
+def _adopted(params: nnx.State, graphdef: nnx.GraphDef[Decoder], donor: Decoder) -> nnx.State:
+    """The parameters with the donor's weights, where they were on the mesh."""
+    model = nnx.merge(graphdef, params)
+    adopt_weights(model, donor)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model), params)
 
 
 def _refuse_disagreement(old: Config, new: Config, workdir: Path) -> None:

@@ -1,0 +1,147 @@
+"""Positions that depend on content: CoPE counts the keys a query picks out, the forget gate lets each token fade.
+
+Shapes: B batch, T query length, S key length, N query heads, H head dim, D model width, P positions that CoPE has
+embeddings of; q and k the queries and keys of one block.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from nope_jax.encodings.encoding import Block, BlockLogit, Encoding, Params, ScanLogit, Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class CoPE(Encoding):
+    """q·k/√H + q·e[p], where p is how many keys from j to i the query's gates count.
+
+    Golovneva et al. 2024, arXiv 2405.18719. p_ij = Σ_{l=j..i} σ(q_i·k_l/√H), clipped to P - 1; between whole numbers
+    q·e is interpolated. The gate is the sigmoid of the content logit as the softmax has it, and q·e is not divided by
+    √H: the paper's equations leave out every √H, its listing has them so. A temperature multiplies the queries, hence
+    content, gates and q·e alike.
+
+    The keys that count are those that the query sees, in the order in which they are given: a window, segments or a
+    mask leave out others, and without a causal mask the sum runs on to the last key.
+    """
+
+    num_positions: int = 64
+    """P, the embeddings of each layer, which its heads share; those of 0 to P - 1 counted keys."""
+    scaled: bool = False
+    """Whether q·e is divided by √H as well, which the authors' released code does unless told otherwise."""
+
+    def __post_init__(self):
+        if self.num_positions < 1:
+            raise ValueError(f"num_positions must be at least 1, not {self.num_positions}")
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        return {"embeddings": jnp.zeros((self.num_positions, sizes.head_dim))}
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        return ScanLogit(self._count, params["embeddings"])
+
+    def _count(
+        self,
+        embeddings: Float[Array, "P H"] | Float[Array, "N P H"],
+        block: Block,
+        content: Float[Array, "B N q k"],
+        visible: Bool[Array, "#B #N q k"],
+        carry: Float[Array, "B N q"],
+    ) -> tuple[Float[Array, "B N q k"], Float[Array, "B N q"]]:
+        gates = jnp.where(visible, jax.nn.sigmoid(content), 0.0)
+        position = lax.cumsum(gates, axis=gates.ndim - 1, reverse=True) + carry[..., None]
+        position = jnp.minimum(position, embeddings.shape[-2] - 1)
+        below = lax.stop_gradient(jnp.floor(position))
+
+        heads = "nph" if embeddings.ndim == 3 else "ph"
+        at = jnp.einsum(f"bnqh,{heads}->bnqp", block.query, embeddings.astype(jnp.float32))
+        if not self.scaled:
+            at *= math.sqrt(block.query.shape[-1])
+        step = jnp.diff(at, axis=-1, append=at[..., -1:])
+        # Both are looked up as one row of one table, which is faster than each along its axis.
+        table = jnp.stack([at, step], axis=-1).reshape(-1, 2)
+        first = jnp.arange(0, table.shape[0], at.shape[-1]).reshape(*at.shape[:-1], 1)
+        found = table.at[first + below.astype(jnp.int32)].get(mode="clip")
+        return found[..., 0] + (position - below) * found[..., 1], carry + gates.sum(-1)
+
+
+class RunningSum(NamedTuple):
+    """A sum that runs over the tokens, in two parts: their differences are exact where one float32 would not be.
+
+    After thousands of tokens a sum of thousands is good to 1e-3 only, and so would be a small difference of two.
+    """
+
+    high: Float[Array, "B T N"]
+    """The sum, rounded."""
+    low: Float[Array, "B T N"]
+    """What rounding left."""
+
+
+@jax.custom_jvp
+def running_sum(x: Float[Array, "B T N"], start: RunningSum) -> RunningSum:
+    """Sums of x over the tokens up to each, on top of a start [B, N] (Dekker 1971: arithmetic with two floats)."""
+    x = x.astype(jnp.float32)
+    sums = lax.associative_scan(_add, RunningSum(x, jnp.zeros_like(x)), axis=1)
+    return _add(RunningSum(*(part[:, None] for part in start)), sums)
+
+
+@running_sum.defjvp
+def _running_sum_jvp(primals, tangents):
+    # The rounding has no derivative: all of it is that of the sum.
+    x, start = tangents
+    out = running_sum(*primals)
+    moved = jnp.cumsum(x.astype(jnp.float32), axis=1) + (start.high + start.low)[:, None]
+    return out, RunningSum(jnp.broadcast_to(moved, out.high.shape), jnp.zeros_like(out.low))
+
+
+def _add(a: RunningSum, b: RunningSum) -> RunningSum:
+    total = a.high + b.high
+    moved = total - a.high
+    low = (a.high - (total - moved)) + (b.high - moved) + (a.low + b.low)
+    high = total + low
+    return RunningSum(high, low - (high - total))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetting(Encoding):
+    """q·k/√H + Σ_{j<l≤i} log σ(w·x_l + b): a forget gate per head, from the layer's input x (Lin et al. 2025).
+
+    arXiv 2503.02130, "FoX". w starts normal with deviation 0.02 and b at 0, as in the authors' code. The sum runs over
+    the tokens as they come, whatever their positions. The paper is causal: without the mask later keys fade with the
+    gates between, as earlier ones do.
+    """
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        return {
+            "weights": 0.02 * jax.random.normal(key, (sizes.model_dim, sizes.num_heads)),
+            "bias": jnp.zeros(sizes.num_heads),
+        }
+
+    def features(self, params: Params, inputs, previous: Any) -> RunningSum:
+        """The running sums of log σ(w·x + b), float32."""
+        gate = jnp.einsum("btd,dn->btn", inputs.astype(jnp.float32), params["weights"]) + params["bias"]
+        return forget_sums(jax.nn.log_sigmoid(gate), previous)
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        return BlockLogit(_forgotten, None, query_features, key_features)
+
+
+def forget_sums(log_forget: Float[Array, "B T N"], previous: RunningSum | None = None) -> RunningSum:
+    """`Forgetting.features` of the gates' logarithms themselves; `previous` [B, N] is that of the token before."""
+    if previous is None:
+        zeros = jnp.zeros((log_forget.shape[0], log_forget.shape[2]))
+        previous = RunningSum(zeros, zeros)
+    return running_sum(log_forget, RunningSum(*previous))
+
+
+def _forgotten(_, block: Block) -> Float[Array, "B N q k"]:
+    query, key = (
+        [jnp.swapaxes(part, 1, 2) for part in features] for features in (block.query_features, block.key_features)
+    )
+    high, low = (i[..., :, None] - j[..., None, :] for i, j in zip(query, key, strict=True))
+    faded = high + low
+    return jnp.where(faded <= 0, faded, -faded)

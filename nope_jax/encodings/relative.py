@@ -1,0 +1,377 @@
+"""Relative positions that meet content: Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa.
+
+Their logits multiply queries or keys with vectors that belong to a distance. Where positions run on, a block has few
+distances: each vector is multiplied with those and the products are skewed into place. Elsewhere it is multiplied with
+every row of the table, and what each pair needs is picked by index. A vector per pair of tokens never exists.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
+q and k the queries and keys of one block, x and y either of them; R rows of a table.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nope_jax.encodings.absolute import rows_at, sinusoidal_positions
+from nope_jax.encodings.bias import T5
+from nope_jax.encodings.encoding import Block, BlockLogit, BlockValue, Encoding, Params, Sizes, skew, unskew
+
+_INIT = 0.02
+"""Standard deviation of the first weights in Transformer-XL, TUPE and DeBERTa."""
+
+
+def _products(
+    vectors: Float[Array, "B N x H"], table: Float[Array, "#N R H"], index: Int[Array, "#B x y"]
+) -> Float[Array, "B N x y"]:
+    """vectors[x] · table[index[x, y]]."""
+    rows = table.shape[1]
+    if index.shape[2] * vectors.shape[-1] <= rows:  # so few pairs that their rows are less than all products
+        return jnp.einsum("bnxh,nbxyh->bnxy", vectors, table[:, index])
+    return jnp.take_along_axis(vectors @ table.mT, index[:, None], axis=-1, mode="clip")
+
+
+def _sums(weights: Float[Array, "B N q k"], index: Int[Array, "#B q k"], rows: int) -> Float[Array, "B N q {rows}"]:
+    """Weights summed by the row that each pair has."""
+    b, n, q = jnp.ogrid[tuple(slice(size) for size in weights.shape[:3])]
+    zeros = jnp.zeros((*weights.shape[:3], rows), weights.dtype)
+    return zeros.at[b[..., None], n[..., None], q[..., None], index[:, None]].add(weights)
+
+
+# --- Shaw and NEZHA
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaw(Encoding):
+    """q·(k + R[c])/√H, and weights · (v + R'[c]): c is j - i held within ±clip, R and R' serve all heads of a layer.
+
+    Shaw et al. 2018, arXiv 1803.02155. Row clip + c of the tables is that of c; a causal decoder never reads the rows
+    past clip, of keys after the query.
+    """
+
+    clip: int = 16
+    """The distance from which on all share a row."""
+
+    def __post_init__(self):
+        if self.clip < 1:
+            raise ValueError(f"clip must be at least 1, not {self.clip}")
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        init, shape = jax.nn.initializers.glorot_uniform(), (2 * self.clip + 1, sizes.head_dim)
+        return {name: init(k, shape) for name, k in zip(("keys", "values"), jax.random.split(key), strict=True)}
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        return BlockLogit(self._logit, params["keys"])
+
+    def value(self, params: Params):
+        return BlockValue(self._value, params["values"])
+
+    def _rows(self, distance: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        return self.clip - jnp.clip(distance, -self.clip, self.clip)
+
+    def _logit(self, table: Float[Array, "R H"], block: Block) -> Float[Array, "B N q k"]:
+        table = table.astype(jnp.float32)
+        if block.distances is None:
+            return _products(block.query, table[None], self._rows(block.distance))
+        return skew(block.query @ table[self._rows(block.distances)].T, block.key.shape[2])
+
+    def _value(self, table: Float[Array, "R H"], weights, block: Block) -> Float[Array, "B N q H"]:
+        table = table.astype(jnp.float32)
+        if block.distances is None:
+            return _sums(weights, self._rows(block.distance), len(table)) @ table
+        return unskew(weights) @ table[self._rows(block.distances)]
+
+
+@dataclasses.dataclass(frozen=True)
+class NEZHA(Shaw):
+    """Shaw's attention with the sinusoids of j - i for both tables: nothing is learned.
+
+    Wei et al. 2019, arXiv 1909.00204; its models clip at 64. The paper's sinusoids are of j - i, which is what this
+    does; its released code takes them of the row, clip + j - i.
+    """
+
+    clip: int = 64
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        if sizes.head_dim % 2:
+            raise ValueError(f"head_dim must be even for NEZHA's sinusoids, not {sizes.head_dim}")
+        return {}
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        return BlockLogit(self._sinusoid_logit)
+
+    def value(self, params: Params):
+        return BlockValue(self._sinusoid_value)
+
+    def _table(self, block: Block) -> Float[Array, "R H"]:
+        with jax.ensure_compile_time_eval():  # a constant, not computed in every block
+            return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), block.key.shape[-1])
+
+    def _sinusoid_logit(self, _, block: Block):
+        return self._logit(self._table(block), block)
+
+    def _sinusoid_value(self, _, weights, block: Block):
+        return self._value(self._table(block), weights, block)
+
+
+# --- Transformer-XL
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerXL(Encoding):
+    """((q+u)·k + (q+v)·W r)/√H, r the sinusoids of the distance, D wide; u, v and W are the layer's own.
+
+    Dai et al. 2019, arXiv 1901.02860, and XLNet (Yang et al. 2019, arXiv 1906.08237). It adds nothing to the values.
+    A temperature multiplies all of it.
+    """
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        heads, width = (sizes.num_heads, sizes.head_dim), sizes.model_dim
+        if width % 2:
+            raise ValueError(f"model_dim must be even for Transformer-XL's sinusoids, not {width}")
+        shapes = {"content_bias": heads, "position_bias": heads, "position_kernel": (width, *heads)}
+        keys = jax.random.split(key, len(shapes))
+        return {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
+
+    def query_key(self, params: Params, query, key, query_positions, key_positions):
+        return (query + params["content_bias"].astype(jnp.float32)).astype(query.dtype), key
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        # The query has u already: q + v is (q + u) + (v - u).
+        bias, content, kernel = (
+            params[name].astype(jnp.float32) for name in ("position_bias", "content_bias", "position_kernel")
+        )
+        return BlockLogit(_transformer_xl_logit, (bias - content, kernel), by_distance=_transformer_xl_rows)
+
+
+def _transformer_xl_rows(parameters, distances: Int[Array, "d"]) -> Float[Array, "d N H"]:
+    """W r of each distance."""
+    _, kernel = parameters
+    return jnp.einsum("df,fnh->dnh", sinusoidal_positions(distances, len(kernel), layout="halves"), kernel)
+
+
+def _transformer_xl_logit(parameters, block: Block) -> Float[Array, "B N q k"]:
+    bias, kernel = parameters
+    query = block.query + block.factor[..., None] * bias[:, None]
+    if block.by_distance is not None:
+        return skew(jnp.einsum("bnqh,dnh->bnqd", query, block.by_distance), block.key.shape[2])
+    # The sinusoids of i - j split into products of those of i and of j.
+    width = len(kernel)
+    of_query, of_key = (
+        sinusoidal_positions(positions, width, layout="halves")
+        for positions in (block.query_positions, block.key_positions)
+    )
+    sin, cos = jnp.split(of_query[:, None], 2, axis=-1)
+    for_sin, for_cos = jnp.split(jnp.einsum("bnqh,fnh->bnqf", query, kernel), 2, axis=-1)
+    turned = jnp.concatenate([for_cos * sin - for_sin * cos, for_sin * sin + for_cos * cos], axis=-1)
+    return turned @ of_key[:, None].mT
+
+
+# --- TUPE
+
+
+@dataclasses.dataclass(frozen=True)
+class TUPE(Encoding):
+    """q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + bias[bucket(distance), h]: words meet words and positions meet positions.
+
+    Ke et al. 2021, arXiv 2006.15595: TUPE-R, or TUPE-A where not relative. p, U, V and the bias serve all layers; p is
+    a learned table, normalised as in the paper's code. The positions' part is joined to queries and keys, so that a
+    temperature multiplies it as well; not the relative bias. What the paper unties besides, the [CLS] token of an
+    encoder, a causal decoder does not have.
+    """
+
+    relative: bool = True
+    """Whether T5's bias is added."""
+    length: int | None = None
+    """Rows of the table. None: the model's training length, or 1,024 where that is not known."""
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+    """Half of the buckets are for the future, as in the paper's encoder."""
+
+    def __post_init__(self):
+        _check_length(self.length)
+        if self.relative:
+            self._bias()  # refuses what cannot be
+
+    def _bias(self) -> T5:
+        return T5(self.num_buckets, self.max_distance, self.bidirectional)
+
+    def max_length(self, sizes: Sizes) -> int:
+        return self.length or sizes.train_length or 1024
+
+    def init_shared(self, key, sizes: Sizes) -> Params:
+        width, head_dim, kv_heads = sizes.model_dim, sizes.head_dim, sizes.num_kv_heads or sizes.num_heads
+        shapes = {
+            "positions": (self.max_length(sizes), width),
+            "query_kernel": (width, sizes.num_heads, head_dim),
+            "key_kernel": (width, kv_heads, head_dim),
+        }
+        *keys, last = jax.random.split(key, len(shapes) + 1)
+        params = {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
+        params |= {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
+        return params | ({"bias": self._bias().init_shared(last, sizes)["table"]} if self.relative else {})
+
+    def query_key(self, params: Params, query, key, query_positions, key_positions):
+        def joined(x, kernel, positions):
+            rows = _layer_norm(rows_at(params["positions"], positions), params["scale"], params["shift"])
+            projected = jnp.einsum("btd,dnh->btnh", rows, kernel.astype(jnp.float32)).astype(x.dtype)
+            return jnp.concatenate([x, jnp.broadcast_to(projected, (*x.shape[:3], kernel.shape[2]))], axis=-1)
+
+        return (
+            joined(query, params["query_kernel"], query_positions),
+            joined(key, params["key_kernel"], key_positions),
+        )
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        return self._bias().logit({"table": params["bias"]}, query, key) if self.relative else None
+
+
+def _layer_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], shift: Float[Array, "D"]) -> Float[Array, "*B D"]:
+    x = x.astype(jnp.float32)
+    x -= x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale + shift
+
+
+def _check_length(length: int | None) -> None:
+    if length is not None and length < 1:
+        raise ValueError(f"length must be at least 1, not {length}")
+
+
+# --- DeBERTa
+
+
+def deberta_bucket(
+    distance: Int[Array, "*shape"], *, num_buckets: int = 256, max_distance: int = 512
+) -> Int[Array, "*shape"]:
+    """Signed bucket of each distance: exact up to num_buckets/2, logarithmic up to max_distance, one for all farther.
+
+    He et al. 2021, arXiv 2006.03654, as the second version of its code has it.
+
+    Args:
+        distance: Query position minus key position; a bucket has its sign.
+        num_buckets: The bucket of all that is far; even.
+        max_distance: The distance from which on all is far.
+
+    Raises:
+        ValueError: num_buckets or max_distance leave no room for exact and logarithmic buckets.
+    """
+    _check_buckets("num_buckets", num_buckets, max_distance)
+    exact = num_buckets // 2
+    # In float64, so that no device's logarithm moves a border.
+    log = np.log(np.arange(exact, max_distance) / exact) / np.log((max_distance - 1) / exact)
+    far = exact + np.ceil(log * (exact - 1) - 1e-9)
+    buckets = np.concatenate([np.arange(exact), far, [num_buckets]]).astype(np.int32)
+    return jnp.sign(distance) * jnp.array(buckets)[jnp.minimum(jnp.abs(distance), max_distance)]
+
+
+def _check_buckets(name: str, num_buckets: int, max_distance: int) -> None:
+    if num_buckets < 4 or num_buckets % 2:
+        raise ValueError(f"{name} must be an even number of at least 4, not {num_buckets}")
+    if max_distance <= num_buckets // 2 + 1:
+        raise ValueError(
+            f"max_distance must be above {num_buckets // 2 + 1} for {num_buckets} buckets, not {max_distance}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DeBERTa(Encoding):
+    """(q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H): content meets content, and each side the other's position.
+
+    He et al. 2021, arXiv 2006.03654. δ(i,j) is i - j + max_distance, held within 0..2·max_distance - 1; K and Q are the
+    layer's projections of one table that all layers share. A temperature multiplies all of it.
+    """
+
+    max_distance: int = 512
+    """The distance from which on all share a row."""
+    buckets: int | None = None
+    """Rows on either side, logarithmic far away as in the second version (256 there); None: one per distance."""
+    absolute: bool = False
+    """The enhanced mask decoder: absolute positions enter the queries. It is for the last layers only, as in
+    `("deberta",) * 10 + (DeBERTa(absolute=True),) * 2`. Each such layer has a table of its own, as wide as its queries,
+    where the paper projects one table with the layer's weights of the queries, which an encoding does not see."""
+    length: int | None = None
+    """Rows of the absolute table. None: the model's training length, or 1,024 where that is not known."""
+    released: bool = False
+    """Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need."""
+
+    def __post_init__(self):
+        _check_length(self.length)
+        if self.max_distance < 1:
+            raise ValueError(f"max_distance must be at least 1, not {self.max_distance}")
+        if self.buckets is not None:
+            _check_buckets("buckets", self.buckets, self.max_distance)
+
+    @property
+    def core(self) -> Encoding:
+        # Layers with absolute positions share the relative table of those without.
+        return dataclasses.replace(self, absolute=False, length=None)
+
+    @property
+    def _span(self) -> int:
+        return self.buckets or self.max_distance
+
+    def max_length(self, sizes: Sizes) -> int | None:
+        return (self.length or sizes.train_length or 1024) if self.absolute else None
+
+    def init_shared(self, key, sizes: Sizes) -> Params:
+        return {"relative": _INIT * jax.random.normal(key, (2 * self._span, sizes.model_dim))}
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        width, heads, head_dim = sizes.model_dim, sizes.num_heads, sizes.head_dim
+        kv_heads = sizes.num_kv_heads or heads
+        shapes = {"key_kernel": (width, kv_heads, head_dim), "query_kernel": (width, heads, head_dim)}
+        length = self.max_length(sizes)
+        if length is not None:
+            shapes["absolute"] = (length, heads, head_dim)
+        keys = jax.random.split(key, len(shapes))
+        return {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
+
+    def query_key(self, params: Params, query, key, query_positions, key_positions):
+        if not self.absolute:
+            return query, key
+        table = params["absolute"].astype(jnp.float32)
+        rows = rows_at(table.reshape(len(table), -1), query_positions).reshape(*query_positions.shape, *table.shape[1:])
+        return (query + rows).astype(query.dtype), key
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        return 3**-0.5
+
+    def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        relative, key_kernel, query_kernel = (
+            params[name].astype(jnp.float32) for name in ("relative", "key_kernel", "query_kernel")
+        )
+        keys, queries = (jnp.einsum("rd,dnh->nrh", relative, kernel) for kernel in (key_kernel, query_kernel))
+        keys = jnp.repeat(keys, query.shape[2] // len(keys), axis=0)
+        return BlockLogit(self._logit, (keys, queries), by_distance=self._by_distance)
+
+    def _rows(self, distance: Int[Array, "*shape"]) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
+        """Rows of K and of Q."""
+        if self.buckets is not None:
+            distance = deberta_bucket(distance, num_buckets=self.buckets, max_distance=self.max_distance)
+        keys, queries = (
+            jnp.clip(d + self._span, 0, 2 * self._span - 1)
+            for d in (distance, distance if self.released else -distance)
+        )
+        return keys, queries
+
+    def _by_distance(self, tables, distances: Int[Array, "d"]) -> tuple[Float[Array, "d N H"], Float[Array, "d N H"]]:
+        keys, queries = (
+            jnp.moveaxis(table, 0, 1)[rows] for table, rows in zip(tables, self._rows(distances), strict=True)
+        )
+        return keys, queries
+
+    def _logit(self, tables, block: Block) -> Float[Array, "B N q k"]:
+        key, (num_queries, num_keys) = block.key.astype(jnp.float32), (block.query.shape[2], block.key.shape[2])
+        if block.by_distance is not None:
+            keys, queries = block.by_distance
+            to_keys = skew(jnp.einsum("bnqh,dnh->bnqd", block.query, keys), num_keys)
+            # Seen from the keys, distances ascend the other way.
+            to_queries = skew(jnp.einsum("bnkh,dnh->bnkd", key, queries[::-1]), num_queries)
+        else:
+            (keys, queries), (key_rows, query_rows) = tables, self._rows(block.distance)
+            to_keys = _products(block.query, keys, key_rows)
+            to_queries = _products(key, queries, query_rows.mT)
+        return to_keys + block.factor[..., None] * to_queries.mT

@@ -1,0 +1,204 @@
+"""Temperature: wrappers that multiply the content logit q·k/√H of the encoding within by a factor.
+
+With more keys to choose from, a softmax spreads over more of them; a factor that grows with their number keeps it
+sharp. The factor acts on the content logit alone, not on what the logit place adds, and beside the temperature of the
+encoding within.
+
+Shapes: B batch, T query length, S key length, N query heads.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from nope_jax.encodings.encoding import Encoding, Params, Reach, Sizes
+from nope_jax.encodings.wrapper import Wrapper
+
+
+def keys_seen(positions: Int[Array, "*shape"], reach: Reach | None = None) -> Int[Array, "*shape"]:
+    """How many keys causal queries see that stand at these positions, all those before them being there.
+
+    Args:
+        positions: Of the queries.
+        reach: Of the layer; None for all keys.
+    """
+    reach = reach or Reach()
+    number = positions + 1 if reach.chunk_size is None else positions % reach.chunk_size + 1
+    return number if reach.window is None else jnp.minimum(number, reach.window)
+
+
+def temperature_product(first: Any, second: Any) -> Any:
+    """Product of two temperatures, each None (which is 1), a number, [N] or [B or 1, N or 1, T]."""
+    if first is None or second is None:
+        return second if first is None else first
+    first, second = jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)
+    if max(first.ndim, second.ndim) == 3:
+        first, second = (x[:, None] if x.ndim == 1 else x for x in (first, second))
+    return first * second
+
+
+@dataclasses.dataclass(frozen=True)
+class LogN(Wrapper):
+    """max(1, log_L n) · q·k/√H, with n the keys that a query sees and L the training length: 1 within L.
+
+    It keeps the entropy of attention from growing with length. It multiplies the logit; it does not divide it. Around
+    an encoding with a window or chunks n counts the keys within them. Su 2021, https://kexue.fm/archives/8823.
+
+    Raises:
+        ValueError: length is below 2, or it is None and the model's training length is not known either.
+    """
+
+    length: int | None = None
+    """L. None: the model's training length."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length is not None and self.length < 2:
+            raise ValueError(f"length must be at least 2, not {self.length}")
+
+    def with_sizes(self, sizes: Sizes) -> Encoding:
+        length = sizes.train_length if self.length is None else self.length
+        return dataclasses.replace(self, encoding=self.encoding.with_sizes(sizes), length=length)
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        if self.length is None:
+            raise ValueError("length must be given where no model's training length is known, such as LogN(length=512)")
+        seen = keys_seen(query_positions, self.reach()).astype(jnp.float32)
+        factor = jnp.maximum(jnp.log(seen) / math.log(self.length), 1.0)[:, None]
+        return temperature_product(factor, self.encoding.temperature(params, query_positions, key_positions))
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformScale(Wrapper):
+    """λ · q·k/√H, one λ for all layers, heads and positions (Wang et al. 2024, arXiv 2404.12224).
+
+    For a model trained at L and used at s·L they find λ of about 1.2, 1.5 and 1.8 at s = 2, 4 and 8, and fit
+    1 + 0.397·ln s; DroPE uses 1 + 0.412·ln s. It is for NoPE: RoPE, which breaks otherwise, it does not help.
+
+    Raises:
+        ValueError: factor is not positive.
+    """
+
+    factor: float = 1.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive("factor", self.factor)
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        return temperature_product(self.factor, self.encoding.temperature(params, query_positions, key_positions))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadScale(Wrapper):
+    """λ_h · q·k/√H with a learned λ for each layer and head (Wang et al. 2024, arXiv 2404.12224).
+
+    They learn nothing else, on a trained NoPE model at the longer length, from the best uniform scale on, and keep
+    every λ at 1 or above ("focus constraint"); that is left to training, here a λ can take any value.
+
+    Raises:
+        ValueError: start is not positive.
+    """
+
+    start: float = 1.0
+    """Where every λ begins."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive("start", self.start)
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        scales = jnp.full(sizes.num_heads, self.start, jnp.float32)
+        return {**self.encoding.init_layer(key, sizes), "head_scale": scales}
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        inner = self.encoding.temperature(params, query_positions, key_positions)
+        return temperature_product(params["head_scale"], inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class SSMax(Wrapper):
+    """s_h · ln n · q·k/√H: scalable softmax, with n the keys that a query sees and s learned for each layer and head.
+
+    The same as n^(s·q·k/√H) in place of e^(q·k/√H) (Nakanishi 2025, arXiv 2501.19399). The first query, which sees
+    itself alone, has the factor 0.
+
+    Raises:
+        ValueError: start is not positive.
+    """
+
+    start: float = 0.168
+    """Where every s begins. The default makes s·ln n equal to 1 on average over the lengths up to 1,024."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive("start", self.start)
+
+    def init_layer(self, key, sizes: Sizes) -> Params:
+        scales = jnp.full(sizes.num_heads, self.start, jnp.float32)
+        return {**self.encoding.init_layer(key, sizes), "ssmax": scales}
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        logs = jnp.log(keys_seen(query_positions, self.reach()).astype(jnp.float32))
+        factor = params["ssmax"].astype(jnp.float32)[:, None] * logs[:, None]
+        return temperature_product(factor, self.encoding.temperature(params, query_positions, key_positions))
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama4Temperature(Wrapper):
+    """(1 + scale · ln(1 + floor((position + 1) / floor_scale))) · q·k/√H, as on Llama 4's NoPE layers (Meta 2025).
+
+    A staircase: 1 up to floor_scale tokens, 1 + scale·ln 2 up to twice as many.
+
+    Raises:
+        ValueError: floor_scale is below 1, or scale negative.
+    """
+
+    floor_scale: int = 8192
+    scale: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.floor_scale < 1:
+            raise ValueError(f"floor_scale must be at least 1, not {self.floor_scale}")
+        if not self.scale >= 0:
+            raise ValueError(f"scale must be at least 0, not {self.scale}")
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        step = ((query_positions + 1) // self.floor_scale).astype(jnp.float32)
+        factor = (1 + self.scale * jnp.log1p(step))[:, None]
+        return temperature_product(factor, self.encoding.temperature(params, query_positions, key_positions))
+
+
+@dataclasses.dataclass(frozen=True)
+class SwanTemperature(Wrapper):
+    """log_a(a + position) · q·k/√H, as on SWAN-GPT's NoPE layers at inference (Puvvada et al. 2025, arXiv 2504.08719).
+
+    It is 1 at the first token and grows from there on, within the training length too; training goes without. The
+    paper fits a to the factors that are best for each stretch of a text, and finds about 362 for a model trained at
+    1,024 tokens.
+
+    Raises:
+        ValueError: offset is not above 1.
+    """
+
+    offset: float = 362.0
+    """a."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.offset > 1:
+            raise ValueError(f"offset must be above 1, not {self.offset}")
+
+    def temperature(self, params: Params, query_positions, key_positions):
+        # log_a(a + n) = 1 + log_a(1 + n/a), which is exactly 1 at n = 0.
+        factor = 1 + jnp.log1p(query_positions.astype(jnp.float32) / self.offset) / math.log(self.offset)
+        return temperature_product(factor[:, None], self.encoding.temperature(params, query_positions, key_positions))
+
+
+def _check_positive(name: str, number: float) -> None:
+    if not number > 0:
+        raise ValueError(f"{name} must be positive, not {number}")

@@ -1,0 +1,66 @@
+"""Weights of one decoder under another encoding, in Python and in training."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax.encodings import HeadScale, NoPE, RoPE
+from nope_jax.models import adopt_weights
+
+TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=16, mlp_dim=24, train_length=16)
+TOKENS = jnp.arange(12)[None] % 32
+
+
+def decoder(encoding, seed, **changes):
+    return Decoder(dataclasses.replace(TINY, encoding=encoding, **changes), rngs=nnx.Rngs(seed))
+
+
+@pytest.mark.parametrize(
+    ("donor", "model"),
+    [
+        ("t5", "t5"),
+        (("t5", "rope"), ("t5", "rope", "t5")),  # another period, the same layers
+        ("learned", ("learned", "learned")),
+        ("rope", HeadScale(RoPE())),  # starts at 1
+    ],
+    ids=str,
+)
+def test_the_same_encodings_give_the_same_logits(donor, model):
+    donor, model = decoder(donor, 0), decoder(model, 1)
+    before = model(TOKENS)
+    adopt_weights(model, donor)
+    np.testing.assert_allclose(model(TOKENS), donor(TOKENS), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(before, donor(TOKENS), atol=1e-3)
+
+
+def test_dropping_rope_is_nope_with_its_weights():
+    donor, model = decoder("rope", 0), decoder(NoPE(), 1)
+    adopt_weights(model, donor)
+    assert not np.allclose(model(TOKENS), donor(TOKENS), atol=1e-3)
+    # Where every position is 0 nothing turns.
+    zeros = jnp.zeros_like(TOKENS)
+    np.testing.assert_allclose(model(TOKENS, positions=zeros), donor(TOKENS, positions=zeros), rtol=1e-5, atol=1e-6)
+
+
+def test_another_kind_of_encoding_keeps_what_it_has_itself():
+    donor, model = decoder("rope", 0), decoder("t5", 1)
+    table = model.positions[0]["table"][...]
+    adopt_weights(model, donor)
+    np.testing.assert_array_equal(model.positions[0]["table"][...], table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 2}, "its model.num_layers is 3, not 2"),
+        ({"tie_embeddings": True}, "its model.tie_embeddings is False, not True"),
+        ({"train_length": 8}, r"its positions.0.positions has shape \[16, 16\], not \[8, 16\]"),
+    ],
+)
+def test_another_shape_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        adopt_weights(decoder("learned", 1, **changes), decoder("learned", 0))
