@@ -19,7 +19,17 @@ from nope_jax.config import (
     TrainConfig,
     override,
 )
-from nope_jax.encodings import ALiBi, Encoding, LinearScaling, RoPE
+from nope_jax.encodings import (
+    ENCODINGS,
+    SCHEDULES,
+    ALiBi,
+    Encoding,
+    HeadScale,
+    LinearScaling,
+    LongRoPEScaling,
+    RoPE,
+    Windowed,
+)
 
 CONFIG_FILE = """
 import dataclasses
@@ -55,7 +65,7 @@ def every_field_changed() -> Config:
         ModelConfig(300, 6, 6, 2, 24, 96, 100, "plain", True, "rope", 77, "reference", "bfloat16", True),
         DataConfig("text:a", "dir", "tokenizer.json", 64, 12, True, 1),
         OptimizerConfig(0.1 + 0.2, 1, 0.5, 0.6, 0.0, 0.3, 4),
-        TrainConfig(1, 2, 3, 4, 5, 6),
+        TrainConfig(1, 2, 3, 4, 5, 6, start_from="runs/other"),
         MeshConfig(2, -1, 3, 4),
         EvalConfig(1, 2, 3, 4),
     )
@@ -95,6 +105,16 @@ def test_encodings_are_written_by_name(tmp_path):
     assert rope["class"] == "rope" and rope["base"] == 5.0
     assert rope["scaling"] == {"class": "nope_jax.encodings:LinearScaling", "factor": 4.0}
     assert mine == {"class": f"{__name__}:Mine", "slopes": [0.5, 0.25], "inner": None}
+
+
+WRAPPED = HeadScale(Windowed(RoPE(scaling=LongRoPEScaling((1.0, 2.0), (3.0, 4.0), 64, factor=4.0)), window=32))
+
+
+@pytest.mark.parametrize("encoding", [*(cls() for cls in ENCODINGS.values()), *SCHEDULES.values(), WRAPPED], ids=str)
+def test_every_encoding_comes_back_as_it_was(encoding, tmp_path):
+    config = Config(model=ModelConfig(encoding=encoding))
+    configs.save(config, tmp_path)
+    assert configs.load(tmp_path) == config
 
 
 def test_encoding_of_a_config_file_is_found_by_a_process_that_did_not_read_that_file(config_file, tmp_path):

@@ -164,7 +164,8 @@ def test_remat_changes_nothing():
     chex.assert_trees_all_close(gradient(remat_graph), gradient(graph), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+# Randomized positions are drawn for all tokens of a row at once, however they are packed.
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name != "randomized"])
 def test_documents_packed_behind_masks_are_the_documents_alone(encoding):
     model = decoder(encoding=encoding)
     lengths = [5, 12, 7]
