@@ -1,23 +1,30 @@
-"""How far past its training length does a trained model hold? Perplexity and attention entropy by position.
+"""How far past its training length does a trained model hold, why, and how can it hold further?
 
     python eval.py --workdirs runs/nope runs/rope --lengths 128 256 512 1024 2048 --out runs/report
+    python eval.py tune --workdirs runs/nope --method head --lengths 512 1024 --out runs/nope-head
+    python eval.py passkey --workdirs runs/nope runs/nope-head --lengths 256 512 --out runs/report
+    python eval.py similarity --workdirs runs/nope runs/t5 --out runs/report
+    python eval.py probe --workdirs runs/nope runs/rope --lengths 128 256 --out runs/report
 
-Each run is loaded from its own config.json; any data.* or eval.* field is overridden for all by its dotted name, and
---help lists them. The out directory receives curves.csv, heads.npz, perplexity.png, entropy.png and report.html.
+Bare, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json; any data.* or
+eval.* field is overridden for all by its dotted name, and --help lists them. The out directory receives tables, pictures
+and report.html, which gathers whatever has been computed into it.
 Exit status: 0 finished, 2 bad input, 130 interrupted (Ctrl-C); what has been measured is kept.
 """
 
 import shlex
 import sys
 
-from nope_jax.cli import parse_eval, run
+from nope_jax.cli import EVALUATIONS, parse_eval, run
 
 
 def main() -> None:
-    options = parse_eval(sys.argv[1:])
-    from nope_jax.evaluation import compare  # seconds of imports, which bad arguments need not wait for
+    arguments = sys.argv[1:]
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "curves"
+    options = parse_eval(arguments, name)
+    from nope_jax import evaluation  # seconds of imports, which bad arguments need not wait for
 
-    compare(*options, command=shlex.join(["python", "eval.py", *sys.argv[1:]]))
+    getattr(evaluation, name)(options, command=shlex.join(["python", "eval.py", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

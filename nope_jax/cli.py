@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import io
 import itertools
 import operator
@@ -10,10 +11,11 @@ import platform
 import re
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -24,6 +26,10 @@ from nope_jax.config import (
     DataConfig,
     EncodingSpec,
     EvalConfig,
+    PasskeyConfig,
+    ProbeConfig,
+    SimilarityConfig,
+    TuneConfig,
     load_file,
     override,
     takes_several,
@@ -80,9 +86,39 @@ class TrainArguments(NamedTuple):
 class EvalArguments(NamedTuple):
     workdirs: tuple[Path, ...]
     lengths: tuple[int, ...]
+    """In tokens; empty for an evaluation that takes none."""
     out: Path
     overrides: dict[str, Any]
     """The data.* and eval.* fields that were given, by dotted name: `override` puts them on the config of each run."""
+    settings: Any = None
+    """The evaluation's own settings."""
+    method: str | None = None
+    """What eval.py tune searches for."""
+
+
+class Evaluation(NamedTuple):
+    """One of eval.py's evaluations, as the command line knows it."""
+
+    description: str
+    settings: Any = None
+    takes_lengths: bool = True
+    methods: tuple[str, ...] = ()
+    out: str = "Where the report is written."
+
+
+EVALUATIONS = {
+    "curves": Evaluation("Measures perplexity and attention entropy by position."),
+    "tune": Evaluation(
+        "Finds the factors or the scaling with which a run holds further, and writes a run that has them.",
+        TuneConfig(),
+        methods=("uniform", "head", "log-n", "ssmax", "linear", "ntk", "dynamic", "yarn"),
+        out="The workdir of the tuned run.",
+    ),
+    "passkey": Evaluation("Measures how often a number hidden in filler text is found again.", PasskeyConfig()),
+    "similarity": Evaluation("Compares the attention of two runs.", SimilarityConfig(), takes_lengths=False),
+    "probe": Evaluation("Reads positions out of the hidden states of each layer.", ProbeConfig()),
+}
+"""By the word that follows eval.py; without one it is curves."""
 
 
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
@@ -106,25 +142,47 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     return TrainArguments(override(config, overrides), values.workdir)
 
 
-def parse_eval(arguments: Sequence[str]) -> EvalArguments:
+def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
     """The command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
+
+    Args:
+        arguments: what follows eval.py and the name of the evaluation.
+        name: one of EVALUATIONS, which may take settings of its own, by their dotted names.
 
     Raises:
         ValueError: in one line, what is wrong and what would be right.
     """
-    options = {
-        "workdirs": (tuple[Path, ...], "The runs to evaluate, each loaded from its own config.json."),
-        "lengths": (tuple[int, ...], "The lengths to evaluate at, in tokens."),
-        "out": (Path, "Where the report is written."),
+    if name not in EVALUATIONS:
+        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown evaluation {name!r}: {hint}choose from {', '.join(EVALUATIONS)}")
+    evaluation = EVALUATIONS[name]
+    options: dict[str, tuple[Any, str]] = {
+        "workdirs": (tuple[Path, ...], "The runs to evaluate, each loaded from its own config.json.")
     }
-    groups = {"data": DataConfig(), "eval": EvalConfig()}
-    values, overrides = _parse(
-        arguments, options, groups, "Evaluates runs. A field of data or eval that is not given is that of the run."
-    )
+    if evaluation.methods:
+        options["method"] = (Literal[evaluation.methods], "What to search for.")
+    if evaluation.takes_lengths:
+        options["lengths"] = (tuple[int, ...], "The lengths to evaluate at, in tokens.")
+    options["out"] = (Path, evaluation.out)
+    groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig()}
+    if evaluation.settings is not None:
+        groups[name] = evaluation.settings
+    rule = "A field of data or eval that is not given is that of the run."
+    values, given = _parse(arguments, options, groups, f"{evaluation.description} {rule}")
+    overrides = {field: value for field, value in given.items() if field in HINTS}
     override(Config(), overrides)
-    if min(values.lengths) < 1:
-        raise ValueError(f"--lengths must be at least 1, not {min(values.lengths)}")
-    return EvalArguments(values.workdirs, values.lengths, values.out, overrides)
+    lengths = getattr(values, "lengths", ())
+    if min(lengths, default=1) < 1:
+        raise ValueError(f"--lengths must be at least 1, not {min(lengths)}")
+    for field, value in given.items():
+        least = 0 if field.endswith(("seed", "warmup_steps")) else 1
+        if field not in HINTS and isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ValueError(f"--{field} must be at least {least}, not {value}")
+        if field not in HINTS and isinstance(value, float) and not value > 0:
+            raise ValueError(f"--{field} must be greater than 0, not {value}")
+    settings = getattr(values, name, None)
+    return EvalArguments(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
 
 
 def _parse(
@@ -133,7 +191,8 @@ def _parse(
     """Parses required options (name: type and help) and overrides of groups; returns the options and the overrides."""
     given = _given(arguments)
     hints = {name: hint for name, (hint, _) in options.items()}
-    hints |= {name: hint for name, hint in HINTS.items() if name.split(".")[0] in groups}
+    for group, default in groups.items():
+        hints |= {f"{group}.{field}": hint for field, hint in typing.get_type_hints(type(default)).items()}
     if "help" not in given and "-h" not in arguments:
         for name, words in given.items():
             if name not in hints:
@@ -165,7 +224,7 @@ def _parse(
             if re.search(rf"--{re.escape(name)}\b", message):
                 message = f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}"
         raise ValueError(message) from None
-    return parsed, {name: operator.attrgetter(name)(parsed) for name in given if name in HINTS}
+    return parsed, {name: operator.attrgetter(name)(parsed) for name in given if name not in options and name in hints}
 
 
 def _given(arguments: Iterable[str]) -> dict[str, list[str]]:

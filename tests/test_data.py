@@ -249,7 +249,8 @@ def test_what_a_path_or_glob_matches(tmp_path):
 
 @pytest.mark.parametrize("source", ["stdlib", "text:", "tfds:", "texts:a", "python_stdlib:3"])
 def test_unknown_sources_are_refused(source):
-    with pytest.raises(ValueError, match="data.source must be python_stdlib, text:PATH_OR_GLOB or tfds:NAME, not"):
+    message = "data.source must be python_stdlib, text:PATH_OR_GLOB, tfds:NAME or task:passkey, not"
+    with pytest.raises(ValueError, match=message):
         load_corpus(DataConfig(source=source), "train")
 
 

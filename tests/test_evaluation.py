@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -24,7 +25,7 @@ from nope_jax.evaluation import compare, figures, table
 from nope_jax.evaluation.curves import Curve, bucket_edges, measure
 from nope_jax.evaluation.files import COLUMNS, replace_file, write_curves, write_heads
 from nope_jax.evaluation.protocol import Window, choose_documents, plan_windows
-from nope_jax.evaluation.report import write_report
+from nope_jax.evaluation.report import add_section, curves_section
 from nope_jax.evaluation.run import Run, encoding_name, run_names
 
 VOCABULARY, LAYERS, HEADS = 11, 2, 3
@@ -36,11 +37,14 @@ class Bigram(nnx.Module):
     def __init__(self):
         self.table = nnx.Param(jnp.asarray(np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)), jnp.float32))
 
-    def __call__(self, tokens, return_stats):
+    def hidden(self, tokens, return_stats):
         assert return_stats
         heads = 1.0 + jnp.arange(LAYERS * HEADS).reshape(LAYERS, 1, HEADS, 1)
         entropy = heads * (tokens[:, None] + 0.5 * jnp.arange(tokens.shape[1]))
         return self.table[...][tokens], SimpleNamespace(entropy=entropy)
+
+    def nll(self, hidden, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(hidden, targets)
 
 
 def expected_nll(document):
@@ -309,7 +313,8 @@ def test_report_is_one_self_contained_page(tmp_path):
     figures.plot_perplexity(tmp_path / "perplexity.png", runs, None)
     figures.plot_entropy(tmp_path / "entropy.png", runs, None)
     write_curves(tmp_path / "curves.csv", runs, None)
-    write_report(tmp_path / "report.html", runs, command="python eval.py --out 'a <b'", stride=None, corpus="words")
+    command = "python eval.py --out 'a <b'"
+    add_section(tmp_path, "curves", curves_section(tmp_path, runs, command=command, stride=None, corpus="words"))
     page = (tmp_path / "report.html").read_text()
 
     loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", page)
@@ -358,7 +363,7 @@ def workdirs(tmp_path_factory):
 def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys):
     folders = [workdirs / "alibi", workdirs / "learned"]
     compare(folders, (16, 8, 8), tmp_path / "a" / "b", {}, command="python eval.py")
-    names = {"curves.csv", "heads.npz", "perplexity.png", "entropy.png", "report.html"}
+    names = {"curves.csv", "heads.npz", "perplexity.png", "entropy.png", "report.html", "sections", "measured"}
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == names
     with (tmp_path / "a" / "b" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))

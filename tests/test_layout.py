@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"encodings", "attention", "config"},
     "checkpoint": {"config", "models", "sharding"},
     "training": {"config", "data", "models", "checkpoint", "sharding"},
-    "evaluation": {"attention", "encodings", "config", "data", "models", "checkpoint", "sharding"},
+    "evaluation": {"attention", "encodings", "config", "cli", "data", "models", "checkpoint", "sharding"},
 }
 
 

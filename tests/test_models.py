@@ -6,12 +6,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, RoPE, Sizes
+from nope_jax.models import decoder as decoder_module
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -245,3 +247,23 @@ def test_an_encoding_of_the_users_own_compiles_once():
     logits(state, TOKENS)
     logits(state, TOKENS + 0)
     assert len(traces) == 1
+
+
+def test_losses_in_chunks_are_the_losses(monkeypatch):
+    model = decoder(encoding="rope")
+    graph, state = nnx.split(model)
+    targets = jnp.roll(TOKENS, -1, axis=1)
+    monkeypatch.setattr(
+        decoder_module, "LOGITS_AT_ONCE", 2 * 32 * 7
+    )  # 7 positions: the last chunk is padded
+
+    def chunked(state):
+        model = nnx.merge(graph, state)
+        return model.nll(model.hidden(TOKENS)[0], targets)
+
+    def whole(state):
+        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, state)(TOKENS), targets)
+
+    np.testing.assert_allclose(chunked(state), whole(state), rtol=1e-5, atol=1e-6)
+    gradients = [jax.grad(lambda s, f=f: f(s).sum())(state) for f in (chunked, whole)]
+    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-5)

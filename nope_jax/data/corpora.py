@@ -1,6 +1,7 @@
 """Corpora: the documents of a source as tokens."""
 
 import dataclasses
+import difflib
 import glob
 import hashlib
 import io
@@ -19,6 +20,7 @@ from jaxtyping import Integer
 from nope_jax.config import DataConfig
 from nope_jax.data.python_stdlib import prepare
 from nope_jax.data.splits import VALIDATION_SHARE, is_validation, name_hash
+from nope_jax.data.tasks import task_documents
 from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 Split = Literal["train", "validation"]
@@ -54,12 +56,16 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     least one file is on either side. A single file is cut in two: its last tenth is the validation document.
     `tfds:NAME`: a dataset with a feature `text` that lies in `data.dir` as ArrayRecord; NAME is `name`, `name/config`
     or `name/config:version`. Where it has no split `validation`, that is the last tenth of `train`.
+    `task:NAME`: a task of `nope_jax.data.tasks`, made from `data.seed`: passkey. Each document, with its separator, has
+    `data.context_length` tokens, so that every window begins with one.
 
     Bytes are held in memory. Other tokens are kept in a file under `data.dir` for the next time.
 
     Raises:
         ValueError: no such source, or one that cannot be read as asked.
     """
+    if config.source.startswith("task:"):
+        return _task_corpus(config, split)
     documents = _find_documents(config, split)
     if not documents.size:
         raise ValueError(f"data.source {config.source} has no documents in its {split} split")
@@ -109,7 +115,19 @@ def _find_documents(config: DataConfig, split: Split) -> _Documents:
         return _text_documents(name, split)
     if kind == "tfds" and name:
         return _tfds_documents(_prepared_dataset(name, _data_dir(config)), split)
-    raise ValueError(f"data.source must be python_stdlib, text:PATH_OR_GLOB or tfds:NAME, not {config.source!r}")
+    near = difflib.get_close_matches(config.source, ["python_stdlib", "task:passkey"], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"data.source must be python_stdlib, text:PATH_OR_GLOB, tfds:NAME or task:passkey, not {config.source!r}{hint}"
+    )
+
+
+def _task_corpus(config: DataConfig, split: Split) -> Corpus:
+    name = config.source.removeprefix("task:")
+    tokenizer, length = load_tokenizer(config.tokenizer), config.context_length
+    documents = task_documents(name, split, tokenizer, length - 1, config.seed)
+    tokens = np.insert(documents, length - 1, tokenizer.separator, axis=1)
+    return Corpus(tokens.reshape(-1), length * np.arange(len(documents) + 1))
 
 
 def _data_dir(config: DataConfig) -> Path:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import operator
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.cli import EvalArguments
 from nope_jax.config import Config, MeshConfig
 from nope_jax.data import load_corpus, load_tokenizer
 from nope_jax.evaluation import figures, table
 from nope_jax.evaluation.curves import measure
-from nope_jax.evaluation.files import write_curves, write_heads
+from nope_jax.evaluation.files import keep_curve, kept_curve, write_curves, write_heads
 from nope_jax.evaluation.protocol import choose_documents, plan_windows
-from nope_jax.evaluation.report import write_report
+from nope_jax.evaluation.report import add_section, curves_section
 from nope_jax.evaluation.run import Run, encoding_name, run_names
 from nope_jax.models import Decoder
 from nope_jax.sharding import make_mesh, place_batch
@@ -40,14 +42,25 @@ class Job:
     workdir: Path
     config: Config
     run: Run
+    step: int
+    """That the run's newest checkpoint was saved at."""
     documents: Documents
 
-    def num_tokens(self) -> int:
-        """Tokens that the model reads, those that do not count included."""
+    def num_tokens(self, lengths: Collection[int] | None = None) -> int:
+        """Tokens that the model reads at some lengths (None: all), those that do not count included."""
         return sum(
             length * len(plan_windows([len(d) for d in self.documents[length]], length, self.config.eval.stride))
-            for length in self.run.possible
+            for length in (self.run.possible if lengths is None else lengths)
         )
+
+    def identity(self, length: int) -> str:
+        """What the curve of a length follows from: the checkpoint, what is read, and how."""
+        digest = hashlib.sha256()
+        for document in self.documents[length]:
+            digest.update(document.tobytes() + b"|")
+        saved = (self.workdir / "checkpoints" / str(self.step)).stat().st_mtime_ns
+        what = (str(self.workdir.resolve()), self.step, saved, self.config.model, self.config.eval.stride, length)
+        return f"{what!r} {digest.hexdigest()}"
 
 
 def compare(
@@ -80,8 +93,13 @@ def compare(
             figures.plot_perplexity(out / "perplexity.png", runs, stride)
             figures.plot_entropy(out / "entropy.png", runs, stride)
             corpus = _describe_corpus(jobs)
-            write_report(out / "report.html", runs, command=command, stride=stride, corpus=corpus)
+            add_section(out, "curves", curves_section(out, runs, command=command, stride=stride, corpus=corpus))
             table.print_table(runs, stride, corpus, f"Written to {out}: see report.html there.")
+
+
+def curves(options: EvalArguments, *, command: str) -> None:
+    """`eval.py` without a further word: `compare`."""
+    compare(options.workdirs, options.lengths, options.out, options.overrides, command=command)
 
 
 def _plan(workdirs: Sequence[Path], lengths: Sequence[int], overrides: Mapping[str, Any]) -> list[Job]:
@@ -100,17 +118,23 @@ def _plan(workdirs: Sequence[Path], lengths: Sequence[int], overrides: Mapping[s
     jobs = []
     read: dict[tuple, Documents] = {}
     for workdir, name, config in zip(workdirs, names, loaded, strict=True):
-        run = _find_run(workdir, name, config, lengths)
+        run, step = find_run(workdir, name, config, lengths)
         corpus = (config.data.dir, config.data.tokenizer)
         if corpus not in read:
             read[corpus] = _read_documents(config, lengths)
-        jobs.append(Job(workdir, config, run, read[corpus]))
+        jobs.append(Job(workdir, config, run, step, read[corpus]))
     return jobs
 
 
-def _find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -> Run:
+def find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -> tuple[Run, int]:
+    """A trained run, with nothing measured yet, and the step of its newest checkpoint.
+
+    Raises:
+        ValueError: no checkpoint, a tokenizer with more tokens than the model, or no length that the model can read.
+    """
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        if checkpointer.latest_step is None:
+        step = checkpointer.latest_step
+        if step is None:
             raise ValueError(f"{workdir}: no checkpoint yet")
     tokens = load_tokenizer(config.data.tokenizer).vocab_size
     if tokens > config.model.vocab_size:
@@ -126,7 +150,7 @@ def _find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) 
         raise ValueError(
             f"--lengths: {name} reads none of them, its {run.encoding} encoding has {max_length} positions"
         )
-    return run
+    return run, step
 
 
 def _read_documents(config: Config, lengths: Sequence[int]) -> Documents:
@@ -145,10 +169,16 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=sum(job.num_tokens() for job in jobs))
         for job in jobs:
+            kept = {n: kept_curve(_kept_path(out, job, n), job.identity(n)) for n in job.run.possible}
+            job.run.curves.update({length: curve for length, curve in kept.items() if curve is not None})
+            missing = [length for length in job.run.possible if length not in job.run.curves]
+            progress.advance(bar, job.num_tokens(set(job.run.curves)))
+            if not missing:
+                continue
             progress.update(bar, description=f"{job.run.name}: loading")
             _, model, _ = load_model(job.workdir, mesh)
             settings = job.config.eval
-            for length in job.run.possible:
+            for length in missing:
                 progress.update(bar, description=f"{job.run.name} at {length:,}")
                 job.run.curves[length] = measure(
                     model,
@@ -159,8 +189,14 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
                     place=functools.partial(place_batch, mesh=mesh),
                     advance=functools.partial(progress.advance, bar),
                 )
+                keep_curve(_kept_path(out, job, length), job.run.curves[length], job.identity(length))
                 write_curves(out / "curves.csv", [job.run for job in jobs], settings.stride)
+        write_curves(out / "curves.csv", [job.run for job in jobs], jobs[0].config.eval.stride)
         progress.update(bar, description="measured")
+
+
+def _kept_path(out: Path, job: Job, length: int) -> Path:
+    return out / "measured" / f"{job.run.name.replace('/', '-')}-{length}.npz"
 
 
 def _describe_corpus(jobs: Sequence[Job]) -> str:

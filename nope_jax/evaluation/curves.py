@@ -1,6 +1,6 @@
 """Loss and attention entropy by position: measured on the device, kept by document and position bucket.
 
-B batch, T length, V vocabulary, L layers, N query heads, D documents, P position buckets. Losses and entropies in nats.
+B batch, T length, L layers, N query heads, D documents, P position buckets. Losses and entropies in nats.
 """
 
 import dataclasses
@@ -83,9 +83,9 @@ def _score(
     counts: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T"], Float[Array, "L N T"]]:
     """Loss per token and entropy summed over the batch, both zero where a token does not count."""
-    logits, stats = nnx.merge(graphdef, state)(tokens, return_stats=True)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    model = nnx.merge(graphdef, state)
+    hidden, stats = model.hidden(tokens, return_stats=True)
+    nll = model.nll(hidden, targets)
     entropy = jnp.where(counts[None, :, None, :], stats.entropy, 0).sum(1)
     return jnp.where(counts, nll, 0), entropy
 
@@ -103,8 +103,8 @@ def measure(
     """Measures loss and attention entropy by position.
 
     Args:
-        model: called as `model(tokens [B, T], return_stats=True)`, returns logits [B, T, V] and statistics whose
-            `entropy` is [L, B, N, T].
+        model: its `hidden(tokens [B, T], return_stats=True)` gives hidden states and statistics whose `entropy` is
+            [L, B, N, T], its `nll(hidden, targets)` the loss of every token.
         documents: token ids, each more than `length` of them.
         length: tokens the model reads at once.
         stride: None, or the step of a sliding window (see `nope_jax.evaluation.protocol`).

@@ -2,15 +2,17 @@
 
 import contextlib
 import csv
+import dataclasses
 import itertools
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nope_jax.evaluation.curves import perplexity
+from nope_jax.evaluation.curves import Curve, perplexity
 from nope_jax.evaluation.protocol import protocol_name
 from nope_jax.evaluation.run import Run
 
@@ -55,6 +57,24 @@ def write_curves(path: Path, runs: Sequence[Run], stride: int | None) -> None:
                     loss = (f"{nll[i]:.6g}", f"{stderr[i]:.6g}" if curve.documents > 1 else "")
                     rest = (f"{perplexity(nll[i]):.6g}", f"{curve.entropy[i]:.6g}", curve.documents)
                     writer.writerow((*what, *loss, *rest, protocol_name(stride)))
+
+
+def keep_curve(path: Path, curve: Curve, identity: str) -> None:
+    """Writes a curve, and what it is the curve of, for an evaluation that is started again."""
+    path.parent.mkdir(exist_ok=True)
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, identity=np.array(identity), **dataclasses.asdict(curve))
+
+
+def kept_curve(path: Path, identity: str) -> Curve | None:
+    """The curve in a file, if there is one and it is of the same."""
+    try:
+        with np.load(path) as arrays:
+            if str(arrays["identity"]) != identity:
+                return None
+            return Curve(**{field.name: arrays[field.name] for field in dataclasses.fields(Curve)})
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def write_heads(path: Path, runs: Sequence[Run]) -> None:

@@ -41,48 +41,95 @@ pre { overflow-x: auto; padding: .8rem 1rem; border: 1px solid var(--line); bord
 """
 
 
-def write_report(path: Path, runs: Sequence[Run], *, command: str, stride: int | None, corpus: str) -> None:
-    """Writes the page from what lies beside it: `perplexity.png`, `entropy.png` and `curves.csv`.
+SECTIONS = ("curves", "passkey", "similarity", "probe")
+"""In the order of the page."""
+
+
+def add_section(out: Path, name: str, body: str) -> None:
+    """Writes one section of the report, and `report.html` with all sections that have been computed into `out`.
 
     Args:
-        path: the page.
-        runs: with at least one measured curve among them.
-        command: what the user typed.
-        stride: the protocol.
-        corpus: what was read, in words.
+        out: the directory of the report; sections are kept in its folder `sections`.
+        name: one of SECTIONS.
+        body: HTML that needs no file beside it; it begins with an <h2>.
     """
-    csv = base64.b64encode((path.parent / "curves.csv").read_bytes()).decode()
+    folder = out / "sections"
+    folder.mkdir(parents=True, exist_ok=True)
+    with replace_file(folder / f"{name}.html") as temporary:
+        temporary.write_text(body, encoding="utf-8")
+    paths = [folder / f"{section}.html" for section in SECTIONS]
+    bodies = "\n".join(path.read_text(encoding="utf-8") for path in paths if path.exists())
     page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Perplexity and attention entropy by position</title>
+<title>How far does each model hold?</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <h1>How far past its training length does each model hold?</h1>
-<p>{html.escape(describe_protocol(stride))}</p>
-<p class="quiet">{html.escape(corpus)}</p>
+{bodies}
+</body>
+</html>
+"""
+    with replace_file(out / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def paragraph(text: str, *, quiet: bool = False) -> str:
+    kind = ' class="quiet"' if quiet else ""
+    return f"<p{kind}>{html.escape(text)}</p>"
+
+
+def figure(image: Path, alternative: str) -> str:
+    """A picture, within the page."""
+    data = base64.b64encode(image.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}"></figure>'
+
+
+def download(file: Path, description: str) -> str:
+    """A link that saves a file, which is within the page."""
+    data = base64.b64encode(file.read_bytes()).decode()
+    kind = "text/csv" if file.suffix == ".csv" else "application/octet-stream"
+    return (
+        f'<p><a download="{file.name}" href="data:{kind};base64,{data}">{file.name}</a>: {html.escape(description)}</p>'
+    )
+
+
+def command_line(command: str) -> str:
+    return f"<pre>{html.escape(command)}</pre>"
+
+
+def curves_section(out: Path, runs: Sequence[Run], *, command: str, stride: int | None, corpus: str) -> str:
+    """Perplexity and entropy by position, from `perplexity.png`, `entropy.png` and `curves.csv` in `out`.
+
+    Args:
+        out: the directory of the report.
+        runs: with at least one measured curve among them.
+        command: what the user typed.
+        stride: the protocol.
+        corpus: what was read, in words.
+    """
+    notes = "".join(paragraph(note, quiet=True) for note in table.notes(runs, stride))
+    data = download(
+        out / "curves.csv", "one row per run, evaluated length and position bucket; losses and entropies in nats."
+    )
+    return f"""<h2>Perplexity by position</h2>
+{paragraph(describe_protocol(stride))}
+{paragraph(corpus, quiet=True)}
 <div class="wide">{_table(runs, stride)}</div>
-{"".join(f'<p class="quiet">{html.escape(note)}</p>' for note in table.notes(runs, stride))}
-<h2>Perplexity by position</h2>
-{_figure(path.parent / "perplexity.png", "Perplexity by position of every run")}
+{notes}
+{figure(out / "perplexity.png", "Perplexity by position of every run")}
 <h2>Attention entropy by position</h2>
-{_figure(path.parent / "entropy.png", "Mean attention entropy by position of every run, and its ceiling")}
+{figure(out / "entropy.png", "Mean attention entropy by position of every run, and its ceiling")}
 <h2>Every head</h2>
 <p>Attention entropy as a share of its ceiling ln(position + 1), over the second half of each run's longest window:
 dark (0) is a head that looks at one token, bright (1) one that looks at all alike. Point at a cell for its values.</p>
 <div class="heads">{"".join(_heads(run) for run in runs if run.curves)}</div>
-<h2>Data and command</h2>
-<p><a download="curves.csv" href="data:text/csv;base64,{csv}">curves.csv</a>:
-one row per run, evaluated length and position bucket; losses and entropies in nats.</p>
-<pre>{html.escape(command)}</pre>
-</body>
-</html>
+{data}
+{command_line(command)}
 """
-    with replace_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def _table(runs: Sequence[Run], stride: int | None) -> str:
@@ -91,11 +138,6 @@ def _table(runs: Sequence[Run], stride: int | None) -> str:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows(runs, stride)
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _figure(image: Path, alternative: str) -> str:
-    data = base64.b64encode(image.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}"></figure>'
 
 
 def _heads(run: Run) -> str:

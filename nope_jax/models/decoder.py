@@ -17,6 +17,10 @@ from nope_jax.encodings import Encoding, Params, Sizes, Tokens, resolve
 from nope_jax.models.layers import Block, Past, encoding_params, kernel, rms_norm
 
 
+LOGITS_AT_ONCE = 2**24
+"""At most so many logits exist at a time when only losses are asked for: 64 MiB."""
+
+
 class Cache(NamedTuple):
     """What `Decoder.decode_step` remembers."""
 
@@ -128,6 +132,21 @@ class Decoder(nnx.Module):
     ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
         """What the head reads: the normed output of the last layer; and the statistics. Args as `__call__`."""
         self.check_tokens(tokens, positions)
+        x, arguments = self.enter(tokens, positions=positions, segment_ids=segment_ids, key=key)
+        x, stats, _ = self._layers(x, arguments, temperature=temperature, return_stats=return_stats)
+        return x, stats
+
+    def enter(
+        self, tokens: Int[Array, "B T"], *, positions: Any = None, segment_ids: Any = None, key: Array | None = None
+    ) -> tuple[Shaped[Array, "B T D"], list[tuple[Params, dict[str, Any]]]]:
+        """What the first layer reads, and what the layers of each place in the period are called with beside it.
+
+        With `layer`, to look inside: `x, _, _ = model.layer(i)(x, shared, **keywords)`. Args as `__call__`.
+
+        Returns:
+            The embeddings after the input places, and for each place in the period the shared parameters of its
+            encoding and the keywords of attention.
+        """
         where = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.atleast_2d(positions)
         seen = Tokens(jnp.asarray(tokens), where, segment_ids, self._bound(tokens, positions))
 
@@ -137,14 +156,20 @@ class Decoder(nnx.Module):
             told = seen._replace(positions=core.positions(where, seen.length, key))
             x = core.input(params, x, told)
 
-        common = []
+        arguments: list[tuple[Params, dict[str, Any]]] = []
         for encoding in self.encodings:
             at: Array | None = encoding.positions(where, seen.length, key)
             # Positions that run on are not spelled out: attention is faster when it knows.
             at = None if positions is None and at is where else at
-            common.append({"query_positions": at, "key_positions": at, "segment_ids": segment_ids})
-        x, stats, _ = self._layers(x, shared, common, temperature=temperature, return_stats=return_stats)
-        return x, stats
+            keywords = {"query_positions": at, "key_positions": at, "segment_ids": segment_ids}
+            arguments.append((shared[encoding.core], keywords))
+        return x, arguments
+
+    def layer(self, index: int) -> Block:
+        """One layer, taken out of the stack that it is kept in."""
+        period = len(self.encodings)
+        structure, state = nnx.split(self.blocks[index % period])
+        return nnx.merge(structure, jax.tree.map(lambda x: x[index // period], state))
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `decode_step` with room for `length` tokens per row.
@@ -162,16 +187,15 @@ class Decoder(nnx.Module):
             )
         dtype, shared = jnp.dtype(self.config.dtype), self._shared()
 
-        def past(block: Block, encoding: Encoding) -> Past:
-            first = nnx.merge(*_first_layer(block))
-            layers = block.attention_norm.shape[0]
-            empty = first.attention.empty_past(shared[encoding.core], batch_size, length, dtype)
+        def past(slot: int, encoding: Encoding) -> Past:
+            layers = self.blocks[slot].attention_norm.shape[0]
+            empty = self.layer(slot).attention.empty_past(shared[encoding.core], batch_size, length, dtype)
             return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), empty)
 
         return Cache(
             jnp.zeros((), jnp.int32),
             [jnp.zeros((batch_size, core.lookback(), self.config.model_dim), dtype) for core in self.cores],
-            [past(block, encoding) for block, encoding in zip(self.blocks, self.encodings, strict=True)],
+            [past(slot, encoding) for slot, encoding in enumerate(self.encodings)],
         )
 
     def decode_step(
@@ -217,12 +241,13 @@ class Decoder(nnx.Module):
             x = encoding.input(params, window, Tokens(ids, at, None, room))[:, back:]
             inputs.append(window[:, steps:])
 
-        common = [
-            {"query_positions": e.positions(where, room, None), "key_positions": e.positions(everywhere, room, None)}
-            for e in self.encodings
-        ]
+        arguments = []
+        for encoding in self.encodings:
+            query_positions, key_positions = (encoding.positions(p, room, None) for p in (where, everywhere))
+            keywords = {"query_positions": query_positions, "key_positions": key_positions}
+            arguments.append((shared[encoding.core], keywords))
         x, stats, pasts = self._layers(
-            x, shared, common, temperature=temperature, return_stats=return_stats, pasts=cache.pasts, start=start
+            x, arguments, temperature=temperature, return_stats=return_stats, pasts=cache.pasts, start=start
         )
         logits = jnp.where(start + steps <= room, self.logits(x), jnp.nan)
         cache = Cache(start + steps, inputs, pasts)
@@ -245,24 +270,25 @@ class Decoder(nnx.Module):
         # The scale of a sinusoid, as in Vaswani et al. 2017.
         return (rows * self.config.model_dim**0.5).astype(self.config.dtype)
 
-    def _layers(self, x, shared, common, *, temperature, return_stats, pasts=None, start=0):
+    def _layers(self, x, arguments, *, temperature, return_stats, pasts=None, start=0):
         """All layers and the last norm: output, statistics [L, B, N, T], and the pasts with these tokens in them.
 
-        `common` holds the keywords of attention for each place in the period.
+        `arguments` are those of `enter`.
         """
         config = self.config
         structures, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
         def layer(x, slot: int, state, temperature, past):
             block = nnx.merge(structures[slot], state)
+            shared, keywords = arguments[slot]
             return block(
                 x,
-                shared[self.encodings[slot].core],
+                shared,
                 temperature=temperature,
                 return_stats=return_stats,
                 past=past,
                 start=start,
-                **common[slot],
+                **keywords,
             )
 
         if config.remat:
@@ -299,6 +325,28 @@ class Decoder(nnx.Module):
         weights = self.embedding[...].T if self.head is None else self.head[...]
         return jnp.einsum("btd,dv->btv", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
+    def nll(self, hidden: Shaped[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        """Negative log-likelihood of each target, nats: the logits of a few positions at a time, never of all.
+
+        Differentiable; the logits are computed again for it.
+        """
+        batch, length = targets.shape
+        size = min(length, max(1, LOGITS_AT_ONCE // (batch * self.config.vocab_size)))
+        chunks = -(-length // size)
+
+        def cut(x):
+            x = jnp.pad(x, ((0, 0), (0, chunks * size - length), *[(0, 0)] * (x.ndim - 2)))
+            return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+
+        @jax.checkpoint
+        def of_chunk(chunk):
+            logits = self.logits(chunk[0])
+            of_targets = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
+            return jax.nn.logsumexp(logits, axis=-1) - of_targets
+
+        nll = jax.lax.map(of_chunk, (cut(hidden), cut(targets)))
+        return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
+
     def check_tokens(self, tokens: Any, positions: Any = None) -> None:
         """Refuse what can be seen to be wrong; values under jit cannot.
 
@@ -320,12 +368,6 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"positions must be between 0 and {self.max_length - 1}, all that {encoding!r} has, not {bad}"
             )
-
-
-def _first_layer(block: Block):
-    """One of the layers stacked in a block."""
-    structure, state = nnx.split(block)
-    return structure, jax.tree.map(lambda x: x[0], state)
 
 
 def _values(x: Any) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 Shapes: B batch, T length, N query heads, K key/value heads, H head dim, D model width, F feed-forward.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats, encoded_attention
 from nope_jax.config import ModelConfig
-from nope_jax.encodings import Encoding, Params, Sizes
+from nope_jax.encodings import Encoding, Params, Sizes, Wrapper
 
 
 @jax.custom_vjp
@@ -108,6 +109,28 @@ class Attention(nnx.Module):
         out = project(out.reshape(*out.shape[:2], n * h), self.out[...].reshape(n * h, d).astype(x.dtype))
         return out, stats, None if past is None else seen
 
+    def weights(self, x: Shaped[Array, "B T D"], shared: Params, **common: Any) -> Float[Array, "B N T T"]:
+        """The attention weights, written out: every row sums to 1. Args as `__call__`."""
+        params = self.encoding_params(shared)
+        features = self.encoding.features(params, x, None)
+        query, key = _to_heads(x, self.query), _to_heads(x, self.key)
+        # Attention to values that are the identity returns its weights, whatever the encoding does to them.
+        batch, length, heads = key.shape[:3]
+        identity = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
+        out = encoded_attention(
+            _Weights(self.encoding),
+            params,
+            query,
+            key,
+            identity,
+            query_features=features,
+            key_features=features,
+            implementation="reference",
+            precision="highest",
+            **common,
+        )
+        return jnp.swapaxes(out, 1, 2)
+
     def encoding_params(self, shared: Params) -> Params:
         """What the encoding's places receive."""
         return {**shared, **{name: param[...] for name, param in self.position.items()}}
@@ -120,6 +143,14 @@ class Attention(nnx.Module):
         )
         heads = jnp.zeros((*room, k, h), dtype)
         return Past(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights(Wrapper):
+    """The encoding within, but for what it adds to the output."""
+
+    def value(self, params: Params) -> None:
+        return None
 
 
 class Past(NamedTuple):

@@ -1,0 +1,334 @@
+"""How alike the attention of two runs is, and how far each of their heads looks: what `eval.py similarity` does.
+
+Shapes: T length (queries and keys), L layers, N heads of the one run, M heads of the other. Distances in nats.
+Layers and heads are counted from 0.
+"""
+
+import csv
+import dataclasses
+import itertools
+import math
+import operator
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from nope_jax.checkpoint import load_model
+from nope_jax.cli import EvalArguments
+from nope_jax.data import load_corpus
+from nope_jax.encodings import unskew
+from nope_jax.evaluation.figures import COLOURS, INK, QUIET
+from nope_jax.evaluation.files import replace_file
+from nope_jax.evaluation.inside import Subject, find_subjects, html_table, print_table, progress_bar, walk
+from nope_jax.evaluation.protocol import choose_documents
+from nope_jax.evaluation.report import add_section, command_line, download, figure, paragraph
+from nope_jax.models import Decoder
+
+COLUMNS = ("layer", "distance", "head_a", "head_b")
+HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
+
+
+@jax.jit
+def head_distances(p: Float[Array, "N T T"], q: Float[Array, "M T T"]) -> Float[Array, "N M"]:
+    """Distance of every head of one layer from every head of another, nats: 0 for equal weights, at most ln 2.
+
+    D(P, Q) is the Jensen-Shannon divergence of two heads' attention rows, (KL(P || M) + KL(Q || M)) / 2 with
+    M = (P + Q) / 2, averaged over the queries (Kazemnejad et al. 2023, arXiv 2305.19466, Figure 4). Their code has the
+    arguments of the Kullback-Leibler divergence the other way round, KL(M || P), which nothing bounds, and leaves out
+    pairs of heads with the same number; this is the divergence by its definition, over all pairs, so that its numbers
+    are not those of their figure.
+
+    Args:
+        p: attention weights, query by key; rows sum to 1.
+        q: those of other heads.
+    """
+
+    def from_all(head: Float[Array, "T T"]) -> Float[Array, "M"]:
+        both = _relative_to_mean(head, q) + _relative_to_mean(q, head)
+        return jnp.clip(both.sum(-1).mean(-1) / 2, 0, math.log(2))
+
+    return jax.lax.map(from_all, p)  # one head against all at a time: a few [M, T, T] are the most memory it takes
+
+
+def _relative_to_mean(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x ln(x / mean of x and y), 0 where x is."""
+    some = x >= jnp.finfo(x.dtype).tiny
+    x = jnp.where(some, x, 1.0)
+    # Where the two are close, rounding leaves little of the logarithm of their ratio; far apart, of their difference.
+    close = x > y / 3
+    near = jnp.log1p(jnp.where(close, (x - y) / (x + y), 0.0))
+    return jnp.where(some, x * jnp.where(close, near, jnp.log(2 * x / (x + y))), 0.0)
+
+
+@jax.jit
+def weight_by_distance(weights: Float[Array, "N T T"]) -> Float[Array, "N T"]:
+    """Mean weight that a query gives the key d tokens before it, over the queries that have one."""
+    length = weights.shape[-1]
+    return unskew(weights).sum(-2)[:, length - 1 :] / (length - jnp.arange(length))
+
+
+def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
+    """Edges of the bands of distance 0, 1, 2-3, 4-7, ..., the last one clipped to `length`."""
+    edges = [0, 1]
+    while edges[-1] < length:
+        edges.append(min(2 * edges[-1], length))
+    return np.array(edges)
+
+
+def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... bands"]:
+    """The share of all weight that falls into each of `distance_bands`, from the mean weight by distance.
+
+    Shares sum to 1: a distance counts as often as there are queries that have it.
+    """
+    length = weight.shape[-1]
+    share = weight * (length - np.arange(length)) / length
+    return np.add.reduceat(share, distance_bands(length)[:-1], axis=-1)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """The attention of two runs on the documents read so far, in sums over them."""
+
+    runs: tuple[Subject, Subject]
+    length: int
+    documents: int = 0
+    distance_sum: Float[np.ndarray, "L N M"] | float = 0.0
+    """The layers that both have."""
+    weight_sums: tuple[Float[np.ndarray, "L N T"] | float, ...] = (0.0, 0.0)
+    """By distance, of either run."""
+
+    def add(self, models: Sequence[Decoder], document: Int[np.ndarray, "T"]) -> None:
+        """Reads one more document; of either run one layer's weights exist at a time."""
+        distances: list[np.ndarray] = []
+        by_distance: tuple[list[np.ndarray], ...] = ([], [])
+        walks = [walk(model, document[None], weights=True) for model in models]
+        for insides in itertools.zip_longest(*walks):
+            weights = [None if inside is None else inside.weights for inside in insides]
+            for means, one in zip(by_distance, weights, strict=True):
+                if one is not None:
+                    means.append(np.asarray(weight_by_distance(one[0]), np.float64))
+            if weights[0] is not None and weights[1] is not None:
+                distances.append(np.asarray(head_distances(weights[0][0], weights[1][0]), np.float64))
+        weight_sums = tuple(before + np.stack(now) for before, now in zip(self.weight_sums, by_distance, strict=True))
+        # All at once: what has been read is written when this is interrupted.
+        self.distance_sum, self.weight_sums, self.documents = (
+            self.distance_sum + np.stack(distances),
+            weight_sums,
+            self.documents + 1,
+        )
+
+    @property
+    def distances(self) -> Float[np.ndarray, "L N M"]:
+        """Means over documents."""
+        return np.asarray(self.distance_sum / self.documents)
+
+    @property
+    def weights(self) -> tuple[Float[np.ndarray, "L N T"], ...]:
+        """Mean weight by distance of either run, over documents."""
+        return tuple(np.asarray(total / self.documents) for total in self.weight_sums)
+
+    def closest(self) -> list[tuple[float, int, int]]:
+        """For each layer the smallest distance of two heads, and these two: the first ones, where several are."""
+        found = []
+        for layer in self.distances:
+            a, b = divmod(int(layer.argmin()), layer.shape[1])
+            found.append((float(layer[a, b]), a, b))
+        return found
+
+    def notes(self) -> list[str]:
+        """What a reader of the results must know."""
+        (a, b), layers = self.runs, [weights.shape[0] for weights in self.weights]
+        notes = [
+            f"Read: the first {self.length:,} tokens of {self.documents} validation "
+            f"document{'s' * (self.documents != 1)} of {a.config.data.source}.",
+            f"Closest heads: the pair (head of {a.name}, head of {b.name}) of the same layer whose attention differs "
+            "least. Distance: Jensen-Shannon divergence of the attention rows in nats, mean over queries and "
+            "documents; 0: the same weights, ln 2 = 0.693: never on the same token.",
+        ]
+        if layers[0] != layers[1]:
+            notes.append(
+                f"{a.name} has {layers[0]} layers and {b.name} {layers[1]}: the first {min(layers)} are compared."
+            )
+        return notes
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of cells per layer, under HEADER."""
+        return [
+            (str(layer), f"{a}, {b}", f"{distance:.4f}", f"{distance / math.log(2):.0%}", f"{pairs.mean():.4f}")
+            for layer, ((distance, a, b), pairs) in enumerate(zip(self.closest(), self.distances, strict=True))
+        ]
+
+
+def similarity(options: EvalArguments, *, command: str) -> None:
+    """Compares the attention of two runs layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
+
+    Writes similarity.csv (per layer the distance of the two heads that are closest), similarity.npz (`distances`
+    [L, N, M] of all pairs of heads, and `<run>/weight_by_distance` [L, N, T]), similarity.png and a section of the
+    report, and prints a table. What has been read is written even if the rest fails or is interrupted.
+
+    Args:
+        options: the command line: two workdirs, where to write, and settings (`SimilarityConfig`).
+        command: what the user typed, for the report.
+
+    Raises:
+        ValueError: not two runs, runs that cannot be compared, or a length that documents or encodings do not have.
+        OSError: the results cannot be written.
+    """
+    runs, documents = _plan(options)
+    out, length = options.out, len(documents[0])
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    comparison = Comparison(runs, length)
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task("", total=len(documents))
+            models = []
+            for run in runs:
+                progress.update(bar, description=f"{run.name}: loading")
+                models.append(load_model(run.workdir)[1])
+            for i, document in enumerate(documents):
+                progress.update(bar, description=f"document {i + 1} of {len(documents)}")
+                comparison.add(models, document)
+                _write_numbers(out, comparison)
+                progress.advance(bar)
+            progress.update(bar, description="compared")
+    finally:
+        if comparison.documents:
+            plot(out / "similarity.png", comparison)
+            add_section(out, "similarity", _section(out, comparison, command))
+            title = f"Attention of {runs[0].name} and {runs[1].name}"
+            print_table(
+                title, HEADER, comparison.rows(), *comparison.notes(), f"Written to {out}: see report.html there."
+            )
+
+
+def _plan(options: EvalArguments) -> tuple[tuple[Subject, Subject], list[np.ndarray]]:
+    """Finds out all that can be wrong before anything large is loaded; returns the runs and what they read."""
+    if len(options.workdirs) != 2:
+        raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
+    a, b = find_subjects(options.workdirs, options.overrides)
+    for field in ("data.tokenizer", "model.vocab_size"):
+        ours, theirs = (operator.attrgetter(field)(run.config) for run in (a, b))
+        if ours != theirs and not (field == "data.tokenizer" and _same_file(ours, theirs)):
+            raise ValueError(
+                f"{field} differs between the runs ({a.name}: {ours}, {b.name}: {theirs}): "
+                "only runs that read the same tokens can be compared"
+            )
+    length = options.settings.length or min(a.train_length, b.train_length)
+    for run in (a, b):
+        if not run.takes(length):
+            raise ValueError(
+                f"--similarity.length must be at most {run.max_length}, all the positions that the {run.encoding} "
+                f"encoding of {run.name} has, not {length}"
+            )
+    corpus = load_corpus(a.config.data, "validation")
+    try:
+        chosen = choose_documents(corpus.lengths, [length], options.settings.documents, a.config.eval.seed)
+    except ValueError as error:
+        raise ValueError(f"--similarity.length: {error}") from error
+    return (a, b), [corpus[int(index)][:length] for index in chosen[length]]
+
+
+def _same_file(first: str, second: str) -> bool:
+    """Whether two tokenizers are copies of one file."""
+    if "bytes" in (first, second):
+        return False
+    return Path(first).expanduser().read_bytes() == Path(second).expanduser().read_bytes()
+
+
+def _write_numbers(out: Path, comparison: Comparison) -> None:
+    with replace_file(out / "similarity.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for layer, (distance, a, b) in enumerate(comparison.closest()):
+            writer.writerow((layer, f"{distance:.6g}", a, b))
+    arrays = {"distances": comparison.distances.astype(np.float32)}
+    for run, weights in zip(comparison.runs, comparison.weights, strict=True):
+        arrays[f"{run.name}/weight_by_distance"] = weights.astype(np.float32)
+    with replace_file(out / "similarity.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def plot(path: Path, comparison: Comparison) -> None:
+    """Draws the distance by layer under its ceiling, and for both runs where the weight of every head falls."""
+    drawing = Figure(figsize=(7.5, 8), dpi=160, layout="constrained")
+    FigureCanvasAgg(drawing)
+    grid = drawing.add_gridspec(2, 2, height_ratios=(2, 3))
+    axes = drawing.add_subplot(grid[0, :])
+    distances = [distance for distance, _, _ in comparison.closest()]
+    layers = np.arange(len(distances))
+    means = comparison.distances.mean((1, 2))
+    axes.axhline(math.log(2), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
+    axes.text(layers[-1], math.log(2) - 0.01, "ceiling: ln 2", ha="right", va="top", color=QUIET, fontsize=9)
+    axes.plot(layers, means, "s--", color=QUIET, linewidth=1.2, markersize=4, label="mean of all pairs")
+    axes.plot(layers, distances, "o-", color=COLOURS[0], linewidth=1.8, markersize=5, label="closest heads")
+    axes.set_ylim(0, 1.05 * math.log(2))
+    axes.set_xlabel("Layer")
+    axes.set_ylabel("Distance of attention (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"Attention of {comparison.runs[0].name} and {comparison.runs[1].name}", fontsize=11, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.legend(frameon=False, fontsize=9)
+    maps = [drawing.add_subplot(grid[1, i]) for i in range(2)]
+    brightest = max(share_by_band(weights).max() for weights in comparison.weights)
+    images = [
+        _draw_bands(axes, run.name, weights, brightest)
+        for axes, run, weights in zip(maps, comparison.runs, comparison.weights, strict=True)
+    ]
+    drawing.colorbar(images[0], ax=maps, label="Share of the head's weight", shrink=0.7)
+    drawing.supxlabel(
+        f"{comparison.documents} validation documents, {comparison.length:,} tokens each.", fontsize=8, color=QUIET
+    )
+    with replace_file(path) as temporary:
+        drawing.savefig(temporary, format="png", facecolor="white")
+
+
+def _draw_bands(axes: Axes, name: str, weights: Float[np.ndarray, "L N T"], brightest: float) -> AxesImage:
+    """A map of heads (down, layer by layer) by bands of distance (across)."""
+    layers, heads, length = weights.shape
+    share = share_by_band(weights).reshape(layers * heads, -1)
+    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=brightest, interpolation="nearest")
+    bands = [(int(start), int(end) - 1) for start, end in itertools.pairwise(distance_bands(length))]
+    names = [str(start) if start == end else f"{start}-{end}" for start, end in bands]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    shown = range(0, layers, -(-layers // 16))
+    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown], fontsize=8)
+    for layer in range(1, layers):
+        axes.axhline(heads * layer - 0.5, color="white", linewidth=1)
+    axes.set_xlabel("Distance (tokens)")
+    axes.set_ylabel("Layer, and the heads in it")
+    axes.set_title(name, fontsize=10, color=INK)
+    return image
+
+
+def _section(out: Path, comparison: Comparison, command: str) -> str:
+    notes = "".join(paragraph(note, quiet=True) for note in comparison.notes())
+    a, b = (run.name for run in comparison.runs)
+    say = f"How alike {a} and {b} attend, layer by layer (Kazemnejad et al. 2023, Figure 4), and how far heads look."
+    picture = figure(
+        out / "similarity.png", f"Distance of the attention of {a} and {b} by layer, and the reach of their heads"
+    )
+    numbers = download(
+        out / "similarity.csv",
+        "per layer the two heads that are closest; distances in nats. In similarity.npz beside it all pairs of heads, "
+        "and the mean weight of every head by distance in tokens.",
+    )
+    return f"""<h2>Attention of two runs</h2>
+{paragraph(say)}
+{html_table(HEADER, comparison.rows())}
+{notes}
+{picture}
+{numbers}
+{command_line(command)}
+"""
