@@ -6,16 +6,16 @@
     python eval.py similarity --workdirs runs/nope runs/t5 --out runs/report
     python eval.py probe --workdirs runs/nope runs/rope --lengths 128 256 --out runs/report
 
-Bare, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json; any data.* or
-eval.* field is overridden for all by its dotted name, and --help lists them. The out directory receives tables, pictures
-and report.html, which gathers whatever has been computed into it.
+Bare, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json; any data.*
+or eval.* field is overridden for all by its dotted name, and --help lists them. The out directory receives tables,
+pictures and report.html, which gathers whatever has been computed into it.
 Exit status: 0 finished, 2 bad input, 130 interrupted (Ctrl-C); what has been measured is kept.
 """
 
 import shlex
 import sys
 
-from nope_jax.cli import EVALUATIONS, parse_eval, run
+from nope_jax.cli import parse_eval, run
 
 
 def main() -> None:

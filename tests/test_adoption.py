@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
-from nope_jax.encodings import HeadScale, NoPE, RoPE
+from nope_jax.encodings import KERPLE, T5, TUPE, HeadScale, Multiplicative, NoPE, Randomized, RoPE
 from nope_jax.models import adopt_weights
 
 TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=16, mlp_dim=24, train_length=16)
@@ -64,3 +64,24 @@ def test_another_kind_of_encoding_keeps_what_it_has_itself():
 def test_another_shape_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         adopt_weights(decoder("learned", 1, **changes), decoder("learned", 0))
+
+
+@pytest.mark.parametrize(
+    ("donor", "model", "adopted"),
+    [
+        (KERPLE(), Randomized(KERPLE()), True),
+        (Randomized(T5()), T5(), True),
+        (KERPLE(), KERPLE("power"), False),  # r1 alone would be half of it
+        (Multiplicative(sinusoidal=True), Multiplicative(), False),
+        (TUPE(relative=False), TUPE(), None),  # all but the bias
+    ],
+    ids=str,
+)
+def test_what_encodings_have_learned_comes_along_whole_or_not_at_all(donor, model, adopted):
+    donor, model = decoder(donor, 0), decoder(model, 1)
+    before, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, donor))
+    adopt_weights(model, donor)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if "position" in path or "positions" in path:
+            comes = path in theirs if adopted is None else adopted
+            np.testing.assert_array_equal(variable[...], (theirs if comes else before)[path][...])

@@ -17,7 +17,9 @@ from attention_cases import (
     parameters,
 )
 
+from nope_jax.attention import encoded_attention
 from nope_jax.attention.streaming import BLOCK_SIZE
+from nope_jax.encodings import ENCODINGS, Encoding, Sizes, Wrapper
 
 
 def optimised(encoding, query, key, value, **keywords):
@@ -117,3 +119,34 @@ def test_memory_grows_with_length_under_positions_segments_and_a_window_too():
 
     small, large = size(1024), size(4096)
     assert large < GROWTH**2 * small
+
+
+KINDS = [name for name, cls in ENCODINGS.items() if not issubclass(cls, Wrapper) and cls.logit is not Encoding.logit]
+LIGHT = ["shaw", "cope"]  # one that skews, with a value term, and the one that scans
+
+
+@pytest.mark.parametrize(
+    "name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name not in LIGHT)]
+)
+def test_memory_of_every_kind_of_logit_grows_with_length(name):
+    encoding, sizes = ENCODINGS[name](), Sizes(num_heads=2, head_dim=16, model_dim=32, train_length=4096)
+
+    def size(length):
+        params = jax.eval_shape(
+            lambda key: {**encoding.init_shared(key, sizes), **encoding.init_layer(key, sizes)}, jax.random.key(0)
+        )
+        array, tokens = (jax.ShapeDtypeStruct((1, length, *rest), jnp.float32) for rest in ((2, 16), (32,)))
+
+        def loss(params, query, key, value, tokens):
+            features = encoding.features(params, tokens, None)
+            keywords = {"query_features": features, "key_features": features, "implementation": "streaming"}
+            out, stats = encoded_attention(encoding, params, query, key, value, return_stats=True, **keywords)
+            return (out**2).sum() + stats.entropy.sum()
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        compiled = gradient.lower(params, array, array, array, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = size(1024), size(4096)
+    assert large < GROWTH**2 * small
+    assert large < 32 * 2**20  # one head's weights would be 64 MiB

@@ -427,3 +427,24 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(workdirs, t
     with pytest.raises(ValueError, match=message) as error:
         compare(folders, lengths, tmp_path / "out", overrides, command="")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_what_has_been_measured_is_not_measured_again(workdirs, tmp_path, monkeypatch):
+    folders = [workdirs / "alibi", workdirs / "learned"]
+    compare(folders, (8,), tmp_path, {}, command="")
+    first = (tmp_path / "curves.csv").read_text()
+    measured = []
+
+    def spy(model, documents, length, **settings):
+        measured.append(length)
+        return measure(model, documents, length, **settings)
+
+    monkeypatch.setattr("nope_jax.evaluation.comparison.measure", spy)
+    compare(folders, (8,), tmp_path, {}, command="")
+    assert measured == [] and (tmp_path / "curves.csv").read_text() == first
+    (tmp_path / "measured" / "alibi-8.npz").write_bytes(b"half of a file")
+    compare(folders, (8,), tmp_path, {}, command="")
+    assert measured == [8]
+    compare(folders, (8,), tmp_path, {"eval.documents": 3}, command="")  # other documents: nothing fits any more
+    assert measured == [8, 8, 8]
+    assert (tmp_path / "curves.csv").read_text() != first

@@ -52,6 +52,15 @@ def test_top_k_draws_among_the_likeliest_only(top_k):
     assert set(drawn.tolist()) == set(likeliest.tolist())
 
 
+def test_a_table_can_be_used_to_its_last_row():
+    assert generate(MODEL, PROMPT, 60).shape == (2, 65)  # the last token is not read
+
+
+def test_the_lowest_temperature_takes_the_likeliest():
+    cold = generate(MODEL, PROMPT, 3, temperature=1e-40, top_k=2, key=jax.random.key(0))
+    np.testing.assert_array_equal(cold, generate(MODEL, PROMPT, 3))
+
+
 def test_no_new_tokens_are_the_prompt():
     np.testing.assert_array_equal(generate(MODEL, PROMPT, max_new_tokens=0), PROMPT)
 
@@ -59,13 +68,16 @@ def test_no_new_tokens_are_the_prompt():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
-        ({"temperature": -0.5}, "temperature must be at least 0, not -0.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, an integer, not -1"),
+        ({"temperature": -0.5}, "temperature must be at least 0 and finite, not -0.5"),
         ({"temperature": float("nan")}, "temperature must be at least 0"),
         ({"temperature": 1.0}, "key must be given"),
         ({"top_k": 0}, "top_k must be between 1 and the vocabulary 32, not 0"),
         ({"top_k": 33}, "top_k must be between 1 and the vocabulary 32, not 33"),
-        ({"max_new_tokens": 60}, "length must be at most 64"),
+        ({"max_new_tokens": 61}, "length must be at most 64"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be at least 0, an integer, not 2.5"),
+        ({"temperature": float("inf"), "key": jax.random.key(0)}, "temperature must be at least 0 and finite"),
+        ({"top_k": 2.5}, "top_k must be between 1 and the vocabulary 32, not 2.5"),
         ({"prompt": jnp.zeros((1, 0), int)}, "prompt must have shape"),
         ({"prompt": jnp.zeros(3, int)}, "prompt must have shape"),
         ({"prompt": jnp.full((1, 3), 32)}, "tokens must be between 0 and 31"),

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
-import pytest
 from attention_cases import assert_close, every_implementation, inputs, random
 
-from nope_jax.attention import alibi_attention, nope_attention, rope_attention, t5_attention
+from nope_jax.attention import alibi_attention, nope_attention
 from nope_jax.encodings import Sinusoidal, Tokens
 
 LENGTH = 4096
@@ -210,27 +209,6 @@ def test_identical_tokens_are_seen_evenly(implementation):
     identity = np.broadcast_to(np.eye(T, dtype=np.float32)[:, None], (1, T, 2, T))  # the output is the weights
     weights = nope_attention(query, key, identity, implementation=implementation)[0, :, 0]
     assert_close(weights, np.tril(np.ones((T, T))) / n[:, None])
-
-
-@every_implementation
-@pytest.mark.parametrize(
-    ("attention", "shift"),
-    [
-        (rope_attention, 64),  # angles are good to position · 2⁻²⁴
-        (alibi_attention, 10**6),
-        (functools.partial(t5_attention, table=random(32, 4)), 10**6),
-    ],
-)
-def test_a_shift_of_all_positions_changes_nothing(attention, shift, implementation):
-    x, at = inputs(T=40), np.arange(40)
-    here, there = (
-        attention(*x, query_positions=where, key_positions=where, implementation=implementation)
-        for where in (at, at + shift)
-    )
-    assert_close(there, here)
-    if attention is not rope_attention:
-        np.testing.assert_array_equal(there, here)
-    assert jnp.abs(here - nope_attention(*x)).max() > 0.1
 
 
 def test_a_shift_changes_what_sinusoids_do():

@@ -204,6 +204,10 @@ def test_a_run_starts_from_the_weights_of_another_under_its_own_encoding(config,
     # It goes on about where the other ended, 2 nats below where it began.
     assert abs(losses(tmp_path / "run")[0] - losses(finished)[-1]) < 0.5
     assert losses(finished)[0] - losses(tmp_path / "run")[0] > 1.5
+    # What a kill during the first save leaves behind is no checkpoint: the weights come along all the same.
+    (tmp_path / "killed" / "checkpoints" / "4.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    train(dropped, tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "run")
     wider = dataclasses.replace(dropped, model=dataclasses.replace(dropped.model, mlp_dim=48))
     with pytest.raises(ValueError, match="train.start_from .*: its model.mlp_dim is 32, not 48"):
         train(wider, tmp_path / "wider")

@@ -91,7 +91,8 @@ def dot_product_attention(
             rather than T·S (differentiable in reverse mode only). None: streaming, unless all weights of a head fit
             one block.
         return_stats: Also return `AttentionStats`.
-        precision: Of the matrix products, as in `jax.lax.dot`.
+        precision: Of the products with queries, keys and values, as in `jax.lax.dot`; those within an encoding's terms
+            follow `jax.default_matmul_precision`.
         dropout_rate: Must be 0 unless deterministic: attention dropout is refused rather than ignored.
         deterministic: Whether Flax's module says that no dropout takes place.
         **flax_keywords: Flax's other `attention_fn` keywords are accepted, so that this function can be given to
@@ -113,9 +114,7 @@ def dot_product_attention(
     query, key, value = _apply_flax_keywords(flax_keywords, query, key, value)
     batch, query_length, num_heads, head_dim = query.shape
     key_length = key.shape[1]
-    for name, number in {"window": window, "chunk_size": chunk_size}.items():
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number}")
+    check_reach(window, chunk_size)
     query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
     visibility = Visibility(
         query_positions=per_token("query_positions", query_positions, batch, query_length),
@@ -174,6 +173,13 @@ def check_arrays(query, key, value) -> None:
         raise ValueError(f"key heads must divide the query heads: {key.shape[2]} does not divide {query.shape[2]}")
 
 
+def check_reach(window: int | None, chunk_size: int | None) -> None:
+    """Refuse a window or chunks that would not hold the query itself."""
+    for name, number in {"window": window, "chunk_size": chunk_size}.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number!r}")
+
+
 def _apply_flax_keywords(keywords: dict[str, Any], *arrays):
     """Honour or refuse what Flax's modules pass."""
     for name in keywords:
@@ -195,7 +201,7 @@ def per_token(name: str, x, batch: int, length: int) -> Array | None:
         raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, not {x.dtype}")
-    return x.reshape(-1, length)
+    return x.astype(jnp.int32).reshape(-1, length)  # unsigned ones would wrap around when subtracted
 
 
 def _segments(segment_ids, batch: int, query_length: int, key_length: int):

@@ -8,6 +8,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
-from nope_jax.attention.dot_product import check_arrays, dot_product_attention, per_token
+from nope_jax.attention.dot_product import check_arrays, check_reach, dot_product_attention, per_token
 from nope_jax.attention.visibility import positions_or_default
 from nope_jax.encodings import (
     FIRE,
@@ -77,9 +78,10 @@ def encoded_attention(
         key_length,
     )
     temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
+    check_reach(common.get("window"), common.get("chunk_size"))
     reach = encoding.reach()
     chunks = [n for n in (reach.chunk_size, common.get("chunk_size")) if n is not None]
-    if len(chunks) == 2 and chunks[1] > 0 and max(chunks) % min(chunks):
+    if chunks and max(chunks) % min(chunks):
         raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
     windows = [n for n in (reach.window, common.get("window")) if n is not None]
     common |= {"chunk_size": min(chunks, default=None), "window": min(windows, default=None)}
@@ -288,6 +290,7 @@ def kerple_attention(
         Chi et al. 2022, arXiv 2205.09921.
     """
     r1, r2 = (_shaped(name, x, (query.shape[2],)) for name, x in (("r1", r1), ("r2", r2)))
+    _check_values("positive", lambda x: x > 0, r1=r1, r2=r2)
     return dot_product_attention(query, key, value, logit=KERPLE(variant).bias(r1, r2), **common)
 
 
@@ -325,6 +328,7 @@ def fire_attention(
         Li et al. 2024, arXiv 2310.04418.
     """
     heads = query.shape[2]
+    _check_values("positive", lambda x: x > 0, c=c, threshold=threshold)
     hidden_weights = jnp.asarray(hidden_weights)
     width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
     logit = FIRE().bias(
@@ -400,11 +404,21 @@ def forgetting_attention(
     if length > total:
         raise ValueError(f"query must be of at most as many tokens as key, {total}, not {length}")
     log_forget = jnp.asarray(log_forget)
+    _check_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
     batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1
     sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
     start = total - length if query_start is None else query_start
     last = RunningSum(*(jax.lax.dynamic_slice_in_dim(part, start, length, axis=1) for part in sums))
     return encoded_attention(Forgetting(), {}, query, key, value, query_features=last, key_features=sums, **common)
+
+
+def _check_values(what: str, holds: Callable, **arrays: Any) -> None:
+    """Refuse values that can be seen to be wrong: not under jit, nor on other hosts."""
+    for name, x in arrays.items():
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            continue
+        if not np.all(holds(np.asarray(x))):
+            raise ValueError(f"{name} must be {what}, not {np.asarray(x)[~holds(np.asarray(x))].flat[0]}")
 
 
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
@@ -543,6 +557,10 @@ def tupe_attention(
     """
     positions = _shaped("positions", positions, ("length", "D"))
     length, width = positions.shape
+    default = np.arange(key.shape[1])
+    for name in "query_positions", "key_positions":
+        where = default if common.get(name) is None else common[name]
+        _check_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **{name: where})
     params = {
         "positions": positions,
         "query_kernel": _shaped("query_kernel", query_kernel, (width, *query.shape[2:])),

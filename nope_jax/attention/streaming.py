@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.attention.reference import MASKED
 from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import Block, BlockLogit, BlockValue, DistanceLogit
+from nope_jax.encodings import Block, BlockLogit, BlockValue, DistanceLogit, skew, unskew
 
 BLOCK_SIZE = 256
 """Queries and keys per block: on a CPU faster than 128 and 512."""
@@ -241,19 +241,15 @@ def _put(x: Any, entry: Any, index) -> Any:
 
 
 def _shear(values: Float[Array, "N 2c-1"]) -> Float[Array, "N c c"]:
-    """A block whose entry (x, y) is the value of distance x - y, from the values of -(c-1)..c-1; no gather."""
+    """A block whose entry (x, y) is the value of distance x - y, from the values of -(c-1)..c-1."""
     heads, span = values.shape
     size = (span + 1) // 2
-    rows = jnp.tile(jnp.pad(values[:, ::-1], ((0, 0), (0, 1))), (1, size))
-    return rows[:, : size * span].reshape(heads, size, span)[:, :, size - 1 :]
+    return skew(jnp.broadcast_to(values[:, None], (heads, size, span)), size)
 
 
 def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2c-1"]:
     """The transpose of `_shear`: sums of a block along its diagonals."""
-    heads, size, _ = block.shape
-    rows = jnp.pad(block, ((0, 0), (0, 0), (size - 1, 0))).reshape(heads, -1)
-    rows = jnp.pad(rows, ((0, 0), (0, size))).reshape(heads, size, 2 * size)
-    return rows.sum(1)[:, -2::-1]
+    return unskew(block).sum(1)
 
 
 class _LogitArrays(NamedTuple):
@@ -387,34 +383,32 @@ class _Pair:
             content += layout(tile)
         arrays = self.logit_arrays()
         if arrays is not None:
-            content += layout(self.added(arrays, self.scaled, self.key))
+            content += layout(self.added(arrays, self.scaled, self.key, self.factor))
         return content if visible is None else jnp.where(layout(visible), content, MASKED)
 
     def logit_arrays(self) -> _LogitArrays | None:
         arrays = _LogitArrays.of(self.operands)
         return arrays and arrays.at(self.grid, self.i, self.j)
 
-    def added(self, arrays: _LogitArrays, query, key) -> Float[Array, "#B K G q k"]:
+    def added(self, arrays: _LogitArrays, query, key, factor) -> Float[Array, "#B K G q k"]:
         """What a `BlockLogit` adds."""
         logit = self.operands.logit
         assert logit is not None  # as there are arrays of it
-        added = logit.function(arrays.parameters, self.block(query, key, arrays))
+        added = logit.function(arrays.parameters, self.block(arrays, query, key, factor))
         added = jnp.broadcast_to(added, (added.shape[0], self.grid.groups * key.shape[1], *added.shape[2:]))
         return _split_heads(added, self.grid.groups)
 
-    def value_added(self, term: BlockValue, weights, query, key) -> Float[Array, "B K G q H2"]:
+    def value_added(self, term: BlockValue, weights, arrays, query, key, factor) -> Float[Array, "B K G q H2"]:
         """What a `BlockValue` adds."""
-        return _split_heads(
-            term.block(_merge_heads(weights), self.block(query, key, self.logit_arrays())), self.grid.groups
-        )
+        return _split_heads(term.block(_merge_heads(weights), self.block(arrays, query, key, factor)), self.grid.groups)
 
-    def block(self, query, key, arrays: _LogitArrays | None) -> Block:
+    def block(self, arrays: _LogitArrays | None, query, key, factor) -> Block:
         """The pair as an encoding's function sees it."""
         first, _ = self.grid.distance_range(self.i - self.j)
         distances = first + jnp.arange(2 * self.grid.size - 1) if self.grid.contiguous else None
         return Block(
             query=_merge_heads(query),
-            factor=_merge_heads(self.factor),
+            factor=_merge_heads(factor),
             key=jnp.repeat(key, self.grid.groups, axis=1),
             query_positions=_at(self.visibility.query_positions, self.i),
             key_positions=_at(self.visibility.key_positions, self.j),
@@ -446,7 +440,8 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
         output = decay[..., None] * rows.output
         output += pair.product("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
         if operands.value_term is not None:
-            output += pair.value_added(operands.value_term, weights, pair.scaled, pair.key)
+            arrays = pair.logit_arrays()
+            output += pair.value_added(operands.value_term, weights, arrays, pair.scaled, pair.key, pair.factor)
         return _Rows(largest, decay * rows.normaliser + weights.sum(-1), weighted, output)
 
     def visit_diagonal(diagonal, masked, rows):
@@ -494,6 +489,8 @@ class _Gradients(NamedTuple):
     """Sums over the blocks visited so far, float32."""
 
     query_t: Float[Array, "*n B K H G q"]
+    factor: Float[Array, "*n #B K G q"]
+    """Of the factor itself, beside its part in the scaled query."""
     key: Float[Array, "*m B K k H"]
     value: Float[Array, "*m B K k H2"]
     tile: Float[Array, "K k G q"] | None
@@ -522,18 +519,19 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
     def update(tile, i, j, visible, sums: _Gradients) -> _Gradients:
         pair = _Pair(grid, operands, visibility, scaled, i, j)
         d_out, d_out_t, row, lse = _at((d_output, d_output_t, row_term, logsumexp), i)
-        d_query_t, d_key, d_value, d_tile, d_logit, d_value_term = sums
+        d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term = sums
         content = pair.product("bksh,bkhgq->bksgq", pair.key, _at(queries_t, i))
         logits = pair.logits(content, tile, visible, layout=_keys_first)
         weights = jnp.exp(logits - lse[:, :, None])
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
         if operands.value_term is not None:
             natural = _queries_first(weights)
-            _, pull = jax.vjp(pair.value_added, operands.value_term, natural, pair.scaled, pair.key)
-            added, d_weights_added, d_query_added, d_key_added = pull(d_out.astype(jnp.float32))
+            of = operands.value_term, natural, pair.logit_arrays(), pair.scaled, pair.key, pair.factor
+            _, pull = jax.vjp(pair.value_added, *of)
+            added, d_weights_added, *rest = pull(d_out.astype(jnp.float32))
             d_value_term = jax.tree.map(jnp.add, d_value_term, added)
             d_weights += _keys_first(d_weights_added)
-            d_query_t, d_key = d_query_t + _keys_first(d_query_added), d_key + d_key_added
+            d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
         d_logits = d_weights + row[:, :, None]
         if grid.with_entropy:
             d_logits -= _at(d_entropy, i)[:, :, None] * logits
@@ -546,22 +544,21 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         if d_tile is not None:
             d_tile += d_logits.sum(0)
         if operands.logit is not None:
-            added, pull = jax.vjp(pair.added, pair.logit_arrays(), pair.scaled, pair.key)
-            logit_added, d_query_added, d_key_added = pull(_sum_to(_queries_first(d_logits), added.shape))
-            d_logit = jax.tree.map(jnp.add, d_logit, logit_added)
-            d_query_t, d_key = d_query_t + _keys_first(d_query_added), d_key + d_key_added
-        return _Gradients(d_query_t, d_key, d_value, d_tile, d_logit, d_value_term)
+            added, pull = jax.vjp(pair.added, pair.logit_arrays(), pair.scaled, pair.key, pair.factor)
+            rest = pull(_sum_to(_queries_first(d_logits), added.shape))
+            d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
+        return _Gradients(d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term)
 
     def take(sums: _Gradients, i, j) -> _Gradients:
         logit = sums.logit and sums.logit.at(grid, i, j)
-        query_t, key, value = _at(sums.query_t, i), _at(sums.key, j), _at(sums.value, j)
-        return sums._replace(query_t=query_t, key=key, value=value, logit=logit)
+        (query_t, factor), (key, value) = _at((sums.query_t, sums.factor), i), _at((sums.key, sums.value), j)
+        return sums._replace(query_t=query_t, factor=factor, key=key, value=value, logit=logit)
 
     def put(sums: _Gradients, entry: _Gradients, i, j) -> _Gradients:
         logit = entry.logit and sums.logit and sums.logit.put(grid, entry.logit, i, j)
-        query_t = _put(sums.query_t, entry.query_t, i)
+        query_t, factor = _put((sums.query_t, sums.factor), (entry.query_t, entry.factor), i)
         key, value = _put((sums.key, sums.value), (entry.key, entry.value), j)
-        return entry._replace(query_t=query_t, key=key, value=value, logit=logit)
+        return entry._replace(query_t=query_t, factor=factor, key=key, value=value, logit=logit)
 
     def visit_diagonal(diagonal, masked, state):
         sums, d_values = state
@@ -583,7 +580,15 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
             d_values = lax.dynamic_update_slice_in_dim(d_values, here + added, start, axis=1)
         return sums._replace(tile=None), d_values
 
-    sums = _Gradients(queries_t, operands.key, operands.value, None, _LogitArrays.of(operands), operands.value_term)
+    sums = _Gradients(
+        query_t=queries_t,
+        factor=operands.factor,
+        key=operands.key,
+        value=operands.value,
+        tile=None,
+        logit=_LogitArrays.of(operands),
+        value_term=operands.value_term,
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (sums, operands.distance_values))
     sums, d_values = _sweep(grid, visibility, visit_diagonal, zeros)
 
@@ -593,7 +598,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         logit = BlockLogit(logit.function, parameters, query_features, key_features, logit.by_distance)
     gradients = _Operands(
         query=d_scaled * operands.factor[..., None],
-        factor=_sum_to((d_scaled * operands.query.astype(jnp.float32)).sum(-1), operands.factor.shape),
+        factor=sums.factor + _sum_to((d_scaled * operands.query.astype(jnp.float32)).sum(-1), operands.factor.shape),
         key=sums.key,
         value=sums.value,
         distance_values=d_values,
@@ -605,6 +610,13 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _add(d_logit, d_query_t, d_key, d_factor, more):
+    """Sums with what an encoding's function adds to the gradients of its arrays, queries, keys and factor."""
+    of_arrays, of_query, of_key, of_factor = more
+    d_logit = jax.tree.map(jnp.add, d_logit, of_arrays)
+    return d_logit, d_query_t + _keys_first(of_query), d_key + of_key, d_factor + of_factor
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:

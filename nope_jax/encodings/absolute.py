@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nope_jax.encodings.checks import integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
 
 Layout = Literal["interleaved", "halves"]
@@ -45,9 +46,13 @@ def rows_at(table: Float[Array, "length D"], positions: Int[Array, "*shape"]) ->
     return table.at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
+def table_length(length: int | None, sizes: Sizes) -> int:
+    """Rows of a table of positions: as many as it says, or the training length, or 1,024 where that is not known."""
+    return length or sizes.train_length or 1024
+
+
 def _check_waves(base: float, layout: str) -> None:
-    if not base > 0:
-        raise ValueError(f"base must be positive, not {base}")
+    positive(base=base)
     if layout not in get_args(Layout):
         raise ValueError(f'layout must be "interleaved" or "halves", not {layout!r}')
 
@@ -75,12 +80,11 @@ class _Table(Encoding):
     """Rows of the table. None: the model's training length, or 1,024 where that is not known."""
 
     def __post_init__(self):
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"length must be at least 1, not {self.length}")
+        integer_at_least(1, length=self.length)
 
     def rows(self, sizes: Sizes) -> int:
         """How many rows the table has."""
-        return self.length or sizes.train_length or 1024
+        return table_length(self.length, sizes)
 
     def init_shared(self, key, sizes: Sizes) -> Params:
         return {"positions": 0.02 * jax.random.normal(key, (self.rows(sizes), sizes.model_dim))}
@@ -165,8 +169,7 @@ class ComplexOrder(Encoding):
     """All start from the frequencies of the sinusoids, base^(-2m/D)."""
 
     def __post_init__(self):
-        if not self.base > 0:
-            raise ValueError(f"base must be positive, not {self.base}")
+        positive(base=self.base)
 
     def init_shared(self, key, sizes: Sizes) -> Params:
         width = _even(sizes.model_dim)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from nope_jax.encodings.checks import integer_at_least, positive
 from nope_jax.encodings.encoding import Block, BlockLogit, DistanceLogit, Encoding, Params, Sizes, skew
 
 
@@ -92,6 +93,7 @@ def _past_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
 
 
 def _check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> None:
+    integer_at_least(2, num_buckets=num_buckets, max_distance=max_distance)
     least = 4 if bidirectional else 2
     if num_buckets < least or num_buckets % least:
         raise ValueError(f"num_buckets must be a positive multiple of {least}, not {num_buckets}")
@@ -203,11 +205,8 @@ class FIRE(Encoding):
     """Where L starts, in positions."""
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, not {self.width}")
-        for name in ("c", "threshold"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        integer_at_least(1, width=self.width)
+        positive(c=self.c, threshold=self.threshold)
 
     def init_layer(self, key, sizes: Sizes) -> Params:
         keys = jax.random.split(key, 4)

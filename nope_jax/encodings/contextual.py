@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import Block, BlockLogit, Encoding, Params, ScanLogit, Sizes
 
 
@@ -35,8 +36,7 @@ class CoPE(Encoding):
     """Whether q·e is divided by √H as well, which the authors' released code does unless told otherwise."""
 
     def __post_init__(self):
-        if self.num_positions < 1:
-            raise ValueError(f"num_positions must be at least 1, not {self.num_positions}")
+        integer_at_least(1, num_positions=self.num_positions)
 
     def init_layer(self, key, sizes: Sizes) -> Params:
         return {"embeddings": jnp.zeros((self.num_positions, sizes.head_dim))}
@@ -127,6 +127,10 @@ class Forgetting(Encoding):
         return forget_sums(jax.nn.log_sigmoid(gate), previous)
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
+        if query_features is None or key_features is None:
+            raise ValueError(
+                "query_features and key_features must be given: what Forgetting.features makes of the inputs"
+            )
         return BlockLogit(_forgotten, None, query_features, key_features)
 
 

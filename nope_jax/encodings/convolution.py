@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
 
 
@@ -25,8 +26,7 @@ class Convolution(Encoding):
     kernel_size: int = 4
 
     def __post_init__(self):
-        if self.kernel_size < 2:
-            raise ValueError(f"kernel_size must be at least 2, not {self.kernel_size}")
+        integer_at_least(2, kernel_size=self.kernel_size)
 
     def lookback(self) -> int:
         return self.kernel_size - 1

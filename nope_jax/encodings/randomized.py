@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
 from nope_jax.encodings.rotary import RoPE
 from nope_jax.encodings.wrapper import Wrapper
@@ -47,8 +48,7 @@ class Randomized(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.maximum < 1:
-            raise ValueError(f"maximum must be at least 1, not {self.maximum}")
+        integer_at_least(1, maximum=self.maximum)
 
     def _told(self, sizes: Sizes) -> Sizes:
         """Sizes for the encoding within, whose tables have to reach maximum."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nope_jax.encodings.absolute import rows_at
+from nope_jax.encodings.checks import integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
 
 # A GPU's default would round to ten bits at every step of thousands.
@@ -76,12 +77,8 @@ class FLOATER(_Recurrence):
     """Hidden width of h; None for the model's."""
 
     def __post_init__(self):
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, not {self.step_size}")
-        if self.substeps < 1:
-            raise ValueError(f"substeps must be at least 1, not {self.substeps}")
-        if self.width is not None and self.width < 1:
-            raise ValueError(f"width must be at least 1, not {self.width}")
+        positive(step_size=self.step_size)
+        integer_at_least(1, substeps=self.substeps, width=self.width)
 
     def init_shared(self, key, sizes: Sizes) -> Params:
         d, w = sizes.model_dim, self.width or sizes.model_dim

@@ -74,6 +74,8 @@ def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding
             wrappers = {name: cls for name, cls in ENCODINGS.items() if issubclass(cls, Wrapper)}
             if name not in wrappers:
                 raise ValueError(f"{name!r} in {spec!r} must be a wrapper: choose from {', '.join(wrappers)}")
+            if not inner:
+                raise ValueError(f"{spec!r} must name what it wraps after the colon")
             return tuple(wrappers[name](encoding) for encoding in resolve(inner))
         return _find(name)
     if not isinstance(spec, tuple | list) or not spec:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nope_jax.encodings.absolute import rows_at, sinusoidal_positions
+from nope_jax.encodings.absolute import rows_at, sinusoidal_positions, table_length
 from nope_jax.encodings.bias import T5
+from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import Block, BlockLogit, BlockValue, Encoding, Params, Sizes, skew, unskew
 
 _INIT = 0.02
@@ -55,8 +56,7 @@ class Shaw(Encoding):
     """The distance from which on all share a row."""
 
     def __post_init__(self):
-        if self.clip < 1:
-            raise ValueError(f"clip must be at least 1, not {self.clip}")
+        integer_at_least(1, clip=self.clip)
 
     def init_layer(self, key, sizes: Sizes) -> Params:
         init, shape = jax.nn.initializers.glorot_uniform(), (2 * self.clip + 1, sizes.head_dim)
@@ -192,7 +192,7 @@ class TUPE(Encoding):
     """Half of the buckets are for the future, as in the paper's encoder."""
 
     def __post_init__(self):
-        _check_length(self.length)
+        integer_at_least(1, length=self.length)
         if self.relative:
             self._bias()  # refuses what cannot be
 
@@ -200,7 +200,7 @@ class TUPE(Encoding):
         return T5(self.num_buckets, self.max_distance, self.bidirectional)
 
     def max_length(self, sizes: Sizes) -> int:
-        return self.length or sizes.train_length or 1024
+        return table_length(self.length, sizes)
 
     def init_shared(self, key, sizes: Sizes) -> Params:
         width, head_dim, kv_heads = sizes.model_dim, sizes.head_dim, sizes.num_kv_heads or sizes.num_heads
@@ -233,11 +233,6 @@ def _layer_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], shift: Float[
     x = x.astype(jnp.float32)
     x -= x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale + shift
-
-
-def _check_length(length: int | None) -> None:
-    if length is not None and length < 1:
-        raise ValueError(f"length must be at least 1, not {length}")
 
 
 # --- DeBERTa
@@ -298,9 +293,7 @@ class DeBERTa(Encoding):
     """Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need."""
 
     def __post_init__(self):
-        _check_length(self.length)
-        if self.max_distance < 1:
-            raise ValueError(f"max_distance must be at least 1, not {self.max_distance}")
+        integer_at_least(1, length=self.length, max_distance=self.max_distance)
         if self.buckets is not None:
             _check_buckets("buckets", self.buckets, self.max_distance)
 
@@ -314,7 +307,7 @@ class DeBERTa(Encoding):
         return self.buckets or self.max_distance
 
     def max_length(self, sizes: Sizes) -> int | None:
-        return (self.length or sizes.train_length or 1024) if self.absolute else None
+        return table_length(self.length, sizes) if self.absolute else None
 
     def init_shared(self, key, sizes: Sizes) -> Params:
         return {"relative": _INIT * jax.random.normal(key, (2 * self._span, sizes.model_dim))}

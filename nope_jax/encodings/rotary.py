@@ -8,11 +8,13 @@ import abc
 import dataclasses
 import functools
 import math
+from numbers import Real
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from nope_jax.encodings.checks import at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, Params, Sizes
 
 Frequencies = Float[np.ndarray, "half"] | Float[Array, "half"]
@@ -43,7 +45,7 @@ class LinearScaling(RotaryScaling):
     factor: float
 
     def __post_init__(self):
-        _at_least(1, factor=self.factor)
+        at_least(1, factor=self.factor)
 
     def frequencies(self, frequencies, *, base, length):
         return frequencies / self.factor
@@ -65,7 +67,7 @@ class NTKScaling(RotaryScaling):
     factor: float
 
     def __post_init__(self):
-        _at_least(1, factor=self.factor)
+        at_least(1, factor=self.factor)
 
     def frequencies(self, frequencies, *, base, length):
         return frequencies * self.factor ** -_ntk_exponents(len(frequencies))
@@ -86,7 +88,8 @@ class DynamicNTKScaling(RotaryScaling):
     original_length: int
 
     def __post_init__(self):
-        _at_least(1, factor=self.factor, original_length=self.original_length)
+        at_least(1, factor=self.factor)
+        integer_at_least(1, original_length=self.original_length)
 
     def frequencies(self, frequencies, *, base, length):
         excess = jnp.maximum(_known(length, self) - self.original_length, 0)
@@ -116,8 +119,9 @@ class YaRNScaling(RotaryScaling):
     """Move the ends of the ramp outwards to whole pairs, as the published code does. gpt-oss does not."""
 
     def __post_init__(self):
-        _at_least(1, factor=self.factor, original_length=self.original_length)
-        _positive(beta_fast=self.beta_fast, beta_slow=self.beta_slow, attention_factor=self.attention_factor)
+        at_least(1, factor=self.factor)
+        integer_at_least(1, original_length=self.original_length)
+        positive(beta_fast=self.beta_fast, beta_slow=self.beta_slow, attention_factor=self.attention_factor)
         if not self.beta_fast > self.beta_slow:
             raise ValueError(f"beta_fast must be above beta_slow, {self.beta_slow}, not {self.beta_fast}")
 
@@ -164,23 +168,22 @@ class LongRoPEScaling(RotaryScaling):
 
     def __post_init__(self):
         for name in ("short_factors", "long_factors"):
-            numbers = tuple(map(float, getattr(self, name)))  # so that a list can be given, too
-            if not numbers or not all(number > 0 for number in numbers):
-                raise ValueError(f"{name} must be positive numbers, one per pair, not {numbers}")
-            object.__setattr__(self, name, numbers)
+            factors = tuple(getattr(self, name))  # so that a list can be given, too
+            if not factors or not all(isinstance(x, Real) and 0 < x < math.inf for x in factors):
+                raise ValueError(f"{name} must be positive numbers, one per pair, not {factors}")
+            object.__setattr__(self, name, tuple(map(float, factors)))
         if len(self.short_factors) != len(self.long_factors):
             raise ValueError(
                 f"long_factors must be as many as short_factors, {len(self.short_factors)}, "
                 f"not {len(self.long_factors)}"
             )
-        _at_least(1, original_length=self.original_length)
-        _positive(attention_factor=self.attention_factor)
-        if self.factor is not None:
-            _at_least(1, factor=self.factor)
+        integer_at_least(1, original_length=self.original_length)
+        positive(attention_factor=self.attention_factor)
+        at_least(1, factor=self.factor)
         if self.attention_factor is None:
             if self.factor is None:
                 raise ValueError("factor must be given where attention_factor is not: it decides it")
-            _at_least(2, original_length=self.original_length)  # its logarithm is divided by
+            integer_at_least(2, original_length=self.original_length)  # its logarithm is divided by
 
     @property
     def amplitude(self) -> float:
@@ -210,9 +213,10 @@ class Llama3Scaling(RotaryScaling):
     high_frequency_factor: float = 4.0
 
     def __post_init__(self):
-        _at_least(1, factor=self.factor, original_length=self.original_length)
+        at_least(1, factor=self.factor)
+        integer_at_least(1, original_length=self.original_length)
         low, high = self.low_frequency_factor, self.high_frequency_factor
-        _positive(low_frequency_factor=low)
+        positive(low_frequency_factor=low)
         if not high > low:
             raise ValueError(f"high_frequency_factor must be above low_frequency_factor, {low}, not {high}")
 
@@ -234,18 +238,6 @@ def _known(length: Int[Array, ""] | int | None, scaling: RotaryScaling) -> Int[A
     if length is None:
         raise ValueError(f"length, the number of positions in use, must be given: {type(scaling).__name__} needs it")
     return length
-
-
-def _at_least(least: int, **numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number >= least:
-            raise ValueError(f"{name} must be at least {least}, not {number}")
-
-
-def _positive(**numbers: float | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} must be positive, not {number}")
 
 
 def rope_frequencies(
@@ -272,7 +264,7 @@ def rope_frequencies(
 def _frequencies(dim: int, base: float, scaling=None, length=None) -> Frequencies:
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be a positive even number, not {dim}")
-    _positive(base=base)
+    positive(base=base)
     frequencies = base ** (-np.arange(0, dim, 2) / dim)
     return frequencies if scaling is None else scaling.frequencies(frequencies, base=base, length=length)
 
@@ -350,8 +342,9 @@ class RoPE(Encoding):
     """`DynamicNTKScaling` and `LongRoPEScaling` depend on the number of positions in use: the largest one, plus 1."""
 
     def __post_init__(self):
-        _positive(base=self.base)
-        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+        positive(base=self.base)
+        integer_at_least(2, rotary_dim=self.rotary_dim)
+        if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be a positive even number, not {self.rotary_dim}")
         if not isinstance(self.scaling, RotaryScaling | None):
             raise ValueError(f"scaling must be a RotaryScaling, such as LinearScaling(2.0), not {self.scaling!r}")
@@ -394,7 +387,7 @@ class XPos(Encoding):
     """Pairs are neighbours (2m, 2m+1), as in its code; otherwise (m, m + H/2), as in Llama."""
 
     def __post_init__(self):
-        _positive(base=self.base, scale_base=self.scale_base)
+        positive(base=self.base, scale_base=self.scale_base)
 
     def max_length(self, sizes: Sizes | None = None) -> int:
         """1 + the largest difference of two positions, and so the number of positions counted from 0."""

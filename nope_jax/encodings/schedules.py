@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import Encoding, Reach
 from nope_jax.encodings.nope import NoPE
 from nope_jax.encodings.rotary import RoPE
@@ -25,8 +26,7 @@ class Windowed(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1 (the query itself), not {self.window}")
+        integer_at_least(1, window=self.window)
 
     def reach(self) -> Reach:
         inner = self.encoding.reach()
@@ -48,8 +48,7 @@ class Chunked(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 (the query itself), not {self.chunk_size}")
+        integer_at_least(1, chunk_size=self.chunk_size)
         inner = self.encoding.reach().chunk_size
         if inner is not None and max(inner, self.chunk_size) % min(inner, self.chunk_size):
             raise ValueError(f"chunk_size must divide that of the encoding within, {inner}, or be a multiple of it")

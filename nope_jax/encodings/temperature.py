@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from nope_jax.encodings.checks import at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, Params, Reach, Sizes
 from nope_jax.encodings.wrapper import Wrapper
 
@@ -27,7 +28,8 @@ def keys_seen(positions: Int[Array, "*shape"], reach: Reach | None = None) -> In
     """
     reach = reach or Reach()
     number = positions + 1 if reach.chunk_size is None else positions % reach.chunk_size + 1
-    return number if reach.window is None else jnp.minimum(number, reach.window)
+    # A query before position 0 (padding) sees none, and no logarithm should know.
+    return jnp.clip(number, 1, reach.window)
 
 
 def temperature_product(first: Any, second: Any) -> Any:
@@ -44,8 +46,9 @@ def temperature_product(first: Any, second: Any) -> Any:
 class LogN(Wrapper):
     """max(1, log_L n) · q·k/√H, with n the keys that a query sees and L the training length: 1 within L.
 
-    It keeps the entropy of attention from growing with length. It multiplies the logit; it does not divide it. Around
-    an encoding with a window or chunks n counts the keys within them. Su 2021, https://kexue.fm/archives/8823.
+    It keeps the entropy of attention from growing with length. It multiplies the logit; it does not divide it. Su 2021,
+    https://kexue.fm/archives/8823. n is counted as `keys_seen` does: for a causal query, from its position, within the
+    window or chunk of the encoding inside.
 
     Raises:
         ValueError: length is below 2, or it is None and the model's training length is not known either.
@@ -56,8 +59,7 @@ class LogN(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.length is not None and self.length < 2:
-            raise ValueError(f"length must be at least 2, not {self.length}")
+        integer_at_least(2, length=self.length)
 
     def with_sizes(self, sizes: Sizes) -> Encoding:
         length = sizes.train_length if self.length is None else self.length
@@ -86,7 +88,7 @@ class UniformScale(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive("factor", self.factor)
+        positive(factor=self.factor)
 
     def temperature(self, params: Params, query_positions, key_positions):
         return temperature_product(self.factor, self.encoding.temperature(params, query_positions, key_positions))
@@ -108,11 +110,11 @@ class HeadScale(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive("start", self.start)
+        positive(start=self.start)
 
     def init_layer(self, key, sizes: Sizes) -> Params:
         scales = jnp.full(sizes.num_heads, self.start, jnp.float32)
-        return {**self.encoding.init_layer(key, sizes), "head_scale": scales}
+        return _joined(self.encoding.init_layer(key, sizes), "head_scale", scales)
 
     def temperature(self, params: Params, query_positions, key_positions):
         inner = self.encoding.temperature(params, query_positions, key_positions)
@@ -124,7 +126,7 @@ class SSMax(Wrapper):
     """s_h · ln n · q·k/√H: scalable softmax, with n the keys that a query sees and s learned for each layer and head.
 
     The same as n^(s·q·k/√H) in place of e^(q·k/√H) (Nakanishi 2025, arXiv 2501.19399). The first query, which sees
-    itself alone, has the factor 0.
+    itself alone, has the factor 0. n is counted as in `LogN`.
 
     Raises:
         ValueError: start is not positive.
@@ -135,11 +137,11 @@ class SSMax(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive("start", self.start)
+        positive(start=self.start)
 
     def init_layer(self, key, sizes: Sizes) -> Params:
         scales = jnp.full(sizes.num_heads, self.start, jnp.float32)
-        return {**self.encoding.init_layer(key, sizes), "ssmax": scales}
+        return _joined(self.encoding.init_layer(key, sizes), "ssmax", scales)
 
     def temperature(self, params: Params, query_positions, key_positions):
         logs = jnp.log(keys_seen(query_positions, self.reach()).astype(jnp.float32))
@@ -162,13 +164,11 @@ class Llama4Temperature(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.floor_scale < 1:
-            raise ValueError(f"floor_scale must be at least 1, not {self.floor_scale}")
-        if not self.scale >= 0:
-            raise ValueError(f"scale must be at least 0, not {self.scale}")
+        integer_at_least(1, floor_scale=self.floor_scale)
+        at_least(0, scale=self.scale)
 
     def temperature(self, params: Params, query_positions, key_positions):
-        step = ((query_positions + 1) // self.floor_scale).astype(jnp.float32)
+        step = (jnp.maximum(query_positions + 1, 0) // self.floor_scale).astype(jnp.float32)
         factor = (1 + self.scale * jnp.log1p(step))[:, None]
         return temperature_product(factor, self.encoding.temperature(params, query_positions, key_positions))
 
@@ -190,15 +190,18 @@ class SwanTemperature(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
+        positive(offset=self.offset)
         if not self.offset > 1:
             raise ValueError(f"offset must be above 1, not {self.offset}")
 
     def temperature(self, params: Params, query_positions, key_positions):
         # log_a(a + n) = 1 + log_a(1 + n/a), which is exactly 1 at n = 0.
-        factor = 1 + jnp.log1p(query_positions.astype(jnp.float32) / self.offset) / math.log(self.offset)
+        positions = jnp.maximum(query_positions, 0).astype(jnp.float32)
+        factor = 1 + jnp.log1p(positions / self.offset) / math.log(self.offset)
         return temperature_product(factor[:, None], self.encoding.temperature(params, query_positions, key_positions))
 
 
-def _check_positive(name: str, number: float) -> None:
-    if not number > 0:
-        raise ValueError(f"{name} must be positive, not {number}")
+def _joined(params: Params, name: str, value: Any) -> Params:
+    if name in params:
+        raise ValueError(f"encoding must not have a {name} of its own: one wrapper of a kind is enough")
+    return {**params, name: value}

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from nope_jax.encodings import Encoding, Wrapper
 from nope_jax.models.decoder import Decoder
 
 _MUST_AGREE = (
@@ -36,33 +37,53 @@ def adopt_weights(model: Decoder, donor: Decoder) -> None:
         ours, theirs = getattr(model.config, name), getattr(donor.config, name)
         if ours != theirs:
             raise ValueError(f"its model.{name} is {theirs}, not {ours}")
-    given = dict(nnx.to_flat_state(nnx.state(donor)))
+    given, taken = (dict(nnx.to_flat_state(nnx.state(decoder))) for decoder in (donor, model))
 
-    def value(path: tuple) -> Array | None:
-        """What the donor has for one of the model's parameters; None when that is the model's own affair."""
-        if path[0] == "positions":
-            kinds = [type(core) for core in donor.cores]
-            kind = type(model.cores[path[1]])
-            return given["positions", kinds.index(kind), *path[2:]][...] if kind in kinds else None
-        if path[0] != "blocks":
-            return given[path][...]
-        period, periods = len(model.encodings), len(donor.encodings)
-        layers = []
-        for layer in range(path[1], model.config.num_layers, period):
-            place, row = layer % periods, layer // periods
-            same = type(donor.encodings[place].core) is type(model.encodings[path[1]].core)
-            source = ("blocks", place, *path[2:])
-            if "position" in path and not (same and source in given):
-                return None
-            layers.append(given[source][row])
-        return jnp.stack(layers)
+    def shared(path: tuple) -> Array | None:
+        """What the donor's layers share of the same kind of encoding."""
+        _, core, *name = path
+        ours = _kind(model.cores[core])
+        for theirs in sorted(range(len(donor.cores)), key=lambda n: donor.cores[n] != model.cores[core]):
+            if _kind(donor.cores[theirs]) is ours and ("positions", theirs, *name) in given:
+                return given["positions", theirs, *name][...]
+        return None
+
+    def stacked(path: tuple) -> Array | None:
+        """What the donor's layers have, in the order of the model's layers at one place of its period."""
+        _, slot, *name = path
+        encoding, rows = model.encodings[slot], []
+        for layer in range(slot, model.config.num_layers, len(model.encodings)):
+            place, row = layer % len(donor.encodings), layer // len(donor.encodings)
+            if "position" in name:
+                ours, theirs = _learned(taken, slot), _learned(given, place)
+                alike = _kind(donor.encodings[place].core) is _kind(encoding.core)
+                if not alike or not (ours <= theirs or theirs <= ours) or name[-1] not in theirs:
+                    return None
+            rows.append(given["blocks", place, *name][row])
+        return jnp.stack(rows)
 
     adopted = []
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        new = value(path)
+    for path, variable in taken.items():
+        match path[0]:
+            case "positions":
+                new = shared(path)
+            case "blocks":
+                new = stacked(path)
+            case _:
+                new = given[path][...]
         if new is None:
             continue
         if new.shape != variable.shape:
             raise ValueError(f"its {'.'.join(map(str, path))} has shape {list(new.shape)}, not {list(variable.shape)}")
         adopted.append((path, variable.replace(new)))
     nnx.update(model, nnx.from_flat_state(adopted))
+
+
+def _kind(encoding: Encoding) -> type:
+    """What an encoding is, whatever wraps it."""
+    return _kind(encoding.encoding.core) if isinstance(encoding, Wrapper) else type(encoding)
+
+
+def _learned(params: dict, slot: int) -> set[str]:
+    """The names of what the encoding of a place in the period has learned for each layer."""
+    return {path[-1] for path in params if path[:2] == ("blocks", slot) and "position" in path}

@@ -12,10 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats
+from nope_jax.attention.dot_product import per_token
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, Params, Sizes, Tokens, resolve
 from nope_jax.models.layers import Block, Past, encoding_params, kernel, rms_norm
-
 
 LOGITS_AT_ONCE = 2**24
 """At most so many logits exist at a time when only losses are asked for: 64 MiB."""
@@ -96,7 +96,8 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: Token ids below V; one outside gives NaN where jit hides it from the check.
-            positions: Where the tokens stand; None for 0..T-1.
+            positions: Where the tokens stand; None for 0..T-1. Where jit hides them, encodings that compute a table of
+                positions (recursive, floater) take them to be below T or the training length, and give NaN past it.
             segment_ids: Tokens attend only within their segment.
             temperature: Factor of every content logit, beside the encoding's own: a number, [N], [L, N] or
                 [B or 1, N or 1, T].
@@ -131,7 +132,6 @@ class Decoder(nnx.Module):
         return_stats: bool = False,
     ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
         """What the head reads: the normed output of the last layer; and the statistics. Args as `__call__`."""
-        self.check_tokens(tokens, positions)
         x, arguments = self.enter(tokens, positions=positions, segment_ids=segment_ids, key=key)
         x, stats, _ = self._layers(x, arguments, temperature=temperature, return_stats=return_stats)
         return x, stats
@@ -147,8 +147,12 @@ class Decoder(nnx.Module):
             The embeddings after the input places, and for each place in the period the shared parameters of its
             encoding and the keywords of attention.
         """
-        where = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.atleast_2d(positions)
-        seen = Tokens(jnp.asarray(tokens), where, segment_ids, self._bound(tokens, positions))
+        tokens = jnp.asarray(tokens)
+        self.check_tokens(tokens, positions)
+        positions = per_token("positions", positions, *tokens.shape)
+        segment_ids = per_token("segment_ids", segment_ids, *tokens.shape)
+        where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        seen = Tokens(tokens, where, segment_ids, self._bound(tokens, positions))
 
         shared = self._shared()
         x = self._embed(tokens)

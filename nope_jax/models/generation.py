@@ -4,6 +4,7 @@ Shapes: B batch, T prompt length, V vocabulary.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from nope_jax.models.decoder import Decoder
 def generate(
     model: Decoder,
     prompt: Int[Array, "B T"],
-    *,
     max_new_tokens: int,
+    *,
     temperature: float = 0.0,
     top_k: int | None = None,
     key: Array | None = None,
@@ -27,7 +28,8 @@ def generate(
     Args:
         model: The decoder.
         prompt: Tokens to continue, at least one per row.
-        max_new_tokens: How many tokens to add.
+        max_new_tokens: How many tokens to add. An encoding that depends on how many tokens there are in all (see
+            `Decoder.decode_step`) is told all that are read, T + max_new_tokens - 1.
         temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
         top_k: Draw among so many likeliest tokens only.
         key: What is drawn from; needed when temperature is above 0.
@@ -36,11 +38,11 @@ def generate(
         ValueError: An argument that cannot be right, or a length that the model's encoding does not have.
     """
     vocab = model.config.vocab_size
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, an integer, not {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= vocab):
         raise ValueError(f"top_k must be between 1 and the vocabulary {vocab}, not {top_k}")
     if temperature > 0 and key is None:
         raise ValueError("key must be given when temperature is above 0, as in key=jax.random.key(0)")
@@ -49,7 +51,7 @@ def generate(
         raise ValueError(f"prompt must have shape [batch, length], at least one token each, not {list(prompt.shape)}")
     if max_new_tokens == 0:
         return prompt
-    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens)
+    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens - 1)
     model.check_tokens(prompt)
     graphdef, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key
@@ -68,6 +70,7 @@ def _continue(graphdef, draws: bool, count: int, top_k: int | None, state, cache
         if top_k is not None:
             least = jax.lax.top_k(logits, top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits -= logits.max(-1, keepdims=True)  # so that the likeliest stays finite however low the temperature
         return jax.random.categorical(key, logits / temperature).astype(prompt.dtype)
 
     def step(carry, key):

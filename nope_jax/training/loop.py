@@ -149,7 +149,8 @@ def _restore(
 def _donor(config: Config, workdir: Path) -> Decoder | None:
     """The decoder whose weights a run that has saved nothing yet starts from."""
     source = config.train.start_from
-    if source is None or any((workdir / "checkpoints").glob("*")):
+    saved = [entry for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]  # others are unfinished
+    if source is None or saved:
         return None
     _, donor, _ = load_model(source)
     try:
