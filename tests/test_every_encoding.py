@@ -35,7 +35,7 @@ IN_ATTENTION = [name for name in ENCODINGS if changes_attention(name)]
 KINDS = [name for name in IN_ATTENTION if not issubclass(ENCODINGS[name], Wrapper)]  # wrappers change no kernel
 every = pytest.mark.parametrize("name", ENCODINGS)
 every_kind = pytest.mark.parametrize("name", KINDS)
-every_in_attention = pytest.mark.parametrize("name", IN_ATTENTION)
+every_kind_and_a_wrapper = pytest.mark.parametrize("name", [*KINDS, "head_scale", "ssmax"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,7 +102,7 @@ def assert_streaming_is_reference(encoding, arrays, common, seed=0):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), gradient, wanted_gradient)
 
 
-@every_in_attention
+@every_kind_and_a_wrapper
 def test_streaming_is_reference_behind_a_cache(name):
     """Positions that run on, queries the last of the keys' tokens, grouped heads, a temperature per head."""
     assert_streaming_is_reference(encoding_of(name), operands(), {})
@@ -148,7 +148,7 @@ def test_streaming_is_reference_for_any_shapes(name, data):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), run("streaming"), run("reference"))
 
 
-@every_in_attention
+@every_kind_and_a_wrapper
 def test_the_gradient_from_the_future_is_zero(name):
     encoding, row, common = encoding_of(name), 9, {"implementation": "streaming"}
     params = parameters(encoding)

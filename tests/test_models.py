@@ -95,6 +95,7 @@ def test_shaw_is_its_formula():
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow  # its parts are held by test_every_encoding.py
 @pytest.mark.parametrize("encoding", [(Shaw(), "learned"), (Forgetting(), "t5")], ids=str)
 def test_both_implementations_agree_in_value_statistics_and_gradient(encoding):
     tokens = jnp.tile(TOKENS[:1], 12)[:, :280]  # more than one block
