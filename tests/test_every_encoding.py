@@ -33,7 +33,6 @@ def changes_attention(name):
 
 IN_ATTENTION = [name for name in ENCODINGS if changes_attention(name)]
 KINDS = [name for name in IN_ATTENTION if not issubclass(ENCODINGS[name], Wrapper)]  # wrappers change no kernel
-every = pytest.mark.parametrize("name", ENCODINGS)
 every_kind = pytest.mark.parametrize("name", KINDS)
 every_kind_and_a_wrapper = pytest.mark.parametrize("name", [*KINDS, "head_scale", "ssmax"])
 
@@ -229,7 +228,7 @@ def test_schedules_decode_too(name):
     assert_close(jnp.concatenate([first, last], axis=1), logits, tolerance=1e-5)
 
 
-@every
+@pytest.mark.parametrize("name", [name for name, cls in ENCODINGS.items() if not issubclass(cls, Wrapper)])
 def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
     model = decoder(name, num_layers=1)
     graph, state = nnx.split(model)

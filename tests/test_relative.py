@@ -226,7 +226,10 @@ def test_bfloat16_in_is_bfloat16_out(case):
 # --- Gradients
 
 
-@pytest.mark.parametrize("common", [{}, {"query_positions": ANYWHERE[:2, :11], "key_positions": ANYWHERE[2:, :11]}])
+GIVEN = {"query_positions": ANYWHERE[:2, :11], "key_positions": ANYWHERE[2:, :11]}
+
+
+@pytest.mark.parametrize("common", [{}, pytest.param(GIVEN, marks=pytest.mark.slow)], ids=["run on", "given"])
 @every_kind
 def test_gradients_of_all_arrays_are_differences_of_the_oracle(case, common):
     function, parameters = CASES[case]
