@@ -218,8 +218,9 @@ def _parse(
     except SystemExit as exit:
         if not exit.code:
             raise
-        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+        # The box around it is of other characters where the terminal does not take these.
+        lines = [line.strip("│| ") for line in complaint.getvalue().splitlines() if line.startswith(("│", "|"))]
+        message = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
         for name, words in given.items():
             if re.search(rf"--{re.escape(name)}\b", message):
                 message = f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}"

@@ -75,3 +75,13 @@ def assert_agrees(encoding, implementation, query, key, value, **keywords):
     assert_close(out, wanted.output)
     assert_close(stats.entropy, wanted.entropy)
     assert_close(stats.logsumexp, wanted.logsumexp)
+
+
+ONE_OF_EACH = ["nope", "learned", "recursive", "convolution", "rope", "t5", "fire", "shaw", "transformer_xl", "cope"]
+ONE_OF_EACH += ["forgetting", "log_n"]
+"""An encoding for every way of working: what holds for these in minutes holds for all of them in `make test-all`."""
+
+
+def others_slow(names):
+    """Parameters of which only one of each way of working is quick."""
+    return [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in names]

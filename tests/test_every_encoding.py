@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import assert_close
+from attention_cases import assert_close, others_slow
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import dot_product, encoded_attention
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import streaming_attention
-from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, DynamicNTKScaling, Encoding, RoPE, Sizes, Wrapper
+from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, Encoding, Sizes, Wrapper
 
 B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
 TRAINED = 24
@@ -147,7 +147,7 @@ def test_streaming_is_reference_for_any_shapes(name, data):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), run("streaming"), run("reference"))
 
 
-@every_kind_and_a_wrapper
+@pytest.mark.parametrize("name", others_slow(KINDS))
 def test_the_gradient_from_the_future_is_zero(name):
     encoding, row, common = encoding_of(name), 9, {"implementation": "streaming"}
     params = parameters(encoding)
@@ -195,9 +195,10 @@ def decoder(encoding, **changes):
 TOKENS = jax.random.randint(jax.random.key(1), (B, TRAINED), 0, V)
 
 
-@pytest.mark.parametrize(
-    "encoding", [*ENCODINGS, RoPE(scaling=DynamicNTKScaling(factor=2.0, original_length=8))], ids=str
-)
+DYNAMIC = RoPE(scaling=DynamicNTKScaling(factor=2.0, original_length=8))
+
+
+@pytest.mark.parametrize("encoding", [*others_slow(ENCODINGS), DYNAMIC], ids=str)
 def test_token_by_token_gives_the_logits_of_one_pass(encoding):
     model = decoder(encoding)
     graph, state = nnx.split(model)
@@ -219,7 +220,7 @@ def test_token_by_token_gives_the_logits_of_one_pass(encoding):
         model.decode_step(TOKENS[:, :1], cache)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["swan_gpt", *others_slow(name for name in SCHEDULES if name != "swan_gpt")])
 def test_schedules_decode_too(name):
     model = decoder(name, num_layers=4)
     logits, cache = model(TOKENS[:, :9]), model.init_cache(B, 9)
@@ -228,7 +229,7 @@ def test_schedules_decode_too(name):
     assert_close(jnp.concatenate([first, last], axis=1), logits, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in ENCODINGS.items() if not issubclass(cls, Wrapper)])
+@pytest.mark.parametrize("name", others_slow(ENCODINGS))
 def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
     model = decoder(name, num_layers=1)
     graph, state = nnx.split(model)

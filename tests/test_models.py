@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from attention_cases import others_slow
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
@@ -116,7 +117,7 @@ def test_both_implementations_agree_in_value_statistics_and_gradient(encoding):
     chex.assert_trees_all_close(streaming, reference, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("encoding", [*ENCODINGS, Shaw(), Forgetting()], ids=str)
+@pytest.mark.parametrize("encoding", [*others_slow(ENCODINGS), Shaw(), Forgetting()], ids=str)
 def test_no_logit_depends_on_a_later_token(encoding):
     model = decoder(encoding=encoding)
     changed = TOKENS.at[:, 11:].set((TOKENS[:, 11:] + 1) % 32)
@@ -169,7 +170,7 @@ def test_remat_changes_nothing():
 
 
 # Randomized positions are drawn for all tokens of a row at once, however they are packed.
-@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name != "randomized"])
+@pytest.mark.parametrize("encoding", others_slow(name for name in ENCODINGS if name != "randomized"))
 def test_documents_packed_behind_masks_are_the_documents_alone(encoding):
     model = decoder(encoding=encoding)
     lengths = [9, 9, 6]  # the last one is cut off

@@ -138,6 +138,7 @@ def test_values_and_statistics_agree_with_float64(case, common, implementation):
     assert_agrees(case, implementation, *inputs(), **COMMON[common])
 
 
+@pytest.mark.slow  # test_every_encoding.py holds one such case of each
 @every_case
 def test_queries_at_the_end_of_a_cache_agree_with_float64(case):
     assert_agrees(case, "streaming", *inputs(T=10, S=LENGTH))

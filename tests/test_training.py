@@ -132,7 +132,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     monkeypatch.setattr(loop, "train_batches", signalling)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, signum):
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 5 and saved") as stop:
         stop_at(5, patch, signum)

@@ -291,6 +291,7 @@ def test_lengths_take_turns_and_the_longest_is_last(head):
     assert lines[-1]["most"] == np.max(head[1]["factors"])
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_clipped_adam(folder, tmp_path):
     # With one document, no longer than the window, every batch is known.
     texts = tmp_path / "text"
@@ -325,6 +326,7 @@ def test_updates_are_those_of_clipped_adam(folder, tmp_path):
     np.testing.assert_allclose(found["factors"], factors, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_ssmax_learns_s_from_one_over_the_logarithm_of_the_training_length(folder, tmp_path):
     settings = dataclasses.replace(LEARN, steps=8, start="one")
     found, config, model = run(folder / "heads", tmp_path / "out", "ssmax", (LONG,), settings=settings)
