@@ -15,7 +15,7 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import dot_product, encoded_attention
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import streaming_attention
-from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, Encoding, Sizes, Wrapper
+from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, DynamicNTKScaling, Encoding, RoPE, Sizes, Wrapper
 
 B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
 TRAINED = 24
