@@ -34,7 +34,7 @@ def changes_attention(name):
 IN_ATTENTION = [name for name in ENCODINGS if changes_attention(name)]
 KINDS = [name for name in IN_ATTENTION if not issubclass(ENCODINGS[name], Wrapper)]  # wrappers change no kernel
 every_kind = pytest.mark.parametrize("name", KINDS)
-every_kind_and_a_wrapper = pytest.mark.parametrize("name", [*KINDS, "head_scale", "ssmax"])
+kinds_others_slow = pytest.mark.parametrize("name", [*others_slow(KINDS), "head_scale"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,13 +101,13 @@ def assert_streaming_is_reference(encoding, arrays, common, seed=0):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), gradient, wanted_gradient)
 
 
-@every_kind_and_a_wrapper
+@kinds_others_slow
 def test_streaming_is_reference_behind_a_cache(name):
     """Positions that run on, queries the last of the keys' tokens, grouped heads, a temperature per head."""
     assert_streaming_is_reference(encoding_of(name), operands(), {})
 
 
-@every_kind
+@kinds_others_slow
 @hypothesis.given(seed=st.integers(0, 2**16))
 @hypothesis.settings(max_examples=4, derandomize=True, deadline=None)
 def test_streaming_is_reference_for_any_positions_segments_and_mask(name, seed):
