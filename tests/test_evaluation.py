@@ -20,7 +20,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, EvalConfig
 from nope_jax.data import load_corpus
-from nope_jax.encodings import NoPE, RoPE
+from nope_jax.encodings import NoPE, RoPE, UniformScale, Windowed
 from nope_jax.evaluation import compare, figures, table
 from nope_jax.evaluation.curves import Curve, bucket_edges, measure
 from nope_jax.evaluation.files import COLUMNS, replace_file, write_curves, write_heads
@@ -167,6 +167,7 @@ def test_encoding_names():
     assert encoding_name("rope") == encoding_name(RoPE()) == "rope"
     assert encoding_name(("rope", NoPE())) == "rope+nope"
     assert encoding_name(RoPE(base=500.0)).startswith("RoPE(base=500.0")
+    assert encoding_name(UniformScale(Windowed(NoPE(), window=8), factor=1.5)) == "uniform_scale:windowed:nope"
 
 
 def synthetic_run(name="nope", nll=lambda p: 2.0, *, lengths=(128, 256, 512, 1024, 2048), max_length=None, documents=4):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nope_jax.config import EncodingSpec
-from nope_jax.encodings import ENCODINGS
+from nope_jax.encodings import ENCODINGS, Wrapper
 from nope_jax.evaluation.curves import Curve
 
 
@@ -57,9 +57,16 @@ def run_names(workdirs: Sequence[Path]) -> list[str]:
 
 
 def encoding_name(spec: EncodingSpec) -> str:
-    """The name of an encoding; of one with settings of its own, or unknown to the registry, how it is written."""
+    """The name of an encoding; of one with settings of its own, or unknown to the registry, how it is written.
+
+    Wrappers are named, whatever their settings, before what they wrap: "head_scale:nope".
+    """
     if isinstance(spec, str):
         return spec
     if isinstance(spec, tuple | list):
         return "+".join(encoding_name(part) for part in spec)
+    if isinstance(spec, Wrapper):
+        for name, encoding in ENCODINGS.items():
+            if type(spec) is encoding:
+                return f"{name}:{encoding_name(spec.encoding)}"
     return next((name for name, encoding in ENCODINGS.items() if spec == encoding()), repr(spec))
