@@ -29,23 +29,14 @@ from attention_cases import (
 from nope_jax.attention import (
     AttentionStats,
     alibi_attention,
-    dot_product,
     nope_attention,
     t5_attention,
 )
-from nope_jax.attention.streaming import streaming_attention
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "huggingface.json").read_text())["attention"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Streaming in blocks of 8, so that the short sequences here have interior, diagonal, padded and skipped blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dot_product, "streaming_attention", functools.partial(streaming_attention, block_size=8))
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 # --- Values

@@ -14,13 +14,11 @@ from attention_cases import LENGTH, TOLERANCE, assert_close, every_implementatio
 
 from nope_jax.attention import (
     alibi_attention,
-    dot_product,
     encoded_attention,
     fire_attention,
     kerple_attention,
     t5_attention,
 )
-from nope_jax.attention.streaming import streaming_attention
 from nope_jax.encodings import ENCODINGS, FIRE, KERPLE, T5, ALiBi, Sizes, alibi_slopes
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -30,14 +28,7 @@ SIZES = Sizes(num_heads=4, head_dim=8, model_dim=32)
 INDEX = np.arange(LENGTH)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Streaming in blocks of 8: interior, diagonal, padded and skipped ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dot_product, "streaming_attention", functools.partial(streaming_attention, block_size=8))
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def kerple_parameters(variant):

@@ -11,8 +11,6 @@ import pytest
 from attention_cases import LENGTH, TOLERANCE, assert_close, every_implementation, inputs, random
 
 from nope_jax.attention import cope_attention, dot_product, encoded_attention, forgetting_attention
-from nope_jax.attention.scanning import scanning_attention
-from nope_jax.attention.streaming import streaming_attention
 from nope_jax.encodings import ENCODINGS, Block, CoPE, Forgetting, RunningSum, ScanLogit, Sizes, forget_sums
 
 SIZES = Sizes(num_heads=4, head_dim=8, model_dim=32)
@@ -20,15 +18,7 @@ INDEX = np.arange(LENGTH)
 DOCUMENTS = np.stack([np.searchsorted([4, 13, 14], INDEX, side="right"), np.searchsorted([10], INDEX, side="right")])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Blocks of 8: interior, diagonal, padded and skipped ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        for function in (scanning_attention, streaming_attention):
-            patch.setattr(dot_product, function.__name__, functools.partial(function, block_size=8))
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def draw(seed=0):

@@ -12,9 +12,7 @@ from attention_cases import assert_close, others_slow
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
-from nope_jax.attention import dot_product, encoded_attention
-from nope_jax.attention.scanning import scanning_attention
-from nope_jax.attention.streaming import streaming_attention
+from nope_jax.attention import encoded_attention
 from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, DynamicNTKScaling, Encoding, RoPE, Sizes, Wrapper
 
 B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
@@ -37,15 +35,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 kinds_others_slow = pytest.mark.parametrize("name", [*others_slow(KINDS), "head_scale"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Blocks of 8: short sequences then have interior, diagonal, padded and skipped ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dot_product, "streaming_attention", functools.partial(streaming_attention, block_size=8))
-        patch.setattr(dot_product, "scanning_attention", functools.partial(scanning_attention, block_size=8))
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def encoding_of(name):

@@ -1,7 +1,6 @@
 """Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa, held to float64 NumPy and to published models."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -16,14 +15,12 @@ from goldens import regenerate
 from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import (
     deberta_attention,
-    dot_product,
     encoded_attention,
     nezha_attention,
     shaw_attention,
     transformer_xl_attention,
     tupe_attention,
 )
-from nope_jax.attention.streaming import streaming_attention
 from nope_jax.encodings import NEZHA, TUPE, DeBERTa, Shaw, Sizes, TransformerXL, deberta_bucket
 
 GOLDEN = regenerate.load("relative")
@@ -56,14 +53,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_kind = pytest.mark.parametrize("case", ["shaw", "transformer_xl", "tupe_r", "deberta_buckets"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Streaming in blocks of 8, so that the short sequences here have interior, diagonal, padded and skipped blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dot_product, "streaming_attention", functools.partial(streaming_attention, block_size=8))
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def expected(case, parameters, query, key, value, *, query_positions=None, key_positions=None, **common):

@@ -6,6 +6,7 @@ memory of length · D, for the gradient as well.
 Shapes: B batch, T length, D model width, W hidden width.
 """
 
+import abc
 import dataclasses
 import functools
 
@@ -22,12 +23,12 @@ _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Recurrence(Encoding):
+class _Recurrence(Encoding, abc.ABC):
     """Base: x + p_k, p_0 the parameter `start`, and each next one the subclass's `step` from the one before."""
 
+    @abc.abstractmethod
     def step(self, params: Params, row: Float[Array, "D"], k: Int[Array, ""]) -> Float[Array, "D"]:
         """p_{k+1} from p_k."""
-        raise NotImplementedError
 
     def input(self, params: Params, embeddings, tokens: Tokens):
         cell = {name: param.astype(jnp.float32) for name, param in params.items()}

@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.checkpoint import load_model
 from nope_jax.cli import EvalArguments
 from nope_jax.config import Config, MeshConfig
-from nope_jax.data import load_corpus, load_tokenizer
+from nope_jax.data import load_corpus
 from nope_jax.evaluation import figures, table
 from nope_jax.evaluation.curves import measure
 from nope_jax.evaluation.files import keep_curve, kept_curve, write_curves, write_heads
 from nope_jax.evaluation.protocol import choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
-from nope_jax.evaluation.run import Run, encoding_name, run_names
+from nope_jax.evaluation.run import Run, encoding_name, newest_step, run_names
 from nope_jax.models import Decoder
 from nope_jax.sharding import make_mesh, place_batch
 
@@ -132,16 +132,7 @@ def find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -
     Raises:
         ValueError: no checkpoint, a tokenizer with more tokens than the model, or no length that the model can read.
     """
-    with Checkpointer(workdir, read_only=True) as checkpointer:
-        step = checkpointer.latest_step
-        if step is None:
-            raise ValueError(f"{workdir}: no checkpoint yet")
-    tokens = load_tokenizer(config.data.tokenizer).vocab_size
-    if tokens > config.model.vocab_size:
-        raise ValueError(
-            f"data.tokenizer {config.data.tokenizer!r} has {tokens} tokens, but {workdir} was trained with "
-            f"model.vocab_size {config.model.vocab_size}"
-        )
+    step = newest_step(workdir, config)
     train_length = config.model.train_length
     assert train_length is not None  # Config fills it in
     max_length = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length

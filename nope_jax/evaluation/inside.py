@@ -21,10 +21,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import Config
-from nope_jax.data import load_tokenizer
-from nope_jax.evaluation.run import encoding_name, run_names
+from nope_jax.evaluation.run import encoding_name, newest_step, run_names
 from nope_jax.models import Decoder
 from nope_jax.models.layers import rms_norm
 
@@ -101,15 +99,7 @@ def find_subjects(workdirs: Sequence[Path], overrides: Mapping[str, Any]) -> lis
     subjects = []
     for workdir, name in zip(workdirs, run_names(workdirs), strict=True):
         config = configs.override(configs.load(workdir), overrides)
-        with Checkpointer(workdir, read_only=True) as checkpointer:
-            if checkpointer.latest_step is None:
-                raise ValueError(f"{workdir}: no checkpoint yet")
-        tokens = load_tokenizer(config.data.tokenizer).vocab_size
-        if tokens > config.model.vocab_size:
-            raise ValueError(
-                f"data.tokenizer {config.data.tokenizer!r} has {tokens} tokens, but {workdir} was trained with "
-                f"model.vocab_size {config.model.vocab_size}"
-            )
+        newest_step(workdir, config)
         train_length = config.model.train_length
         assert train_length is not None  # Config fills it in
         limit = _max_length(config)

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from nope_jax.config import EncodingSpec
+from nope_jax.checkpoint import Checkpointer
+from nope_jax.config import Config, EncodingSpec
+from nope_jax.data import load_tokenizer
 from nope_jax.encodings import ENCODINGS, Wrapper
 from nope_jax.evaluation.curves import Curve
 
@@ -36,6 +38,25 @@ class Run:
     def longest(self) -> Curve | None:
         """The curve of the longest length measured so far."""
         return self.curves[max(self.curves)] if self.curves else None
+
+
+def newest_step(workdir: Path, config: Config) -> int:
+    """The step that a run was last saved at.
+
+    Raises:
+        ValueError: no checkpoint yet, or a tokenizer (which may be overridden) with more tokens than the model.
+    """
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        step = checkpointer.latest_step
+        if step is None:
+            raise ValueError(f"{workdir}: no checkpoint yet")
+    tokens = load_tokenizer(config.data.tokenizer).vocab_size
+    if tokens > config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer {config.data.tokenizer!r} has {tokens} tokens, but {workdir} was trained with "
+            f"model.vocab_size {config.model.vocab_size}"
+        )
+    return step
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:

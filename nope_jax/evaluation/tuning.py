@@ -34,7 +34,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.cli import EvalArguments
 from nope_jax.config import Config, EncodingSpec, MeshConfig, ModelConfig, TuneConfig
-from nope_jax.data import Corpus, load_corpus, load_tokenizer
+from nope_jax.data import Corpus, load_corpus
 from nope_jax.encodings import (
     DynamicNTKScaling,
     Encoding,
@@ -52,7 +52,7 @@ from nope_jax.encodings import (
 )
 from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.protocol import choose_documents
-from nope_jax.evaluation.run import encoding_name
+from nope_jax.evaluation.run import encoding_name, newest_step
 from nope_jax.models import Decoder, adopt_weights
 from nope_jax.sharding import make_mesh, place_batch, state_shardings
 
@@ -205,15 +205,7 @@ def _plan(options: EvalArguments) -> Job:
     config = configs.override(configs.load(workdir), options.overrides)
     if (options.out / "config.json").exists() or any((options.out / "checkpoints").glob("*")):
         raise ValueError(f"--out {options.out} holds a run already; choose another")
-    with Checkpointer(workdir, read_only=True) as checkpointer:
-        if checkpointer.latest_step is None:
-            raise ValueError(f"{workdir}: no checkpoint yet")
-    tokens = load_tokenizer(config.data.tokenizer).vocab_size
-    if tokens > config.model.vocab_size:
-        raise ValueError(
-            f"data.tokenizer {config.data.tokenizer!r} has {tokens} tokens, but {workdir} was trained with "
-            f"model.vocab_size {config.model.vocab_size}"
-        )
+    newest_step(workdir, config)
     max_length = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length
     if max_length is not None and lengths[-1] > max_length:
         raise ValueError(
