@@ -156,9 +156,13 @@ def test_wrappers(encoding):
 
 
 @slow
-@pytest.mark.parametrize("name", ["alibi", "forgetting", "cope"])
-def test_queries_behind_a_cache(name):
-    assert_mesh_changes_nothing(ENCODINGS[name](), {"data": 2, "tensor": 2, "sequence": 2}, operands(queries=4))
+@pytest.mark.parametrize(
+    "encoding",
+    # These queries see a hundred keys: a sum of as many gates, clipped late, is good to 1e-5 in any order.
+    [ENCODINGS["alibi"](), ENCODINGS["forgetting"](), ENCODINGS["cope"](num_positions=16)],
+)
+def test_queries_behind_a_cache(encoding):
+    assert_mesh_changes_nothing(encoding, {"data": 2, "tensor": 2, "sequence": 2}, operands(queries=4))
 
 
 @slow

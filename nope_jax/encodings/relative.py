@@ -106,8 +106,7 @@ class NEZHA(Shaw):
         return BlockValue(self._sinusoid_value, heads=())
 
     def _table(self, block: Block) -> Float[Array, "R H"]:
-        with jax.ensure_compile_time_eval():  # a constant, not computed in every block
-            return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), block.key.shape[-1])
+        return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), block.key.shape[-1])
 
     def _sinusoid_logit(self, _, block: Block):
         return self._logit(self._table(block), block)
