@@ -191,6 +191,21 @@ def test_what_lacks_parts_is_refused(config, small_parts, monkeypatch):
         prepare.prepare(config, workers=1)
 
 
+def test_what_a_run_has_tokenised_meanwhile_stays_as_the_run_reads_it(config, small_parts, monkeypatch):
+    read = []
+
+    def join(parts, tokens_file, itemsize, join=prepare._join):
+        tokens_file.write_bytes(b"the same tokens")
+        read.append(tokens_file.open("rb"))
+        return join(parts, tokens_file, itemsize)
+
+    monkeypatch.setattr(prepare, "_join", join)
+    prepare.prepare(config, workers=1)
+    for file in read:
+        with file:
+            assert file.read() == b"the same tokens"
+
+
 def test_of_two_processes_the_second_waits(config, small_parts, capsys):
     prepare.prepare(config, workers=1)
     expected = load_corpus(config, "train")

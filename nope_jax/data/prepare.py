@@ -116,17 +116,20 @@ def _tokenize_part(config: DataConfig, split: Split, indices: range, part: Path)
 def _join(parts: Sequence[Path], tokens_file: Path, itemsize: int) -> np.ndarray:
     """Appends the tokens of all parts to one file, deleting each that is in it; returns the offsets of all documents.
 
+    The file has another name until it is whole: a run may have tokenised a small split meanwhile and read its own.
+
     Raises:
         OSError: a file cannot be written, or parts are gone that are not in it.
     """
     offsets = [np.load(part.with_suffix(".npy"), mmap_mode="r") for part in parts]
     ends = np.cumsum([0, *(part[-1] for part in offsets)])
     joined = sum(not part.exists() for part in parts)  # by a process that was killed
-    with tokens_file.open("ab") as file:
+    joining = tokens_file.with_suffix(".joining")
+    if joined == len(parts) and not joining.exists() and tokens_file.exists():  # killed just before it was done
+        tokens_file.replace(joining)
+    with joining.open("ab") as file:
         if file.tell() < ends[joined] * itemsize:
-            raise OSError(
-                f"{tokens_file} lacks what parts held that are gone: remove {tokens_file.stem}.* and try again"
-            )
+            raise OSError(f"{joining} lacks what parts held that are gone: remove {tokens_file.stem}.* and try again")
         file.truncate(int(ends[joined]) * itemsize)
         for part in parts[joined:]:
             with part.open("rb") as source:
@@ -134,6 +137,7 @@ def _join(parts: Sequence[Path], tokens_file: Path, itemsize: int) -> np.ndarray
             file.flush()
             os.fsync(file.fileno())
             part.unlink()
+    joining.replace(tokens_file)
     return np.concatenate([[0], *(part[1:] + start for part, start in zip(offsets, ends, strict=False))])
 
 
