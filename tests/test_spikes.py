@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 from nope_jax.data import Batch
 from nope_jax.sharding import make_mesh
 from nope_jax.training import loop, step, train
-from nope_jax.training.optimizer import make_optimizer
+from nope_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from nope_jax.training.state import Skips, abstract_state
 from nope_jax.training.step import judge
 
@@ -167,6 +168,14 @@ def test_a_run_that_a_bad_step_stopped_can_go_on_without_it(config, tmp_path, mo
     train(config, tmp_path)
     assert lines(tmp_path)[-1]["step"] == 12
     assert 5 in [line["step"] for line in lines(tmp_path) if line.get("skipped_steps") == 1]
+
+
+@pytest.mark.slow
+def test_a_run_that_skips_no_more_knows_how_many_updates_it_has_made(config, run, tmp_path):
+    workdir = shutil.copytree(run, tmp_path / "copy")
+    train(override(config, STOP | {"train.steps": 13}), workdir)
+    learning_rate = learning_rate_schedule(config.optimizer, 13)(12 - len(skipped(run)))
+    np.testing.assert_allclose(lines(workdir)[-1]["learning_rate"], learning_rate, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -60,9 +60,9 @@ def train_step(
 
     Returns:
         The new state, with `loss` (nats per token) and `grad_norm` (global, unclipped) of the state given, and
-        `param_norm` (global) of the new one. If all three are finite, so is the new state. With `skip_bad` also
-        `skipped_steps` (all so far) and `skipped_in_a_row` (0 when this step was not); the new state is then finite if
-        `param_norm` is.
+        `param_norm` (global) of the new one. If all three are finite, so is the new state. Beside them `skipped_steps`
+        (all so far) and, with `skip_bad`, `skipped_in_a_row` (0 when this step was not); the new state is then finite
+        if `param_norm` is.
     """
     value_and_grad = jax.value_and_grad(lambda params, rows: total_nll(graphdef, params, rows, key))
     if accumulation == 1:
@@ -84,7 +84,8 @@ def train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        metrics |= {"skipped_steps": skips.total, "skipped_in_a_row": skips.in_a_row}
+        metrics["skipped_in_a_row"] = skips.in_a_row
+    metrics["skipped_steps"] = skips.total
     metrics["param_norm"] = optax.tree.norm(params)
     return TrainState(params, opt_state, skips), metrics
 
