@@ -4,15 +4,16 @@ The only module that knows orbax.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -29,10 +30,25 @@ from nope_jax.models import Decoder
 from nope_jax.paths import Location, location
 from nope_jax.sharding import abstract_on_mesh
 
-# Orbax reports its every move, and errors a second time; whatever goes wrong here is raised.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 PyTree = Any
+
+
+class _Reports(logging.Filter):
+    """Orbax reports its every move. Nothing of it is shown, since what goes wrong is raised; but see `wait`."""
+
+    refusal: BaseException | None = None
+    """The last error of the system that it reported."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error and _error_code(error):
+            self.refusal = error
+        return record.levelno >= logging.CRITICAL
+
+
+_reports = _Reports()
+logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").addFilter(_reports)
 
 
 def saved_steps(workdir: Location) -> list[int]:
@@ -56,6 +72,7 @@ class Checkpointer:
         self._directory = (folder.absolute() if isinstance(folder, Path) else folder) / "checkpoints"
         self._read_only = read_only
         self._saving: int | None = None
+        self._broken = False
         # Each process reads for itself and meets the others when it is done: one that fails keeps none waiting.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
@@ -76,7 +93,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if not self._broken:
+                self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -101,6 +119,8 @@ class Checkpointer:
         self.wait()
         items = {name: {"tree": tree, "checksum": _checksum(tree)} for name, tree in trees.items()}
         self._saving = step
+        _reports.refusal = None
+        _drop_late_complaints()
         with self._as_os_error(step):
             args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
@@ -114,7 +134,19 @@ class Checkpointer:
         if self._saving is not None:
             step, self._saving = self._saving, None
             with self._as_os_error(step):
+                # Where one of several processes cannot write, its orbax waits for the others and theirs for it, before
+                # the error is raised. It is reported at once.
+                while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+                    if _reports.refusal:
+                        self._broken = True
+                        raise _reports.refusal
+                    time.sleep(0.02)
                 self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises what `wait` would, if the save under way has failed already."""
+        if _reports.refusal:
+            self.wait()
 
     def restore(self, abstract: dict[str, PyTree], optional: Collection[str] = ()) -> tuple[int, dict[str, PyTree]]:
         """The newest checkpoint that all processes can read: its step and its trees.
@@ -180,17 +212,22 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
-            # A failed write reaches us as tensorstore's ValueError, which holds the code of the system's error.
-            match = re.search(r"os_error_code='(\d+)'", str(error))
-            code = error.errno if isinstance(error, OSError) else match and int(match[1])
+            code = _error_code(error)
             if code is None:
                 raise
-            _drop_late_complaints()
-            kept = max(self._manager.all_steps(read=True), default=None)
+            kept = max(saved_steps(self._directory.parent), default=None)
             still = "there is no earlier one" if kept is None else f"that of step {kept} is kept"
             raise OSError(
                 code, f"cannot save the checkpoint of step {step} ({os.strerror(code)}); {still}", str(self._directory)
             ) from error
+
+
+def _error_code(error: BaseException) -> int | None:
+    """That of the system, if it is the system that refused."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"os_error_code='(\d+)'", str(error))  # in tensorstore's ValueError, which a failed write becomes
+    return int(match[1]) if match else None
 
 
 def _told_by_process_0(step: int | None) -> int | None:
@@ -226,15 +263,16 @@ def _hushed() -> Iterator[None]:
         sys.excepthook, sys.unraisablehook = hooks
 
 
+@functools.cache
 def _drop_late_complaints() -> None:
     # The writes that a failed save leaves behind end later, each with a traceback: the event loop they knew is closed.
-    report = sys.excepthook
+    report = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":
-            report(kind, error, traceback)
+    def hook(complaint: "sys.UnraisableHookArgs") -> None:
+        if str(complaint.exc_value) != "Event loop is closed":
+            report(complaint)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> tuple[Config, Decoder, int]:

@@ -1,6 +1,7 @@
 """What a run survives: being killed at any moment, going on with other devices and processes."""
 
 import dataclasses
+import os
 import random
 import signal
 import subprocess
@@ -190,3 +191,91 @@ def test_a_run_goes_on_with_fewer_devices_and_more_processes(config, tmp_path):
         # The same rows in the same order, summed in another: float32.
         np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
     assert 17 in logged(moved, "loss")
+
+
+# A disk that refuses
+
+REFUSING = """
+import resource, sys
+from nope_jax import cli, distributed
+from nope_jax.training import loop
+
+config, workdir, _, place = cli.parse_train(sys.argv[2:])
+save = loop.Checkpointer.save
+
+def saving(self, step, trees):
+    if step == 8 and place.process_id == int(sys.argv[1]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+    save(self, step, trees)
+
+def run():
+    with distributed.joined(place, workdir):
+        loop.train(config, workdir)
+
+loop.Checkpointer.save = saving
+distributed.leave(cli.run(run))
+"""
+"""train.py, but that the process that comes first on its command line can write no larger files from step 8 on."""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_disk_that_refuses_one_process_ends_all_with_the_checkpoint_before(config, tmp_path, number):
+    train, workdir = command(config, tmp_path), tmp_path / "run"
+    arguments = [*train, str(workdir), "--mesh.data=1", "--mesh.fsdp=2", "--train.steps=10000"]
+    ended = Started(["-c", REFUSING, str(number), *arguments[1:]], processes=2, devices=1).wait(timeout=120)
+    assert [end.status for end in ended] == [2, 2], ended
+    said = "cannot save the checkpoint of step 8 (File too large); that of step 4 is kept"
+    assert f"{workdir}/checkpoints: {said}" in ended[number].output.splitlines()[-1]
+    assert f"error: process {number} of 2" in ended[1 - number].output.splitlines()[-1]
+    assert said in ended[1 - number].output.splitlines()[-1]
+    assert all("Traceback" not in end.output for end in ended)
+    assert newest(workdir) == 4
+    assert last_step(workdir) < 1000, "the run should end at once, not at the next save"
+
+    ended = Started([*arguments[:-1], "--train.steps=12"], processes=2, devices=1).wait()
+    assert [end.status for end in ended] == [0, 0], ended
+    assert checkpoints(workdir) == ["12", "8"]
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$1k none "$2" && cp -r "$3" "$2/run" || exit 77
+shift 3
+"$@"
+status=$?
+cp -r "$DISK/run" "$DISK.after"
+exit $status
+"""
+"""Mounts a disk of so many kB at a folder, copies a run there, runs a command, and copies what it left out again."""
+
+
+def test_a_disk_that_fills_keeps_the_last_checkpoint_and_room_lets_the_run_go_on(config, tmp_path):
+    train = command(config, tmp_path)
+    whole, begun, disk, left = (tmp_path / name for name in ("whole", "begun", "disk", "disk.after"))
+    [ended] = Started([*train, str(whole)], processes=1, devices=1).wait()
+    assert ended.status == 0, ended.output
+    [ended] = Started(["-c", STOPPING, "4", *train[1:], str(begun)], processes=1, devices=1).wait()
+    assert checkpoints(begun) == ["4"], ended.output
+
+    def kilobytes(folder: Path) -> int:
+        return sum(4 * -(-file.stat().st_size // 4096) for file in folder.rglob("*") if file.is_file())
+
+    disk.mkdir()
+    size = kilobytes(begun) + kilobytes(begun / "checkpoints") // 2  # what there is, and half of another checkpoint
+    script = ["unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", str(size), str(disk), str(begun)]
+    result = subprocess.run(
+        [*script, sys.executable, *train, str(disk / "run")],
+        cwd=ROOT,
+        env=os.environ | {"DISK": str(disk)},
+        text=True,
+        capture_output=True,
+    )
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip(f"no small disk can be mounted here: {result.stderr}")
+    assert result.returncode == 2, result.stderr
+    assert "No space left on device" in result.stderr
+    assert newest(left) == 4
+
+    [ended] = Started([*train, str(left)], processes=1, devices=1).wait()
+    assert ended.status == 0, ended.output
+    assert logged(left, "loss") == logged(whole, "loss")
+    assert checkpoints(left) == checkpoints(whole)

@@ -128,6 +128,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
                 with record.fetching(metrics["loss"]):
                     batch = place_batch(next(batches), mesh)
 
+            checkpointer.check()
             signum = agreed_stop(signals, step)
             stops = signum is not None and step < steps
             evaluates = step % config.train.eval_every == 0 or step == steps
