@@ -24,7 +24,7 @@ status=0
 # The first process that has saved and ended must not take the others down.
 srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" train.py "$@" || status=$?
 case $status in
-    0 | 1 | 2 | 130) exit "$status" ;;  # finished, diverged, bad input, interrupted by someone
+    0 | 1 | 2 | 4 | 130) exit "$status" ;;  # finished, an error to look at, bad input, diverged, interrupted
 esac
 echo "stopped with status $status; back into the queue" >&2
 scontrol requeue "$SLURM_JOB_ID"

@@ -75,8 +75,8 @@ while true; do
     fi
     case $status in
         0) exit 0 ;;
-        2 | 130) exit "$status" ;;  # bad input stays bad; someone pressed Ctrl-C there
-        1) if [[ $(state) == ACTIVE ]]; then exit 1; fi ;;  # diverged, and not only gcloud without its slice
+        2 | 4 | 130) exit "$status" ;;  # bad input, divergence, or someone pressed Ctrl-C there
+        1) if [[ $(state) == ACTIVE ]]; then exit 1; fi ;;  # an error to look at, and not gcloud without its slice
     esac
     echo "stopped with status $status; starting again" >&2
     sleep "$wait"

@@ -36,15 +36,16 @@ from nope_jax.config import (
     unknown,
     wanted,
 )
-from nope_jax.distributed import Place
+from nope_jax.distributed import DIVERGED, Place
 from nope_jax.paths import Location, location, on_disk
 
 
 def run(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit status; what goes wrong is one line on stderr.
 
-    0 done; 1 diverged; 2 bad input, or a file system that refuses; 128 + n stopped by signal n (130 is Ctrl-C). A
-    process of a run of several may end with 3, see `nope_jax.distributed`.
+    0 done; 1 an error that nobody foresaw, with its traceback; 2 bad input, or a file system that refuses; 4 diverged;
+    128 + n stopped by signal n (130 is Ctrl-C). A process of a run of several may end with 3, see
+    `nope_jax.distributed`.
     """
     _keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -54,7 +55,7 @@ def run(command: Callable[[], None]) -> int:
         print(stop if stop.args else "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except FloatingPointError as error:
-        return _fail(str(error), status=1)
+        return _fail(str(error), status=DIVERGED)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status=2)
     except ValueError as error:

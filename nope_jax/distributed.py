@@ -23,7 +23,10 @@ from typing import Any, NamedTuple, NoReturn
 from nope_jax.paths import Location
 
 PEER_LOST = 3
-"""The exit status of a process that ends because another one did."""
+"""The exit status of a process that ends because another one is gone."""
+
+DIVERGED = 4
+"""The exit status of a run whose loss or gradient is not finite."""
 
 OWN_END = 10.0
 """Seconds that a process has to end by itself when another has: mostly they end for the same reason."""
@@ -84,7 +87,7 @@ def joined(place: Place, workdir: Location) -> Iterator[None]:
 
     The environments that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes jobs) are asked where `place` says nothing.
     While the context lasts, the death of any process ends this one with status PEER_LOST and a line that says which;
-    its end by an error that would come again (bad input, divergence), with the status of that.
+    its end by an error that would come again (bad input, divergence, a mistake in the program), with its status.
 
     Args:
         place: what was given on the command line.
@@ -123,10 +126,16 @@ def joined(place: Place, workdir: Location) -> Iterator[None]:
 
 
 def _status(error: BaseException) -> int:
+    import jax
+
     """The exit status of the others where one ends by an error: that of the error itself, if it would come again."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return PEER_LOST  # of a device, or of what connects them
     if isinstance(error, FloatingPointError):
-        return 1
-    return 2 if isinstance(error, (ValueError, OSError)) else PEER_LOST
+        return DIVERGED
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "signum", signal.SIGINT)
+    return 2 if isinstance(error, (ValueError, OSError)) else 1
 
 
 def leave(status: int) -> NoReturn:

@@ -241,7 +241,15 @@ def test_a_process_that_ends_by_an_error_of_its_own_tells_the_others(watched, nu
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(FloatingPointError(), 1), (ValueError(), 2), (OSError(), 2), (RuntimeError(), PEER_LOST)],
+    [
+        (FloatingPointError(), distributed.DIVERGED),
+        (ValueError(), 2),
+        (OSError(), 2),
+        (TypeError(), 1),
+        (KeyboardInterrupt(), 130),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: a link is down"), PEER_LOST),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1),
+    ],
 )
 def test_only_an_error_that_would_come_again_keeps_its_status_on_the_others(error, status):
     assert distributed._status(error) == status

@@ -115,9 +115,10 @@ def test_a_slice_is_made_and_every_host_runs_the_same(run, tmp_path):
         (["ACTIVE"], [143, 3, 255, 0], 0, 4 * ["scp", "train"]),
         (["ACTIVE", "SUSPENDED", "ABSENT", "ACTIVE"], [1, 0], 0, ["scp", "train", "delete", "create", "scp", "train"]),
         (["ACTIVE"], [1], 1, ["scp", "train"]),
+        (["ACTIVE"], [4], 4, ["scp", "train"]),
         (["ACTIVE"], [2], 2, ["scp", "train"]),
     ],
-    ids=["stopped and saved, a peer lost, no connection", "taken away", "diverged", "bad input"],
+    ids=["stopped and saved, a peer lost, no connection", "taken away", "an error", "diverged", "bad input"],
 )
 def test_a_slice_goes_on_after_what_can_be_mended(run, tmp_path, states, statuses, ends, does):
     # A slice that is taken away is seen twice: when train.py ends with it, and when it is asked for again.
@@ -140,7 +141,9 @@ def test_a_dry_run_calls_nothing(run):
 # SLURM
 
 
-@pytest.mark.parametrize(("ended", "status", "requeued"), [(0, 0, 0), (1, 1, 0), (2, 2, 0), (143, 0, 1), (3, 0, 1)])
+@pytest.mark.parametrize(
+    ("ended", "status", "requeued"), [(0, 0, 0), (1, 1, 0), (2, 2, 0), (4, 4, 0), (143, 0, 1), (3, 0, 1)]
+)
 def test_slurm_goes_back_into_the_queue(run, ended, status, requeued):
     programs = {"srun": f"exit {ended}", "scontrol": ""}
     found, calls = run("slurm.sh", "--config", "a b.py", programs=programs, SLURM_JOB_ID="7", PYTHON="python")
@@ -203,7 +206,7 @@ def test_the_jobset_is_one():
     (container,) = pod["containers"]
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # which podFailurePolicy takes
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1, 2]}
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1, 2, 4]}
     # A host per process: as many as the chips of the topology need.
     chips = 1
     for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
