@@ -159,21 +159,28 @@ def auto_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.explicit_axes:
-            return function(*args, **kwargs)
         leaves, structure = jax.tree.flatten((args, kwargs))
+        meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves if isinstance(leaf, jax.Array)]
+        meshes = [mesh for mesh in (jax.sharding.get_abstract_mesh(), *meshes) if mesh.explicit_axes]
+        if not meshes:
+            return function(*args, **kwargs)
+        mesh = meshes[0]
         with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
-            leaves = [_reshard(x, {}) if isinstance(x, jax.Array | np.ndarray) else x for x in leaves]
+            leaves = [
+                jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if isinstance(x, jax.Array | np.ndarray) else x
+                for x in leaves
+            ]
             args, kwargs = jax.tree.unflatten(structure, leaves)
             results = function(*args, **kwargs)
-        return jax.tree.map(lambda x: _reshard(x, {axis: mesh.shape[axis] for axis in mesh.explicit_axes}), results)
+        sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
+
+        def placed(x: jax.Array) -> jax.Array:
+            spec = _fitting(_RESULTS.get(x.ndim, (None,) * x.ndim), x.shape, sizes)
+            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, results)
 
     return wrapped
-
-
-def _reshard(x: jax.Array | np.ndarray, sizes: Mapping[str, int]) -> jax.Array:
-    return jax.sharding.reshard(x, _fitting(_RESULTS.get(x.ndim, (None,) * x.ndim), x.shape, sizes))
 
 
 # The state and its batches

@@ -1,5 +1,6 @@
 """Attention over a mesh is the attention of one device: run by test_ring.py, in a process with eight CPU devices."""
 
+import contextlib
 import functools
 import re
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from test_every_encoding import IN_ATTENTION
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import Decoder, ModelConfig, attention
 from nope_jax.attention import dot_product_attention, encoded_attention
 from nope_jax.config import MeshConfig
 from nope_jax.encodings import ENCODINGS, BlockLogit, LogN, Sizes, Windowed
@@ -147,6 +148,30 @@ def test_a_ring_sees_what_one_device_sees(case, name):
 @pytest.mark.parametrize("name", ["nope", "kerple", "cope"])
 def test_shares_that_have_no_halves_and_halves_that_are_no_whole_blocks(name, length):
     assert_mesh_changes_nothing(ENCODINGS[name](), RING, operands(length, length))
+
+
+@pytest.mark.parametrize("name", ["rope", *(pytest.param(name, marks=slow) for name in ("nope", "alibi", "cope"))])
+@pytest.mark.parametrize("in_context", [False, pytest.param(True, marks=slow)])
+def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, in_context):
+    function = getattr(attention, f"{name}_attention")
+    keywords = {"embeddings": 0.3 * draw(16, H)} if name == "cope" else {}
+
+    def loss(query, key, value):
+        out, stats = function(query, key, value, **keywords, implementation="streaming", return_stats=True)
+        return (out**2).sum() + stats.entropy.sum(), (out, stats.entropy)
+
+    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    arrays = operands()[:3]
+    (_, wanted), wanted_gradient = compute(*arrays)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"))  # Explicit, unless told otherwise
+    placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "sequence", "tensor"))) for x in arrays]
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        (_, values), gradient = compute(*placed)
+        without_jit = function(*placed, **keywords)
+    jax.tree.map(assert_close, (*values, without_jit), (*wanted, wanted[0]))
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), gradient, wanted_gradient)
+    assert values[0].sharding.spec == PartitionSpec("data", "sequence", "tensor", None)
+    assert values[1].sharding.spec == PartitionSpec("data", "tensor", "sequence")
 
 
 @slow

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from nope_jax.attention.reference import reference_attention
-from nope_jax.attention.ring import ring_size, spread_attention
+from nope_jax.attention.ring import ring_size, spread_attention, with_explicit_axes
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
 from nope_jax.attention.visibility import Visibility
@@ -48,6 +48,7 @@ class AttentionStats(NamedTuple):
     """ln Σ e^logit; -inf in a row that sees no key."""
 
 
+@with_explicit_axes
 def dot_product_attention(
     query: Shaped[Array, "B T N H"],
     key: Shaped[Array, "B S K H"],
@@ -72,8 +73,8 @@ def dot_product_attention(
 ) -> Any:
     """softmax(temperature · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
 
-    Under a mesh in context (`jax.set_mesh`) with axes of type Auto it is spread over its devices, as
-    `nope_jax.attention.ring` says. Arrays on a mesh with Explicit axes it takes within `jax.sharding.auto_axes` alone.
+    Under a mesh in context (`jax.set_mesh`), or with arrays on one of Explicit axes, it is spread over the mesh's
+    devices, as `nope_jax.attention.ring` says.
 
     Args:
         query: Queries.

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from nope_jax.attention.dot_product import check_arrays, check_reach, dot_product_attention, per_token
+from nope_jax.attention.ring import with_explicit_axes
 from nope_jax.attention.visibility import positions_or_default
 from nope_jax.encodings import (
     FIRE,
@@ -42,6 +43,7 @@ from nope_jax.encodings import (
 from nope_jax.encodings.temperature import temperature_product
 
 
+@with_explicit_axes
 def encoded_attention(
     encoding: Encoding,
     params: Params,
@@ -100,10 +102,12 @@ def encoded_attention(
 def _attention_function(function):
     """Check the arrays first, and spell out **common in the signature, which Flax's modules and readers look at."""
 
+    explicit = with_explicit_axes(function)
+
     @functools.wraps(function)
     def checked(query, key, value, **keywords):
         check_arrays(query, key, value)
-        return function(query, key, value, **keywords)
+        return explicit(query, key, value, **keywords)
 
     own = inspect.signature(function)
     common = inspect.signature(dot_product_attention).parameters.values()

@@ -20,14 +20,15 @@ P parts that a device's share of the sequence is cut into (two halves, or one), 
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention.visibility import Visibility
@@ -39,6 +40,35 @@ BATCH, LENGTH, HEADS = ("data", "fsdp"), "sequence", "tensor"
 
 Results = tuple[Shaped[Array, "B T N H"], Float[Array, "B N T"], Float[Array, "B N T"]]
 """Output, entropy and logsumexp."""
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def with_explicit_axes(function: _Function) -> _Function:
+    """An attention function, for arrays on a mesh with Explicit axes too (what `jax.make_mesh` makes).
+
+    Within it the axes are Auto. Arrays come in from wherever they are, and results go out split as the query was.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **keywords: Any) -> Any:
+        query = signature.bind_partial(*args, **keywords).arguments.get("query")
+        mesh = jax.typeof(query).sharding.mesh if isinstance(query, jax.Array) else None
+        if mesh is None or not mesh.explicit_axes:
+            return function(*args, **keywords)
+        batch, length, heads, _ = jax.typeof(query).sharding.spec
+        split = {4: PartitionSpec(batch, length, heads, None), 3: PartitionSpec(batch, heads, length)}
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
+            args, keywords = jax.tree.map(
+                lambda x: jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if isinstance(x, jax.Array) else x,
+                (args, keywords),
+            )
+            results = function(*args, **keywords)
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, split[x.ndim])), results)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def ring_size() -> int:
