@@ -165,7 +165,8 @@ class Checkpointer:
         with _hushed():
             steps = sorted(self._reader.all_steps(read=True), reverse=True)
             while (step := _told_by_process_0(next((s for s in steps if s not in unreadable), None))) is not None:
-                left_out = {name for name in optional if not (self._directory / str(step) / name).exists()}
+                saved = {name: (self._directory / str(step) / name).exists() for name in optional}
+                left_out = {name for name, exists in saved.items() if not _told_by_process_0(int(exists))}
                 trees, reason = self._read(step, {name: abstract[name] for name in abstract if name not in left_out})
                 if reason is None:
                     break

@@ -198,7 +198,8 @@ def _restore(
 def _donor(config: Config, workdir: Location, mesh: Mesh) -> Decoder | None:
     """The decoder whose weights a run that has saved nothing yet starts from."""
     source = config.train.start_from
-    if source is None or saved_steps(workdir):
+    # As process 0 sees the workdir: all must read the donor together, or none.
+    if source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
         return None
     _, donor, _ = load_model(source, mesh)
     try:
