@@ -69,11 +69,18 @@ def cells() -> list[Cell]:
 
 
 def meshes(cell: Cell) -> list[MeshConfig]:
-    """The meshes worth trying: each chip has all parameters where they fit; all share them; some share heads, too."""
-    shape, _, _ = cell
+    """The meshes worth trying.
+
+    All chips share the parameters; or each has them all, where they fit; or those along one dimension of the slice
+    share them, where that fits; or some share the heads, too.
+    """
+    shape, _, where = cell
+    sharing = MeshConfig(data=1, fsdp=-1)
     if shape == "125 M":
-        return [MeshConfig(data=-1), MeshConfig(data=1, fsdp=-1)]
-    return [MeshConfig(data=1, fsdp=-1), MeshConfig(data=1, fsdp=-1, tensor=4)]
+        return [MeshConfig(), sharing]
+    if shape == "1 B":
+        return [sharing, MeshConfig(data=int(where.partition(":")[2].partition("x")[0]), fsdp=-1)]
+    return [sharing, MeshConfig(data=1, fsdp=-1, tensor=4)]
 
 
 def configs(cell: Cell, mesh: MeshConfig) -> Iterator[Config]:
@@ -97,7 +104,8 @@ def reckoned(config: Config, chips: int, rows: int) -> float:
     heads = (model.head_dim or d // model.num_heads) * (model.num_heads + (model.num_kv_heads or model.num_heads))
     layer = 2 * d * heads + (3 if model.mlp == "gated" else 2) * d * f
     weights = layers * layer + 2 * model.vocab_size * d
-    state = (12 + 2 * 4) * weights / (chips if mesh.fsdp == -1 else mesh.tensor)  # and gradients, twice for a moment
+    parts = chips // mesh.data if mesh.fsdp == -1 else mesh.tensor
+    state = (12 + 2 * 4) * weights / parts  # and gradients, twice for a moment
     gathered = 3 * 2 * max(layer, model.vocab_size * d) / mesh.tensor
     kept = 2 * layers * tokens * d
     within = tokens * (2 * 8 * d + (2 * 6 * f + 4 * 3 * model.vocab_size) / mesh.tensor)

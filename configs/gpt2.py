@@ -7,7 +7,7 @@ The second is GPT-2 but for RMSNorm without biases. The vocabulary of 50,257 is 
 accelerators multiply faster. Steps of 0.5 M tokens, learning rate and warm-up are those of nanoGPT's reproduction
 (github.com/karpathy/nanoGPT), here for 10 B tokens.
 
-Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.data 1 --mesh.fsdp -1. Activations
+Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.fsdp -1. Activations
 grow with the rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2,
 2026-11-20) each needs 5.3 of its 16 GiB.
 

@@ -39,5 +39,5 @@ def get_config() -> Config:
         ),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000),
         train=TrainConfig(steps=100_000, log_every=10, checkpoint_every=1000, eval_every=1000, eval_batches=4),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(fsdp=-1),
     )

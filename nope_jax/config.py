@@ -120,10 +120,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; their product is the number of devices. At most one may be -1: what the others leave."""
+    """Devices per mesh axis; their product is the number of devices. One may be -1, for what the others leave."""
 
     data: int = -1
-    """Split the rows of a batch; each keeps all parameters."""
+    """Split the rows of a batch; each keeps all parameters. Where another axis is -1, too, this one is 1."""
     fsdp: int = 1
     """Split the rows, and parameters, gradients and optimizer state along model_dim."""
     tensor: int = 1
@@ -294,9 +294,9 @@ def _check(config: Config) -> None:
     for axis, size in mesh.items():
         if size < 1 and size != -1:
             raise ValueError(f"mesh.{axis} must be at least 1, or -1 for what the other axes leave, not {size}")
-    if list(mesh.values()).count(-1) > 1:
-        several = ", ".join(axis for axis in mesh if mesh[axis] == -1)
-        raise ValueError(f"mesh: at most one axis may be -1, not {several} (mesh.data is, unless it is given)")
+    several = [axis for axis in mesh if mesh[axis] == -1 and axis != "data"]
+    if len(several) > 1:
+        raise ValueError(f"mesh: at most one axis may be -1, not {', '.join(several)}")
     for name, path in [
         ("data.source", data.source.removeprefix("text:") if data.source.startswith("text:") else ""),
         ("data.dir", data.dir or ""),

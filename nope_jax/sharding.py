@@ -51,11 +51,15 @@ PARAMETER_RULES: Mapping[str, Rules] = MappingProxyType(
 def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (all there are, when None) with the axes data, fsdp, tensor and sequence.
 
+    One axis may be -1, for what the others leave; data is 1 where another is.
+
     Raises:
-        ValueError: the product of the axes, of which one may be -1 for what the others leave, is not that number.
+        ValueError: the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
+    if shape.count(-1) > 1 and shape[0] == -1:
+        shape[0] = 1
     if shape.count(-1) == 1:
         others = -math.prod(shape)
         shape[shape.index(-1)] = len(devices) // max(1, others)

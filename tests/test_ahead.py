@@ -58,7 +58,8 @@ def test_every_cell_of_the_table_has_runs_that_divide_over_its_slice():
         for mesh in pods.meshes(cell):
             tried = list(pods.configs(cell, mesh))
             sizes = {axis: getattr(mesh, axis) for axis in AXES}
-            sizes = {axis: chips // mesh.tensor if size == -1 else size for axis, size in sizes.items()}
+            rest = chips // math.prod(size for size in sizes.values() if size != -1)
+            sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
             for config in tried:
                 check_fits(config, jax.sharding.AbstractMesh(tuple(sizes.values()), AXES))
             rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]

@@ -182,7 +182,7 @@ def test_load_of_no_workdir(tmp_path):
         ({"optimizer.accumulation": 3}, "optimizer.accumulation 3 must divide data.batch_size 32"),
         ({"eval.stride": 0}, "eval.stride must be at least 1, not 0"),
         ({"mesh.fsdp": 0}, "mesh.fsdp must be at least 1, or -1 for what the other axes leave, not 0"),
-        ({"mesh.fsdp": -1}, "mesh: at most one axis may be -1, not data, fsdp"),
+        ({"mesh.fsdp": -1, "mesh.tensor": -1}, "mesh: at most one axis may be -1, not fsdp, tensor"),
         ({"model.widht": 3}, "unknown field model.widht: did you mean model."),
     ],
 )

@@ -40,11 +40,26 @@ def test_minus_one_takes_what_the_other_axes_leave():
 
 
 @pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"tensor": 2}, (4, 1, 2, 1)),
+        ({"fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)),
+        ({"fsdp": 2, "sequence": -1}, (1, 2, 1, 4)),
+    ],
+)
+def test_one_axis_takes_what_the_others_leave_of_eight_devices(monkeypatch, axes, shape):
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: shape)
+    assert make_mesh(MeshConfig(**axes), devices=range(8)) == shape
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (MeshConfig(data=2), "data 2 x fsdp 1 .* 1 device"),
         (MeshConfig(fsdp=2), "fsdp 2 .* 1 device"),
-        (MeshConfig(fsdp=-1), "data -1 x fsdp -1 .* 1 device"),
+        (MeshConfig(fsdp=-1, tensor=-1), "fsdp -1 x tensor -1 .* 1 device"),
         (MeshConfig(tensor=0), "tensor 0 .* 1 device"),
     ],
 )
