@@ -273,6 +273,21 @@ def test_remedies_are_those_not_taken_yet():
     assert said == "a larger slice or one of chips with more memory"
 
 
+def test_memory_is_the_peak_and_the_program_itself():
+    # 12 bytes of temporaries, 5 of which in the place of what was given.
+    stats = types.SimpleNamespace(
+        argument_size_in_bytes=10,
+        temp_size_in_bytes=12,
+        output_size_in_bytes=8,
+        alias_size_in_bytes=7,
+        peak_memory_in_bytes=17,
+        generated_code_size_in_bytes=1,
+    )
+    program = types.SimpleNamespace(memory_analysis=lambda: stats)
+    memory = ahead._memory(program, Memory(parameters=3, optimizer=5, temporaries=0, other=0))
+    assert memory == Memory(parameters=3, optimizer=5, temporaries=7, other=3)
+
+
 def test_an_estimate_in_words():
     config = override(Config(), {"data.batch_size": 32, "data.context_length": 1000})
     memory = Memory(parameters=2**30, optimizer=2**31, temporaries=2**32, other=2**20)

@@ -117,14 +117,14 @@ def test_streaming_is_reference_for_any_positions_segments_and_mask(name, seed):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=12, derandomize=True, deadline=None)
 def test_streaming_is_reference_for_any_shapes(name, data):
-    keys = data.draw(st.integers(1, 40), label="keys")
+    encoding = encoding_of(name)
+    keys = data.draw(st.integers(1, encoding.max_length(SIZES) or 40), label="keys")
     queries = data.draw(st.integers(1, keys), label="queries")
     common = {
         "window": data.draw(st.none() | st.integers(1, 30), label="window"),
         "chunk_size": data.draw(st.none() | st.integers(1, 30), label="chunk_size"),
         "is_causal": data.draw(st.booleans(), label="is_causal"),
     }
-    encoding = encoding_of(name)
     arrays, params = operands(0, queries, keys), parameters(encoding)
 
     def run(implementation):
@@ -132,9 +132,16 @@ def test_streaming_is_reference_for_any_shapes(name, data):
             out, stats = attend(encoding, params, *arrays, **common, implementation=implementation, return_stats=True)
             return (out**2).sum() + stats.entropy.sum(), (out, *stats)
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, arrays)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, arrays)
 
-    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), run("streaming"), run("reference"))
+    (values, gradient), (wanted, wanted_gradient) = run("streaming"), run("reference")
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), values, wanted)
+    # Where every query sees one key, some gradients are nothing but rounding: all are measured by the largest.
+    largest = max(jnp.abs(array).max() for array in jax.tree.leaves(wanted_gradient))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5 * largest), gradient, wanted_gradient
+    )
+    jax.clear_caches()  # the system lets a process map a number of programs, and these are many
 
 
 @pytest.mark.parametrize("name", others_slow(KINDS))

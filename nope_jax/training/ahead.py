@@ -222,9 +222,10 @@ def _bytes(tree: Any) -> int:
 def _memory(program: jax.stages.Compiled, kept: Memory) -> Memory:
     stats = program.memory_analysis()
     assert stats is not None
-    # What is returned takes the place of what is given, except for the metrics.
-    beside = stats.argument_size_in_bytes - kept.total + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return kept._replace(temporaries=stats.temp_size_in_bytes, other=beside + stats.generated_code_size_in_bytes)
+    given = stats.argument_size_in_bytes
+    # Not the size of all temporaries: some take the place of what was given, when that has been read.
+    temporaries = stats.peak_memory_in_bytes - given
+    return kept._replace(temporaries=temporaries, other=given - kept.total + stats.generated_code_size_in_bytes)
 
 
 def _shortage(message: str, kept: Memory) -> str:
