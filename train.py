@@ -3,8 +3,9 @@
     python train.py --config configs/tiny.py --workdir runs/nope --model.encoding nope --train.steps 500
 
 Every field of the config is an option by its dotted name; --help lists them. The workdir receives config.json,
-metrics.jsonl (its fields: nope_jax/training/metrics.py) and checkpoints/. Exit status: 0 finished, 2 bad input, 3
-another process of the run died, 4 diverged, 130 (Ctrl-C) or 143 (SIGTERM) stopped and saved.
+metrics.jsonl (its fields: nope_jax/training/metrics.py) and checkpoints/. Exit status: 0 finished, 1 an error
+that nobody foresaw, 2 bad input, 3 another process of the run died, 4 diverged, 130 (Ctrl-C) or 143 (SIGTERM) stopped
+and saved.
 
 The same command on every host trains on all of them: on Cloud TPU slices, under SLURM and Open MPI, and in Kubernetes
 jobs (`pip install kubernetes`) each finds out which process it is; elsewhere say

@@ -37,12 +37,11 @@ class _Reports(logging.Filter):
     """Orbax reports its every move. Nothing of it is shown, since what goes wrong is raised; but see `wait`."""
 
     refusal: BaseException | None = None
-    """The last error of the system that it reported."""
+    """The last error that it reported."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if error and _error_code(error):
-            self.refusal = error
+        if record.exc_info and "orbax" in record.pathname:
+            self.refusal = record.exc_info[1]
         return record.levelno >= logging.CRITICAL
 
 
@@ -85,6 +84,8 @@ class Checkpointer:
                 self._directory,
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             )
+            # It would ask JAX, late and in a thread, for a step that is past, and JAX would count on from there.
+            self._manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
 
     def __enter__(self) -> Self:
         return self
@@ -123,10 +124,14 @@ class Checkpointer:
         _drop_late_complaints()
         with self._as_os_error(step):
             args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            try:
+                self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            except BaseException:
+                self._saving, self._broken = None, jax.process_count() > 1
+                raise
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until what was saved is on disk. That an old checkpoint cannot be removed then is a warning.
 
         Raises:
             OSError: it could not be written; the checkpoints before are as they were.
@@ -141,7 +146,13 @@ class Checkpointer:
                         self._broken = True
                         raise _reports.refusal
                     time.sleep(0.02)
-                self._manager.wait_until_finished()
+                try:
+                    self._manager.wait_until_finished()
+                except OSError as error:
+                    if step not in saved_steps(self._directory.parent):
+                        raise
+                    _reports.refusal = None
+                    warnings.warn(f"{self._directory}: cannot remove an old checkpoint ({error})", stacklevel=2)
 
     def check(self) -> None:
         """Raises what `wait` would, if the save under way has failed already."""

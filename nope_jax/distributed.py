@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -117,25 +118,34 @@ def joined(place: Place, workdir: Location) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _is_of_the_system(error):
             watch.wait_for_verdict()  # a collective that fails is how one learns of a death first
         watch.leave(f"{type(error).__name__}: {error}", _status(error))
-        atexit.register(_exit, 1)  # before JAX's own, which waits for the others
+        atexit.register(_exit, _status(error))  # before JAX's own, which waits for the others
         raise
     watch.leave(None)
 
 
 def _status(error: BaseException) -> int:
-    import jax
-
-    """The exit status of the others where one ends by an error: that of the error itself, if it would come again."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        return PEER_LOST  # of a device, or of what connects them
+    """The exit status of all where one ends by an error: that of the error itself, if it would come again."""
+    if _is_of_the_system(error):
+        return PEER_LOST
     if isinstance(error, FloatingPointError):
         return DIVERGED
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "signum", signal.SIGINT)
     return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    """Whether it is of a device, or of what connects them."""
+    import jax
+
+    # Some collectives of CPUs raise ValueError, with the same text.
+    raised_by_jax = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
+    )
+    return raised_by_jax and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def leave(status: int) -> NoReturn:
@@ -352,7 +362,7 @@ class _Watch:
 
     def wait_for_verdict(self) -> None:
         """Gives the thread the time to end the process, if another one is gone."""
-        time.sleep(OWN_END)
+        time.sleep(OWN_END + 5)  # longer than the thread gives it
 
     def _run(self) -> None:
         left = set()
@@ -393,11 +403,17 @@ class _Watch:
         if status != PEER_LOST:  # it would come again
             os.write(sys.stderr.fileno(), f"error: {what}\n".encode())
             os._exit(status)
-        goes_on = "it goes on from its last checkpoint"
+        goes_on = ["it goes on from its last checkpoint"]
+
+        def look(workdir: Path) -> None:
+            saved = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
+            goes_on.append(f"it goes on from step {max(saved)}" if saved else "nothing is saved yet, it starts anew")
+
         if isinstance(self._workdir, Path):  # a bucket might keep us waiting
-            saved = [int(entry.name) for entry in (self._workdir / "checkpoints").glob("*") if entry.name.isdigit()]
-            goes_on = f"it goes on from step {max(saved)}" if saved else "nothing is saved yet, it starts anew"
-        advice = f"start the same command again on all {self._found.num_processes}: {goes_on}"
+            looking = threading.Thread(target=look, args=(self._workdir,), daemon=True)
+            looking.start()
+            looking.join(5)  # so might a disk that the host had that is gone
+        advice = f"start the same command again on all {self._found.num_processes}: {goes_on[-1]}"
         os.write(sys.stderr.fileno(), f"error: {what}; {advice}\n".encode())
         os._exit(PEER_LOST)
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and never silently wrong."""
 
+import errno
 import gc
 import resource
 import shutil
@@ -111,6 +112,21 @@ def test_a_full_disk_is_one_os_error_and_the_last_good_checkpoint_stays(workdir)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_restores(workdir, 30)
     gc.collect()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(workdir, monkeypatch):
+    def busy(*_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with Checkpointer(workdir, keep=2) as checkpointer:
+        monkeypatch.setattr(checkpointer._manager._checkpoint_deleter, "delete_steps", busy)
+        checkpointer.save(40, trees(40))
+        with pytest.warns(UserWarning, match="cannot remove an old checkpoint .*Directory not empty"):
+            checkpointer.wait()
+        checkpointer.check()
+        monkeypatch.undo()
+        checkpointer.save(50, trees(50))
+    assert_restores(workdir, 50)
 
 
 def test_no_checkpoint_is_refused(tmp_path):

@@ -246,8 +246,9 @@ def test_a_process_that_ends_by_an_error_of_its_own_tells_the_others(watched, nu
         (ValueError(), 2),
         (OSError(), 2),
         (TypeError(), 1),
-        (KeyboardInterrupt(), 130),
+        (KeyboardInterrupt("SIGINT: stopped at step 3 and saved"), 130),
         (jax.errors.JaxRuntimeError("UNAVAILABLE: a link is down"), PEER_LOST),
+        (ValueError("UNKNOWN: Gloo AllGather failed"), PEER_LOST),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1),
     ],
 )

@@ -214,7 +214,7 @@ def test_the_jobset_is_one():
     hosts = chips // container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == hosts
     assert container["command"] == ["python", "train.py"]
-    assert set(cli._given(container["args"])) == {"config", "workdir"}
+    assert set(cli._given(container["args"])) == {"config", "workdir", "join_timeout"}
     assert (ROOT / container["args"][0].partition("=")[2]).is_file()
 
 

@@ -1,6 +1,7 @@
 """What a run survives: being killed at any moment, going on with other devices and processes."""
 
 import dataclasses
+import errno
 import os
 import random
 import signal
@@ -196,17 +197,24 @@ def test_a_run_goes_on_with_fewer_devices_and_more_processes(config, tmp_path):
 # A disk that refuses
 
 REFUSING = """
-import resource, sys
+import errno, os, resource, sys
 from nope_jax import cli, distributed
 from nope_jax.training import loop
 
-config, workdir, _, place = cli.parse_train(sys.argv[2:])
+number, error, *arguments = sys.argv[1:]
+config, workdir, _, place = cli.parse_train(arguments)
 save = loop.Checkpointer.save
 
 def saving(self, step, trees):
-    if step == 8 and place.process_id == int(sys.argv[1]):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+    if step == 8 and place.process_id == int(number):
+        if error == "EFBIG":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+        else:
+            self._manager._checkpointer.save = refuse
     save(self, step, trees)
+
+def refuse(*_, **__):
+    raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
 
 def run():
     with distributed.joined(place, workdir):
@@ -215,16 +223,18 @@ def run():
 loop.Checkpointer.save = saving
 distributed.leave(cli.run(run))
 """
-"""train.py, but that the process that comes first on its command line can write no larger files from step 8 on."""
+"""train.py, but that the save of step 8 fails in one process, with an error: both come first on its command line.
+
+It fails while it writes (EFBIG) or before it begins (any other)."""
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_disk_that_refuses_one_process_ends_all_with_the_checkpoint_before(config, tmp_path, number):
+@pytest.mark.parametrize(("number", "error"), [(0, "EFBIG"), (1, "EFBIG"), (0, "EIO"), (1, "EIO")])
+def test_a_disk_that_refuses_one_process_ends_all_with_the_checkpoint_before(config, tmp_path, number, error):
     train, workdir = command(config, tmp_path), tmp_path / "run"
     arguments = [*train, str(workdir), "--mesh.data=1", "--mesh.fsdp=2", "--train.steps=10000"]
-    ended = Started(["-c", REFUSING, str(number), *arguments[1:]], processes=2, devices=1).wait(timeout=120)
+    ended = Started(["-c", REFUSING, str(number), error, *arguments[1:]], processes=2, devices=1).wait(timeout=120)
     assert [end.status for end in ended] == [2, 2], ended
-    said = "cannot save the checkpoint of step 8 (File too large); that of step 4 is kept"
+    said = f"cannot save the checkpoint of step 8 ({os.strerror(getattr(errno, error))}); that of step 4 is kept"
     assert f"{workdir}/checkpoints: {said}" in ended[number].output.splitlines()[-1]
     assert f"error: process {number} of 2" in ended[1 - number].output.splitlines()[-1]
     assert said in ended[1 - number].output.splitlines()[-1]

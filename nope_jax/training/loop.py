@@ -93,6 +93,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             if jax.process_index() == 0:
                 print(f"{workdir}: already finished at step {steps}; a larger train.steps would continue it")
             return
+        batches = train_batches(config.data, start_step=start, **hosts)
         if jax.process_index() == 0:
             configs.save(config, workdir)
         if state is None:
@@ -100,7 +101,6 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             if donor is not None:
                 state = state._replace(params=_adopted(state.params, graphdef, donor))
 
-        batches = train_batches(config.data, start_step=start, **hosts)
         batch = place_batch(next(batches), mesh)
         tokens_per_step = batch.targets.size
         record = stack.enter_context(Record(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
@@ -147,6 +147,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             if signum is not None and stops:
                 checkpointer.wait()
                 raise Interrupted(signum, step)
+        checkpointer.wait()  # while signals are still caught
 
 
 def _check(config: Config, workdir: Location, mesh: Mesh) -> None:
