@@ -7,8 +7,8 @@
     python eval.py probe --workdirs runs/nope runs/rope --lengths 128 256 --out runs/report
 
 Bare, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json; any data.*
-or eval.* field is overridden for all by its dotted name, and --help lists them. The out directory receives tables,
-pictures and report.html, which gathers whatever has been computed into it.
+field, and those eval.* fields that matter, are overridden for all by their dotted names, and --help lists them. The out
+directory receives tables, pictures and report.html, which gathers whatever has been computed into it.
 Exit status: 0 finished, 2 bad input, 4 a loss that is not finite, 130 interrupted (Ctrl-C); what has been measured is
 kept.
 """

@@ -3,13 +3,13 @@
     python train.py --config configs/gpt2.py --workdir runs/gpt2_nope
     python train.py --config configs/gpt2.py --workdir runs/gpt2 --model.encoding learned
 
-The second is GPT-2 but for RMSNorm without biases. The vocabulary of 50,257 is padded to a multiple of 128, which
-accelerators multiply faster. Steps of 0.5 M tokens, learning rate and warm-up are those of nanoGPT's reproduction
-(github.com/karpathy/nanoGPT), here for 10 B tokens.
+The second is GPT-2 but for RMSNorm, no biases, and embeddings scaled by the root of their width. The vocabulary of
+50,257 is padded to a multiple of 128, which accelerators multiply faster. Steps of 0.5 M tokens, 10 B of them, learning
+rate and warm-up are those of llm.c's reproduction (github.com/karpathy/llm.c, scripts/run_gpt2_124M.sh).
 
-Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.fsdp -1. Activations
-grow with the rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2,
-2026-11-20) each needs 5.3 of its 16 GiB.
+Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.fsdp -1. Activations grow with the
+rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2, 2026-11-20)
+each needs 5.3 of its 16 GiB.
 
 Needs the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
 path below.

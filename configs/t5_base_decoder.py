@@ -9,7 +9,7 @@ Shape, batch, learning rate, weight decay, warm-up (6 %) and steps are theirs; t
 to a tenth, and GELU stands for T5's ReLU. Their five encodings are nope, t5, alibi, sinusoidal and
 RoPE(rotary_dim=16, interleaved=True). They train on small tasks, longer ones at the test; here it reads text.
 
-Needs the dataset, prepared under data.dir, and T5's SentencePiece model (32,100 tokens;
+Needs the dataset, prepared under data.dir, and T5's SentencePiece model (32,000 tokens;
 huggingface.co/google-t5/t5-base) at the path below.
 """
 

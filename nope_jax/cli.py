@@ -113,10 +113,15 @@ class Evaluation(NamedTuple):
     takes_lengths: bool = True
     methods: tuple[str, ...] = ()
     out: str = "Where the report is written."
+    takes_eval: tuple[str, ...] = ()
+    """The fields of eval.* that it goes by."""
 
 
 EVALUATIONS = {
-    "curves": Evaluation("Measures perplexity and attention entropy by position."),
+    "curves": Evaluation(
+        "Measures perplexity and attention entropy by position.",
+        takes_eval=tuple(field.name for field in dataclasses.fields(EvalConfig)),
+    ),
     "tune": Evaluation(
         "Finds the factors or the scaling with which a run holds further, and writes a run that has them.",
         TuneConfig(),
@@ -124,8 +129,12 @@ EVALUATIONS = {
         out="The workdir of the tuned run.",
     ),
     "passkey": Evaluation("Measures how often a number hidden in filler text is found again.", PasskeyConfig()),
-    "similarity": Evaluation("Compares the attention of two runs.", SimilarityConfig(), takes_lengths=False),
-    "probe": Evaluation("Reads positions out of the hidden states of each layer.", ProbeConfig()),
+    "similarity": Evaluation(
+        "Compares the attention of two runs.", SimilarityConfig(), takes_lengths=False, takes_eval=("seed",)
+    ),
+    "probe": Evaluation(
+        "Reads positions out of the hidden states of each layer.", ProbeConfig(), takes_eval=("batch_size", "seed")
+    ),
 }
 """By the word that follows eval.py; without one it is curves."""
 
@@ -218,6 +227,11 @@ def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
     rule = "A field of data or eval that is not given is that of the run."
     values, given = _parse(arguments, options, groups, f"{evaluation.description} {rule}")
     overrides = {field: value for field, value in given.items() if field in HINTS}
+    for field in overrides:
+        if field.startswith("eval.") and field.removeprefix("eval.") not in evaluation.takes_eval:
+            goes_by = [f"--{name}.*"] * (evaluation.settings is not None) + ["--data.*"]
+            goes_by += [f"--eval.{field}" for field in evaluation.takes_eval]
+            raise ValueError(f"--{field} changes nothing about {name}, which goes by {', '.join(goes_by)}")
     override(Config(), overrides)
     lengths = getattr(values, "lengths", ())
     if min(lengths, default=1) < 1:

@@ -30,3 +30,11 @@ def small_blocks() -> Iterator[None]:
         jax.clear_caches()
         yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the processes of a module compile lies in a place of their own: some are killed while they write there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield

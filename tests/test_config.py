@@ -289,6 +289,18 @@ def test_help_lists_every_field(config_file, capsys):
         assert f"--{name} " in text
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("passkey", "eval.seed"), ("similarity", "eval.documents"), ("probe", "eval.stride"), ("tune", "eval.batch_size")],
+)
+def test_a_field_that_changes_nothing_about_an_evaluation_is_refused(name, field):
+    arguments = ["--workdirs", "runs/a", "--out", "runs/out", f"--{field}", "3"]
+    arguments += [] if name == "similarity" else ["--lengths", "8"]
+    arguments += ["--method", "head"] if name == "tune" else []
+    with pytest.raises(ValueError, match=f"--{field} changes nothing about {name}, which goes by --{name}"):
+        parse_eval(arguments, name)
+
+
 def test_parse_eval_tells_what_was_given():
     arguments = "--workdirs runs/a runs/b --lengths 128 256 --out report --data.source=text:*.md --eval.stride None"
     options = parse_eval(arguments.split())

@@ -16,7 +16,7 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.cli import parse_eval
 from nope_jax.evaluation import figures, table
 from nope_jax.evaluation.curves import Curve, Sums, evaluation_step, measure, peak_memory, program_memory
-from nope_jax.evaluation.files import COLUMNS, HEAD_COLUMNS, keep, kept, write_curves, write_spreading
+from nope_jax.evaluation.files import COLUMNS, HEAD_COLUMNS, store, stored, write_curves, write_spreading
 from nope_jax.evaluation.protocol import plan_windows
 from nope_jax.evaluation.report import curves_section
 from nope_jax.evaluation.spreading import RISE, spreading
@@ -246,15 +246,15 @@ def test_a_measurement_that_was_stopped_within_a_length_goes_on(tmp_path, monkey
     windows = len(plan_windows([40, 30, 25], 8, 3))
 
     def stop_after_ten(sums):
-        keep(tmp_path / "measured" / "unfinished.npz", sums, "it")
+        store(tmp_path / "measured" / "unfinished.npz", sums, "it")
         if sums.windows == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measure(Bigram(), documents, 8, keep=stop_after_ten, **settings)
     path = tmp_path / "measured" / "unfinished.npz"
-    assert kept(path, Sums, "another") is None
-    done, read = kept(path, Sums, "it"), []
+    assert stored(path, Sums, "another") is None
+    done, read = stored(path, Sums, "it"), []
     again = measure(Bigram(), documents, 8, done=done, advance=read.append, **settings)
     assert read[0] == 10 * 8 and sum(read) == windows * 8 and len(read) == 1 + math.ceil((windows - 10) / 2)
     for name in ("nll_sum", "tokens", "entropy", "heads", "text_bytes"):

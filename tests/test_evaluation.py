@@ -24,7 +24,7 @@ from nope_jax.data import load_corpus, load_tokenizer
 from nope_jax.encodings import NoPE, RoPE, UniformScale, Windowed, YaRNScaling
 from nope_jax.evaluation import compare, figures, table
 from nope_jax.evaluation.curves import Curve, bucket_edges, measure
-from nope_jax.evaluation.files import COLUMNS, keep, replace_file, write_curves, write_heads, write_spreading
+from nope_jax.evaluation.files import COLUMNS, replace_file, store, write_curves, write_heads, write_spreading
 from nope_jax.evaluation.protocol import Window, choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
 from nope_jax.evaluation.run import encoding_name, run_names
@@ -443,7 +443,7 @@ def test_a_length_that_was_not_finished_goes_on(workdirs, tmp_path, monkeypatch)
     seen = []
 
     def stop(path, sums, identity):
-        keep(path, sums, identity)
+        store(path, sums, identity)
         raise KeyboardInterrupt
 
     def spy(*arguments, done, **settings):
@@ -452,7 +452,7 @@ def test_a_length_that_was_not_finished_goes_on(workdirs, tmp_path, monkeypatch)
 
     monkeypatch.setattr("nope_jax.evaluation.comparison.measure", spy)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nope_jax.evaluation.comparison.keep", stop)
+        patch.setattr("nope_jax.evaluation.comparison.store", stop)
         compare([workdirs / "alibi"], (8,), tmp_path / "out", overrides, command="")
     assert [path.name for path in (tmp_path / "out" / "measured").iterdir()] == ["unfinished-alibi-8.npz"]
     compare([workdirs / "alibi"], (8,), tmp_path / "out", overrides, command="")

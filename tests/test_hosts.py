@@ -23,6 +23,8 @@ from nope_jax.distributed import PEER_LOST, Place
 from nope_jax.sharding import AXES, process_share
 from tests.hosts import ROOT, Started, checkpoints, logged, smoke_config
 
+pytestmark = pytest.mark.usefixtures("compiled_apart")
+
 # The command line
 
 
@@ -380,14 +382,6 @@ def test_all_go_back_from_a_checkpoint_that_one_cannot_read(tmp_path):
 
 
 # Whole runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

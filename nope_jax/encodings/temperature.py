@@ -153,7 +153,7 @@ class SSMax(Wrapper):
 class Llama4Temperature(Wrapper):
     """(1 + scale · ln(1 + floor((position + 1) / floor_scale))) · q·k/√H, as on Llama 4's NoPE layers (Meta 2025).
 
-    A staircase: 1 up to floor_scale tokens, 1 + scale·ln 2 up to twice as many.
+    A staircase: 1 for the first floor_scale - 1 tokens, 1 + scale·ln 2 for the next floor_scale, and so on.
 
     Raises:
         ValueError: floor_scale is below 1, or scale negative.

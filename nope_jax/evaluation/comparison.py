@@ -1,4 +1,4 @@
-"""Trained runs compared past their training length: what eval.py does."""
+"""Trained runs compared past their training length: what eval.py does without a further word."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from nope_jax.cli import EvalArguments
 from nope_jax.config import Config, MeshConfig
 from nope_jax.data import Corpus, load_corpus
 from nope_jax.evaluation import figures, table
-from nope_jax.evaluation.console import progress_bar
+from nope_jax.evaluation.console import plural, progress_bar
 from nope_jax.evaluation.curves import Curve, Sums, measure
-from nope_jax.evaluation.files import keep, kept, write_curves, write_heads, write_spreading
+from nope_jax.evaluation.files import store, stored, write_curves, write_heads, write_spreading
 from nope_jax.evaluation.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.protocol import choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
@@ -207,7 +207,9 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
     with progress_bar() as progress:
         bar = progress.add_task("", total=sum(job.num_tokens() for job in jobs))
         for job in jobs:
-            curves = {length: kept(_path(out, job, length), Curve, job.identity(length)) for length in job.run.possible}
+            curves = {
+                length: stored(_path(out, job, length), Curve, job.identity(length)) for length in job.run.possible
+            }
             job.run.curves.update({length: curve for length, curve in curves.items() if curve is not None})
             missing = [length for length in job.run.possible if length not in job.run.curves]
             progress.advance(bar, job.num_tokens(set(job.run.curves)))
@@ -232,10 +234,10 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
                         batch_size=batch_size,
                         place=functools.partial(place_batch, mesh=mesh),
                         advance=functools.partial(progress.advance, bar),
-                        done=kept(unfinished, Sums, identity),
-                        keep=functools.partial(keep, unfinished, identity=identity),
+                        done=stored(unfinished, Sums, identity),
+                        keep=functools.partial(store, unfinished, identity=identity),
                     )
-                keep(_path(out, job, length), job.run.curves[length], identity)
+                store(_path(out, job, length), job.run.curves[length], identity)
                 unfinished.unlink(missing_ok=True)
                 write_curves(out / "curves.csv", [job.run for job in jobs], settings.stride)
         progress.update(bar, description="measured")
@@ -246,7 +248,7 @@ def _path(out: Path, job: Job, length: int, kind: str = "") -> Path:
 
 
 def _describe_corpus(jobs: Sequence[Job]) -> str:
-    counts = {length: _count(len(documents)) for length, documents in jobs[0].documents.items()}
+    counts = {length: plural(len(documents), "document") for length, documents in jobs[0].documents.items()}
     if len(set(counts.values())) == 1:
         read = f"{counts[min(counts)]}, the same at every length,"
     else:
@@ -262,7 +264,3 @@ def _describe_corpus(jobs: Sequence[Job]) -> str:
             "amounts of text."
         )
     return f"Read: {read} of the validation split of {jobs[0].config.data.source}. {score}"
-
-
-def _count(documents: int) -> str:
-    return f"{documents} document{'s' * (documents != 1)}"

@@ -37,3 +37,8 @@ def print_table(
     console.print(grid)
     for remark in remarks:
         console.print(remark)
+
+
+def plural(count: int, what: str) -> str:
+    """`2 documents`, but `1 document`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"

@@ -208,7 +208,7 @@ def measure(
             inputs, targets, counts = _stack(documents, batch, length, batch_size)
             yield batch, counts, evaluation_step(graphdef, state, *place((inputs, targets, counts)))
 
-    kept = time.monotonic()
+    last_kept = time.monotonic()
     for batch, counts, (nll, entropy) in _one_ahead(results()):
         # Padded rows count nothing, so that they may be added to any document.
         rows = np.array([window.document for window in batch] + [0] * (batch_size - len(batch)))
@@ -222,9 +222,9 @@ def measure(
         sums.entropy = sums.entropy + np.asarray(entropy, np.float64)
         sums.windows += len(batch)
         advance(len(batch) * length)
-        if time.monotonic() - kept > KEEP_EVERY and sums.windows < len(windows):
+        if time.monotonic() - last_kept > KEEP_EVERY and sums.windows < len(windows):
             keep(sums)
-            kept = time.monotonic()
+            last_kept = time.monotonic()
 
     return Curve(
         edges,

@@ -103,18 +103,18 @@ def write_spreading(path: Path, runs: Sequence[Run], stride: int | None) -> None
                 writer.writerow((*what, start, *(f"{value:.6g}" for value in values), *rest))
 
 
-Kept = TypeVar("Kept", Curve, Sums)
+_Stored = TypeVar("_Stored", Curve, Sums)
 
 
-def keep(path: Path, value: Curve | Sums, identity: str) -> None:
+def store(path: Path, value: Curve | Sums, identity: str) -> None:
     """Writes a curve or what there is of one, and what it is the curve of, for an evaluation that is started again."""
     path.parent.mkdir(exist_ok=True)
     with replace_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, identity=np.array(identity), **vars(value))
 
 
-def kept(path: Path, cls: type[Kept], identity: str) -> Kept | None:
-    """What is in a file that `keep` wrote, if there is one and it is of the same."""
+def stored(path: Path, cls: type[_Stored], identity: str) -> _Stored | None:
+    """What is in a file that `store` wrote, if there is one and it is of the same."""
     try:
         with np.load(path) as arrays:
             if str(arrays["identity"]) != identity:

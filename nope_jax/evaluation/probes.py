@@ -25,7 +25,7 @@ from nope_jax.checkpoint import load_model
 from nope_jax.cli import EvalArguments
 from nope_jax.config import MeshConfig
 from nope_jax.data import load_corpus
-from nope_jax.evaluation.console import print_table, progress_bar
+from nope_jax.evaluation.console import plural, print_table, progress_bar
 from nope_jax.evaluation.figures import INK, QUIET
 from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.inside import Subject, find_subjects, walk
@@ -282,7 +282,13 @@ def probe(options: EvalArguments, *, command: str) -> None:
             plot(out / "probe.png", rows)
             notes = _notes(runs, lengths, rows)
             add_section(out, "probe", _section(out, rows, notes, command), options.workdirs)
-            print_table("Positions read by a linear probe", HEADER, table_rows(rows), *notes, f"Written to {out}.")
+            print_table(
+                "Positions read by a linear probe",
+                HEADER,
+                table_rows(rows),
+                *notes,
+                f"Written to {out}: see report.html there.",
+            )
 
 
 def _plan(options: EvalArguments) -> tuple[list[Subject], dict[str, dict[int, list[np.ndarray]]]]:
@@ -415,13 +421,14 @@ def _notes(runs: Sequence[Subject], lengths: Sequence[int], rows: Sequence[Row])
                 f"has {run.max_length:,} positions."
             )
     counts = sorted({row.documents for row in rows})
-    number = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    fewest = f"{counts[0]} to " * (len(counts) > 1)
     return [
         *refusals,
         "Probe: a ridge regression from the residual stream to the position in tokens. in-window: fitted at the "
         "training length; own: fitted at the length that it is tested at. Layer 0 is what enters the first layer.",
-        f"Tested on {number} validation documents of {runs[0].config.data.source} that the probes have not seen. At a "
-        "length past the training length only the positions past it count, also for fitting its own probe.",
+        f"Tested on {fewest}{plural(counts[-1], 'validation document')} of {runs[0].config.data.source} that the "
+        "probes have not seen. At a length past the training length only the positions past it count, also for fitting "
+        "its own probe.",
         "R²: 1 is exact, 0 no better than the mean position, below 0 worse than it.",
     ]
 

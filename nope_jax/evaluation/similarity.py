@@ -27,7 +27,7 @@ from nope_jax.checkpoint import load_model
 from nope_jax.cli import EvalArguments
 from nope_jax.data import load_corpus
 from nope_jax.encodings import unskew
-from nope_jax.evaluation.console import print_table, progress_bar
+from nope_jax.evaluation.console import plural, print_table, progress_bar
 from nope_jax.evaluation.figures import COLOURS, INK, QUIET
 from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.inside import Subject, find_subjects, walk
@@ -150,8 +150,8 @@ class Comparison:
         """What a reader of the results must know."""
         (a, b), layers = self.runs, [weights.shape[0] for weights in self.weights]
         notes = [
-            f"Read: the first {self.length:,} tokens of {self.documents} validation "
-            f"document{'s' * (self.documents != 1)} of {a.config.data.source}.",
+            f"Read: the first {self.length:,} tokens of {plural(self.documents, 'validation document')} of "
+            f"{a.config.data.source}.",
             f"Closest heads: the pair (head of {a.name}, head of {b.name}) of the same layer whose attention differs "
             "least. Distance: Jensen-Shannon divergence of the attention rows in nats, mean over queries and "
             "documents; 0: the same weights, ln 2 = 0.693: never on the same token.",
@@ -287,7 +287,9 @@ def plot(path: Path, comparison: Comparison) -> None:
     ]
     drawing.colorbar(images[0], ax=maps, label="Share of the head's weight", shrink=0.7)
     drawing.supxlabel(
-        f"{comparison.documents} validation documents, {comparison.length:,} tokens each.", fontsize=8, color=QUIET
+        f"{plural(comparison.documents, 'validation document')}, {comparison.length:,} tokens each.",
+        fontsize=8,
+        color=QUIET,
     )
     with replace_file(path) as temporary:
         drawing.savefig(temporary, format="png", facecolor="white")

@@ -196,9 +196,6 @@ def _plan(options: EvalArguments) -> Job:
     method = options.method or "uniform"
     if len(options.workdirs) != 1:
         raise ValueError(f"--workdirs: tune takes one run, not {len(options.workdirs)}")
-    for field in options.overrides:
-        if field.startswith("eval."):
-            raise ValueError(f"--{field} changes nothing about tune, which goes by --tune.* and --data.*")
     (workdir,), lengths = options.workdirs, tuple(sorted(set(options.lengths)))
     config = configs.override(configs.load(workdir), options.overrides)
     unfinished = (options.out / "tune.json").exists() and not (options.out / "config.json").exists()
