@@ -83,6 +83,8 @@ def _fail(message: str, *, status: int) -> int:
 
 
 class TrainArguments(NamedTuple):
+    """The command line of train.py."""
+
     config: Config
     workdir: Location
     """Nowhere in particular where it is not given, as it need not be with compile_for."""
@@ -93,6 +95,8 @@ class TrainArguments(NamedTuple):
 
 
 class EvalArguments(NamedTuple):
+    """The command line of eval.py, after the name of the evaluation."""
+
     workdirs: tuple[Path, ...]
     lengths: tuple[int, ...]
     """In tokens; empty for an evaluation that takes none."""

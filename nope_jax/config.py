@@ -64,6 +64,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """What a run reads, and how it is cut into rows."""
+
     source: str = "python_stdlib"
     """python_stdlib, text:PATH_OR_GLOB, tfds:NAME, or task:passkey."""
     dir: str | None = None
@@ -71,6 +73,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json or SentencePiece model."""
     context_length: int = 128
+    """Tokens of a row: the training length."""
     batch_size: int = 32
     """Rows per optimizer step over all devices and hosts."""
     document_mask: bool = False
@@ -95,11 +98,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+    """How long a run is, and what it does meanwhile."""
+
     steps: int = 500
     log_every: int = 10
+    """In steps, as those that follow."""
     checkpoint_every: int = 250
     eval_every: int = 250
+    """How often the validation loss is measured."""
     eval_batches: int = 4
+    """Batches that the validation loss is the mean of."""
     seed: int = 0
     start_from: str | None = None
     """The workdir of a run whose weights training starts from, though its encoding may be another.
@@ -139,6 +147,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
+    """What eval.py curves reads, and how. Other evaluations go by some of it and settings of their own."""
+
     documents: int = 64
     """At most so many validation documents per length."""
     batch_size: int = 8
@@ -201,6 +211,8 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All there is to say of a run: what config.json holds."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -365,6 +377,7 @@ def save(config: Config, workdir: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: a field of an Encoding is not made of numbers, strings, tuples and dataclasses.
+        OSError: the file cannot be written; the one before it is as it was.
     """
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name in HINTS:

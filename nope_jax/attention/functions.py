@@ -69,7 +69,10 @@ def encoded_attention(
         query_features: `encoding.features` of the queries' tokens, where it has any.
         key_features: The same of the keys' tokens.
         temperature: Times the encoding's own temperature.
-        **common: As `dot_product_attention`.
+        **common: As `dot_product_attention`, which also says what is returned.
+
+    Raises:
+        ValueError: As `dot_product_attention`; or a chunk_size that does not go with the encoding's own.
     """
     check_arrays(query, key, value)
     batch, query_length, key_length = *query.shape[:2], key.shape[1]
