@@ -9,7 +9,7 @@ rate and warm-up are those of llm.c's reproduction (github.com/karpathy/llm.c, s
 
 Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.fsdp -1. Activations grow with the
 rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2, 2026-11-20)
-each needs 5.3 of its 16 GiB.
+each needs 4.7 of its 16 GiB.
 
 Needs the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
 path below.

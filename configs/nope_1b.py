@@ -3,7 +3,7 @@
     python train.py --config configs/nope_1b.py --workdir runs/nope_1b
 
 Parameters, gradients and optimizer are split over all chips. On 16 chips (--optimizer.accumulation 8 --compile_for
-v5e:4x4, 2026-11-20) each needs 7.8 of its 16 GiB, of which parameters and optimizer are 0.8.
+v5e:4x4, 2026-11-20) each needs 6.0 of its 16 GiB, of which parameters and optimizer are 0.8.
 
 Zhang et al. 2024 (TinyLlama, arXiv 2401.02385) give shape, steps of 2 M tokens and learning rate; 50,000 of these steps
 are 100 B tokens. Wang et al. then tune the temperature of its heads to read further: eval.py tune.
