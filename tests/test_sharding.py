@@ -172,9 +172,12 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6)
     assert found["state"].keys() == expected["state"].keys()
     for name, array in expected["state"].items():
-        np.testing.assert_allclose(
-            found["state"][name], array, atol=2e-6 * max(1e-3, np.abs(array).max()), err_msg=name
-        )
+        tolerance = 2e-6 * max(1e-3, np.abs(array).max())
+        if name.startswith(
+            ".params"
+        ):  # Adam moves them by the learning rate however small a gradient, and its rounding
+            tolerance = max(tolerance, 1e-4 * 1e-2)
+        np.testing.assert_allclose(found["state"][name], array, atol=tolerance, err_msg=name)
 
 
 def kernels(run: dict[str, Any]) -> dict[str, tuple[int, ...]]:
