@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
@@ -66,7 +67,12 @@ def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None)
     if min(shape) < 1 or math.prod(shape) != len(devices):
         asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise ValueError(f"mesh {asked} does not fit {len(devices)} device(s): the product must be their number")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis takes a part of one dimension of the slice
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 def partition_spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

@@ -19,10 +19,10 @@ from benchmarks import pods
 from nope_jax.attention import streaming
 from nope_jax.cli import parse_train, run
 from nope_jax.collectives import Collective
-from nope_jax.config import Config, DataConfig, ModelConfig, load_file, override
+from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
 from nope_jax.data import Batch
 from nope_jax.models import Decoder
-from nope_jax.sharding import AXES, check_fits
+from nope_jax.sharding import AXES, check_fits, make_mesh
 from nope_jax.training import ahead
 from nope_jax.training.ahead import SLICES, Estimate, Memory, cycles, describe, slice_devices
 from nope_jax.training.flops import CHIPS, model_flops_per_token
@@ -343,6 +343,16 @@ def test_the_compiler_knows_every_slice():
             chips = slice_devices(f"{generation}:{shape}")
             assert len(chips) == math.prod(map(int, shape.split("x")))
             assert {chip.device_kind for chip in chips} <= set(CHIPS[generation].device_kinds)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("slice_name", ["v6e:8x8", "v5e:16x16", "v5p:4x8x8"])
+@pytest.mark.parametrize("axes", [{"fsdp": -1, "tensor": 4}, {"data": 2, "fsdp": -1, "tensor": 2, "sequence": 2}])
+def test_an_axis_may_take_a_part_of_one_dimension_of_a_slice(slice_name, axes):
+    chips = slice_devices(slice_name)
+    mesh = make_mesh(MeshConfig(**axes), chips)
+    assert set(mesh.devices.flat) == set(chips)
+    assert all(mesh.shape[axis] == size for axis, size in axes.items() if size != -1)
 
 
 @pytest.mark.tpu

@@ -39,6 +39,15 @@ def test_minus_one_takes_what_the_other_axes_leave():
     assert make_mesh(MeshConfig(), devices).axis_types == (AxisType.Auto,) * 4
 
 
+def test_a_mesh_that_splits_a_dimension_of_a_slice_is_made_all_the_same(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("set allow_split_physical_axes to True")
+
+    expected = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    assert make_mesh(MeshConfig(), jax.devices()[:1]) == expected
+
+
 @pytest.mark.parametrize(
     ("axes", "shape"),
     [
