@@ -129,6 +129,7 @@ def slice_devices(name: str) -> list[jax.Device]:
     for variable, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")  # what is here is not needed: it may be busy, and takes time to start
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for absent chips cannot be read back
     options: dict[str, Any] = {"wrap": (*_wraps(name), False, False)[:3]}
     if shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)  # older compilers take every host to have four
