@@ -8,7 +8,7 @@ The second is GPT-2 but for RMSNorm, no biases, and embeddings scaled by the roo
 rate and warm-up are those of llm.c's reproduction (github.com/karpathy/llm.c, scripts/run_gpt2_124M.sh).
 
 Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.fsdp -1. Activations grow with the
-rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2, 2026-11-20)
+rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2, 2026-11-21)
 each needs 4.7 of its 16 GiB.
 
 Needs the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
