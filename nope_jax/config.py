@@ -72,6 +72,8 @@ class DataConfig:
     """Where prepared datasets lie, on a disk. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json or SentencePiece model."""
+    document_separator: str | None = None
+    """What lies between the documents of a file of text:, literally, as <|endoftext|>. None: each file is one."""
     context_length: int = 128
     """Tokens of a row: the training length."""
     batch_size: int = 32
@@ -315,6 +317,11 @@ def _check(config: Config) -> None:
         ("data.tokenizer", data.tokenizer),
     ]:
         on_disk(path, name)
+    if data.document_separator is not None and not (data.document_separator and data.source.startswith("text:")):
+        raise ValueError(
+            "data.document_separator must be what lies between the documents of a file of text:, or None, not "
+            f"{data.document_separator!r} with data.source {data.source}"
+        )
     if config.train.start_from is not None:
         check_location(config.train.start_from, "train.start_from")
     try:

@@ -1,7 +1,11 @@
 """From documents to batches: the order of rows, the windows, the splits, the tokenizers."""
 
+import bz2
 import dataclasses
+import gzip
 import itertools
+import lzma
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +15,8 @@ from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
 from nope_jax.config import DataConfig
-from nope_jax.data import load_corpus, load_tokenizer, python_stdlib, train_batches, validation_batches
+from nope_jax.data import load_corpus, load_tokenizer, python_stdlib, text_files, train_batches, validation_batches
+from nope_jax.data import tokenizers as text_tokenizers
 from nope_jax.data.splits import is_validation
 from nope_jax.data.tokenizers import JsonTokenizer
 from nope_jax.data.windows import Windows, permute, step_windows
@@ -202,10 +207,11 @@ def test_splits_share_no_document_and_leave_none_out(config, texts):
 def test_a_document_keeps_its_side_when_others_come_and_the_folder_moves(config, texts, tmp_path):
     before = set(contents(load_corpus(config, "validation"))) - {b""}
     for i in range(40, 80):
-        (texts / f"{i}.txt").write_bytes(b"new")
+        (texts / f"{i}.txt").write_bytes(b"new %d" % i)
     moved = texts.rename(tmp_path / "moved")
     after = set(contents(load_corpus(dataclasses.replace(config, source=f"text:{moved}/*.txt"), "validation")))
-    assert before and after == before | {b"new"}
+    new = {b"new %d" % i for i in range(40, 80) if is_validation(f"{i}.txt")}
+    assert before and new and after == before | new
 
 
 @pytest.mark.parametrize("side", [True, False])
@@ -245,6 +251,148 @@ def test_what_a_path_or_glob_matches(tmp_path):
     assert matched("odd [x].txt") == ["odd [x].tx", "t"]
     with pytest.raises(ValueError, match=r"data.source text:.*\*.rst matches no file"):
         matched("*.rst")
+
+
+def both(config):
+    return [contents(load_corpus(config, split)) for split in ("train", "validation")]
+
+
+def test_a_file_is_one_document_however_many_links_lead_to_it(tmp_path):
+    # As the cache of Hugging Face has it, with a link to its own folder and files that never end.
+    hub = tmp_path / "hub"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots/1").mkdir(parents=True)
+    for i in range(60):
+        (hub / f"blobs/{i}").write_text(f"text {i}")
+        (hub / f"snapshots/1/{i}.txt").symlink_to(f"../../blobs/{i}")
+    (hub / "loop").symlink_to(".")
+    (hub / "snapshots/main").symlink_to("1")
+    (hub / "snapshots/again").symlink_to("../../hub")
+    (hub / "broken").symlink_to("nowhere")
+    os.mkfifo(hub / "pipe")
+    (tmp_path / "beside").symlink_to(hub)
+    everything = sorted(f"text {i}".encode() for i in range(60))
+    splits = both(DataConfig(source=f"text:{hub}"))
+    assert sorted(itertools.chain(*splits)) == everything
+    for source in (f"{tmp_path}/beside", f"{hub}/**/*", f"{tmp_path}/*/blobs/../blobs/*", f"{hub}/**/**/*.txt"):
+        train, validation = both(DataConfig(source=f"text:{source}"))
+        assert sorted(train + validation) == everything and train and validation
+    assert both(DataConfig(source=f"text:{tmp_path}/beside")) == splits, "the links should not matter to the splits"
+    validation = [f"text {i}".encode() for i in range(60) if is_validation(f"blobs/{i}")]
+    assert validation and sorted(splits[1]) == sorted(validation)
+
+    snapshot = both(DataConfig(source=f"text:{hub}/snapshots/main"))  # of links to files outside
+    assert sorted(itertools.chain(*snapshot)) == everything
+    for source, complaint in [(hub / "pipe", "is no regular file"), (hub / "broken", "is no regular file")]:
+        with pytest.raises(ValueError, match=complaint):
+            both(DataConfig(source=f"text:{source}"))
+
+
+def test_no_text_is_on_both_sides(texts, config, capsys):
+    names = [f"copy{i}.txt" for i in range(100)]
+    for name in names:
+        (texts / name).write_text("the same")
+    assert len({is_validation(name) for name in names}) == 2
+    train, validation = both(config)
+    assert (train + validation).count(b"the same") == 1 and not set(train) & set(validation)
+    assert len(train + validation) == 41
+    line = f"data.source {config.source}: 99 documents with the text of another left out, "
+    assert capsys.readouterr().err.count(line) == 1
+
+
+def test_tokens_do_not_depend_on_paths_and_times(texts, config, tokenizer_json, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, tokenizer=str(tokenizer_json))
+    expected = load_corpus(config, "train")
+    copy = shutil.copytree(texts, tmp_path / "copy")
+    for path in copy.iterdir():
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(JsonTokenizer, "encode_pieces", lambda *_: pytest.fail("tokenised again"))
+    again = load_corpus(dataclasses.replace(config, source=f"text:{copy}"), "train")
+    np.testing.assert_array_equal(again.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("piece", [1, 3, 7, 2**20])
+def test_documents_between_separators(compressed, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE", piece)
+    stories = [f"story {i}, naïve €" for i in range(60)]
+    text = "<|end|>".join(["", *stories, " \n", "", *stories[:30], "<|en", ""]).encode()
+    (tmp_path / "all.txt").write_bytes(gzip.compress(text) if compressed else text)
+    config = DataConfig(source=f"text:{tmp_path}/all.txt", dir=str(tmp_path / "data"), document_separator="<|end|>")
+    train, validation = both(config)
+    assert sorted(train + validation) == sorted(story.encode() for story in [*stories, "<|en"])
+    assert not set(train) & set(validation) and 1 <= len(validation) <= 15
+
+    # A document keeps its side whatever files it is in.
+    (tmp_path / "parts").mkdir()
+    for i in range(6):
+        (tmp_path / f"parts/{i}").write_text("<|end|>".join(stories[i::6]), encoding="utf-8")
+    parts = both(dataclasses.replace(config, source=f"text:{tmp_path}/parts"))
+    assert {b"<|en"}.union(*parts) == set(train + validation)
+    assert set(parts[0]) <= set(train) and set(parts[1]) <= set(validation)
+
+
+def test_a_separator_that_is_a_special_token_is_no_text(tokenizer_json, tmp_path):
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    (tmp_path / "all.txt").write_text("the cat<|endoftext|>sat<|endoftext|>on the mat")
+    config = DataConfig(
+        source=f"text:{tmp_path}/all.txt",
+        dir=str(tmp_path / "data"),
+        tokenizer=str(tokenizer_json),
+        document_separator="<|endoftext|>",
+    )
+    found = []
+    for split in ("train", "validation"):
+        corpus = load_corpus(config, split)
+        assert (corpus.tokens == tokenizer.separator).sum() == len(corpus)
+        found += [tokenizer.decode(corpus[i]) for i in range(len(corpus))]
+    assert sorted(found) == ["on the mat", "sat", "the cat"]
+
+
+def test_compressed_files_are_read_as_the_text_they_hold(texts, config, tmp_path):
+    expected = both(config)
+    for i, path in enumerate(sorted(texts.iterdir())):
+        compress = (gzip.compress, bz2.compress, lzma.compress, lambda text: text)[i % 4]
+        path.write_bytes(compress(path.read_bytes()))
+    assert both(config) == expected
+
+    whole = gzip.compress(np.random.default_rng(0).bytes(1000))
+    for name, content, complaint in [
+        ("cut.gz", whole[:500], "cut.gz cannot be decompressed, it is truncated or broken"),
+        ("cut.bz2", bz2.compress(b"text" * 99)[:-20], "cut.bz2 cannot be decompressed"),
+        ("wrong.bz2", b"BZhello", "wrong.bz2 cannot be decompressed"),
+        ("cut.xz", lzma.compress(b"text" * 99)[:-20], "cut.xz cannot be decompressed"),
+        ("a.zst", b"\x28\xb5\x2f\xfd rest", r"a.zst is compressed with Zstandard.*: decompress it first"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"data.source text:.*{complaint}"):
+            both(DataConfig(source=f"text:{tmp_path / name}"))
+
+
+def test_binary_files_are_left_out_unless_they_are_what_is_asked_for(texts, config, tokenizer_json, capsys):
+    expected = both(config)
+    (texts / "logo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (texts / "all.tar.gz").write_bytes(gzip.compress(b"name" + bytes(600)))
+    assert both(config) == expected
+    assert both(dataclasses.replace(config, source=f"text:{texts}/*")) == expected
+    assert f"2 binary files (a NUL byte near the start) left out, {texts}/all.tar.gz the" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"has no text: .*logo.png is binary"):
+        both(dataclasses.replace(config, source=f"text:{texts}/*.png"))
+    with pytest.raises(ValueError, match=r"has no text: .*logo.png is binary"):
+        both(dataclasses.replace(config, source=f"text:{texts}/logo.png", tokenizer=str(tokenizer_json)))
+    train, validation = both(dataclasses.replace(config, source=f"text:{texts}/logo.png"))
+    assert train[0] + validation[0] == (texts / "logo.png").read_bytes()
+
+
+def test_what_was_found_in_many_files_is_kept(texts, config, monkeypatch):
+    monkeypatch.setattr(text_files, "KEPT", 0)
+    expected = both(config)
+    text_files._scan.cache_clear()
+    monkeypatch.setattr(text_files, "_cut", lambda *_: pytest.fail("read again"))
+    assert both(config) == expected
+    monkeypatch.undo()
+    (texts / "new.txt").write_text("new")
+    assert sorted(itertools.chain(*both(config))) == sorted([*itertools.chain(*expected), b"new"])
 
 
 @pytest.mark.parametrize("source", ["stdlib", "text:", "tfds:", "texts:a", "python_stdlib:3"])
@@ -343,8 +491,8 @@ def test_bytes_of_text_by_token(tokenizer_json):
     tokenizer = load_tokenizer(str(tokenizer_json))
     for text in (UNEVEN, UNEVEN.encode(), "", "the cat"):
         size = len(text.encode() if isinstance(text, str) else text)
-        for of_text in (tokenizer.byte_lengths(text), load_tokenizer("bytes").byte_lengths(text)):
-            assert of_text.sum() == size and (of_text >= 0).all()
+        for lengths in (tokenizer.byte_lengths(text), load_tokenizer("bytes").byte_lengths(text)):
+            assert lengths.sum() == size and (lengths >= 0).all()
         assert len(tokenizer.byte_lengths(text)) == len(tokenizer.encode(text))
     assert (load_tokenizer("bytes").byte_lengths(UNEVEN) == 1).all()
     # Every token is some bytes here; one of those that share a character has it whole.
@@ -371,7 +519,7 @@ def test_tokens_are_kept_until_a_file_changes(tokenizer_json, texts, config, mon
     np.testing.assert_array_equal(corpus.tokens[corpus.offsets[1:] - 1], tokenizer.separator)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JsonTokenizer, "encode", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(JsonTokenizer, "encode_pieces", lambda *_: pytest.fail("tokenised again"))
         again = load_corpus(config, "train")
     np.testing.assert_array_equal(again.tokens, corpus.tokens)
     assert again.lengths.tolist() == corpus.lengths.tolist()
@@ -382,15 +530,22 @@ def test_tokens_are_kept_until_a_file_changes(tokenizer_json, texts, config, mon
     assert "the cat" in [tokenizer.decode(corpus[i]) for i in range(len(corpus))]
 
 
-def test_a_file_that_is_no_text_is_named(tokenizer_json, texts, config):
-    for path in texts.iterdir():
-        path.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"data.source: .*\d.txt is not UTF-8, which data.tokenizer .* needs"):
-        load_corpus(dataclasses.replace(config, tokenizer=str(tokenizer_json)), "train")
-    assert not list((texts.parent / "data").rglob("*.*"))
+def test_a_byte_that_is_no_utf8_is_read_as_one_character_and_told_of(tokenizer_json, texts, config, capsys):
+    (texts / "latin.txt").write_bytes("the cät sat".encode("latin-1"))
+    config = dataclasses.replace(config, tokenizer=str(tokenizer_json))
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = load_corpus(config, "train")
+    (index,) = (i for i in range(len(corpus)) if "sat" in tokenizer.decode(corpus[i]))
+    assert tokenizer.decode(corpus[index]) == "the c\ufffdt sat"
+    assert corpus.byte_lengths(index).sum() == 11 and len(corpus.byte_lengths(index)) == corpus.lengths[index]
+    assert "1 documents are not UTF-8, " + str(texts / "latin.txt") in capsys.readouterr().err
+
+    exact = load_corpus(dataclasses.replace(config, tokenizer="bytes"), "train")
+    assert b"the c\xe4t sat" in contents(exact)
 
 
-def test_sentencepiece(tmp_path):
+@pytest.fixture
+def sentencepiece_model(tmp_path):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -400,7 +555,85 @@ def test_sentencepiece(tmp_path):
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    tokenizer = load_tokenizer(str(tmp_path / "model.model"))
+    return tmp_path / "model.model"
+
+
+def words(seed, count):
+    """Words of one to four bytes a character, between them blanks of all kinds, some in runs."""
+    random = np.random.default_rng(seed)
+    letters = [*"thecatsonm", "é", "€", "😀", "ﬁ", "1", ".", "'s", "e\u0301"]
+    blanks = [" "] * 8 + ["\n", "  ", "\n\n", " \t", "\u3000", ". ", "\r\n"]
+    return "".join("".join(random.choice(letters, random.integers(1, 7))) + random.choice(blanks) for _ in range(count))
+
+
+def pieces_of(text, seed):
+    """Cut anywhere, inside characters too."""
+    cuts = [0, *sorted(np.random.default_rng(seed).integers(0, len(text), 40).tolist()), len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+LLAMA_3 = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PRE_TOKENIZERS = {
+    "gpt2": tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True),  # a pattern that looks ahead
+    "llama3": tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(LLAMA_3, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "metaspace": tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first"),
+    "whole": None,
+    "sentencepiece": "sentencepiece",
+}
+
+
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS.values(), ids=PRE_TOKENIZERS)
+def test_tokens_are_the_same_wherever_a_text_is_cut(pre_tokenizer, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_tokenizers, "BLOCK", 256)
+    if pre_tokenizer == "sentencepiece":
+        tokenizer = load_tokenizer(str(request.getfixturevalue("sentencepiece_model")))
+        whole = tokenizer.processor.encode
+    else:
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        if pre_tokenizer is None:  # as Llama 2 has it: merges of the whole text
+            model.normalizer = tokenizers.normalizers.Prepend("▁")
+        else:
+            model.pre_tokenizer = pre_tokenizer
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if pre_tokenizer else sorted(set(words(0, 200)))
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=500, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+        )
+        model.train_from_iterator(words(0, 600).split("\n"), trainer)
+        model.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+        def whole(text):
+            return model.encode(text, add_special_tokens=False).ids
+
+    for seed in range(3):
+        text = words(seed + 1, 1500)
+        encoded = list(tokenizer.encode_pieces(pieces_of(text.encode(), seed)))
+        assert len(encoded) > 10 and sum(piece.undecodable for piece in encoded) == 0
+        assert np.concatenate([piece.tokens for piece in encoded]).tolist() == list(whole(text))
+        byte_lengths = np.concatenate([piece.byte_lengths for piece in encoded])
+        np.testing.assert_array_equal(byte_lengths, tokenizer.byte_lengths(text))
+        assert byte_lengths.sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("text", [b"a" * 3000, b" " * 3000, b"\xff\xe9" * 1500, b"ab\xc3", b""])
+def test_bytes_add_up_where_there_is_nothing_to_cut_at(text, tokenizer_json, sentencepiece_model, monkeypatch):
+    monkeypatch.setattr(text_tokenizers, "BLOCK", 256)
+    for path in tokenizer_json, sentencepiece_model:
+        encoded = list(load_tokenizer(str(path)).encode_pieces(pieces_of(text or b"", 0) if text else []))
+        byte_lengths = np.concatenate([piece.byte_lengths for piece in encoded])
+        assert len(byte_lengths) == sum(len(piece.tokens) for piece in encoded)
+        assert (byte_lengths >= 0).all() and byte_lengths.sum() == (len(text) if len(byte_lengths) else 0)
+        undecodable = len(text) - len(text.decode(errors="ignore"))
+        assert sum(piece.undecodable for piece in encoded) == undecodable
+
+
+def test_sentencepiece(sentencepiece_model):
+    tokenizer = load_tokenizer(str(sentencepiece_model))
     tokens = tokenizer.encode(b"the cat sat")
     assert tokenizer.decode(tokens) == "the cat sat"
     for text in (UNEVEN, UNEVEN.encode(), ""):

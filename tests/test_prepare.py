@@ -173,7 +173,7 @@ def test_an_interrupted_preparation_is_not_read_and_goes_on(config, small_parts,
     tokenized = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            prepare, "_tokenize_part", lambda *args, f=prepare._tokenize_part: (tokenized.append(args), f(*args))
+            prepare, "_tokenize_part", lambda *args, f=prepare._tokenize_part: tokenized.append(args) or f(*args)
         )
         prepare.prepare(config, workers=1)
     trained = [args for args in tokenized if args[1] == "train"]
@@ -231,7 +231,7 @@ def test_of_two_processes_the_second_waits(config, small_parts, capsys):
 def test_memory_is_bounded(tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     for i in range(64):
-        (tmp_path / "texts" / str(i)).write_bytes(bytes([65 + i % 26]) * 2**18)
+        (tmp_path / "texts" / str(i)).write_bytes(bytes([64 + i]) * 2**18)
     config = DataConfig(source=f"text:{tmp_path}/texts", dir=str(tmp_path / "data"), context_length=1024)
     monkeypatch.setattr(prepare, "PART", 2**20)
     monkeypatch.setattr(corpora, "LARGE", 2**18)
@@ -244,6 +244,21 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < len(corpus.tokens) / 4
+
+
+def test_a_large_document_is_never_whole_in_memory(config, tmp_path):
+    (tmp_path / "large.txt").write_text("".join(f"The one says so {i} the other, naïve\n" for i in range(80_000)))
+    code = (
+        "import resource; from nope_jax.config import DataConfig; from nope_jax.data import load_corpus\n"
+        f"config = DataConfig(source='text:{tmp_path}/large.txt', dir={config.dir!r}, tokenizer={config.tokenizer!r})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert load_corpus(config, 'train').lengths.sum() > 500_000\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100_000, "kB; 3 MB of text at once take five times as much"
+    (line, *lines) = done.stderr.splitlines()
+    assert len(lines) == 1 and "train: 1 documents" in line, "no progress bar in a pipe"
 
 
 @pytest.mark.slow
@@ -260,7 +275,7 @@ def test_several_workers_write_the_same_and_stop_at_once(config, tmp_path, small
 def test_ctrl_c_ends_the_workers_at_once(config, tmp_path):
     (tmp_path / "texts").mkdir()
     for i in range(60):
-        (tmp_path / "texts" / str(i)).write_text("the other one says so " * 40_000)
+        (tmp_path / "texts" / str(i)).write_text(f"{i}" + " the other one says so" * 40_000)
     code = (
         "import sys; from nope_jax.cli import run; from nope_jax.config import DataConfig\n"
         "from nope_jax.data import prepare\n"

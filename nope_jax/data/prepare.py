@@ -1,12 +1,17 @@
 """The tokens of a corpus, written once and for all, with all cores and little memory.
 
-A split is tokenised in parts of PART bytes of text, which are then joined. What is interrupted goes on with the parts
-that are whole; of two processes that prepare the same split, the second waits and finds it done.
+A split is tokenised in parts of about PART bytes of text, which are then joined. A document is in one part, however
+large it is, but never whole in memory. What is interrupted goes on with the parts that are whole; of two processes that
+prepare the same split, the second waits and finds it done.
 """
 
+import array
 import contextlib
 import fcntl
+import functools
+import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -14,19 +19,22 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 from tqdm import tqdm
 
 from nope_jax.config import DataConfig
-from nope_jax.data.corpora import Split, find_documents, token_dtype, token_files, tokenize
-from nope_jax.data.tokenizers import load_tokenizer
+from nope_jax.data.documents import Documents, Split
+from nope_jax.data.sources import data_dir, find_documents
+from nope_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 PART = 2**28
-"""Bytes of text that one worker tokenises at a time."""
+"""Bytes of text that one worker tokenises at a time, to the next end of a document."""
 
 
 def prepare(config: DataConfig, workers: int) -> None:
@@ -43,10 +51,11 @@ def prepare(config: DataConfig, workers: int) -> None:
     if config.source.startswith("task:"):
         raise ValueError(f"data.source {config.source} is made at the start of a run: there is nothing to prepare")
     for split in ("train", "validation"):
-        _prepare_split(config, split, workers)
+        prepare_split(config, split, workers)
 
 
-def _prepare_split(config: DataConfig, split: Split, workers: int) -> None:
+def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
+    """Writes the tokens of one split; `prepare` does so with both."""
     documents = find_documents(config, split)
     tokens_file, offsets_file = token_files(config, documents)
     count = min(documents.size, math.ceil(documents.num_bytes / PART) or 1)
@@ -54,6 +63,8 @@ def _prepare_split(config: DataConfig, split: Split, workers: int) -> None:
     ranges = [range(*pair) for pair in itertools.pairwise(cuts)]
     parts = [tokens_file.with_suffix(f".{i:05}-of-{count:05}.tokens") for i in range(count)]
 
+    for note in documents.notes:
+        say_once(note)
     tokens_file.parent.mkdir(parents=True, exist_ok=True)
     with _locked(tokens_file.with_suffix(".lock")):
         if offsets_file.exists():
@@ -64,13 +75,17 @@ def _prepare_split(config: DataConfig, split: Split, workers: int) -> None:
         missing = [i for i, part in enumerate(parts) if not part.with_suffix(".npy").exists()]
         what = f"{config.source}, {split}: {documents.size:,} documents, {documents.num_bytes / 1e9:.1f} GB"
         print(f"{what}, in {len(missing)} parts with {workers} processes", file=sys.stderr)
-        tasks = [(ranges[i], parts[i]) for i in missing]
-        with (
-            tqdm(total=len(missing), unit="part", disable=None) as bar,
-            contextlib.closing(_tokenize_parts(config, split, tasks, workers)) as finished,
-        ):
-            for _ in finished:
-                bar.update()
+        tasks = [_Task(ranges[i], parts[i], documents.fingerprint) for i in missing]
+        share = documents.num_bytes // count
+        with tqdm(total=len(missing) * share, unit="B", unit_scale=True, disable=None) as bar:
+            undecodable = list(_tokenize_parts(config, split, tasks, workers, share, bar.update))
+        if indices := sorted(itertools.chain(*undecodable)):
+            first = documents.name(indices[0])
+            print(
+                f"{config.source}, {split}: {len(indices):,} documents are not UTF-8, {first} the first: each byte of "
+                "theirs that is no UTF-8 is read as U+FFFD",
+                file=sys.stderr,
+            )
         offsets = _join(parts, tokens_file, token_dtype(load_tokenizer(config.tokenizer)).itemsize)
         with _replaced(offsets_file) as unfinished, unfinished.open("wb") as file:
             np.save(file, offsets)  # last: whoever finds them finds the tokens
@@ -79,21 +94,100 @@ def _prepare_split(config: DataConfig, split: Split, workers: int) -> None:
         print(f"{config.source}, {split}: {offsets[-1]:,} tokens in {tokens_file}", file=sys.stderr)
 
 
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest unsigned type that holds its tokens."""
+    return np.min_scalar_type(tokenizer.vocab_size - 1)
+
+
+def token_files(config: DataConfig, documents: Documents) -> tuple[Path, Path]:
+    """Where the tokens of documents lie, and their offsets, once they are prepared.
+
+    The names depend on the documents and the tokenizer, not on where either lies, so that the files can be copied to
+    another machine.
+    """
+    fingerprint = hashlib.sha256(json.dumps(documents.fingerprint).encode())
+    is_file = config.tokenizer != "bytes"
+    fingerprint.update(Path(config.tokenizer).expanduser().read_bytes() if is_file else b"bytes")
+    tokens_file = data_dir(config) / "tokens" / f"{fingerprint.hexdigest()[:32]}.tokens"
+    return tokens_file, tokens_file.with_suffix(".npy")
+
+
+class Tokenized(NamedTuple):
+    """What is known of documents once their tokens are written."""
+
+    offsets: Integer[np.ndarray, "boundaries"]
+    """Where the tokens of each start in the file, and the end of the last."""
+    undecodable: list[int]
+    """Which documents are not UTF-8, though the tokenizer reads characters."""
+
+
+def tokenize(
+    documents: Documents,
+    indices: range,
+    config: DataConfig,
+    file: BinaryIO,
+    advance: Callable[[int], Any] = lambda num_bytes: None,
+) -> Tokenized:
+    """Writes the tokens of some documents to a file, each followed by the separator.
+
+    Args:
+        documents: of a split.
+        indices: which of them.
+        config: of which the tokenizer matters.
+        file: what is written to.
+        advance: called with the bytes of text that were read since it was called last.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    dtype = token_dtype(tokenizer)
+    offsets, undecodable = array.array("q", [0]), []
+
+    def watched(pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            advance(len(piece))
+
+    for index, pieces in zip(indices, documents.read(indices), strict=True):
+        count = replaced = 0
+        for encoded in tokenizer.encode_pieces(watched(pieces)):
+            file.write(encoded.tokens.astype(dtype, copy=False).data)
+            count += len(encoded.tokens)
+            replaced += encoded.undecodable
+        file.write(dtype.type(tokenizer.separator).tobytes())
+        offsets.append(offsets[-1] + count + 1)
+        if replaced:
+            undecodable.append(index)
+    return Tokenized(np.frombuffer(offsets, np.int64), undecodable)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Tells the user, once in a process."""
+    print(line, file=sys.stderr)
+
+
+class _Task(NamedTuple):
+    """A part to be tokenised."""
+
+    indices: range
+    file: Path
+    fingerprint: Any
+    """Of the documents, which a worker finds anew."""
+
+
 def _tokenize_parts(
-    config: DataConfig, split: Split, tasks: Sequence[tuple[range, Path]], workers: int
-) -> Generator[None]:
-    """Yields whenever one of the parts is whole."""
+    config: DataConfig, split: Split, tasks: Sequence[_Task], workers: int, share: int, advance: Callable[[int], Any]
+) -> Generator[list[int]]:
+    """Yields the documents of each part that are not UTF-8 when it is whole; advances by bytes, or a share per part."""
     if workers == 1 or len(tasks) < 2:
-        for indices, part in tasks:
-            _tokenize_part(config, split, indices, part)
-            yield
+        for task in tasks:
+            yield _tokenize_part(config, split, task, advance)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_ignore_interrupts) as pool:
         try:
-            for done in as_completed([pool.submit(_tokenize_part, config, split, *task) for task in tasks]):
-                done.result()
-                yield
+            for done in as_completed([pool.submit(_tokenize_part, config, split, task) for task in tasks]):
+                yield done.result()
+                advance(share)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -105,18 +199,23 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; one line about it is enough
 
 
-def _tokenize_part(config: DataConfig, split: Split, indices: range, part: Path) -> None:
+def _tokenize_part(
+    config: DataConfig, split: Split, task: _Task, advance: Callable[[int], Any] = lambda num_bytes: None
+) -> list[int]:
     documents = find_documents(config, split)  # opened for each part anew, so that few of its files are open at a time
-    with _replaced(part) as unfinished, unfinished.open("wb") as file:
-        offsets = tokenize(documents, indices, config, file)
-    with _replaced(part.with_suffix(".npy")) as unfinished, unfinished.open("wb") as file:
+    if documents.fingerprint != task.fingerprint:
+        raise ValueError(f"data.source {config.source} has changed while it was prepared: start again")
+    with _replaced(task.file) as unfinished, unfinished.open("wb") as file:
+        offsets, undecodable = tokenize(documents, task.indices, config, file, advance)
+    with _replaced(task.file.with_suffix(".npy")) as unfinished, unfinished.open("wb") as file:
         np.save(file, offsets)
+    return undecodable
 
 
 def _join(parts: Sequence[Path], tokens_file: Path, itemsize: int) -> np.ndarray:
     """Appends the tokens of all parts to one file, deleting each that is in it; returns the offsets of all documents.
 
-    The file has another name until it is whole: a run may have tokenised a small split meanwhile and read its own.
+    The file has another name until it is whole, so that what is read is never written to.
 
     Raises:
         OSError: a file cannot be written, or parts are gone that are not in it.

@@ -1,8 +1,16 @@
-"""What turns text into token ids and back."""
+"""What turns text into token ids and back.
 
+Text of any size is tokenised in blocks. What a tokenizer makes of a block depends on what lies about its edges, so two
+blocks overlap, and are joined in the middle of a stretch where both have the same tokens.
+"""
+
+import codecs
 import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -10,6 +18,25 @@ from jaxtyping import Integer
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """The tokens that may stand between documents; a tokenizer.json does not say which of its tokens does."""
+
+BLOCK = 2**16
+"""Characters that are tokenised at a time."""
+
+OVERLAPS = (64, 8, 1)
+"""The parts of a block that the next one is begun with: a further one if the tokens of the one before do not agree."""
+
+UNDECODABLE = re.compile("[\udc80-\udcff]")
+"""A byte that is no UTF-8, as the error handler surrogateescape has it."""
+
+
+class Encoded(NamedTuple):
+    """The tokens of a piece of text."""
+
+    tokens: Integer[np.ndarray, "tokens"]
+    byte_lengths: Integer[np.ndarray, "tokens"]
+    """How many bytes of the text belong to each, see `Tokenizer.byte_lengths`."""
+    undecodable: int = 0
+    """How many bytes of the text were read as U+FFFD."""
 
 
 class Tokenizer(Protocol):
@@ -24,7 +51,15 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        """The tokens of a text, none added; bytes are UTF-8, or else UnicodeDecodeError."""
+        """The tokens of a text, none added; of bytes, each that is no UTF-8 is read as U+FFFD."""
+        ...
+
+    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[Encoded]:
+        """The same of a text of any size in a bounded memory, wherever it is cut into pieces.
+
+        The tokens are those of the whole text where a tokenizer goes by what is near, as those of words and of
+        SentencePiece do. They may differ where BLOCK characters hold nothing to agree on, as of one letter repeated.
+        """
         ...
 
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> str:
@@ -32,7 +67,7 @@ class Tokenizer(Protocol):
         ...
 
     def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        """How many bytes of a text, in UTF-8, belong to each of its tokens; their sum is that of the text.
+        """How many bytes of a text belong to each of its tokens; their sum is that of the text (in UTF-8, if a str).
 
         The text is the one given, not one that the tokenizer has normalised or would decode. A token has what lies
         between the end of the token before it and its own: of a character that several tokens spell one has all bytes.
@@ -50,62 +85,144 @@ class ByteTokenizer:
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
         return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
 
+    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[Encoded]:
+        return (Encoded(self.encode(piece), self.byte_lengths(piece)) for piece in pieces)
+
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> str:
         return np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
 
     def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        return np.ones(len(self.encode(text)), np.int64)
+        return np.broadcast_to(1, len(self.encode(text)))
+
+
+class _TextTokenizer:
+    """A tokenizer of characters, by what its library says of a text: the tokens and where each ends."""
+
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and the characters up to the end of each."""
+        raise NotImplementedError
+
+    def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
+        return self._spans(_decoded(text))[0]
+
+    def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
+        text = _decoded(text)
+        _, ends = self._spans(text)
+        ends[-1:] = _size(text)  # the last token has what the tokenizer leaves out at the end
+        return np.diff(ends, prepend=0)
+
+    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[Encoded]:
+        blocks = _blocks(pieces, BLOCK)
+        before = next(blocks, "")
+        tokens, ends = self._spans(before)  # not yielded yet; ends are in bytes from the start of the text
+        position, yielded, undecodable = _size(before), 0, len(UNDECODABLE.findall(before))
+        for block in blocks:
+            for part in OVERLAPS:
+                context = before[-max(1, BLOCK // part) :]
+                following, following_ends = self._spans(context + block)
+                following_ends += position - _size(context)
+                if seam := _seam(tokens, ends, following, following_ends):
+                    break
+            else:
+                following, following_ends = self._spans(block)
+                following_ends += position
+                seam = len(tokens), 0
+            tokens = np.concatenate([tokens[: seam[0]], following[seam[1] :]])
+            ends = np.maximum.accumulate(np.concatenate([ends[: seam[0]], following_ends[seam[1] :]]))
+            # The last is kept: what the tokenizer leaves out at the end of the text belongs to it.
+            if done := max(0, min(seam[0], len(tokens) - 1)):
+                yield Encoded(tokens[:done], np.diff(ends[:done], prepend=yielded), undecodable)
+                tokens, yielded, ends, undecodable = tokens[done:], ends[done - 1], ends[done:], 0
+            before, position = block, position + _size(block)
+            undecodable += len(UNDECODABLE.findall(block))
+        ends[-1:] = position
+        yield Encoded(tokens, np.diff(ends, prepend=yielded), undecodable)
+
+    def _spans(self, text: str) -> tuple[Integer[np.ndarray, "tokens"], Integer[np.ndarray, "tokens"]]:
+        """The tokens of a text, and the bytes up to the end of each."""
+        tokens, ends = self._encode(UNDECODABLE.sub("\ufffd", text))
+        characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        sizes = 1 + sum(characters >= least for least in (0x80, 0x800, 0x10000))
+        sizes = np.where((characters >= 0xDC80) & (characters < 0xDD00), 1, sizes)
+        bytes_before = np.append(0, np.cumsum(sizes))
+        return np.array(tokens, np.int32), np.maximum.accumulate(bytes_before[np.array(ends, np.int64)])
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonTokenizer:
+class JsonTokenizer(_TextTokenizer):
     """A `tokenizer.json`, read by the library tokenizers."""
 
     tokenizer: tokenizers.Tokenizer
     vocab_size: int
     separator: int
 
-    def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        text = text if isinstance(text, str) else text.decode()
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
 
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> str:
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
-    def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        text = text if isinstance(text, str) else text.decode()
-        characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        bytes_before = np.append(0, np.cumsum(1 + sum(characters >= least for least in (0x80, 0x800, 0x10000))))
-        ends = [end for _, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
-        return _between(bytes_before[ends], bytes_before[-1])
-
 
 @dataclasses.dataclass(frozen=True)
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_TextTokenizer):
     """A SentencePiece model, read by the library sentencepiece."""
 
     processor: Any
     vocab_size: int
     separator: int
 
-    def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        text = text if isinstance(text, str) else text.decode()
-        return np.array(self.processor.encode(text), np.int32)
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self.processor.encode(text, return_type="offset_mapping")
+        return encoding["ids"], [end for _, end in encoding["offsets"]]
 
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> str:
         return self.processor.decode(np.asarray(tokens).tolist())
 
-    def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        text = text if isinstance(text, bytes) else text.encode()
-        offsets = self.processor.encode(text, return_type="offset_mapping", return_bytes=True)["offsets"]
-        return _between(np.array([end for _, end in offsets], np.int64), len(text))
+
+def _decoded(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode(errors="surrogateescape")
 
 
-def _between(ends: Integer[np.ndarray, "tokens"], total: int) -> Integer[np.ndarray, "tokens"]:
-    """Bytes from one token's end to the next; the last token has what the tokenizer leaves out at the end."""
-    ends = np.maximum.accumulate(ends)
-    ends[-1:] = total
-    return np.diff(ends, prepend=0)
+def _size(text: str) -> int:
+    return len(text.encode(errors="surrogateescape"))
+
+
+def _blocks(pieces: Iterable[bytes], size: int) -> Iterator[str]:
+    """The characters of a text, so many at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    held = ""
+    for piece in pieces:
+        held += decoder.decode(piece)
+        whole = len(held) // size * size
+        yield from (held[start : start + size] for start in range(0, whole, size))
+        held = held[whole:]
+    held += decoder.decode(b"", final=True)
+    if held:
+        yield held
+
+
+def _seam(
+    tokens: Integer[np.ndarray, "m"],
+    ends: Integer[np.ndarray, "m"],
+    following: Integer[np.ndarray, "n"],
+    following_ends: Integer[np.ndarray, "n"],
+) -> tuple[int, int] | None:
+    """How many of the first tokens to take before how many of the second to leave out, where the texts of both overlap.
+
+    That is the middle of the longest stretch where both are the same tokens at the same places; None if it is shorter
+    than half of the overlap, or than 8 tokens.
+    """
+    if not len(tokens) or not len(following):
+        return None
+    start = int(np.searchsorted(ends, following_ends[0]))
+    stop = int(np.searchsorted(following_ends, ends[-1], side="right"))
+    first = list(zip(ends[start:].tolist(), tokens[start:].tolist(), strict=True))
+    second = list(zip(following_ends[:stop].tolist(), following[:stop].tolist(), strict=True))
+    match = difflib.SequenceMatcher(None, first, second, autojunk=False).find_longest_match()
+    if match.size < max(8, len(second) // 2):
+        return None
+    return start + match.a + match.size // 2, match.b + match.size // 2
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
