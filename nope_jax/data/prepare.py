@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -183,7 +184,7 @@ def _tokenize_parts(
             yield _tokenize_part(config, split, task, advance)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start_worker) as pool:
         try:
             for done in as_completed([pool.submit(_tokenize_part, config, split, task) for task in tasks]):
                 yield done.result()
@@ -195,8 +196,9 @@ def _tokenize_parts(
             raise
 
 
-def _ignore_interrupts() -> None:
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; one line about it is enough
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated leaves behind
 
 
 def _tokenize_part(
