@@ -52,7 +52,7 @@ def run(command: Callable[[], None]) -> int:
     try:
         command()
     except KeyboardInterrupt as stop:
-        print(stop if stop.args else "interrupted", file=sys.stderr)
+        _say(str(stop) if stop.args else "interrupted")
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except FloatingPointError as error:
         return _fail(str(error), status=DIVERGED)
@@ -78,8 +78,13 @@ def _keep_freed_memory() -> None:
 
 
 def _fail(message: str, *, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {' '.join(message.split())}")
     return status
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the status says it too, where the terminal is gone
+        print(line, file=sys.stderr)
 
 
 class TrainArguments(NamedTuple):

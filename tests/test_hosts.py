@@ -1,6 +1,8 @@
 """Several processes of one run: that they find each other, compute what one would, and end together."""
 
 import contextlib
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from nope_jax.cli import parse_train
 from nope_jax.config import Config
 from nope_jax.data import batches
 from nope_jax.distributed import PEER_LOST, Place
+from nope_jax.locks import held
 from nope_jax.sharding import AXES, process_share
 from tests.hosts import ROOT, Started, checkpoints, logged, smoke_config
 
@@ -428,8 +431,34 @@ def test_processes_train_as_one_and_write_once(command, one_process, tmp_path, p
     assert [end.status for end in ended] == [0] * processes, ended
     assert_same_losses(tmp_path, one_process)
     assert checkpoints(tmp_path) == ["12", "8"]
-    assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "data.json",
+        "lock",
+        "metrics.jsonl",
+    }
     assert ["validation loss" in end.output for end in ended] == [True] + [False] * (processes - 1)
+
+
+@pytest.mark.slow
+def test_a_second_run_of_processes_and_one_that_reads_other_data_end_together(config, command, tmp_path):
+    with held(tmp_path):
+        ended = Started([*command, str(tmp_path)], processes=2, devices=1).wait(timeout=120)
+    refusal = f"error: {tmp_path} is being written by process {os.getpid()} on {socket.gethostname()}"
+    for end in ended:
+        assert (end.status, end.output.splitlines()[-1].startswith(refusal)) == (2, True), ended
+    assert {entry.name for entry in tmp_path.iterdir()} == {"lock"}
+
+    corpus = Path(config.data.source.removeprefix("text:")).parent
+    home = Path(shutil.copytree(corpus, tmp_path / "home" / "corpus")).parent
+    (home / "corpus" / "more.txt").write_text("of this host alone " * 100)
+    arguments = [*command, str(tmp_path), "--data.source", "text:~/corpus/*.txt"]
+    prepare = {0: lambda: os.environ.update(HOME=str(home)), 1: lambda: os.environ.update(HOME=str(corpus.parent))}
+    ended = Started(arguments, processes=2, devices=1, prepare=prepare).wait(timeout=120)
+    says = "error: process 1 does not read the data that process 0 reads: the train documents of data.source text:"
+    for end in ended:
+        assert (end.status, end.output.splitlines()[-1].startswith(says)) == (2, True), ended
 
 
 @pytest.mark.slow
@@ -476,7 +505,7 @@ def assert_goes_on(command: list[str], workdir: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "number"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(("signum", "number"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGHUP, 1)])
 def test_a_signal_to_one_stops_all_at_one_step(command, never_stopped, tmp_path, signum, number):
     run = Started([*command, str(tmp_path), *LONG], processes=2, devices=1)
     wait_for_step(tmp_path, 30, run)

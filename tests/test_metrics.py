@@ -1,12 +1,18 @@
 """What a run says of itself: where its time went, how much of the hardware it uses, traces of its steps."""
 
 import dataclasses
+import errno
 import gzip
+import io
 import json
+import os
+import re
 import struct
+import sys
 import threading
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.extend
@@ -186,6 +192,40 @@ def test_a_line_tells_where_the_time_went(fake_time, tmp_path, monkeypatch):
     assert second["tokens_per_second"] == 2 * 128 / 4
     assert second["goodput"] == 14 / 44
     assert "loss" not in second
+
+
+@pytest.mark.parametrize("terminals", [("stdout", "stderr"), ("stderr",), ("stdout",), ()])
+def test_a_terminal_has_a_bar_and_anything_else_a_line_for_each_logged_step(tmp_path, monkeypatch, terminals):
+    written = {}
+    for name in "stdout", "stderr":
+        written[name] = io.BytesIO()
+        stream = io.TextIOWrapper(written[name], encoding="utf-8")  # buffered by block, as a pipe is
+        stream.isatty = lambda name=name: name in terminals
+        monkeypatch.setattr(sys, name, stream)
+    record, _ = open_record(CONFIG, tmp_path)
+    with record:
+        for step in 1, 2:
+            record.step(step, VALUES)
+        record.validation(2, 1.5)
+        out, err = (written[name].getvalue().decode() for name in ("stdout", "stderr"))  # what is there at once
+    if len(terminals) == 2:
+        sys.stdout.flush()
+        assert "loss 2.000" in written["stderr"].getvalue().decode()
+        assert "step 2: validation loss 1.5000" in written["stdout"].getvalue().decode()
+    else:
+        step, validation = out.splitlines()
+        assert re.fullmatch("step 2/100: loss 2.0000, learning rate 4e-05, [0-9,]+ tokens/s", step)
+        assert validation == "step 2: validation loss 1.5000"
+        assert not err
+
+
+def test_nobody_need_read_what_a_run_says(tmp_path, monkeypatch):
+    record, _ = open_record(CONFIG, tmp_path)
+    gone = OSError(errno.EIO, os.strerror(errno.EIO))  # a terminal that was closed
+    monkeypatch.setattr(sys, "stdout", mock.Mock(write=mock.Mock(side_effect=gone)))
+    with record:
+        record.step(2, VALUES)
+    assert lines(tmp_path)[0]["loss"] == 2.0
 
 
 def test_the_documented_fields_are_those_written(tmp_path, monkeypatch):

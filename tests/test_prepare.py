@@ -120,8 +120,15 @@ def test_what_is_prepared_is_what_is_tokenised_at_the_start(config, tokenizer, t
         prepared = load_corpus(config, split)
         assert isinstance(prepared.tokens, np.memmap)
         assert same(prepared, corpus)
+        assert prepared.digest() == dataclasses.replace(corpus, digest_file=None).digest()
+        # Kept, so that a large file is not read whole at each start.
+        assert prepared.digest_file is not None
+        prepared.digest_file.write_text("kept\n")
+        assert load_corpus(config, split).digest() == "kept"
     np.testing.assert_array_equal(next(train_batches(config)).tokens, batch.tokens)
-    assert sorted(path.suffix for path in tokens(config).iterdir()) == sorted(2 * [".tokens", ".npy", ".lock"])
+    assert sorted(path.suffix for path in tokens(config).iterdir()) == sorted(
+        2 * [".tokens", ".npy", ".sha256", ".lock"]
+    )
 
 
 def test_the_text_of_books_is_found_whatever_its_feature_is_called(config):

@@ -1,31 +1,36 @@
 """Training: the step, the record of a run, and that a run comes to the same bits however often it is stopped."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder
+from nope_jax import Decoder, locks
 from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from nope_jax.data import Batch
 from nope_jax.sharding import make_mesh
-from nope_jax.training import Interrupted, loop, train
+from nope_jax.training import Interrupted, loop, resume, train
 from nope_jax.training.metrics import MetricsLog
 from nope_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer
 from nope_jax.training.state import abstract_state, init_state
@@ -119,6 +124,10 @@ def test_every_step_is_logged_once_and_the_newest_checkpoints_kept(config, finis
     assert load_model(finished)[0] == config
 
 
+def changed(config: Config, values: dict) -> Config:
+    return configs.override(config, values)
+
+
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     """Sends signals to this process while step `step` runs."""
     batches = loop.train_batches
@@ -133,15 +142,30 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     monkeypatch.setattr(loop, "train_batches", signalling)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, signum):
+@pytest.mark.parametrize(
+    "signals",
+    # A terminal that is closed hangs up, and so does its shell.
+    [[signal.SIGINT], pytest.param([signal.SIGTERM], marks=pytest.mark.slow), [signal.SIGHUP, signal.SIGHUP]],
+)
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, signals):
+    signum = signals[0]
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 5 and saved") as stop:
-        stop_at(5, patch, signum)
+        stop_at(5, patch, *signals)
         train(config, tmp_path)
     assert stop.value.signum == signum
     assert checkpoints(tmp_path) == {"4", "5"}
     train(config, tmp_path)
     assert_same_run(tmp_path, finished)
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(config, tmp_path, monkeypatch):
+    stop_at(2, monkeypatch, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(changed(config, {"train.steps": 3}), tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoints(tmp_path) == {"3"}
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
@@ -180,6 +204,162 @@ def test_a_config_that_disagrees_is_refused_with_both_values(config, finished):
     with pytest.raises(ValueError, match="encoding was 'nope', not 'alibi'; .*rate was 0.01, not 0.5"):
         train(other, finished)
     assert configs.load(finished) == config
+
+
+MAY_CHANGE = {
+    "model": "attention remat",
+    "data": "source dir tokenizer",  # where it lies: what it is may not
+    "optimizer": "accumulation",
+    "train": "steps log_every checkpoint_every eval_every eval_batches on_bad_step spike_factor max_skipped "
+    "tensorboard profile_steps",
+    "mesh": "data fsdp tensor sequence rules",
+    "eval": "documents batch_size stride seed entropy_unit",
+}
+MUST_STAY = {
+    "model": "vocab_size num_layers num_heads num_kv_heads head_dim model_dim mlp_dim mlp tie_embeddings encoding "
+    "train_length dtype",
+    "data": "context_length batch_size document_mask seed",
+    "optimizer": "learning_rate warmup_steps b1 b2 weight_decay clip_norm",
+    "train": "seed start_from",
+}
+
+
+def test_of_every_field_it_is_decided_whether_a_run_may_change_it():
+    may, must = (
+        {f"{group}.{field}" for group, fields in which.items() for field in fields.split()}
+        for which in (MAY_CHANGE, MUST_STAY)
+    )
+    assert not may & must
+    assert may | must == set(configs.HINTS), "decide it here and in nope_jax.training.resume"
+    assert may == resume.MAY_CHANGE
+
+
+@pytest.fixture
+def begun(finished, tmp_path) -> Path:
+    """A copy of the finished run, to go on with."""
+    return Path(shutil.copytree(finished, tmp_path / "begun"))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All that a refusal must leave as it is: the lock alone says who came."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def corpus_of(config: Config) -> Path:
+    return Path(config.data.source.removeprefix("text:")).parent
+
+
+def test_what_leaves_the_trained_function_alone_may_change(config, begun, tmp_path):
+    unchanged = Path(shutil.copytree(begun, tmp_path / "unchanged"))
+    train(changed(config, {"train.steps": 13}), unchanged)
+    moved = shutil.copytree(corpus_of(config), tmp_path / "moved")  # new names, new times
+    others = {"data.source": f"text:{moved}", "data.dir": str(tmp_path), "optimizer.accumulation": 2}
+    others |= {"model.remat": True, "model.attention": "streaming"}
+    train(changed(config, {"train.steps": 13, **others}), begun)
+    np.testing.assert_allclose(losses(begun), losses(unchanged), rtol=1e-5)
+    assert len(losses(begun)) == 13
+
+
+def test_other_documents_are_refused_and_nothing_is_touched(config, begun, tmp_path):
+    corpus = Path(shutil.copytree(corpus_of(config), tmp_path / "corpus"))
+    (corpus / "one more.txt").write_text("of the training split " * 100)
+    other = changed(config, {"train.steps": 13, "data.source": f"text:{corpus}"})
+    before = contents(begun)
+    with pytest.raises(ValueError, match=f"begun holds a run on other data: the train documents .*{corpus} are others"):
+        train(other, begun)
+    assert contents(begun) == before
+
+
+def test_another_tokenizer_at_the_same_path_is_refused(config, tmp_path):
+    def write_tokenizer(first: str) -> None:
+        words = {word: i for i, word in enumerate([first, "</s>", "[UNK]"])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    write_tokenizer("aei")
+    values = {"data.tokenizer": str(tmp_path / "tokenizer.json"), "data.dir": str(tmp_path), "train.steps": 1}
+    train(changed(config, values), tmp_path / "run")
+    write_tokenizer("oua")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="data: data.tokenizer .*tokenizer.json is another tokenizer"):
+        train(changed(config, values | {"train.steps": 2}), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_of_an_earlier_version_is_held_to_the_data_of_today(config, begun, tmp_path, capsys):
+    digests = begun / "data.json"
+    digests.unlink()
+    moved = shutil.copytree(corpus_of(config), tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"data.source was 'text:.*\.txt', not 'text:.*moved'"):
+        train(changed(config, {"train.steps": 13, "data.source": f"text:{moved}"}), begun)
+    assert not digests.exists()
+    train(changed(config, {"train.steps": 13}), begun)
+    assert "does not say what its data were" in capsys.readouterr().err
+    assert set(json.loads(digests.read_text())) == {"tokenizer", "train", "validation"}
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_a_killed_one_keeps_nobody_out(config, begun):
+    before = contents(begun)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(begun)], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        try:
+            whose = f"{begun} is being written by process {other.pid} on {socket.gethostname()}"
+            with pytest.raises(ValueError, match=whose):
+                train(changed(config, {"train.steps": 13}), begun)
+            assert contents(begun) == before
+        finally:
+            other.kill()
+    train(changed(config, {"train.steps": 13}), begun)
+    assert len(losses(begun)) == 13
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nope_jax.locks import held
+
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def leased(tmp_path, monkeypatch) -> Path:
+    """A folder whose file system knows no locks, as buckets do not; seconds pass faster."""
+    refuse = OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    monkeypatch.setattr(locks.fcntl, "flock", mock.Mock(side_effect=refuse))
+    for name in "BEAT", "PATIENCE", "SETTLE":
+        monkeypatch.setattr(locks, name, getattr(locks, name) / 50)
+    return tmp_path
+
+
+def test_where_there_are_no_locks_a_living_holder_is_known_by_its_beat(leased):
+    with locks.held(leased) as check:
+        with (
+            pytest.raises(ValueError, match=f"{leased} is being written by process {os.getpid()} on"),
+            locks.held(leased),
+        ):
+            pass
+        check()  # it is still ours
+    assert not list(leased.iterdir())
+
+
+def test_where_there_are_no_locks_a_dead_holder_is_waited_for(leased, capsys):
+    (leased / "lock").write_text('{"host": "gone", "pid": 7, "lease": "x", "beat": "0"}')
+    with locks.held(leased):
+        assert "left by process 7 on gone: waiting" in capsys.readouterr().err
+
+
+def test_a_lease_that_another_took_is_noticed(leased):
+    with locks.held(leased) as check:
+        (leased / "lock").write_text('{"host": "other", "pid": 7, "lease": "x", "beat": "0"}')
+        with pytest.raises(ValueError, match="is being written by process 7 on other"):
+            for _ in range(500):
+                check()
+                time.sleep(0.01)
+    assert "other" in (leased / "lock").read_text()  # which goes on
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nope_jax.config import DataConfig
-from nope_jax.data.corpora import Split, load_corpus
+from nope_jax.data.corpora import Corpus, Split, load_corpus
 from nope_jax.data.windows import Windows, step_windows
 
 
@@ -29,18 +29,23 @@ class Batch(NamedTuple):
 
 
 def train_batches(
-    config: DataConfig, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    *,
+    start_step: int = 0,
+    corpus: Corpus | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
     """The batches of training from `start_step` on, without end, prepared ahead in background threads.
 
     Row r of step s is the same whatever the number of processes and wherever reading starts; a process gets its
-    contiguous share of the rows.
+    contiguous share of the rows. `corpus` is the one of the training split, if it is loaded already.
 
     Raises:
         ValueError: data.batch_size is no multiple of the processes, or the corpus is shorter than one window.
     """
     rows = _rows(config, process_index, process_count)
-    windows = _windows(config, "train", config.seed)
+    windows = _windows(config, "train", config.seed, corpus)
 
     def batch(step: int) -> Batch:
         return _stack(windows, step_windows(step, rows, config.batch_size, len(windows), config.seed), config)
@@ -50,17 +55,23 @@ def train_batches(
 
 
 def validation_batches(
-    config: DataConfig, num_batches: int, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    num_batches: int,
+    *,
+    corpus: Corpus | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> list[Batch]:
     """Batches of windows spread evenly over the validation documents: the same whatever the seed, at every call.
 
-    When there are fewer windows than rows, they are repeated as evenly as can be.
+    When there are fewer windows than rows, they are repeated as evenly as can be. `corpus` is the one of the validation
+    split, if it is loaded already.
 
     Raises:
         ValueError: as `train_batches`.
     """
     rows = _rows(config, process_index, process_count)
-    windows = _windows(config, "validation", seed=0)
+    windows = _windows(config, "validation", 0, corpus)
     count = num_batches * config.batch_size
     chosen = (np.arange(count) * len(windows) // count).reshape(num_batches, config.batch_size)
     return [_stack(windows, indices[rows.start : rows.stop], config) for indices in chosen]
@@ -73,8 +84,8 @@ def _rows(config: DataConfig, process_index: int, process_count: int) -> range:
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _windows(config: DataConfig, split: Split, seed: int) -> Windows:
-    corpus = load_corpus(config, split)
+def _windows(config: DataConfig, split: Split, seed: int, corpus: Corpus | None) -> Windows:
+    corpus = load_corpus(config, split) if corpus is None else corpus
     windows = Windows(corpus, config.context_length, seed)
     if not len(windows):
         raise ValueError(

@@ -1,15 +1,18 @@
 """Corpora: the documents of a source as tokens."""
 
+import contextlib
 import dataclasses
 import io
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
 
 from nope_jax.config import DataConfig
 from nope_jax.data.documents import Split
-from nope_jax.data.prepare import prepare_split, say_once, token_dtype, token_files, tokenize
+from nope_jax.data.prepare import digest_file_of, digest_of, prepare_split, say_once, token_dtype, token_files, tokenize
 from nope_jax.data.sources import data_dir, find_documents
 from nope_jax.data.tasks import task_documents
 from nope_jax.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -28,6 +31,20 @@ class Corpus:
     """Where in `tokens` each document starts, and the end of the last."""
     byte_lengths: Callable[[int], Integer[np.ndarray, "length"]] | None = None
     """The bytes of text that belong to each token of a document; None where the documents were not made from text."""
+    digest_file: Path | None = None
+    """Where the digest is kept once it is known; None: nowhere."""
+
+    def digest(self) -> str:
+        """`digest_of` these documents, which is what a run is held to."""
+        if self.digest_file is not None and self.digest_file.exists():
+            return self.digest_file.read_text().strip()
+        digest = digest_of(self.tokens, self.offsets)
+        if self.digest_file is not None:
+            unfinished = self.digest_file.with_suffix(f".{uuid.uuid4().hex}")
+            with contextlib.suppress(OSError):  # what others have prepared need not be ours to write to
+                unfinished.write_text(digest + "\n")
+                unfinished.replace(self.digest_file)
+        return digest
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -70,6 +87,7 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     tokens_file, offsets_file = token_files(config, documents)
     for note in documents.notes:
         say_once(note)
+    digest_file = digest_file_of(tokens_file)
 
     def byte_lengths(index: int) -> Integer[np.ndarray, "length"]:
         texts = documents.read([index])  # closes the file when it is gone
@@ -87,7 +105,9 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
             offsets = tokenize(documents, range(documents.size), config, buffer).offsets
             return Corpus(np.frombuffer(buffer.getbuffer(), np.uint8), offsets, byte_lengths)
         prepare_split(config, split, workers=1)
-    return Corpus(np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), np.load(offsets_file), byte_lengths)
+    return Corpus(
+        np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), np.load(offsets_file), byte_lengths, digest_file
+    )
 
 
 def _task_corpus(config: DataConfig, split: Split) -> Corpus:

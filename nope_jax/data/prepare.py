@@ -87,7 +87,11 @@ def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
                 "theirs that is no UTF-8 is read as U+FFFD",
                 file=sys.stderr,
             )
-        offsets = _join(parts, tokens_file, token_dtype(load_tokenizer(config.tokenizer)).itemsize)
+        dtype = token_dtype(load_tokenizer(config.tokenizer))
+        offsets = _join(parts, tokens_file, dtype.itemsize)
+        digest_file = digest_file_of(tokens_file)
+        digest_file.unlink(missing_ok=True)
+        digest_file.write_text(digest_of(np.memmap(tokens_file, dtype, mode="r"), offsets) + "\n")
         with _replaced(offsets_file) as unfinished, unfinished.open("wb") as file:
             np.save(file, offsets)  # last: whoever finds them finds the tokens
         for part in parts:
@@ -111,6 +115,18 @@ def token_files(config: DataConfig, documents: Documents) -> tuple[Path, Path]:
     fingerprint.update(Path(config.tokenizer).expanduser().read_bytes() if is_file else b"bytes")
     tokens_file = data_dir(config) / "tokens" / f"{fingerprint.hexdigest()[:32]}.tokens"
     return tokens_file, tokens_file.with_suffix(".npy")
+
+
+def digest_file_of(tokens_file: Path) -> Path:
+    """Where the digest of prepared tokens lies, so that a large file need not be read whole at each start."""
+    return tokens_file.with_suffix(".sha256")
+
+
+def digest_of(tokens: Integer[np.ndarray, "tokens"], offsets: Integer[np.ndarray, "boundaries"]) -> str:
+    """SHA-256 of tokens and of where documents end: the same wherever they lie and whatever they are called."""
+    content = hashlib.sha256(np.ascontiguousarray(offsets, np.int64).data)
+    content.update(np.ascontiguousarray(tokens).data)
+    return content.hexdigest()
 
 
 class Tokenized(NamedTuple):

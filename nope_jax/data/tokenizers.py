@@ -7,6 +7,7 @@ blocks overlap, and are joined in the middle of a stretch where both have the sa
 import codecs
 import dataclasses
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -243,6 +244,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"data.tokenizer must be bytes or the path of a tokenizer.json or SentencePiece model; {spec} is no file"
         )
     return _load_json(path) if path.suffix == ".json" else _load_sentencepiece(path)
+
+
+def tokenizer_digest(spec: str) -> str:
+    """What names a tokenizer by its content, wherever it lies: `bytes`, or the SHA-256 of its file."""
+    return spec if spec == "bytes" else hashlib.sha256(Path(spec).expanduser().read_bytes()).hexdigest()
 
 
 def _load_json(path: Path) -> JsonTokenizer:

@@ -1,12 +1,12 @@
 """A run, from its config to its last checkpoint, continued from wherever its workdir stands."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import get_args
 
 import jax
 import numpy as np
@@ -17,34 +17,18 @@ from jax.sharding import Mesh
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model, saved_steps
 from nope_jax.config import Config
-from nope_jax.data import load_tokenizer, train_batches, validation_batches
-from nope_jax.distributed import agreed_stop
+from nope_jax.data import load_corpus, load_tokenizer, train_batches, validation_batches
+from nope_jax.data.corpora import Split
+from nope_jax.distributed import agreed_stop, said_by_all
+from nope_jax.locks import held
 from nope_jax.models import Decoder, adopt_weights
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
 from nope_jax.training.metrics import Clock, Record, check_can_record
 from nope_jax.training.optimizer import make_optimizer
+from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, init_state, no_skips
 from nope_jax.training.step import Metrics, jit_train_step, reason_to_stop, total_nll
-
-MAY_CHANGE = (
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.on_bad_step",
-    "train.spike_factor",
-    "train.max_skipped",
-    "train.tensorboard",
-    "train.profile_steps",
-    "data.dir",
-    "mesh.",
-    "eval.",
-)
-"""The fields and groups that a run may be started again with differently. They leave its parameters alone (a mesh up to
-rounding), except `train.steps`: the rest of the run then follows the cosine of the new length. And what becomes of bad
-steps: so that a run that one of them stopped can go on without it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,15 +43,17 @@ class Interrupted(KeyboardInterrupt):
 def train(config: Config, workdir: str | os.PathLike[str]) -> None:
     """Trains up to `config.train.steps`, from the newest checkpoint in `workdir` or else from the start.
 
-    A run that is stopped at any moment and started again arrives at the bits of one that never stopped; with other
-    devices, or another number of processes, up to rounding. Several processes (`nope_jax.distributed`) all call this.
+    A run that is stopped at any moment and started again arrives at the bits of one that never stopped; up to rounding
+    where something may have changed that leaves the trained function alone, such as devices or the number of processes
+    (`nope_jax.training.resume`). Several processes (`nope_jax.distributed`) all call this.
 
     Raises:
-        ValueError: something in `config` cannot be had, or is not what the run in `workdir` was started with.
+        ValueError: something in `config` cannot be had, or it or the data are not what the run in `workdir` was started
+            with; another process writes to `workdir`; or the processes do not read the same data.
         OSError: `workdir` cannot be written; the checkpoints in it are as they were.
         FloatingPointError: the loss or its gradient is not finite, or too often bad in a row where bad steps are
             skipped (`train.on_bad_step`); that state is not saved.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C, SIGTERM or a hang-up; the state is saved.
     """
     clock = Clock()
     workdir = location(workdir)
@@ -78,23 +64,30 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
     optimizer = make_optimizer(config.optimizer, steps)
     share, shares = process_share(mesh)
     hosts = {"process_index": share, "process_count": shares}
+    corpora = {split: load_corpus(config.data, split) for split in get_args(Split)}
+    data = digest_data(config.data, corpora)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         validation = [
-            place_batch(rows, mesh) for rows in validation_batches(config.data, config.train.eval_batches, **hosts)
+            place_batch(rows, mesh)
+            for rows in validation_batches(
+                config.data, config.train.eval_batches, corpus=corpora.pop("validation"), **hosts
+            )
         ]
         graphdef, abstract = abstract_state(config, optimizer, mesh)
 
         donor = _donor(config, workdir, mesh)
         _make_shared(workdir)
+        check_is_ours = stack.enter_context(_held_by_process_0(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir))
-        start, state = _restore(config, workdir, checkpointer, abstract)
+        start, state = _restore(config, data, workdir, checkpointer, abstract)
         if start == steps:
             if jax.process_index() == 0:
                 print(f"{workdir}: already finished at step {steps}; a larger train.steps would continue it")
             return
-        batches = train_batches(config.data, start_step=start, **hosts)
+        batches = train_batches(config.data, start_step=start, corpus=corpora.pop("train"), **hosts)
         if jax.process_index() == 0:
+            save_digests(data, workdir)
             configs.save(config, workdir)
         if state is None:
             state = init_state(config, optimizer, abstract)
@@ -129,6 +122,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
                     batch = place_batch(next(batches), mesh)
 
             checkpointer.check()
+            check_is_ours()
             signum = agreed_stop(signals, step)
             stops = signum is not None and step < steps
             evaluates = step % config.train.eval_every == 0 or step == steps
@@ -181,13 +175,28 @@ def _make_shared(workdir: Location) -> None:
         )
 
 
+@contextlib.contextmanager
+def _held_by_process_0(workdir: Location) -> Iterator[Callable[[], None]]:
+    """Keeps the workdir to this run, as `held`; where process 0 is refused, all are."""
+    with contextlib.ExitStack() as stack:
+        check, refusal = None, ""
+        if jax.process_index() == 0:
+            try:
+                check = stack.enter_context(held(workdir))
+            except ValueError as error:
+                refusal = str(error)
+        if refusal := said_by_all(refusal)[0]:
+            raise ValueError(refusal)
+        yield check or (lambda: None)
+
+
 def _restore(
-    config: Config, workdir: Location, checkpointer: Checkpointer, abstract: TrainState
+    config: Config, data: DataDigests, workdir: Location, checkpointer: Checkpointer, abstract: TrainState
 ) -> tuple[int, TrainState | None]:
     """The steps that the run in `workdir` has taken and its state; 0 and None if it has saved none."""
     if checkpointer.latest_step is None:
         return 0, None
-    _refuse_disagreement(configs.load(workdir), config, workdir)
+    check_goes_on(config, data, workdir)
     step, trees = checkpointer.restore(abstract._asdict(), optional=["skips"])
     if step > config.train.steps:
         raise ValueError(f"train.steps is {config.train.steps}, but {workdir} has already reached step {step}")
@@ -217,18 +226,6 @@ def _adopted(params: nnx.State, graphdef: nnx.GraphDef[Decoder], donor: Decoder)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model), params)
 
 
-def _refuse_disagreement(old: Config, new: Config, workdir: Location) -> None:
-    differences = []
-    for group in dataclasses.fields(Config):
-        before, now = getattr(old, group.name), getattr(new, group.name)
-        for field in dataclasses.fields(now):
-            name, was, is_now = f"{group.name}.{field.name}", getattr(before, field.name), getattr(now, field.name)
-            if was != is_now and not name.startswith(MAY_CHANGE):
-                differences.append(f"{name} was {was!r}, not {is_now!r}")
-    if differences:
-        raise ValueError(f"{workdir} holds a run of another config: {'; '.join(differences)}; choose another workdir")
-
-
 def _sound(step: int, metrics: Metrics, config: Config, checkpointer: Checkpointer) -> tuple[int, dict[str, float]]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     reason = reason_to_stop(values, config.train)
@@ -244,15 +241,20 @@ def _sound(step: int, metrics: Metrics, config: Config, checkpointer: Checkpoint
 def _caught_signals() -> Iterator[list[int]]:
     """The stop signals received so far. A second one of the same kind ends the process at once.
 
-    With several processes SIGTERM is left to JAX, see `agreed_stop`.
+    Not so a hang-up, of which a closed terminal and its shell send one each; and where it was ignored at the start
+    (nohup), it is. With several processes SIGTERM is left to JAX, see `agreed_stop`.
     """
     received: list[int] = []
 
     def receive(signum: int, _: object) -> None:
         received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)
 
-    caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+    caught = [signal.SIGINT]
+    if jax.process_count() == 1:
+        caught.append(signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
     previous = {signum: signal.signal(signum, receive) for signum in caught}
     try:
         yield received

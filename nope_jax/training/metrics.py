@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, one JSON object per logged step, and the progress bar.
+"""The record of a run: `metrics.jsonl`, one JSON object per logged step, and a progress bar or a line of text for each.
 
 A step is logged once however often the run was stopped, and its loss is that of an uninterrupted run. What is not
 finite is left out of its line. The fields of step `step`, every `train.log_every` steps (the first step is 1):
@@ -31,6 +31,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -160,8 +161,9 @@ def check_can_record(config: Config, workdir: Location) -> None:
 
 
 class Record:
-    """What a run says of itself as it goes: lines in its `metrics.jsonl`, and a progress bar if stderr is a terminal.
+    """What a run says of itself as it goes: lines in its `metrics.jsonl`, and a progress bar on a terminal.
 
+    Where stdout or stderr is none (a file, a pipe, the log of a job), each logged step is a line on stdout, at once.
     Only the first process says anything.
     """
 
@@ -188,7 +190,7 @@ class Record:
                     total=config.train.steps,
                     initial=start,
                     unit="step",
-                    disable=None if is_main else True,
+                    disable=not (is_main and sys.stdout.isatty() and sys.stderr.isatty()),
                     dynamic_ncols=True,
                 )
             )
@@ -265,7 +267,13 @@ class Record:
             line["goodput"] = seconds["step"] / sum(seconds.values())
             line |= {f"{lost}_seconds": seconds[lost] for lost in LOST}
             self._write(step, line)
-            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s")
+            if self._bar.disable:
+                self._say(
+                    f"step {step}/{self._config.steps}: loss {line['loss']:.4f}, learning rate "
+                    f"{line['learning_rate']:.4g}, {rate:,.0f} tokens/s"
+                )
+            else:
+                self._bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:,.0f} tokens/s")
             self._warn_of_input(seconds)
 
     def flush(self) -> None:
@@ -306,8 +314,13 @@ class Record:
                 self._tensorboard.add_scalar(name, value, step)
 
     def _say(self, message: str) -> None:
-        if jax.process_index() == 0:
-            self._bar.write(message)
+        if jax.process_index():
+            return
+        with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads: the run goes on
+            if self._bar.disable:
+                print(message, flush=True)
+            else:
+                self._bar.write(message)
 
     def _end_trace(self) -> None:
         if self._is_tracing:
