@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 from nope_jax.paths import Location
 
@@ -41,7 +40,8 @@ def held(folder: Location) -> Iterator[Callable[[], None]]:
     """
     path = folder / "lock"
     with contextlib.ExitStack() as stack:
-        if isinstance(path, Path) and _is_locked_by_us(stack.enter_context(path.open("a+")), path):
+        if isinstance(path, Path) and _is_locked(path, stack):
+            stack.callback(path.unlink, missing_ok=True)
             yield lambda: None
         else:
             lease = _Lease(path)
@@ -49,20 +49,24 @@ def held(folder: Location) -> Iterator[Callable[[], None]]:
             yield lease.check
 
 
-def _is_locked_by_us(file: TextIO, path: Path) -> bool:
-    """Whether the kernel has locked the file for us; False where the file system knows no locks.
+def _is_locked(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether the kernel has locked the file for us, until the stack unwinds; False where the file system has no locks.
 
     Raises:
         ValueError: another process has locked it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _refusal(path, path.read_text()) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        return False
+    while True:
+        file = stack.enter_context(path.open("a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _refusal(path, _read(path)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            return False
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break  # and not one that its holder has removed since we opened it
     file.truncate(0)
     file.write(_holder())
     file.flush()

@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "locks",
         "paths",
     },
-    "evaluation": {"attention", "encodings", "config", "cli", "data", "models", "checkpoint", "sharding"},
+    "evaluation": {"attention", "encodings", "config", "cli", "data", "locks", "models", "checkpoint", "sharding"},
 }
 
 

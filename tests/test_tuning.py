@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -44,6 +45,7 @@ from nope_jax.encodings import (
 from nope_jax.encodings.rotary import rope_frequencies
 from nope_jax.evaluation import report, tuned, tuning
 from nope_jax.evaluation.tuning import best_factor, golden_section, tune
+from nope_jax.locks import held
 
 LONG, SHORT, TRAINED = 48, 24, 12
 UNIFORM = np.full((3, 2), 1.6, np.float32)
@@ -466,7 +468,7 @@ STOPPED = dataclasses.replace(LEARN, steps=14, documents=4)
 
 def test_it_goes_on_as_if_it_had_never_been_stopped(folder, stopped, tmp_path, monkeypatch):
     whole, out = stopped[0], tmp_path / "out"
-    shutil.copytree(stopped[1], out)
+    shutil.copytree(stopped[1], out, ignore=shutil.ignore_patterns("lock"))  # taken while it ran
     kept = json.loads((out / "tune.json").read_text())
     assert kept["learned"]["updates"] == 10 and len(tuned.read_updates(out)) == 12
     assert not (out / "config.json").exists()
@@ -505,7 +507,7 @@ OTHERWISE = {
 def test_it_goes_on_only_with_the_same(folder, stopped, tmp_path, message):
     case = {"workdir": "heads", "method": "head", "settings": STOPPED, "lengths": (SHORT, LONG)} | OTHERWISE[message]
     out, workdir = tmp_path / "out", folder / case["workdir"]
-    shutil.copytree(stopped[1], out)
+    shutil.copytree(stopped[1], out, ignore=shutil.ignore_patterns("lock"))  # taken while it ran
     if case["workdir"] == "touched":
         workdir = tmp_path / "touched"
         shutil.copytree(folder / "heads", workdir)
@@ -519,6 +521,13 @@ def test_it_goes_on_only_with_the_same(folder, stopped, tmp_path, message):
     with pytest.raises(ValueError, match=message):
         tune(options, command="python eval.py tune")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_of_two_that_write_to_one_folder_the_second_is_refused(folder, tmp_path):
+    options = EvalArguments((folder / "uniform",), (SHORT,), tmp_path, {}, LEARN, "uniform")
+    with held(tmp_path), pytest.raises(ValueError, match=f"{tmp_path} is being written by process {os.getpid()} on"):
+        tune(options, command="python eval.py tune")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_found_is_shown_when_it_is_interrupted(folder, tmp_path, monkeypatch, capsys):

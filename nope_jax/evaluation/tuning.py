@@ -52,6 +52,7 @@ from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.protocol import choose_documents
 from nope_jax.evaluation.run import encoding_name, newest_step
 from nope_jax.evaluation.tuned import Learned, Outcome, Tuning
+from nope_jax.locks import held
 from nope_jax.models import Decoder, adopt_weights
 from nope_jax.sharding import make_mesh, place_batch, state_shardings
 
@@ -141,14 +142,19 @@ def tune(options: EvalArguments, *, command: str) -> None:
         command: what the user typed, for tune.json and the report.
 
     Raises:
-        ValueError: several workdirs, `out` holds a run or what another tuning has left, the run or its documents do not
-            reach a length, or the encoding cannot be tuned by this method.
+        ValueError: several workdirs, `out` holds a run or what another tuning has left or is being written by one, the
+            run or its documents do not reach a length, or the encoding cannot be tuned by this method.
         OSError: `out` cannot be written.
         FloatingPointError: the loss is not finite at any factor, or does not stay finite while factors are learned.
     """
     job = _plan(options)
-    tuning = _begin(job, command).or_continued(job.out)
     job.out.mkdir(parents=True, exist_ok=True)
+    with held(job.out):
+        _find_and_write(job, command)
+
+
+def _find_and_write(job: Job, command: str) -> None:
+    tuning = _begin(job, command).or_continued(job.out)
     tempfile.TemporaryFile(dir=job.out).close()
     tuner = _Tuner(job, tuning)
     end = f"Not finished: the same command goes on from what is in {job.out}."
