@@ -133,7 +133,13 @@ class _Lease:
             self._lost = _refusal(self._path, found)
 
     def _write(self, count: int) -> None:
-        self._path.write_text(_holder(lease=self._name, beat=f"{count:010}"))
+        text = _holder(lease=self._name, beat=f"{count:010}")
+        if isinstance(self._path, Path):
+            unfinished = self._path.with_name(f"lock.{self._name}")
+            unfinished.write_text(text)
+            unfinished.replace(self._path)
+        else:  # an object is whole or not there
+            self._path.write_text(text)
 
 
 def _holder(**more: str) -> str:
@@ -151,7 +157,7 @@ def _who(holder: str) -> str:
     try:
         values = json.loads(holder)
         return f"process {values['pid']} on {values['host']}"
-    except (ValueError, KeyError, TypeError):  # it is being written
+    except (ValueError, KeyError, TypeError):  # not written yet
         return "another process"
 
 

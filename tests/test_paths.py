@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from nope_jax import cli, config
+from nope_jax import cli, config, locks
 from nope_jax.checkpoint import Checkpointer, load_model, saved_steps
 from nope_jax.config import Config, DataConfig, TrainConfig
 from nope_jax.data import load_corpus
@@ -152,6 +152,17 @@ def test_metrics_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
         assert [json.loads(line)["step"] for line in before.splitlines()][:4] == [1, 2, 3, 4]
     texts = [path.read_text() for _, path in places]
     assert texts[0] == texts[1] and texts[0].splitlines()[3] == '{"step": 4, "loss": 9.0}'
+
+
+def test_a_folder_in_a_bucket_has_one_writer(bucket, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.1)
+    monkeypatch.setattr(locks, "SETTLE", 0.01)
+    with locks.held(location("gs://b/run")):
+        assert list(bucket) == ["/b/run/lock"]
+        refused = pytest.raises(ValueError, match=f"gs://b/run is being written by process {os.getpid()}")
+        with refused, locks.held(location("gs://b/run")):
+            pass
+    assert not bucket
 
 
 def test_which_checkpoints_are_whole(bucket, tmp_path):
