@@ -105,7 +105,7 @@ class _Lease:
         found = _read(self._path)
         if not found:
             return
-        waits = f"{self._path} was left by {_who(found)}: waiting {PATIENCE:.0f} s to see whether it still runs"
+        waits = f"{self._path} names {_who(found)}: waiting {PATIENCE:.0f} s at most to see whether it still runs"
         print(waits, file=sys.stderr, flush=True)
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:

@@ -350,7 +350,7 @@ def test_where_there_are_no_locks_a_dead_holder_is_waited_for(leased, monkeypatc
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     (leased / "lock").write_text('{"host": "gone", "pid": 7, "lease": "x", "beat": "0"}')
     with locks.held(leased):
-        assert "left by process 7 on gone: waiting" in capsys.readouterr().err
+        assert "names process 7 on gone: waiting" in capsys.readouterr().err
 
 
 def test_a_lease_that_another_took_is_noticed(leased):
