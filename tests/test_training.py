@@ -208,7 +208,7 @@ def test_a_config_that_disagrees_is_refused_with_both_values(config, finished):
 
 MAY_CHANGE = {
     "model": "attention remat",
-    "data": "source dir tokenizer",  # where it lies: what it is may not
+    "data": "source dir tokenizer document_separator",  # where it lies: what it is may not
     "optimizer": "accumulation",
     "train": "steps log_every checkpoint_every eval_every eval_batches on_bad_step spike_factor max_skipped "
     "tensorboard profile_steps",

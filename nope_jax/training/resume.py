@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
         "data.source",
         "data.dir",
         "data.tokenizer",
+        "data.document_separator",
         "optimizer.accumulation",
         "train.steps",
         "train.log_every",
