@@ -32,6 +32,9 @@ from nope_jax.sharding import abstract_on_mesh
 
 PyTree = Any
 
+_VANISHED = 10
+"""So many checkpoints may be removed, each while it is read, before reading is given up."""
+
 
 class _Reports(logging.Filter):
     """Orbax reports its every move. Nothing of it is shown, since what goes wrong is raised; but see `wait`."""
@@ -75,17 +78,16 @@ class Checkpointer:
         # Each process reads for itself and meets the others when it is done: one that fails keeps none waiting.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
-        self._reader = ocp.CheckpointManager(
-            self._directory, options=ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
-        )
-        self._manager = self._reader
+        # And no manager, which fails where a checkpoint is removed while it looks which there are.
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+        self._manager: Any = None
         if not read_only:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             )
             # It would ask JAX, late and in a thread, for a step that is past, and JAX would count on from there.
-            self._manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
+            self._manager.reached_preemption = lambda step: False
 
     def __enter__(self) -> Self:
         return self
@@ -94,13 +96,14 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if not self._broken:
+            self._reader.close()
+            if self._manager is not None and not self._broken:
                 self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
         """The newest step that is saved, as process 0 sees it."""
-        return _told_by_process_0(self._manager.latest_step())
+        return _told_by_process_0(max(saved_steps(self._directory.parent), default=None))
 
     def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]] | None:
         """The shapes of a tree's arrays as they were saved, by dotted name; None where that cannot be read."""
@@ -163,7 +166,8 @@ class Checkpointer:
         """The newest checkpoint that all processes can read: its step and its trees.
 
         One that cannot be read (truncated, corrupted) is warned about and, unless read-only, renamed to
-        `<step>.unreadable`, so that the run can save that step anew.
+        `<step>.unreadable`, so that the run can save that step anew. One that is removed while it is read, because the
+        run that saves goes on, is followed by the newest that there is then.
 
         Args:
             abstract: the trees to read, of `jax.ShapeDtypeStruct` with shardings, whatever they were when saved.
@@ -174,25 +178,31 @@ class Checkpointer:
         """
         unreadable: dict[int, str] = {}
         with _hushed():
-            steps = sorted(self._reader.all_steps(read=True), reverse=True)
-            while (step := _told_by_process_0(next((s for s in steps if s not in unreadable), None))) is not None:
+            while True:
+                # Looked for anew each time: a step that is gone has left a newer one.
+                steps = saved_steps(self._directory.parent)
+                newest = max(set(steps) - unreadable.keys(), default=None)
+                step = _told_by_process_0(newest if len(unreadable.keys() - set(steps)) <= _VANISHED else None)
+                if step is None:
+                    reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items())
+                    raise ValueError(
+                        f"{self._directory}: no checkpoint that can be read ({reasons or 'there is none'})"
+                    )
                 saved = {name: (self._directory / str(step) / name).exists() for name in optional}
                 left_out = {name for name, exists in saved.items() if not _told_by_process_0(int(exists))}
                 trees, reason = self._read(step, {name: abstract[name] for name in abstract if name not in left_out})
                 if reason is None:
                     break
                 unreadable[step] = reason
-            else:
-                reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items()) or "there is none"
-                raise ValueError(f"{self._directory}: no checkpoint that can be read ({reasons})")
-        for broken, reason in unreadable.items() if jax.process_index() == 0 else ():
+        broken = {other: reason for other, reason in unreadable.items() if other > step}
+        for other, reason in broken.items() if jax.process_index() == 0 else ():
             warnings.warn(
-                f"{self._directory}: cannot read the checkpoint of step {broken} ({reason}); "
+                f"{self._directory}: cannot read the checkpoint of step {other} ({reason}); "
                 f"going back to that of step {step}",
                 stacklevel=2,
             )
-        if unreadable and not self._read_only:
-            self._set_aside(list(unreadable))
+        if broken and not self._read_only:
+            self._set_aside(list(broken))
         return step, trees
 
     def _read(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], str | None]:
@@ -201,7 +211,7 @@ class Checkpointer:
         args = {name: ocp.args.StandardRestore({"tree": tree, "checksum": checksum}) for name, tree in abstract.items()}
         reason = None
         try:
-            items = self._reader.restore(step, args=ocp.args.Composite(**args))
+            items = self._reader.restore(self._directory / str(step), args=ocp.args.Composite(**args))
         except Exception as error:  # orbax has no one exception for what is broken
             reason = str(error).partition("\n")[0][:100] or type(error).__name__
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array([reason is not None])))

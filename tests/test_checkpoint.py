@@ -92,6 +92,28 @@ def test_reading_only_leaves_a_damaged_checkpoint_where_it_is(workdir):
     assert (workdir / "checkpoints" / "30").is_dir()
 
 
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_newest(workdir, monkeypatch):
+    read, steps = Checkpointer._read, iter((40, 50, 60))
+
+    def slow(self, step, abstract):
+        if (newer := next(steps, None)) is not None:  # meanwhile the run that saves goes on
+            with Checkpointer(workdir, keep=1) as training:
+                training.save(newer, trees(newer))
+        return read(self, step, abstract)
+
+    monkeypatch.setattr(Checkpointer, "_read", slow)
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        step, restored = checkpointer.restore(ABSTRACT)
+    assert step == 60
+    jax.tree.map(np.testing.assert_array_equal, restored, trees(60))
+
+    steps = iter(range(70, 1000))
+    monkeypatch.setattr(Checkpointer, "_read", slow)
+    with Checkpointer(workdir, read_only=True) as checkpointer, pytest.raises(ValueError, match="that can be read"):
+        checkpointer.restore(ABSTRACT)
+    assert next(steps) < 100
+
+
 def test_when_none_can_be_read_all_stay_and_each_is_named(workdir):
     for step in 20, 30:
         truncate(data_file(workdir, step))
