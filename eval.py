@@ -9,8 +9,8 @@
 Bare, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json; any data.*
 field, and those eval.* fields that matter, are overridden for all by their dotted names, and --help lists them. The out
 directory receives tables, pictures and report.html, which gathers whatever has been computed into it.
-Exit status: 0 finished, 2 bad input, 4 a loss that is not finite, 130 interrupted (Ctrl-C); what has been measured is
-kept.
+Exit status: 0 finished, 1 an error that nobody foresaw, or one of an encoding's own code, with its traceback, 2 bad
+input, 4 a loss that is not finite, 130 interrupted (Ctrl-C); what has been measured is kept.
 """
 
 import shlex

@@ -3,10 +3,11 @@
     python train.py --config configs/tiny.py --workdir runs/nope --model.encoding nope --train.steps 500
 
 Every field of the config is an option by its dotted name; --help lists them. The workdir receives config.json,
-data.json (digests of what is trained on), metrics.jsonl (its fields: nope_jax/training/metrics.py) and checkpoints/,
-and holds the file lock for as long as it is written to. Exit status: 0 finished, 1 an error that nobody foresaw, 2 bad
-input (also a run on other data, and a workdir in use), 3 another process of the run died, 4 diverged, 129 (the
-terminal was closed), 130 (Ctrl-C) or 143 (SIGTERM) stopped and saved.
+data.json (digests of what is trained on), metrics.jsonl (its fields: nope_jax/training/metrics.py), checkpoints/ and,
+in code/, the file of an encoding of your own, and holds the file lock for as long as it is written to. Exit status: 0
+finished, 1 an error that nobody foresaw, or one of your own code, with its traceback, 2 bad input (also a run on other
+data, and a workdir in use), 3 another process of the run died, 4 diverged, 129 (the terminal was closed), 130 (Ctrl-C)
+or 143 (SIGTERM) stopped and saved.
 
 The same command on every host trains on all of them: on Cloud TPU slices, under SLURM and Open MPI, and in Kubernetes
 jobs (`pip install kubernetes`) each finds out which process it is; elsewhere say

@@ -297,21 +297,24 @@ def _drop_late_complaints() -> None:
     sys.unraisablehook = hook
 
 
-def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> tuple[Config, Decoder, int]:
+def load_model(
+    workdir: str | os.PathLike[str], mesh: Mesh | None = None, *, trust_code: bool = False
+) -> tuple[Config, Decoder, int]:
     """The trained decoder of a workdir, from its own config.json and its newest checkpoint that can be read.
 
     Args:
         workdir: what `train.py` wrote.
         mesh: devices to spread the parameters over; None puts them all on the first device of this process.
+        trust_code: run the code of the run's own encoding, though you have not trained it on this machine.
 
     Returns:
         The config of the run, the decoder, and the step that it was saved at.
 
     Raises:
-        ValueError: there is no such run, it has saved no checkpoint that can be read, or its config.json is that of a
-            decoder with other parameters.
+        ValueError: there is no such run, it has saved no checkpoint that can be read, its config.json is that of a
+            decoder with other parameters, or it comes with code that is not trusted (`nope_jax.own_code`).
     """
-    config = configs.load(workdir)
+    config = configs.load(workdir, trust_code=trust_code)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])

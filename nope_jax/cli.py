@@ -30,6 +30,7 @@ from nope_jax.config import (
     ProbeConfig,
     SimilarityConfig,
     TuneConfig,
+    load,
     load_file,
     override,
     takes_several,
@@ -37,15 +38,16 @@ from nope_jax.config import (
     wanted,
 )
 from nope_jax.distributed import DIVERGED, Place
+from nope_jax.errors import is_refusal
 from nope_jax.paths import Location, location, on_disk
 
 
 def run(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit status; what goes wrong is one line on stderr.
 
-    0 done; 1 an error that nobody foresaw, with its traceback; 2 bad input, or a file system that refuses; 4 diverged;
-    128 + n stopped by signal n (130 is Ctrl-C). A process of a run of several may end with 3, see
-    `nope_jax.distributed`.
+    0 done; 1 an error that nobody foresaw, or of the user's own code, with its traceback; 2 bad input (what one of our
+    checks refuses), or a file system that refuses; 4 diverged; 128 + n stopped by signal n (130 is Ctrl-C). A process
+    of a run of several may end with 3, see `nope_jax.distributed`.
     """
     _keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -59,6 +61,8 @@ def run(command: Callable[[], None]) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status=2)
     except ValueError as error:
+        if not is_refusal(error):
+            raise
         return _fail(str(error), status=2)
     return 0
 
@@ -97,6 +101,12 @@ class TrainArguments(NamedTuple):
     """The slice of TPUs to compile for instead of training."""
     place: Place = Place()
     """Which of the run's processes this one is."""
+
+
+_TRUST_CODE: tuple[Any, str] = (
+    bool | None,
+    "True: run the code that comes with the workdirs, though no train.py of yours on this machine has written it.",
+)
 
 
 class EvalArguments(NamedTuple):
@@ -180,6 +190,7 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
             int | None,
             f"Seconds after which one that does not answer counts as dead; {Place().peer_timeout} if not given.",
         ),
+        "trust_code": _TRUST_CODE,
     }
     file = given.get("config")
     config = load_file(file[0]) if file else Config()
@@ -191,7 +202,12 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     place.named()
     # From its word: tyro has made a pathlib.Path of it, which is no path any more if it was one of a bucket.
     workdir = location(given["workdir"][0], "--workdir") if "workdir" in given else Path()
-    return TrainArguments(override(config, overrides), workdir, values.compile_for, place)
+    config = override(config, overrides)
+    if values.trust_code:
+        for folder in (workdir, config.train.start_from):
+            if folder is not None and (location(folder) / "config.json").exists():
+                load(folder, trust_code=True)  # and from then on this process does
+    return TrainArguments(config, workdir, values.compile_for, place)
 
 
 def parse_prepare(arguments: Sequence[str]) -> DataConfig:
@@ -230,6 +246,7 @@ def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
     if evaluation.takes_lengths:
         options["lengths"] = (tuple[int, ...], "The lengths to evaluate at, in tokens.")
     options["out"] = (Path, evaluation.out)
+    options["trust_code"] = _TRUST_CODE
     groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig()}
     if evaluation.settings is not None:
         groups[name] = evaluation.settings
@@ -251,6 +268,8 @@ def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
             raise ValueError(f"--{field} must be at least {least}, not {value}")
         if field not in HINTS and isinstance(value, float) and not value > 0:
             raise ValueError(f"--{field} must be greater than 0, not {value}")
+    for workdir in values.workdirs if values.trust_code else ():
+        load(workdir, trust_code=True)  # and from then on this process does
     settings = getattr(values, name, None)
     return EvalArguments(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
 

@@ -4,23 +4,22 @@ A config file is plain Python with a `get_config()` that returns a `Config`. The
 any field by its dotted name (`--model.encoding alibi`).
 """
 
-import contextlib
 import dataclasses
 import difflib
-import importlib
+import inspect
 import json
 import operator
 import os
-import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from nope_jax import encodings
-from nope_jax.encodings import Encoding, resolve
-from nope_jax.paths import check_location, location, on_disk
+from nope_jax import encodings, own_code
+from nope_jax.encodings import ENCODINGS, SCHEDULES, Encoding, resolve
+from nope_jax.errors import is_refusal
+from nope_jax.paths import Location, check_location, location, on_disk
 
 EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
 
@@ -368,58 +367,102 @@ def wanted(hint: Any) -> str:
 
 
 def unknown(name: str, known: Iterable[str]) -> ValueError:
-    """The error of a field that does not exist, which names the one most like it."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
-    return ValueError(f"unknown field {name}: did you mean {near[0]}?")
+    """The error of a field that does not exist, which names the one that may be meant."""
+    known, bare = list(known), name.removeprefix("--")
+    near = difflib.get_close_matches(name, known, n=1)
+    if bare in ENCODINGS.keys() | SCHEDULES.keys() and "--model.encoding" in known:
+        near = [f"--model.encoding {bare}"]
+    return ValueError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else ""))
 
 
 # JSON
 
 
 def save(config: Config, workdir: str | os.PathLike[str]) -> None:
-    """Writes `config.json` into a workdir.
+    """Writes `config.json` into a workdir, and the code of a user's own encoding into its folder `code`.
 
-    An Encoding becomes an object of its fields and its "class": a name in ENCODINGS or "module:Name", where the module
-    of a class that is defined in a config file is the path of that file.
+    An Encoding becomes an object of its fields and its "class": a name in ENCODINGS, or what `nope_jax.own_code` says
+    of where the class is, and its name. From then on that code is trusted on this machine.
 
     Raises:
         ValueError: a field of an Encoding is not made of numbers, strings, tuples and dataclasses.
-        OSError: the file cannot be written; the one before it is as it was.
+        OSError: the files cannot be written; the config.json before is as it was.
     """
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name in HINTS:
         group, field = name.split(".")
         groups[group][field] = _to_json(operator.attrgetter(name)(config), name)
-    path = location(workdir) / "config.json"
-    unfinished = path.with_suffix(".json.tmp")
-    try:
-        unfinished.write_text(json.dumps(groups, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:  # a full disk does not say where
-        raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from error
+    folder, own = location(workdir), _own_classes(config.model.encoding)
+    own_code.keep(folder, own)
+    own_code.replace(folder / "config.json", (json.dumps(groups, indent=2) + "\n").encode())
+    own_code.trust(own, always=True)
 
 
-def load(workdir: str | os.PathLike[str]) -> Config:
+def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config:
     """Reads the `config.json` of a workdir.
 
+    Args:
+        workdir: of the run.
+        trust_code: run the code that an encoding of its own needs, though nobody has run it on this machine.
+
     Raises:
-        ValueError: there is none, or it is not the config of a run.
+        ValueError: there is none, it is not the config of a run, or it needs code that is not trusted.
     """
-    path = location(workdir) / "config.json"
+    folder = location(workdir)
+    path = folder / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{workdir} is not the workdir of a run: it has no config.json") from None
     try:
         groups = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
         if not isinstance(groups, dict) or not all(isinstance(fields, dict) for fields in groups.values()):
             raise ValueError("it must be an object of objects, one for each group of fields")
         values = {
-            f"{group}.{field}": _from_json(value) for group, fields in groups.items() for field, value in fields.items()
+            f"{group}.{field}": _from_json(value, folder, trust_code)
+            for group, fields in groups.items()
+            for field, value in fields.items()
         }
         return override(Config(), values)
     except ValueError as error:
+        if not is_refusal(error):  # of the encoding's own code
+            raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def refuse_changed_code(config: Config, workdir: str | os.PathLike[str]) -> None:
+    """Refuses to go on with a run whose own encoding has been edited since, but for comments and layout.
+
+    Raises:
+        ValueError: it names the file.
+    """
+    own = _own_classes(config.model.encoding)
+    own_code.trust(own, always=False)
+    if (change := own_code.changed(location(workdir), own)) is not None:
+        now, kept = change
+        raise ValueError(
+            f"model.encoding: {now} has changed since the run in {workdir} was started with it, see {kept}; undo the "
+            "change, or choose another workdir"
+        )
+
+
+def code_digest(config: Config) -> str:
+    """Of the code that results of a model follow from: that of its encoding if it is a user's own, and ours."""
+    return own_code.digest(_own_classes(config.model.encoding))
+
+
+def _own_classes(value: Any) -> list[type]:
+    """The classes of an encoding, and within it, that are not of this package."""
+    if isinstance(value, tuple):
+        return [cls for part in value for cls in _own_classes(part)]
+    if not dataclasses.is_dataclass(value):
+        return []
+    own = [] if type(value).__module__.split(".")[0] == "nope_jax" else [type(value)]
+    parts = tuple(getattr(value, field.name) for field in dataclasses.fields(value) if field.init)
+    return own + _own_classes(parts)
 
 
 def _to_json(value: Any, where: str) -> Any:
@@ -433,36 +476,41 @@ def _to_json(value: Any, where: str) -> Any:
     raise ValueError(f"{where}: a {type(value).__name__} cannot be saved in config.json: {value!r}")
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, folder: Location, trust_code: bool) -> Any:
     if isinstance(value, list):
-        return tuple(map(_from_json, value))
+        return tuple(_from_json(part, folder, trust_code) for part in value)
     if not isinstance(value, dict):
         return value
-    fields = {key: _from_json(part) for key, part in value.items()}
+    fields = {key: _from_json(part, folder, trust_code) for key, part in value.items()}
     name = fields.pop("class", None)
+    cls = _find_class(name, folder, trust_code)
     try:
-        return _find_class(name)(**fields)
-    except (ImportError, AttributeError, TypeError, OSError) as error:
+        inspect.signature(cls).bind(**fields)
+    except TypeError as error:
         raise ValueError(f"cannot make the class {name!r}: {error}") from error
+    return cls(**fields)
 
 
 def _class_name(cls: type) -> str:
-    for name, encoding in encodings.ENCODINGS.items():
+    for name, encoding in ENCODINGS.items():
         if encoding is cls:
             return name
     public = getattr(encodings, cls.__qualname__, None) is cls
-    return f"{encodings.__name__ if public else cls.__module__}:{cls.__qualname__}"
+    return f"{encodings.__name__ if public else own_code.where(cls)}:{cls.__qualname__}"
 
 
-def _find_class(name: str) -> type:
-    if name in encodings.ENCODINGS:
-        return encodings.ENCODINGS[name]
-    module, _, qualname = name.rpartition(":")
-    if module.endswith(".py") and module not in sys.modules:
-        _execute(Path(module))
-    cls = operator.attrgetter(qualname)(importlib.import_module(module))
+def _find_class(name: Any, folder: Location, trust_code: bool) -> type:
+    if name in ENCODINGS:
+        return ENCODINGS[name]
+    where, _, qualname = str(name).rpartition(":")
+    if not where:
+        raise ValueError(f"cannot make the class {name!r}: there is no such encoding")
+    try:
+        cls = operator.attrgetter(qualname)(own_code.find(folder, where, trust_code))
+    except (ModuleNotFoundError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(f"cannot make the class {name!r}: {error}") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise TypeError("it is not a dataclass")
+        raise ValueError(f"cannot make the class {name!r}: it is not a dataclass")
     return cls
 
 
@@ -470,7 +518,7 @@ def _find_class(name: str) -> type:
 
 
 def load_file(path: str | os.PathLike[str]) -> Config:
-    """What the `get_config()` of a Python file returns.
+    """What the `get_config()` of a Python file returns. Whatever that file raises is raised as it is.
 
     Raises:
         ValueError: there is no such file or function, or it returns something else than a Config.
@@ -478,29 +526,11 @@ def load_file(path: str | os.PathLike[str]) -> Config:
     path = Path(path).absolute()
     if not path.is_file():
         raise ValueError(f"--config must be a Python file; there is no {path}")
-    get_config = getattr(_execute(path), "get_config", None)
+    # The module is named by its path, so that a class of it can be traced to the file.
+    get_config = getattr(own_code.execute(path, path.read_bytes()), "get_config", None)
     if not callable(get_config):
         raise ValueError(f"--config {path} has no get_config()")
-    with _told_of(path):
-        config = get_config()
+    config = get_config()
     if not isinstance(config, Config):
         raise ValueError(f"--config {path}: get_config() must return a Config, not {type(config).__name__}")
     return config
-
-
-def _execute(path: Path) -> types.ModuleType:
-    # The module is named by its path, so that config.json can tell where a class comes from that the file defines.
-    module = sys.modules[str(path)] = types.ModuleType(str(path))
-    module.__file__ = str(path)
-    with _told_of(path):
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
-    return module
-
-
-@contextlib.contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """Turns whatever a user's file does wrong into one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from nope_jax.errors import is_refusal
 from nope_jax.paths import Location
 
 PEER_LOST = 3
@@ -134,7 +135,7 @@ def _status(error: BaseException) -> int:
         return DIVERGED
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "signum", signal.SIGINT)
-    return 2 if isinstance(error, (ValueError, OSError)) else 1
+    return 2 if is_refusal(error) or isinstance(error, OSError) else 1
 
 
 def _is_of_the_system(error: BaseException) -> bool:

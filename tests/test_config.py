@@ -4,10 +4,15 @@ import dataclasses
 import json
 import operator
 import sys
+import warnings
+from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
+from nope_jax import cli, own_code
 from nope_jax import config as configs
+from nope_jax.checkpoint import load_model
 from nope_jax.cli import parse_eval, parse_train
 from nope_jax.config import (
     Config,
@@ -29,6 +34,7 @@ from nope_jax.encodings import (
     LongRoPEScaling,
     RoPE,
     Windowed,
+    apply_rope,
 )
 
 CONFIG_FILE = """
@@ -51,6 +57,12 @@ class Mine(Encoding):
 
     slopes: tuple[float, ...] = (0.5, 0.25)
     inner: Encoding | None = None
+
+
+def run(command) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
+        return cli.run(command)
 
 
 @pytest.fixture
@@ -89,7 +101,8 @@ def every_field_changed() -> Config:
 def test_json_round_trip_is_exact(config, tmp_path):
     configs.save(config, tmp_path)
     assert configs.load(tmp_path) == config
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} - {"code"} == {"config.json"}
+    assert (tmp_path / "code").exists() == ("Mine" in str(config.model.encoding))
 
 
 def test_every_field_changed_is_what_it_says():
@@ -104,7 +117,8 @@ def test_encodings_are_written_by_name(tmp_path):
     rope, mine = json.loads((tmp_path / "config.json").read_text())["model"]["encoding"]
     assert rope["class"] == "rope" and rope["base"] == 5.0
     assert rope["scaling"] == {"class": "nope_jax.encodings:LinearScaling", "factor": 4.0}
-    assert mine == {"class": f"{__name__}:Mine", "slopes": [0.5, 0.25], "inner": None}
+    assert mine == {"class": "code/test_config.py:Mine", "slopes": [0.5, 0.25], "inner": None}
+    assert (tmp_path / "code" / "test_config.py").read_bytes() == Path(__file__).read_bytes()
 
 
 WRAPPED = HeadScale(Windowed(RoPE(scaling=LongRoPEScaling((1.0, 2.0), (3.0, 4.0), 64, factor=4.0)), window=32))
@@ -117,14 +131,122 @@ def test_every_encoding_comes_back_as_it_was(encoding, tmp_path):
     assert configs.load(tmp_path) == config
 
 
-def test_encoding_of_a_config_file_is_found_by_a_process_that_did_not_read_that_file(config_file, tmp_path):
+def forget(path) -> None:
+    """As in a process that has not read that file."""
+    for name in [name for name in sys.modules if name.endswith(path.name)]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """A user who has trained nothing, on a machine of theirs."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "nobody"))
+    monkeypatch.setattr(own_code, "_trusted", set())
+
+
+@pytest.fixture
+def own_run(config_file, tmp_path):
+    """The workdir of a run with an encoding of a config file, as another process sees it."""
     config = configs.load_file(config_file)
-    configs.save(config, tmp_path)
-    assert configs.load(tmp_path) == config
-    del sys.modules[str(config_file)]
-    encoding = configs.load(tmp_path).model.encoding
-    assert type(encoding).__name__ == "FromFile"
-    assert encoding.strength == 0.1
+    configs.save(config, tmp_path / "run")
+    assert configs.load(tmp_path / "run") == config
+    forget(config_file)
+    return tmp_path / "run"
+
+
+def test_a_run_with_an_own_encoding_may_move_without_its_config_file(own_run, config_file, tmp_path):
+    config_file.unlink()
+    encoding = configs.load(own_run.rename(tmp_path / "moved")).model.encoding
+    assert type(encoding).__name__ == "FromFile" and encoding.strength == 0.1
+    configs.save(configs.load(tmp_path / "moved"), tmp_path / "again")
+    assert (tmp_path / "again/code/mine.py").read_text() == CONFIG_FILE
+    assert json.loads((tmp_path / "again/code/origins.json").read_text()) == {"mine.py": str(config_file)}
+
+
+def test_code_that_came_from_elsewhere_does_not_run(own_run, config_file, nobody, tmp_path):
+    config_file.unlink()
+    (own_run / "code" / "mine.py").write_text(
+        f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + CONFIG_FILE
+    )
+    refusal = "its encoding runs .*run/code/mine.py, code that no train.py of yours .*trust_code=True"
+    for load in (configs.load, load_model):
+        with pytest.raises(ValueError, match=refusal):
+            load(own_run)
+    with pytest.raises(ValueError, match=refusal):
+        parse_eval(["--workdirs", str(own_run), "--lengths", "8", "--out", "x", "--trust_code", "False"])
+        configs.load(own_run)
+    assert not (tmp_path / "ran").exists()
+    parse_eval(["--workdirs", str(own_run), "--lengths", "8", "--out", "x", "--trust_code", "True"])
+    assert (tmp_path / "ran").exists()
+    configs.load(own_run)  # in this process it is trusted now
+    own_code._trusted.clear()
+    forget(own_run / "code" / "mine.py")
+    with pytest.raises(ValueError, match=refusal):
+        configs.load(own_run)
+
+
+@pytest.mark.parametrize("module", ["sibling", "own_package.sibling"])
+def test_a_module_that_a_workdir_names_is_not_imported_either(module, nobody, tmp_path, monkeypatch):
+    path = tmp_path / f"{module.replace('.', '/')}.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + CONFIG_FILE)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"encoding": {"class": f"{module}:FromFile"}}}))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"its encoding runs the module {module}, code that no train.py"):
+        configs.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert configs.load(tmp_path, trust_code=True).model.encoding.strength == 1.0
+
+
+def test_the_path_that_earlier_versions_wrote_is_run_when_told_to(own_run, config_file, nobody):
+    text = (own_run / "config.json").read_text().replace("code/mine.py", str(config_file))
+    (own_run / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="its encoding runs /.*mine.py, code that no train.py"):
+        configs.load(own_run)
+    assert configs.load(own_run, trust_code=True).model.encoding.strength == 0.1
+    (own_run / "config.json").write_text(text.replace(str(config_file), "code/../../mine.py"))
+    with pytest.raises(ValueError, match="a class must be in code/FILE.py"):
+        configs.load(own_run, trust_code=True)
+
+
+def test_an_edited_encoding_is_the_one_that_was_trained(own_run, config_file):
+    config_file.write_text(CONFIG_FILE.replace("strength: float = 1.0", "strength: float = 2.0"))
+    with pytest.warns(UserWarning, match=f"run with the code that it was trained with, .*{config_file} has changed"):
+        kept = configs.load(own_run)
+    assert type(kept.model.encoding)().strength == 1.0
+    edited = configs.load_file(config_file)
+    with pytest.raises(ValueError, match=f"{config_file} has changed since the run in .*another workdir"):
+        configs.refuse_changed_code(edited, own_run)
+    assert configs.code_digest(edited) != configs.code_digest(kept)
+
+
+def test_comments_change_no_encoding(own_run, config_file):
+    config_file.write_text("# A comment.\n\n" + CONFIG_FILE.replace("strength: float = 1.0", "strength: float  =  1.0"))
+    config = configs.load_file(config_file)
+    configs.refuse_changed_code(config, own_run)
+    assert configs.load(own_run) == config
+
+
+def test_results_follow_from_what_own_code_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helper_of_mine.py").write_text("STRENGTH = 1\n")
+    (tmp_path / "mine.py").write_text("import helper_of_mine\n" + CONFIG_FILE)
+    config = configs.load_file(tmp_path / "mine.py")
+    digest = configs.code_digest(config)
+    assert configs.code_digest(config) == digest != configs.code_digest(Config())
+    (tmp_path / "helper_of_mine.py").write_text("STRENGTH = 2\n")
+    assert configs.code_digest(config) != digest
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    encodings = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "mine.py").write_text(CONFIG_FILE + f"# {folder.name}")
+        encodings.append(configs.load_file(folder / "mine.py").model.encoding)
+    with pytest.raises(ValueError, match="a/mine.py and .*b/mine.py have the same name"):
+        configs.save(Config(model=ModelConfig(encoding=tuple(encodings))), tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_save_refuses_what_it_could_not_read_again(tmp_path):
@@ -141,8 +263,12 @@ def test_save_refuses_what_it_could_not_read_again(tmp_path):
         ('{"train": {"steps": "5"}}', "train.steps must be an integer, not '5'"),
         ('{"train": 5}', "must be an object of objects"),
         ('{"train": ', "config.json: Expecting value"),
-        ('{"model": {"encoding": {"class": "nowhere:Nothing"}}}', "cannot make the class 'nowhere:Nothing'"),
-        ('{"model": {"encoding": {"class": "json:dumps"}}}', "cannot make the class 'json:dumps'"),
+        ('{"model": {"encoding": {"class": "code/no.py:Nothing"}}}', "cannot make the class 'code/no.py:Nothing'"),
+        (
+            '{"model": {"encoding": {"class": "nope_jax.encodings:No"}}}',
+            "cannot make the class 'nope_jax.encodings:No'",
+        ),
+        ('{"model": {"encoding": {"class": "nope_jax.cli:run"}}}', "'nope_jax.cli:run': it is not a dataclass"),
         ('{"model": {"encoding": {"class": "rope", "bass": 1}}}', "cannot make the class 'rope'.*bass"),
         ('{"model": {"encoding": {"base": 1}}}', "cannot make the class None"),
     ],
@@ -234,7 +360,10 @@ def test_train_length_follows_an_overridden_context_length(config_file):
     ("arguments", "complaint"),
     [
         ("--model.encodng nope", "unknown field --model.encodng: did you mean --model.encoding?"),
-        ("--steps 5", "unknown field --steps: did you mean --"),
+        ("--steps 5", "unknown field --steps: did you mean --train.steps"),
+        ("--nope", r"unknown field --nope: did you mean --model.encoding nope\?"),
+        ("--smollm3", r"unknown field --smollm3: did you mean --model.encoding smollm3\?"),
+        ("--zzz 5", "unknown field --zzz$"),
         ("--train.steps many", "--train.steps must be an integer, not 'many'"),
         ("--train.steps=", "--train.steps must be an integer, not ''"),
         ("--train.steps", "--train.steps must be an integer, not ''"),
@@ -278,6 +407,31 @@ def test_config_files_that_are_none(text, complaint, tmp_path):
         path.write_text(text)
     with pytest.raises(ValueError, match=complaint):
         parse_train(["--config", str(path), "--workdir", "x"])
+
+
+@pytest.mark.parametrize(
+    ("line", "error"), [("def", SyntaxError), ("nothing", NameError), ("raise ValueError('mine')", ValueError)]
+)
+def test_an_error_of_a_config_file_keeps_its_traceback(line, error, config_file):
+    for text in (line, f"def get_config():\n    {line}"):
+        config_file.write_text(text)
+        with pytest.raises(error):
+            run(lambda: parse_train(["--config", str(config_file), "--workdir", "x"]))
+
+
+def test_what_is_refused_is_what_our_checks_raise(config_file, capsys):
+    assert run(lambda: override(Config(), {"model.num_layers": 0})) == 2
+    config_file.write_text(
+        "from nope_jax.config import ModelConfig, Config\ndef get_config(): return Config(ModelConfig(num_layers=0))"
+    )
+    assert run(lambda: configs.load_file(config_file)) == 2
+    assert capsys.readouterr().err == "error: model.num_layers must be at least 1, not 0\n" * 2
+    assert run(lambda: Path("/nowhere/at/all").read_text()) == 2
+    # JAX takes its frames out of a traceback, so that it seems to end in our code.
+    mistakes = lambda: int("x"), lambda: apply_rope(jnp.ones((1, 3, 1, 4)), jnp.ones((2, 5)))
+    for mistake in mistakes:
+        with pytest.raises((ValueError, TypeError)):
+            run(mistake)
 
 
 def test_help_lists_every_field(config_file, capsys):

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import tokenizers
 from evaluation_cases import HEADS, LAYERS, Bigram, expected_nll, some_documents, synthetic_run
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import Decoder, ModelConfig, cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, EvalConfig
@@ -433,6 +434,99 @@ def test_what_has_been_measured_is_not_measured_again(workdirs, tmp_path, monkey
     compare(folders, (8,), tmp_path, {"eval.documents": 3}, command="")  # other documents: nothing fits any more
     assert measured == [8, 8, 8]
     assert (tmp_path / "curves.csv").read_text() != first
+
+
+OWN = """
+import dataclasses
+from nope_jax import ModelConfig
+from nope_jax.config import Config, DataConfig, EvalConfig
+from nope_jax.encodings import DistanceLogit, Encoding
+
+@dataclasses.dataclass(frozen=True)
+class Own(Encoding):
+    def fade(self, _, distance):
+        return -1.0 * distance[None]
+    def logit(self, params, query, key, query_features=None, key_features=None):
+        return DistanceLogit(self.fade, None)
+
+def get_config():
+    return Config(
+        ModelConfig(num_layers=1, num_heads=1, model_dim=8, encoding=Own()),
+        DataConfig(source=SOURCE, context_length=8),
+        eval=EvalConfig(batch_size=2, documents=2),
+    )
+"""
+
+
+def own_run(folder: Path, source: Path, edits: tuple[str, str] = ("", "")) -> Path:
+    """A run with an encoding of a config file, as train.py leaves it."""
+    (folder / "own.py").write_text(OWN.replace("SOURCE", repr(f"text:{source}")).replace(*edits))
+    config = configs.load_file(folder / "own.py")
+    configs.save(config, folder / "own")
+    if not (folder / "own" / "checkpoints").exists():
+        with Checkpointer(folder / "own") as checkpointer:
+            checkpointer.save(0, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(0)))})
+    return folder / "own"
+
+
+def test_curves_follow_from_the_code_of_the_encoding_and_from_ours(workdirs, tmp_path, monkeypatch):
+    measured = []
+
+    def spy(*arguments, **settings):
+        measured.append(arguments[2])
+        return measure(*arguments, **settings)
+
+    def evaluate(out="out"):
+        compare([run], (8,), tmp_path / out, {}, command="")
+        return (tmp_path / out / "curves.csv").read_text()
+
+    monkeypatch.setattr("nope_jax.evaluation.comparison.measure", spy)
+    run = own_run(tmp_path, workdirs / "text")
+    first = evaluate()
+    (tmp_path / "own.py").write_text(OWN.replace("-1.0", "-0.1"))
+    with pytest.warns(UserWarning, match="run with the code that it was trained with, .*own.py has changed since"):
+        assert evaluate() == first
+    assert measured == [8]
+    own_run(tmp_path, workdirs / "text", ("-1.0", "-0.1"))
+    edited = evaluate()
+    assert measured == [8, 8] and edited != first
+    assert edited == evaluate("anew")
+    monkeypatch.setattr("nope_jax.own_code._our_digest", lambda: b"of another version")
+    assert evaluate() == edited and measured == [8, 8, 8, 8]
+
+
+def test_a_mistake_in_an_own_encoding_is_no_bad_input(workdirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
+    run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance.reshape(3, 5)"))
+    with pytest.raises(TypeError, match="reshape") as error:
+        cli.run(lambda: compare([run], (8,), tmp_path / "out", {}, command=""))
+    assert any(entry.name == "fade" for entry in error.traceback)
+    run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance[None] + int('x')"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.run(lambda: compare([run], (8,), tmp_path / "out", {}, command=""))
+
+
+def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(workdirs / "alibi", tmp_path / "alibi")
+    config = configs.load(run)
+
+    def load_late(workdir, mesh):
+        # Since it was looked which step is the newest, the run has gone on, and keeps that one no more.
+        with Checkpointer(run, keep=1) as training:
+            training.save(5, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(5)))})
+        return load_model(workdir, mesh)
+
+    compare([run], (8,), tmp_path / "out", {}, command="")
+    before = (tmp_path / "out" / "curves.csv").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("nope_jax.evaluation.comparison.load_model", load_late)
+        compare([run], (8, 16), tmp_path / "out", {}, command="")
+    assert "Checkpoints, by step: alibi at 5." in " ".join(capsys.readouterr().out.split())
+    after = (tmp_path / "out" / "curves.csv").read_text()
+    assert before.splitlines()[1] not in after  # all lengths are of one step
+    monkeypatch.setattr("nope_jax.evaluation.comparison.load_model", None)  # all of step 5 is kept
+    compare([run], (8, 16), tmp_path / "out", {}, command="")
+    assert (tmp_path / "out" / "curves.csv").read_text() == after
 
 
 @pytest.mark.slow

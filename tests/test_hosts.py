@@ -23,6 +23,7 @@ from nope_jax.config import Config
 from nope_jax.data import batches
 from nope_jax.distributed import PEER_LOST, Place
 from nope_jax.locks import held
+from nope_jax.paths import check_location
 from nope_jax.sharding import AXES, process_share
 from tests.hosts import ROOT, Started, checkpoints, logged, smoke_config
 
@@ -244,11 +245,16 @@ def test_a_process_that_ends_by_an_error_of_its_own_tells_the_others(watched, nu
     assert last.returncode == 2
 
 
+with pytest.raises(ValueError) as REFUSAL:
+    check_location("http://elsewhere", "--workdir")
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
         (FloatingPointError(), distributed.DIVERGED),
-        (ValueError(), 2),
+        (REFUSAL.value, 2),
+        (ValueError(), 1),
         (OSError(), 2),
         (TypeError(), 1),
         (KeyboardInterrupt("SIGINT: stopped at step 3 and saved"), 130),

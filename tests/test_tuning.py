@@ -26,7 +26,7 @@ from nope_jax import Decoder, ModelConfig, cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.cli import EvalArguments
-from nope_jax.config import Config, DataConfig, TuneConfig
+from nope_jax.config import Config, DataConfig, MeshConfig, TuneConfig
 from nope_jax.data import load_corpus
 from nope_jax.encodings import (
     ALiBi,
@@ -46,6 +46,7 @@ from nope_jax.encodings.rotary import rope_frequencies
 from nope_jax.evaluation import report, tuned, tuning
 from nope_jax.evaluation.tuning import best_factor, golden_section, tune
 from nope_jax.locks import held
+from nope_jax.sharding import make_mesh
 
 LONG, SHORT, TRAINED = 48, 24, 12
 UNIFORM = np.full((3, 2), 1.6, np.float32)
@@ -178,7 +179,9 @@ def test_a_factor_that_was_tried_is_not_tried_again():
 def test_a_best_factor_at_the_edge_of_what_was_tried_is_remarked_on(least):
     outcome = tuned.Outcome(LONG, 3)
     outcome.factor, outcome.loss_at_factor = best_factor(lambda factor: abs(factor - least), outcome.tried)
-    made = tuned.Tuning("uniform", "runs/nope", "python_stdlib", TRAINED, {}, "", [outcome], "", factor=outcome.factor)
+    made = tuned.Tuning(
+        "uniform", "runs/nope", "python_stdlib", TRAINED, {}, "", [outcome], "", 0, factor=outcome.factor
+    )
     remarks = [note for note in tuned.notes(made) if "edge" in note]
     # The grid is 0.2 to 4.0, and its ends are searched to 0.2 on either side.
     assert len(remarks) == (least in (-1.0, 5.0))
@@ -254,7 +257,7 @@ def test_batches_are_windows_anywhere_in_documents_that_reach_the_length(folder,
     texts = [bytes(corpus[i].tolist()) for i in range(len(corpus)) if corpus.lengths[i] > 30]
     settings = TuneConfig(batch_size=4)
     job = plan(folder / "uniform", tmp_path / "out", "head", settings=settings)
-    tuner = tuning._Tuner(job, tuning._begin(job, ""))
+    tuner = tuning._Tuner(job, tuning._begin(job, 0, ""), make_mesh(MeshConfig()))
     starts = set()
     for step in range(30):
         batch = tuner._draw(step, 30)
@@ -497,7 +500,7 @@ OTHERWISE = {
     "--method: .* with head, not ssmax": {"method": "ssmax"},
     "--lengths: .* with 24 48, not 48": {"lengths": (LONG,)},
     "--workdirs: .*heads, not .*uniform": {"workdir": "uniform"},
-    "of another checkpoint of .*touched or of other documents": {"workdir": "touched"},
+    "of another checkpoint of .*touched, of other documents or by other code": {"workdir": "touched"},
     "tune.jsonl lacks some of the updates that tune.json tells of": {"removed": "tune.jsonl"},
     "tune.json is not what an interrupted tune leaves": {"removed": "tune.json"},
 }
@@ -614,7 +617,7 @@ def lines_of(axes):
 
 
 def made(method, outcomes, **values):
-    return tuned.Tuning(method, "runs/nope", "python_stdlib", TRAINED, {"steps": 4}, "", outcomes, "", **values)
+    return tuned.Tuning(method, "runs/nope", "python_stdlib", TRAINED, {"steps": 4}, "", outcomes, "", 0, **values)
 
 
 def test_the_picture_of_uniform_factors(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from nope_jax.evaluation.files import store, stored, write_curves, write_heads, 
 from nope_jax.evaluation.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.protocol import choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
-from nope_jax.evaluation.run import Run, encoding_name, newest_step, run_names
+from nope_jax.evaluation.run import Run, encoding_name, newest_step, result_identity, run_names
 from nope_jax.evaluation.view import View
 from nope_jax.models import Decoder
 from nope_jax.sharding import make_mesh, place_batch
@@ -51,8 +51,6 @@ class Job:
     workdir: Path
     config: Config
     run: Run
-    step: int
-    """That the run's newest checkpoint was saved at."""
     documents: Documents
 
     def num_tokens(self, lengths: Collection[int] | None = None) -> int:
@@ -62,17 +60,19 @@ class Job:
             for length in (self.run.possible if lengths is None else lengths)
         )
 
-    def identity(self, length: int) -> str:
-        """What the curve of a length follows from: the checkpoint, what is read, and how."""
-        digest = hashlib.sha256()
-        for document in self.documents[length]:
-            # Read from its start, a document may be longer because others are read further.
-            read = document.tokens if self.config.eval.stride else document.tokens[: length + 1]
-            digest.update(read.tobytes() + b"|")
-        saved = (self.workdir / "checkpoints" / str(self.step)).stat().st_mtime_ns
-        model = (str(self.workdir.resolve()), self.step, saved, self.config.model)
-        what = (*model, self.config.data.tokenizer, self.config.eval.stride, length, jax.default_backend())
-        return f"{what!r} {digest.hexdigest()}"
+    def identities(self, step: int) -> dict[int, str]:
+        """For each length, what the curve of a checkpoint follows from."""
+        config = self.config
+        identities = {}
+        for length in self.run.possible:
+            digest = hashlib.sha256()
+            for document in self.documents[length]:
+                # Read from its start, a document may be longer because others are read further.
+                read = document.tokens if config.eval.stride else document.tokens[: length + 1]
+                digest.update(read.tobytes() + b"|")
+            how = (config.data.tokenizer, config.eval.stride, length, digest.hexdigest())
+            identities[length] = result_identity(self.workdir, config, step, *how)
+        return identities
 
 
 def compare(
@@ -140,18 +140,18 @@ def _plan(workdirs: Sequence[Path], lengths: Sequence[int], overrides: Mapping[s
     ]
     read = _read_documents(loaded, lengths)
     return [
-        Job(workdir, config, run, step, documents)
-        for workdir, config, (run, step), documents in zip(workdirs, loaded, found, read, strict=True)
+        Job(workdir, config, run, documents)
+        for workdir, config, run, documents in zip(workdirs, loaded, found, read, strict=True)
     ]
 
 
-def find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -> tuple[Run, int]:
-    """A trained run, with nothing measured yet, and the step of its newest checkpoint.
+def find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -> Run:
+    """A trained run, with nothing measured yet.
 
     Raises:
         ValueError: no checkpoint, a tokenizer with more tokens than the model, or no length that the model can read.
     """
-    step = newest_step(workdir, config)
+    newest_step(workdir, config)
     train_length = config.model.train_length
     assert train_length is not None  # Config fills it in
     max_length = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length
@@ -160,7 +160,7 @@ def find_run(workdir: Path, name: str, config: Config, lengths: Sequence[int]) -
         raise ValueError(
             f"--lengths: {name} reads none of them, its {run.encoding} encoding has {max_length} positions"
         )
-    return run, step
+    return run
 
 
 def _read_documents(loaded: Sequence[Config], lengths: Sequence[int]) -> list[Documents]:
@@ -207,20 +207,18 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
     with progress_bar() as progress:
         bar = progress.add_task("", total=sum(job.num_tokens() for job in jobs))
         for job in jobs:
-            curves = {
-                length: stored(_path(out, job, length), Curve, job.identity(length)) for length in job.run.possible
-            }
-            job.run.curves.update({length: curve for length, curve in curves.items() if curve is not None})
+            identities = _take_kept(job, newest_step(job.workdir, job.config), out)
+            if len(job.run.curves) < len(job.run.possible):
+                progress.update(bar, description=f"{job.run.name}: loading")
+                _, model, step = load_model(job.workdir, make_mesh(MeshConfig()))
+                if step != job.run.step:  # a run in training has gone on, or its newest cannot be read
+                    identities = _take_kept(job, step, out)
             missing = [length for length in job.run.possible if length not in job.run.curves]
             progress.advance(bar, job.num_tokens(set(job.run.curves)))
-            if not missing:
-                continue
-            progress.update(bar, description=f"{job.run.name}: loading")
-            _, model, _ = load_model(job.workdir, make_mesh(MeshConfig()))
             settings = job.config.eval
             for length in missing:
                 progress.update(bar, description=f"{job.run.name} at {length:,}")
-                documents, identity = job.documents[length], job.identity(length)
+                documents, identity = job.documents[length], identities[length]
                 unfinished = _path(out, job, length, "unfinished-")
                 batch_size = min(settings.batch_size, job.num_tokens([length]) // length)
                 mesh = evaluation_mesh(job.config.model, batch_size, length)
@@ -243,6 +241,17 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
         progress.update(bar, description="measured")
 
 
+def _take_kept(job: Job, step: int, out: Path) -> dict[int, str]:
+    """Fills in those curves of a checkpoint that are kept in `out`; returns what each length's follows from."""
+    identities = job.identities(step)
+    job.run.step = step
+    job.run.curves.clear()
+    for length, identity in identities.items():
+        if (curve := stored(_path(out, job, length), Curve, identity)) is not None:
+            job.run.curves[length] = curve
+    return identities
+
+
 def _path(out: Path, job: Job, length: int, kind: str = "") -> Path:
     return out / "measured" / f"{kind}{job.run.name.replace('/', '-')}-{length}.npz"
 
@@ -263,4 +272,7 @@ def _describe_corpus(jobs: Sequence[Job]) -> str:
             "own. They read the same documents, each in its own tokens: at one position they have read different "
             "amounts of text."
         )
-    return f"Read: {read} of the validation split of {jobs[0].config.data.source}. {score}"
+    steps = ", ".join(f"{job.run.name} at {job.run.step:,}" for job in jobs if job.run.step is not None)
+    return (
+        f"Read: {read} of the validation split of {jobs[0].config.data.source}. Checkpoints, by step: {steps}. {score}"
+    )

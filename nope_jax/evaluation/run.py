@@ -1,10 +1,14 @@
 """A trained model under evaluation: its name, what it is, and what was measured of it."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import Config, EncodingSpec
 from nope_jax.data import load_tokenizer
@@ -12,7 +16,7 @@ from nope_jax.encodings import ENCODINGS, Wrapper
 from nope_jax.evaluation.curves import Curve
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Run:
     """One trained model: what it is, and its curve at each length, filled in as they are measured."""
 
@@ -24,6 +28,8 @@ class Run:
     lengths: tuple[int, ...]
     """The lengths asked for, ascending."""
     curves: dict[int, Curve] = dataclasses.field(default_factory=dict)
+    step: int | None = None
+    """Of the checkpoint that was measured."""
 
     @property
     def possible(self) -> tuple[int, ...]:
@@ -58,6 +64,25 @@ def newest_step(workdir: Path, config: Config) -> int:
             f"model.vocab_size {config.model.vocab_size}"
         )
     return step
+
+
+def result_identity(workdir: Path, config: Config, step: int, *read: Any) -> str:
+    """What a result follows from, to tell whether a kept one still holds: checkpoint, model, code, and what is read.
+
+    A checkpoint that has been removed meanwhile is none that is ever found again.
+
+    Args:
+        workdir: of the run.
+        config: of the run.
+        step: that `load_model` returned, or would.
+        read: all else that the result follows from, by its repr.
+    """
+    try:
+        saved = (workdir / "checkpoints" / str(step)).stat().st_mtime_ns
+    except FileNotFoundError:
+        saved = time.time_ns()
+    model = (str(workdir.resolve()), step, saved, config.model, configs.code_digest(config), jax.default_backend())
+    return repr((*model, *read))
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:

@@ -80,12 +80,12 @@ class Tuning:
     train_length: int
     settings: dict[str, Any]
     content: str
-    """A digest of the run's checkpoint and the documents."""
+    """A digest of the run's checkpoint, of the code that was run, and of the documents."""
     lengths: list[Outcome]
     """Ascending."""
     command: str
-    step: int | None = None
-    """That the run was saved at."""
+    step: int
+    """Of the run's checkpoint."""
     factor: float | None = None
     """For all layers and heads, of the method uniform."""
     start: float | None = None
@@ -123,8 +123,8 @@ class Tuning:
             )
         if kept.content != self.content:
             raise ValueError(
-                f"--out {out} holds a tuning that was interrupted, of another checkpoint of {self.source} or of "
-                f"other documents; {otherwise}"
+                f"--out {out} holds a tuning that was interrupted, of another checkpoint of {self.source}, of "
+                f"other documents or by other code; {otherwise}"
             )
         if kept.learned is not None and len(read_updates(out)) < kept.learned.updates:
             raise ValueError(f"{out}/tune.jsonl lacks some of the updates that tune.json tells of; {otherwise}")

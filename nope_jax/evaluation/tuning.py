@@ -46,11 +46,12 @@ from nope_jax.encodings import (
     YaRNScaling,
     resolve,
 )
+from nope_jax.errors import is_refusal
 from nope_jax.evaluation import report, tuned
 from nope_jax.evaluation.console import print_table, progress_bar
 from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.protocol import choose_documents
-from nope_jax.evaluation.run import encoding_name, newest_step
+from nope_jax.evaluation.run import encoding_name, newest_step, result_identity
 from nope_jax.evaluation.tuned import Learned, Outcome, Tuning
 from nope_jax.locks import held
 from nope_jax.models import Decoder, adopt_weights
@@ -87,8 +88,6 @@ class Job:
     method: str
     lengths: tuple[int, ...]
     """Ascending."""
-    step: int
-    """That the run's newest checkpoint was saved at."""
     settings: TuneConfig
     corpus: Corpus
     documents: Mapping[int, np.ndarray]
@@ -99,10 +98,10 @@ class Job:
         assert self.config.model.train_length is not None  # Config fills it in
         return self.config.model.train_length
 
-    def content(self) -> str:
-        """A digest of the run's checkpoint and of the documents: it changes when they do."""
-        saved = (self.workdir / "checkpoints" / str(self.step)).stat().st_mtime_ns
-        digest = hashlib.sha256(f"{self.step} {saved}".encode() + self.corpus.lengths.tobytes())
+    def content(self, step: int) -> str:
+        """A digest of the run's checkpoint, of code and of the documents: it changes when they do."""
+        identity = result_identity(self.workdir, self.config, step, self.config.data.tokenizer)
+        digest = hashlib.sha256(identity.encode() + self.corpus.lengths.tobytes())
         for length, indices in self.documents.items():
             for index in indices:
                 digest.update(self.window(int(index), 0, length).tobytes())
@@ -154,13 +153,15 @@ def tune(options: EvalArguments, *, command: str) -> None:
 
 
 def _find_and_write(job: Job, command: str) -> None:
-    tuning = _begin(job, command).or_continued(job.out)
+    mesh = make_mesh(MeshConfig())
+    source, model, step = load_model(job.workdir, mesh)
+    tuning = _begin(job, step, command).or_continued(job.out)
     tempfile.TemporaryFile(dir=job.out).close()
-    tuner = _Tuner(job, tuning)
+    tuner = _Tuner(job, tuning, mesh)
     end = f"Not finished: the same command goes on from what is in {job.out}."
     try:
         with tuner.progress:
-            tuned_config = tuner.find()
+            tuned_config = tuner.find(source, model)
         end = f"Written to {job.out}: a workdir for eval.py, or for train.start_from; see report.html there."
     except FloatingPointError:
         end = f"Diverged: what was found until then is in {job.out}; other settings take another --out."
@@ -172,16 +173,17 @@ def _find_and_write(job: Job, command: str) -> None:
     configs.save(tuned_config, job.out)
 
 
-def _begin(job: Job, command: str) -> Tuning:
+def _begin(job: Job, step: int, command: str) -> Tuning:
     return Tuning(
         method=job.method,
         source=str(job.workdir),
         data=job.config.data.source,
         train_length=job.train_length,
         settings=dataclasses.asdict(job.settings),
-        content=job.content(),
+        content=job.content(step),
         lengths=[Outcome(length, len(job.documents[length])) for length in job.lengths],
         command=command,
+        step=step,
     )
 
 
@@ -207,7 +209,7 @@ def _plan(options: EvalArguments) -> Job:
     unfinished = (options.out / "tune.json").exists() and not (options.out / "config.json").exists()
     if not unfinished and any((options.out / name).exists() for name in ("config.json", "checkpoints")):
         raise ValueError(f"--out {options.out} holds a run already; choose another")
-    step = newest_step(workdir, config)
+    newest_step(workdir, config)
     max_length = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length
     if max_length is not None and lengths[-1] > max_length:
         raise ValueError(
@@ -219,7 +221,7 @@ def _plan(options: EvalArguments) -> Job:
     corpus = load_corpus(config.data, "train")
     settings = options.settings
     documents = choose_documents(corpus.lengths, lengths, settings.documents, settings.seed, split="training")
-    return Job(workdir, options.out, config, method, lengths, step, settings, corpus, documents)
+    return Job(workdir, options.out, config, method, lengths, settings, corpus, documents)
 
 
 def _try(config: ModelConfig, method: str) -> None:
@@ -228,6 +230,8 @@ def _try(config: ModelConfig, method: str) -> None:
     try:
         jax.eval_shape(lambda tokens: Decoder(config, rngs=nnx.Rngs(0)).hidden(tokens)[0], tokens)
     except ValueError as error:
+        if not is_refusal(error):
+            raise
         raise ValueError(f"--method {method}: {error}") from error
 
 
@@ -450,9 +454,8 @@ def best_factor(loss: Callable[[float], float], seen: dict[float, float] | None 
 class _Tuner:
     """Does the computing of one job, and tells how far it is."""
 
-    def __init__(self, job: Job, tuning: Tuning):
-        self.job, self.tuning = job, tuning
-        self.mesh = make_mesh(MeshConfig())
+    def __init__(self, job: Job, tuning: Tuning, mesh: Mesh):
+        self.job, self.tuning, self.mesh = job, tuning, mesh
         # Rounded up to what divides over the devices; rows in excess do not count.
         devices = self.mesh.shape["data"]
         self._rows = -(-job.settings.batch_size // devices) * devices
@@ -460,11 +463,9 @@ class _Tuner:
         self.progress = progress_bar()
         self._bar = self.progress.add_task("", total=self._work())
 
-    def find(self) -> Config:
+    def find(self, source: Config, model: Decoder) -> Config:
         """Fills in the tuning from where it stands, and writes the run that it leads to."""
         job, tuning = self.job, self.tuning
-        self._describe("loading")
-        source, model, tuning.step = load_model(job.workdir, self.mesh)
         for outcome in tuning.lengths:
             if outcome.loss_before is None:
                 self._describe(f"before, at {outcome.length:,}")

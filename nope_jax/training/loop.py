@@ -20,6 +20,7 @@ from nope_jax.config import Config
 from nope_jax.data import load_corpus, load_tokenizer, train_batches, validation_batches
 from nope_jax.data.corpora import Split
 from nope_jax.distributed import agreed_stop, said_by_all
+from nope_jax.errors import is_refusal
 from nope_jax.locks import held
 from nope_jax.models import Decoder, adopt_weights
 from nope_jax.paths import Location, check_reachable, location
@@ -215,6 +216,8 @@ def _donor(config: Config, workdir: Location, mesh: Mesh) -> Decoder | None:
     try:
         adopt_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), donor)
     except ValueError as error:
+        if not is_refusal(error):
+            raise
         raise ValueError(f"train.start_from {source}: {error}") from error
     return donor
 

@@ -70,7 +70,8 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
     """Refuses to go on with the run in a workdir as another one.
 
     Raises:
-        ValueError: a field of the config is not what it was and must be, or the data are others.
+        ValueError: a field of the config, or the code of its encoding, is not what it was and must be, or the data are
+            others.
     """
     then = load_digests(workdir)
     may_change = MAY_CHANGE
@@ -78,6 +79,7 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
         may_change -= {"data.source", "data.tokenizer"}
         if jax.process_index() == 0:
             print(f"{workdir} does not say what its data were: from now on they are today's", file=sys.stderr)
+    configs.refuse_changed_code(config, workdir)
     before = configs.load(workdir)
     differences = []
     for name in HINTS:
