@@ -142,6 +142,24 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     monkeypatch.setattr(loop, "train_batches", signalling)
 
 
+def test_a_run_goes_on_with_its_own_encoding_only_while_that_is_the_same(config, finished, tmp_path, capsys):
+    def own(text: str) -> Config:
+        (tmp_path / "own.py").write_text(
+            f"import dataclasses\nfrom nope_jax.encodings import Encoding\nfrom nope_jax.config import Config\n"
+            f"@dataclasses.dataclass(frozen=True)\nclass Own(Encoding):\n    {text}\ndef get_config(): return Config()"
+        )
+        configs.load_file(tmp_path / "own.py")
+        encoding = sys.modules[str(tmp_path / "own.py")].Own()
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, encoding=encoding))
+
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    configs.save(own("strength: float = 1.0"), workdir)
+    with pytest.raises(ValueError, match="own.py has changed since the run in .* was started with it"):
+        train(own("strength: float = 1.0; start: float = 2.0"), workdir)
+    train(own("strength: float = 1.0  # A comment."), workdir)
+    assert "already finished at step 12" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "signals",
     # A terminal that is closed hangs up, and so does its shell.
