@@ -21,7 +21,7 @@ from nope_jax.data import Corpus, load_corpus
 from nope_jax.evaluation import figures, table
 from nope_jax.evaluation.console import plural, progress_bar
 from nope_jax.evaluation.curves import Curve, Sums, measure
-from nope_jax.evaluation.files import store, stored, write_curves, write_heads, write_spreading
+from nope_jax.evaluation.files import store, stored, write_curves, write_differences, write_heads, write_spreading
 from nope_jax.evaluation.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.protocol import choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
@@ -106,6 +106,7 @@ def compare(
     finally:
         if runs := [job.run for job in jobs if job.run.curves]:
             write_curves(out / "curves.csv", runs, view.stride)
+            write_differences(out / "differences.csv", runs, view)
             write_heads(out / "heads.npz", runs)
             write_spreading(out / "heads.csv", runs, view.stride)
             figures.plot_perplexity(out / "perplexity.png", runs, view)
