@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from evaluation_cases import HEADS, LAYERS, Bigram, expected_nll, some_documents, synthetic_run
+from evaluation_cases import HEADS, LAYERS, Bigram, expected_nll, some_documents, synthetic_run, without_errors
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig, cli
@@ -25,7 +25,15 @@ from nope_jax.data import load_corpus, load_tokenizer
 from nope_jax.encodings import NoPE, RoPE, UniformScale, Windowed, YaRNScaling
 from nope_jax.evaluation import compare, figures, table
 from nope_jax.evaluation.curves import Curve, bucket_edges, measure
-from nope_jax.evaluation.files import COLUMNS, replace_file, store, write_curves, write_heads, write_spreading
+from nope_jax.evaluation.files import (
+    COLUMNS,
+    replace_file,
+    store,
+    write_curves,
+    write_differences,
+    write_heads,
+    write_spreading,
+)
 from nope_jax.evaluation.protocol import Window, choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
 from nope_jax.evaluation.run import encoding_name, run_names
@@ -101,10 +109,11 @@ def test_curve_from_the_start_is_that_of_a_direct_computation(batch_size):
     for i, (start, end) in enumerate(itertools.pairwise(curve.edges)):
         part = nll[:, start:end]
         assert curve.tokens.sum(0)[i] == part.size
-        np.testing.assert_allclose(curve.nll[i], part.mean(), rtol=1e-6)
-        np.testing.assert_allclose(curve.nll_stderr[i], part.mean(1).std(ddof=1) / math.sqrt(3), rtol=1e-5)
-        np.testing.assert_allclose(curve.entropy[i], heads[..., start:end].mean(), rtol=1e-6)
-    np.testing.assert_allclose(curve.perplexity(8, 18, documents=2), np.exp(nll[:2, 8:18].mean()), rtol=1e-6)
+        np.testing.assert_allclose(curve.nll.value[i], part.mean(), rtol=1e-6)
+        np.testing.assert_allclose(curve.nll.stderr[i], part.mean(1).std(ddof=1) / math.sqrt(3), rtol=1e-5)
+        np.testing.assert_allclose(curve.entropy.value[i], heads[..., start:end].mean(), rtol=1e-6)
+    part = curve.between(8, 18, documents=2)
+    np.testing.assert_allclose(part.nll.exp().value, [np.exp(nll[:2, 8:18].mean())], rtol=1e-6)
 
 
 def test_curve_of_sliding_windows_is_that_of_a_direct_computation():
@@ -121,8 +130,8 @@ def test_curve_of_sliding_windows_is_that_of_a_direct_computation():
             tokens[target - start] += 1
     assert tokens.sum() == sum(len(document) - 1 for document in documents)
     np.testing.assert_array_equal(curve.tokens.sum(0), tokens)
-    np.testing.assert_allclose(curve.nll, nll / tokens, rtol=1e-5)
-    np.testing.assert_allclose(curve.entropy, entropy / tokens, rtol=1e-5)
+    np.testing.assert_allclose(curve.nll.value, nll / tokens, rtol=1e-5)
+    np.testing.assert_allclose(curve.entropy.value, entropy / tokens, rtol=1e-5)
 
 
 def test_progress_counts_every_token():
@@ -150,7 +159,7 @@ def test_encoding_names():
 
 def cells(run, stride=None):
     view = View(stride)
-    return dict(zip(table.header(view), table.rows([run], view)[0], strict=True))
+    return dict(zip(table.header(view), without_errors(table.rows([run], view)[0]), strict=True))
 
 
 def test_table_of_a_flat_run_holds_to_the_end():
@@ -201,10 +210,10 @@ def test_the_extent_compares_the_same_documents():
     long, short = run.curves[2048], run.curves[128]
     # One hard document is all that reaches 2,048; at 128, easy ones follow it.
     run.curves[2048] = Curve(
-        long.edges, long.nll_sum[:1] * 2, long.tokens[:1], long.entropy, long.heads, long.text_bytes[:1]
+        long.edges, long.nll_sum[:1] * 2, long.tokens[:1], long.entropy_sum[:1], long.heads, long.text_bytes[:1]
     )
     hard_first = short.nll_sum * np.array([[2.0], [1], [1], [1]])
-    run.curves[128] = Curve(short.edges, hard_first, short.tokens, short.entropy, short.heads, short.text_bytes)
+    run.curves[128] = Curve(short.edges, hard_first, short.tokens, short.entropy_sum, short.heads, short.text_bytes)
     assert table.extent(run, View()) == table.Extent(2048, 128, 2048)
 
 
@@ -283,16 +292,18 @@ def test_report_is_one_self_contained_page(tmp_path):
     ]
     figures.plot_curves(tmp_path / "curves.png", runs, View())
     write_curves(tmp_path / "curves.csv", runs, None)
+    write_differences(tmp_path / "differences.csv", runs, View())
     write_spreading(tmp_path / "heads.csv", runs, None)
     command = "python eval.py --out 'a <b'"
     add_section(tmp_path, "curves", curves_section(tmp_path, runs, View(), command=command, corpus="words"))
     page = (tmp_path / "report.html").read_text()
 
     loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", page)
-    assert len(loads) == 3 and all(load.startswith("data:") for load in loads)
+    assert len(loads) == 4 and all(load.startswith("data:") for load in loads)
     assert "<script" not in page and "//" not in re.sub(r"data:[^\"]*", "", page)
+    names = ("curves.png", "differences.csv", "curves.csv", "heads.csv")
     embedded = [base64.b64decode(load.partition("base64,")[2]) for load in loads]
-    assert embedded == [(tmp_path / name).read_bytes() for name in ("curves.png", "curves.csv", "heads.csv")]
+    assert embedded == [(tmp_path / name).read_bytes() for name in names]
     assert all(image.startswith(b"\x89PNG") for image in embedded[:1])
     assert "&lt;b&gt;nope" in page and "<b>" not in page and "a &lt;b" in page
     assert "prefers-color-scheme: dark" in page and "read from its start" in page
@@ -334,8 +345,8 @@ def workdirs(tmp_path_factory):
 def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys):
     folders = [workdirs / "alibi", workdirs / "learned"]
     compare(folders, (16, 8, 8), tmp_path / "a" / "b", {}, command="python eval.py")
-    files = "curves.csv heads.csv heads.npz curves.png perplexity.png entropy.png report.html sections measured"
-    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == set(files.split())
+    files = "curves.csv differences.csv heads.csv heads.npz curves.png perplexity.png entropy.png report.html"
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {*files.split(), "sections", "measured"}
     with (tmp_path / "a" / "b" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     measured = [("alibi", "8"), ("alibi", "16"), ("learned", "8")]

@@ -25,6 +25,7 @@ from nope_jax.data.tokenizers import ByteTokenizer
 from nope_jax.evaluation import passkey
 from nope_jax.evaluation.passkey import COLUMNS, Grid, draw_keys, measure, notes, plot, rows
 from nope_jax.evaluation.run import Run
+from nope_jax.evaluation.uncertainty import wilson_interval
 
 ROOT = Path(__file__).parents[1]
 MODULE = sys.modules["nope_jax.evaluation.passkey"]  # the package has the function by that name
@@ -321,8 +322,8 @@ def some_grids():
 
 def test_table_gives_mean_and_worst_depth():
     assert rows(some_grids()) == [
-        ("nope", "nope", "300", "83 (50)", "25 (0)"),
-        ("table", "learned", "300", "100 (100)", "cannot"),
+        ("nope", "nope", "300", "83 [55, 95] (50)", "25 [9, 53] (0)"),
+        ("table", "learned", "300", "100 [76, 100] (100)", "cannot"),
     ]
     assert notes(some_grids())[0] == "table cannot read 600 tokens: its learned encoding has 300 positions."
     unfinished = some_grids()
@@ -343,6 +344,12 @@ def test_picture_shows_depth_down_length_across_and_the_training_length(tmp_path
     assert nope.lines[0].get_xdata() == [0.5, 0.5]
     assert "cannot" in {text.get_text() for text in table.texts}
     assert np.ma.getmaskarray(table.images[0].get_array())[:, 1].all()
+    shares = drawn[0].axes[-1]
+    (line, _, (bars,)), (_, _, (one_bar,)) = shares.containers
+    np.testing.assert_allclose(line.get_ydata(), [10 / 12, 3 / 12])
+    intervals = [segment[:, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(intervals, [wilson_interval(10, 12), wilson_interval(3, 12)])
+    assert len(one_bar.get_segments()) == 1 and "95 % interval" in shares.get_ylabel()
 
 
 # The command line
@@ -394,6 +401,8 @@ def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evalua
         (*run, depth) for run, depth in itertools.product(measured, "01")
     ]
     assert all(row[6] == "3" and float(row[7]) == pytest.approx(int(row[5]) / 3, abs=1e-5) for row in table[1:])
+    for row in table[1:]:
+        np.testing.assert_allclose([float(end) for end in row[8:]], wilson_interval(int(row[5]), 3), atol=1e-5)
     printed = " ".join(capsys.readouterr().out.split())
     assert "learned cannot read 300 tokens: its learned encoding has 260 positions." in printed
     page = (out / "report.html").read_text()
@@ -405,7 +414,7 @@ def test_a_model_that_knows_is_found_to_know(workdirs, tmp_path, evaluate, monke
     words = ("--workdirs", workdirs / "alibi", "--lengths", 260, "--out", tmp_path, *SMALL)
     assert evaluate("passkey", *words) == 0
     lines = (tmp_path / "passkey.csv").read_text().splitlines()[1:]
-    assert lines == ["alibi,alibi,260,260,0,3,3,1", "alibi,alibi,260,260,1,3,3,1"]
+    assert lines == ["alibi,alibi,260,260,0,3,3,1,0.438503,1", "alibi,alibi,260,260,1,3,3,1,0.438503,1"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])

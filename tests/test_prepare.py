@@ -1,10 +1,12 @@
 """Corpora too large to be tokenised at the start of a run: prepared once, read as they are needed."""
 
+import csv
 import dataclasses
 import fcntl
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +19,21 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tokenizers
+from flax import nnx
 
+from nope_jax import Decoder, ModelConfig
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer
 from nope_jax.cli import parse_prepare
-from nope_jax.config import DataConfig
+from nope_jax.config import Config, DataConfig
 from nope_jax.data import corpora, load_corpus, load_tokenizer, prepare, train_batches
 from nope_jax.data.windows import Windows
+from nope_jax.evaluation import compare
 
 ROOT = Path(__file__).parents[1]
 BOOKS = {
     "train": [f"Book {i} says {'so ' * (i % 7)}" for i in range(50)],
-    "validation": ["The one", "the other", "and one", "more"],
+    "validation": ["The one says so", "the other says so", "and one", "more"],
 }
 
 
@@ -138,15 +145,53 @@ def test_the_text_of_books_is_found_whatever_its_feature_is_called(config):
         assert sorted(bytes(corpus[i].tolist()).decode() for i in range(len(corpus))) == sorted(books)
 
 
-def test_tokens_are_found_without_the_text_in_another_folder(config, small_parts, tmp_path):
+def copied(config, folder):
+    """What docs/data.md copies to another machine: the tokens and the dataset's small files, not the text."""
+    ignored = shutil.ignore_patterns("*.array_record*")
+    shutil.copytree(Path(config.dir, "books/1.0.0"), folder / "books/1.0.0", ignore=ignored)
+    shutil.copytree(tokens(config), folder / "tokens")
+    return dataclasses.replace(config, dir=str(folder))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json"])
+def test_tokens_are_found_without_the_text_in_another_folder(config, tokenizer, small_parts, tmp_path):
+    if tokenizer == "bytes":
+        config = dataclasses.replace(config, tokenizer="bytes")
     prepare.prepare(config, workers=1)
-    expected = load_corpus(config, "train")
-    copy = tmp_path / "copy"
-    (copy / "books/1.0.0").mkdir(parents=True)
-    for file in Path(config.dir, "books/1.0.0").glob("*.json"):
-        (copy / "books/1.0.0" / file.name).write_bytes(file.read_bytes())
-    tokens(config).rename(copy / "tokens")
-    assert same(load_corpus(dataclasses.replace(config, dir=str(copy)), "train"), expected)
+    expected, corpus = (load_corpus(c, "validation") for c in (config, copied(config, tmp_path / "copy")))
+    assert same(corpus, expected)
+    if tokenizer == "bytes":  # which need no text to be counted
+        assert [corpus.byte_lengths(i).tolist() for i in range(4)] == [[1] * n for n in corpus.lengths]
+    else:
+        assert expected.byte_lengths(0).sum() == len("and one")
+        with pytest.raises(OSError, match=r"the text of books/1.0.0 cannot be read in data.dir"):
+            corpus.byte_lengths(0)
+
+
+def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_parts, tmp_path, capsys):
+    prepare.prepare(config, workers=1)
+    copy = copied(config, tmp_path / "copy")
+    model = ModelConfig(vocab_size=512, num_layers=1, num_heads=2, model_dim=8)
+    for workdir, data in {tmp_path / "run": config, tmp_path / "of_bytes": copy}.items():
+        workdir.mkdir()
+        data = dataclasses.replace(data, tokenizer="bytes") if workdir.name == "of_bytes" else data
+        configs.save(Config(model, data), workdir)
+        with Checkpointer(workdir) as checkpointer:
+            checkpointer.save(0, {"params": nnx.state(Decoder(model, rngs=nnx.Rngs(0)))})
+    found = {}
+    for folder in (copy, config):  # the text that comes later is not passed over for what was measured without it
+        compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir}, command="")
+        with (tmp_path / "out" / "curves.csv").open() as file:
+            found[folder.dir] = list(csv.DictReader(file))[-1]
+        said = "Bits per byte are not known" in " ".join(capsys.readouterr().out.split())
+        assert said == (folder is copy)
+    without, whole = found[copy.dir], found[config.dir]
+    assert without["text_bytes"] == without["bits_per_byte"] == without["bits_per_byte_stderr"] == ""
+    assert without["nll"] == whole["nll"] and float(whole["bits_per_byte"]) > 0
+    prepare.prepare(dataclasses.replace(config, tokenizer="bytes"), workers=1)
+    shutil.copytree(tokens(config), Path(copy.dir, "tokens"), dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="data.source tfds:books has no text in data.dir, only tokens, which the runs"):
+        compare([tmp_path / "run", tmp_path / "of_bytes"], [2], tmp_path / "b", {"data.dir": copy.dir}, command="")
 
 
 @pytest.mark.parametrize("stopped_in", ["a part", "the join", "the offsets"])

@@ -72,13 +72,16 @@ def test_scores_are_their_definitions():
     score = Score()
     for part in (predicted[:2], predicted[2:]):
         score.add(part, positions)
-    np.testing.assert_allclose(score.mae, np.abs(predicted - positions).mean())
-    np.testing.assert_allclose(score.r2, 1 - ((predicted - positions) ** 2).mean() / positions.var())
+    error = predicted - positions
+    np.testing.assert_allclose(score.mae.value, np.abs(error).mean())
+    np.testing.assert_allclose(score.r2.value, 1 - (error**2).mean() / positions.var())
+    np.testing.assert_allclose(score.mae.stderr, np.abs(error).mean(1).std(ddof=1) / np.sqrt(5))
+    np.testing.assert_allclose(score.r2.stderr, (error**2).mean(1).std(ddof=1) / np.sqrt(5) / positions.var())
     mean, one = Score(), Score()
     mean.add(np.full((3, 20), 9.5), positions)
     one.add(np.full((3, 1), 9.5), positions[4:5])
-    assert mean.r2 == 0 and mean.mae == 5
-    assert np.isnan(one.r2) and one.mae == 5.5
+    assert mean.r2.value == 0 and mean.mae.value == 5
+    assert np.isnan(one.r2.value) and one.mae.value == 5.5
 
 
 # Hidden states
@@ -109,19 +112,19 @@ def test_what_carries_the_position_is_read_and_noise_is_not(monkeypatch):
     documents = [np.full(64, i) for i in range(48)]
     probes = fit_probes(Layers(), documents[::2], 16, ridge=1e-6, batch_size=8)
     (scores,) = score_probes(Layers(), documents[1::2], 16, [(probes, 16)], batch_size=8)
-    noise, linear, resting = (score.r2 for score in scores)
+    noise, linear, resting = (score.r2.value for score in scores)
     assert -0.1 < noise < 0.1 and linear > 0.9999 and resting > 0.9999
-    assert scores[0].mae > 3 and scores[1].mae < 0.01
+    assert scores[0].mae.value > 3 and scores[1].mae.value < 0.01
 
     # Past the length that they were fitted at, the one goes on and the other stays at 15.
     own = fit_probes(Layers(), documents[::2], 32, ridge=1e-6, start=16, batch_size=8)
     in_window, beyond = score_probes(Layers(), documents[1::2], 32, [(probes, 16), (own, 32)], start=16, batch_size=8)
     positions = np.arange(16, 32)
-    assert in_window[1].r2 > 0.999 and beyond[1].r2 > 0.999
-    np.testing.assert_allclose(in_window[2].mae, (positions - 15).mean(), rtol=1e-3)
-    np.testing.assert_allclose(in_window[2].r2, 1 - ((positions - 15.0) ** 2).mean() / positions.var(), rtol=1e-3)
+    assert in_window[1].r2.value > 0.999 and beyond[1].r2.value > 0.999
+    np.testing.assert_allclose(in_window[2].mae.value, (positions - 15).mean(), rtol=1e-3)
+    np.testing.assert_allclose(in_window[2].r2.value, 1 - ((positions - 15.0) ** 2).mean() / positions.var(), rtol=1e-3)
     # No other probe finds what is not there, nor is it blamed for the positions that it has not seen.
-    assert -0.1 < beyond[2].r2 < 0.1 and -0.1 < beyond[0].r2 < 0.1
+    assert -0.1 < beyond[2].r2.value < 0.1 and -0.1 < beyond[0].r2.value < 0.1
 
 
 def test_the_last_batch_is_filled_up_and_counts_once(monkeypatch):
@@ -137,8 +140,8 @@ def test_the_last_batch_is_filled_up_and_counts_once(monkeypatch):
         Layers(), documents, 16, [([Probe(np.zeros(8), 0.5)] * 3, 16)], batch_size=4, advance=read.append
     )
     assert shapes == [(4, 16), (4, 16)] and read == [4 * 16, 16]
-    assert [score.count for score in scores] == [5 * 16] * 3
-    np.testing.assert_allclose(scores[0].mae, np.abs(np.arange(16) - 8).mean())
+    assert [len(score.absolute) for score in scores] == [5] * 3
+    np.testing.assert_allclose(scores[0].mae.value, np.abs(np.arange(16) - 8).mean())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_positions_enter_with_the_encodings_that_add_them(encoding, low, high):
     probes = fit_probes(model, documents[::2], 16, ridge=1e-6, batch_size=32)
     (scores,) = score_probes(model, documents[1::2], 16, [(probes, 16)], batch_size=32)
     assert len(scores) == 2
-    assert low < scores[0].r2 <= high
+    assert low < scores[0].r2.value <= high
 
 
 # The evaluation
@@ -182,7 +185,7 @@ def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, 
     rows = read(tmp_path / "a")
     assert list(rows[0]) == [
         *("run", "encoding", "train_length", "length", "layer", "probe", "r2", "mae"),
-        *("position_start", "position_end", "documents"),
+        *("position_start", "position_end", "documents", "r2_stderr", "mae_stderr"),
     ]
     measured = list(dict.fromkeys((r["run"], r["length"], r["probe"], r["position_start"]) for r in rows))
     alibi = [("16", "in-window", "0"), ("8", "in-window", "0"), ("8", "own", "0")]
@@ -210,6 +213,8 @@ def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, 
         wanted = {"run": "alibi", "length": length, "layer": "1", "probe": "in-window"}
         (row,) = [row for row in rows if wanted.items() <= row.items()]
         np.testing.assert_allclose(float(row["mae"]), np.abs(error).mean(), rtol=1e-4)
+        first, second = np.abs(error).reshape(2, -1).mean(1)  # of two documents
+        np.testing.assert_allclose(float(row["mae_stderr"]), abs(first - second) / 2, rtol=1e-3)
         np.testing.assert_allclose(float(row["r2"]), 1 - (error**2).mean() / np.arange(start, end).var(), rtol=1e-4)
         assert row["documents"] == "2"
 

@@ -21,6 +21,7 @@ from nope_jax.encodings import DistanceLogit, Encoding
 from nope_jax.evaluation import inside
 from nope_jax.evaluation.inside import Inside, walk
 from nope_jax.evaluation.similarity import (
+    COLUMNS,
     Comparison,
     distance_bands,
     head_distances,
@@ -227,8 +228,13 @@ def test_the_closest_heads_are_found_over_all_pairs_and_documents(monkeypatch):
 
     pairs = [divergences(a, b) for a, b in zip(streams["a"], streams["b"], strict=True)]
     wanted = [(pairs[0] + pairs[2]) / 2, (pairs[1] + pairs[3]) / 2]
-    np.testing.assert_allclose(comparison.distances, wanted, rtol=1e-5, atol=1e-7)
-    (zero, *heads), (distance, *others) = comparison.closest()
+    np.testing.assert_allclose(comparison.distances.value, wanted, rtol=1e-5, atol=1e-7)
+    apart = [np.abs(pairs[0] - pairs[2]) / 2, np.abs(pairs[1] - pairs[3]) / 2]  # standard deviation / sqrt(2) of two
+    np.testing.assert_allclose(comparison.distances.stderr, apart, rtol=1e-3, atol=1e-7)
+    averages = np.array(pairs).mean((1, 2)).reshape(2, 2)  # document, layer
+    np.testing.assert_allclose(comparison.mean_distances.stderr, np.abs(averages[0] - averages[1]) / 2, rtol=1e-3)
+    (zero, no_error, *heads), (distance, _, *others) = comparison.closest()
+    assert no_error == 0
     assert zero == 0 and heads == [2, 1]
     np.testing.assert_allclose(distance, wanted[1].min(), rtol=1e-5)
     assert wanted[1][tuple(others)] == wanted[1].min()
@@ -271,7 +277,10 @@ def test_two_copies_of_one_run_are_at_distance_0(workdirs, tmp_path, monkeypatch
     ]
     assert (arrays["distances"][:, [0, 1], [0, 1]] == 0).all() and (arrays["distances"][:, 0, 1] > 0).all()
     np.testing.assert_array_equal(arrays["nope/weight_by_distance"], arrays["same/weight_by_distance"])
+    assert list(rows[0]) == list(COLUMNS) and {row["documents"] for row in rows} == {"3"}
+    assert all(float(row["distance_stderr"]) == 0 < float(row["mean_distance_stderr"]) for row in rows)
     printed = " ".join(capsys.readouterr().out.split())
+    assert "±: standard error over documents" in printed
     assert "Attention of nope and same" in printed and "first 16 tokens of 3 validation documents" in printed
 
 
@@ -284,6 +293,7 @@ def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp
     rows, arrays = read(tmp_path)
     assert {name: array.shape for name, array in arrays.items()} == {
         "distances": (2, 4, 2),
+        "distances_stderr": (2, 4, 2),
         "alibi/weight_by_distance": (2, 4, 12),
         "deep/weight_by_distance": (3, 2, 12),
     }

@@ -234,6 +234,17 @@ def test_uniform_finds_the_factor_that_brute_force_finds(folder, tmp_path, capsy
         assert (row["length"], row["documents"]) == (str(outcome["length"]), str(outcome["documents"]))
         for column, name in names.items():
             assert row[column] == f"{outcome[name]:.6g}"
+        before, best, after = (
+            np.array(outcome["of_documents"][name]) for name in ("before", str(outcome["factor"]), "after")
+        )
+        assert len(before) == int(row["documents"])
+        errors = {"loss_before": before, "loss_at_best_factor": best, "loss_after": after, "gain": before - after}
+        for column, values in errors.items():
+            np.testing.assert_allclose(float(row[column]), values.mean(), rtol=1e-4)
+            error = values.std(ddof=1) / math.sqrt(len(values))
+            np.testing.assert_allclose(float(row[f"{column}_stderr"]), error, rtol=1e-4)
+        assert f"{before.mean():.4f} ± {before.std(ddof=1) / math.sqrt(len(before)):.3f}" in printed
+        assert f"{(before - after).mean():+.4f} ± " in printed
 
 
 def plan(workdir, out, method, lengths=(SHORT, LONG), settings=EVERY):
@@ -479,8 +490,8 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(folder, stopped, tmp_path, m
         file.write('{"step": 13, "le')  # cut off by the kill
 
     losses, updates = [], []
-    loss, update = tuning._Tuner.loss, tuning._update
-    monkeypatch.setattr(tuning._Tuner, "loss", lambda *arguments: losses.append(arguments) or loss(*arguments))
+    judge, update = tuning._Tuner.losses, tuning._update
+    monkeypatch.setattr(tuning._Tuner, "losses", lambda *arguments: losses.append(arguments) or judge(*arguments))
     monkeypatch.setattr(tuning, "_update", lambda *arguments: updates.append(arguments) or update(*arguments))
     _, _, model = run(folder / "heads", out, "head", settings=STOPPED)
     assert len(updates) == 4 and len(losses) == 2  # those after it, at either length

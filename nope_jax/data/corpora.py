@@ -30,7 +30,9 @@ class Corpus:
     offsets: Integer[np.ndarray, "boundaries"]
     """Where in `tokens` each document starts, and the end of the last."""
     byte_lengths: Callable[[int], Integer[np.ndarray, "length"]] | None = None
-    """The bytes of text that belong to each token of a document; None where the documents were not made from text."""
+    """The bytes of text that belong to each token of a document; None where the documents were not made from text.
+
+    Tokens other than bytes have to be looked up in the text: an OSError where that is not there, as it need not be."""
     digest_file: Path | None = None
     """Where the digest is kept once it is known; None: nowhere."""
 
@@ -90,6 +92,8 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     digest_file = digest_file_of(tokens_file)
 
     def byte_lengths(index: int) -> Integer[np.ndarray, "length"]:
+        if isinstance(tokenizer, ByteTokenizer):
+            return np.ones(offsets[index + 1] - offsets[index] - 1, np.int64)
         texts = documents.read([index])  # closes the file when it is gone
         return np.concatenate([encoded.byte_lengths for encoded in tokenizer.encode_pieces(next(texts))])
 
@@ -105,9 +109,8 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
             offsets = tokenize(documents, range(documents.size), config, buffer).offsets
             return Corpus(np.frombuffer(buffer.getbuffer(), np.uint8), offsets, byte_lengths)
         prepare_split(config, split, workers=1)
-    return Corpus(
-        np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), np.load(offsets_file), byte_lengths, digest_file
-    )
+    offsets = np.load(offsets_file)
+    return Corpus(np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), offsets, byte_lengths, digest_file)
 
 
 def _task_corpus(config: DataConfig, split: Split) -> Corpus:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,19 @@ def _tfds_documents(builder: tfds.core.DatasetBuilder, split: Split) -> Document
     features: Any = info.features
     feature = next(name for name in TEXT_FEATURES if name in features)
     source = builder.as_data_source(part)
+
+    def texts(indices: Iterable[int]) -> Iterator[list[bytes]]:
+        try:
+            for index in indices:
+                yield [source[index][feature]]
+        except RuntimeError as error:  # array_record has no other for a file that it cannot open
+            raise OSError(f"the text of {info.full_name} cannot be read in data.dir ({error})") from error
+
     whole = info.splits[part.partition("[")[0]]  # of a part, TFDS does not know the size
     return Documents(
         len(source),
         whole.num_bytes * len(source) // max(1, whole.num_examples),
-        lambda indices: ([source[index][feature]] for index in indices),
+        texts,
         lambda index: f"document {index} of {info.full_name}",
         [info.full_name, feature, part, len(source), whole.num_bytes, whole.shard_lengths],
     )

@@ -21,7 +21,7 @@ from nope_jax.data import Corpus, load_corpus
 from nope_jax.evaluation import figures, table
 from nope_jax.evaluation.console import plural, progress_bar
 from nope_jax.evaluation.curves import Curve, Sums, measure
-from nope_jax.evaluation.files import store, stored, write_curves, write_heads, write_spreading
+from nope_jax.evaluation.files import store, stored, write_curves, write_differences, write_heads, write_spreading
 from nope_jax.evaluation.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.protocol import choose_documents, plan_windows
 from nope_jax.evaluation.report import add_section, curves_section
@@ -37,7 +37,7 @@ SHARED = ("data.source", "eval.documents", "eval.stride", "eval.seed", "eval.ent
 class Document(NamedTuple):
     tokens: np.ndarray
     byte_lengths: np.ndarray
-    """The bytes of text that belong to each token; zeros where it is not made from text."""
+    """The bytes of text that belong to each token; zeros where it is not made from text, or that is not there."""
 
 
 Documents = dict[int, list[Document]]
@@ -68,8 +68,8 @@ class Job:
             digest = hashlib.sha256()
             for document in self.documents[length]:
                 # Read from its start, a document may be longer because others are read further.
-                read = document.tokens if config.eval.stride else document.tokens[: length + 1]
-                digest.update(read.tobytes() + b"|")
+                end = None if config.eval.stride else length + 1
+                digest.update(document.tokens[:end].tobytes() + b"|" + document.byte_lengths[:end].tobytes() + b"|")
             how = (config.data.tokenizer, config.eval.stride, length, digest.hexdigest())
             identities[length] = result_identity(self.workdir, config, step, *how)
         return identities
@@ -106,6 +106,7 @@ def compare(
     finally:
         if runs := [job.run for job in jobs if job.run.curves]:
             write_curves(out / "curves.csv", runs, view.stride)
+            write_differences(out / "differences.csv", runs, view)
             write_heads(out / "heads.npz", runs)
             write_spreading(out / "heads.csv", runs, view.stride)
             figures.plot_perplexity(out / "perplexity.png", runs, view)
@@ -177,10 +178,12 @@ def _read_documents(loaded: Sequence[Config], lengths: Sequence[int]) -> list[Do
     if any(len(first) != len(other) for other in others):
         sizes = ", ".join(f"{key[0] or 'the default'}: {len(corpus)}" for key, corpus in corpora.items())
         raise ValueError(f"data.dir: the runs find different numbers of validation documents there ({sizes})")
-    if len({config.data.tokenizer for config in loaded}) > 1 and any(c.byte_lengths is None for c in corpora.values()):
+    has_text = all(map(_has_text, corpora.values()))
+    if len({config.data.tokenizer for config in loaded}) > 1 and not has_text:
+        why = "is made of tokens" if first.byte_lengths is None else "has no text in data.dir, only tokens"
         raise ValueError(
-            f"data.source {loaded[0].data.source} is made of tokens, which the runs do not share (data.tokenizer "
-            "differs); compare them on text with --data.source"
+            f"data.source {loaded[0].data.source} {why}, which the runs do not share (data.tokenizer differs); compare "
+            "them on text with --data.source"
         )
     token_counts = np.min([corpus.lengths for corpus in corpora.values()], axis=0)
     settings = loaded[0].eval
@@ -192,10 +195,23 @@ def _read_documents(loaded: Sequence[Config], lengths: Sequence[int]) -> list[Do
         documents = {}
         for i in {int(i) for indices in chosen.values() for i in indices}:
             tokens = corpus[i][:end]
-            byte_lengths = corpus.byte_lengths(i)[:end] if corpus.byte_lengths else np.zeros(len(tokens), np.int64)
+            byte_lengths = np.zeros(len(tokens), np.int64)
+            if has_text and corpus.byte_lengths:
+                byte_lengths = corpus.byte_lengths(i)[:end]
             documents[i] = Document(tokens, byte_lengths)
         read[key] = {length: [documents[int(i)] for i in indices] for length, indices in chosen.items()}
     return [read[_corpus_key(config)] for config in loaded]
+
+
+def _has_text(corpus: Corpus) -> bool:
+    """Whether the bytes of its tokens can be known; of a prepared corpus the tokens alone may have been copied here."""
+    if corpus.byte_lengths is None:
+        return False
+    try:
+        corpus.byte_lengths(0)
+    except OSError:
+        return False
+    return True
 
 
 def _corpus_key(config: Config) -> tuple[str | None, str]:
@@ -265,6 +281,8 @@ def _describe_corpus(jobs: Sequence[Job]) -> str:
     tokenizers = list(dict.fromkeys(job.config.data.tokenizer for job in jobs))
     if len(tokenizers) == 1:
         score = f"Perplexity is per token ({tokenizers[0]})."
+        if not any(document.byte_lengths.any() for read_at in jobs[0].documents.values() for document in read_at):
+            score += " Bits per byte are not known, since there is no text, only tokens."
     else:
         score = (
             f"The runs differ in tokenizer ({', '.join(tokenizers)}), so that losses are in bits per byte: summed over "

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nope_jax.evaluation.protocol import Window, plan_windows
+from nope_jax.evaluation.uncertainty import Estimate, ratio
 
 KEEP_EVERY = 60.0
 """Seconds between two times that the sums of an unfinished curve are kept."""
@@ -43,8 +44,8 @@ class Curve:
     nll_sum: Float[np.ndarray, "D P"]
     """Negative log-likelihood, summed over the tokens of a document in a bucket."""
     tokens: Int[np.ndarray, "D P"]
-    entropy: Float[np.ndarray, "P"]
-    """Mean over layers, heads, documents and positions of the bucket."""
+    entropy_sum: Float[np.ndarray, "D P"]
+    """Mean attention entropy over layers and heads, summed over the tokens of a document in a bucket."""
     heads: Float[np.ndarray, "L N T"]
     """Mean entropy over documents, at every position."""
     text_bytes: Int[np.ndarray, "D P"]
@@ -63,44 +64,30 @@ class Curve:
         return len(self.tokens)
 
     @property
-    def nll(self) -> Float[np.ndarray, "P"]:
-        """Mean over the tokens of a bucket."""
-        return self.nll_sum.sum(0) / self.tokens.sum(0)
+    def nll(self) -> Estimate:
+        """Mean over the tokens of each bucket, P of them."""
+        return ratio(self.nll_sum, self.tokens)
 
     @property
-    def nll_stderr(self) -> Float[np.ndarray, "P"]:
-        """Standard error of `nll`, each document's mean being one sample; NaN where there is only one document."""
-        if self.documents == 1:
-            return np.full(len(self.entropy), np.nan)
-        return (self.nll_sum / self.tokens).std(0, ddof=1) / np.sqrt(self.documents)
-
-    @property
-    def bits_per_byte(self) -> Float[np.ndarray, "P"]:
+    def bits_per_byte(self) -> Estimate:
         """Loss per byte of text; NaN in a bucket without any, such as one token amid the bytes of a character."""
-        return _ratio(self.nll_sum.sum(0), math.log(2) * self.text_bytes.sum(0))
+        return ratio(self.nll_sum / math.log(2), self.text_bytes)
 
     @property
-    def bits_per_byte_stderr(self) -> Float[np.ndarray, "P"]:
-        """Standard error of `bits_per_byte`, a ratio of two sums over documents; NaN where there is only one."""
-        if self.documents == 1:
-            return np.full(len(self.entropy), np.nan)
-        bits, count = self.nll_sum / math.log(2), self.documents
-        residuals = bits - self.bits_per_byte * self.text_bytes
-        return _ratio(np.sqrt((residuals**2).sum(0) * count / (count - 1)), self.text_bytes.sum(0))
+    def entropy(self) -> Estimate:
+        """Mean over layers, heads and the tokens of each bucket."""
+        return ratio(self.entropy_sum, self.tokens)
 
-    def perplexity(self, start: int, end: int, documents: int | None = None) -> float:
-        """Perplexity over the buckets that lie in [start, end), of the first `documents` (None: all)."""
-        nll, tokens = (self._sum(x, start, end, documents) for x in (self.nll_sum, self.tokens))
-        return float(perplexity(nll / tokens))
-
-    def bits_per_byte_between(self, start: int, end: int, documents: int | None = None) -> float:
-        """Bits per byte over the same."""
-        nll, text_bytes = (self._sum(x, start, end, documents) for x in (self.nll_sum, self.text_bytes))
-        return float(_ratio(nll, math.log(2) * text_bytes))
-
-    def _sum(self, values: np.ndarray, start: int, end: int, documents: int | None) -> np.ndarray:
+    def between(self, start: int, end: int, documents: int | None = None) -> "Curve":
+        """All the buckets that lie in [start, end) as one, of the first `documents` (None: all)."""
         inside = (self.edges[:-1] >= start) & (self.edges[1:] <= end)
-        return values[:documents, inside].sum()
+
+        def pooled(values: np.ndarray) -> np.ndarray:
+            return values[:documents, inside].sum(1, keepdims=True)
+
+        sums = map(pooled, (self.nll_sum, self.tokens, self.entropy_sum, self.text_bytes))
+        nll_sum, tokens, entropy_sum, text_bytes = sums
+        return Curve(np.array([start, end]), nll_sum, tokens, entropy_sum, self.heads[..., start:end], text_bytes)
 
 
 @dataclasses.dataclass
@@ -111,20 +98,11 @@ class Sums:
     nll: Float[np.ndarray, "D P"]
     tokens: Int[np.ndarray, "D P"]
     text_bytes: Int[np.ndarray, "D P"]
-    entropy: Float[np.ndarray, "*heads T"]
-    """Of each head once there is a window."""
+    entropy: Float[np.ndarray, "D P"]
+    """Means over layers and heads."""
+    heads: Float[np.ndarray, "*heads T"]
+    """Entropy of each head once there is a window."""
     position_tokens: Int[np.ndarray, "T"]
-
-
-def perplexity(nll: np.ndarray) -> np.ndarray:
-    """exp(nll), infinite where that overflows."""
-    with np.errstate(over="ignore"):
-        return np.exp(nll)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, NaN where there is nothing."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def peak_memory() -> int:
@@ -146,13 +124,16 @@ def evaluation_step(
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     counts: Bool[Array, "B T"],
-) -> tuple[Float[Array, "B T"], Float[Array, "L N T"]]:
-    """Loss per token and entropy summed over the batch, both zero where a token does not count."""
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "L N T"]]:
+    """Loss per token, mean entropy of all heads per token, and entropy of each head summed over the batch.
+
+    All are zero where a token does not count.
+    """
     model = nnx.merge(graphdef, state)
     hidden, stats = model.hidden(tokens, return_stats=True)
     nll = model.nll(hidden, targets)
-    entropy = jnp.where(counts[None, :, None, :], stats.entropy, 0).sum(1)
-    return jnp.where(counts, nll, 0), entropy
+    entropy = jnp.where(counts[None, :, None, :], stats.entropy, 0)
+    return jnp.where(counts, nll, 0), entropy.mean((0, 2)), entropy.sum(1)
 
 
 def measure(
@@ -190,6 +171,7 @@ def measure(
         np.zeros(shape),
         np.zeros(shape, np.int64),
         np.zeros(shape, np.int64),
+        np.zeros(shape),
         np.zeros(length),
         np.zeros(length, np.int64),
     )
@@ -209,17 +191,18 @@ def measure(
             yield batch, counts, evaluation_step(graphdef, state, *place((inputs, targets, counts)))
 
     last_kept = time.monotonic()
-    for batch, counts, (nll, entropy) in _one_ahead(results()):
+    for batch, counts, (nll, entropy, heads) in _one_ahead(results()):
         # Padded rows count nothing, so that they may be added to any document.
         rows = np.array([window.document for window in batch] + [0] * (batch_size - len(batch)))
-        np.add.at(sums.nll, rows, np.add.reduceat(np.asarray(nll, np.float64), edges[:-1], axis=1))
+        for total, of_tokens in ((sums.nll, nll), (sums.entropy, entropy)):
+            np.add.at(total, rows, np.add.reduceat(np.asarray(of_tokens, np.float64), edges[:-1], axis=1))
         np.add.at(sums.tokens, rows, np.add.reduceat(counts, edges[:-1], axis=1, dtype=np.int64))
         for window, counted in zip(batch, counts, strict=False):
             if byte_lengths is not None:
                 of_targets = byte_lengths[window.document][window.start + 1 : window.start + 1 + length]
                 sums.text_bytes[window.document] += np.add.reduceat(of_targets * counted, edges[:-1])
         sums.position_tokens += counts.sum(0)
-        sums.entropy = sums.entropy + np.asarray(entropy, np.float64)
+        sums.heads = sums.heads + np.asarray(heads, np.float64)
         sums.windows += len(batch)
         advance(len(batch) * length)
         if time.monotonic() - last_kept > KEEP_EVERY and sums.windows < len(windows):
@@ -230,8 +213,8 @@ def measure(
         edges,
         sums.nll,
         sums.tokens,
-        np.add.reduceat(sums.entropy.mean((0, 1)), edges[:-1]) / sums.tokens.sum(0),
-        (sums.entropy / sums.position_tokens).astype(np.float32),
+        sums.entropy,
+        (sums.heads / sums.position_tokens).astype(np.float32),
         sums.text_bytes,
         step_bytes,
         peak_memory(),

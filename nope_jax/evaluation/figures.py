@@ -57,7 +57,7 @@ def plot_perplexity(path: Path, runs: Sequence[Run], view: View) -> None:
 
 
 def plot_entropy(path: Path, runs: Sequence[Run], view: View) -> None:
-    """Draws the mean attention entropy by position below its ceiling, each run at its longest measured length."""
+    """Draws the mean attention entropy by position below its ceiling, each run at its longest length."""
     figure = _figure(4.5)
     _finish(path, figure, [_draw_entropy(figure.add_subplot(), runs, view)], runs, view)
 
@@ -76,7 +76,7 @@ def _figure(height: float) -> Figure:
 
 
 def _draw_scores(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
-    lines = _lines(runs, view.scores)
+    lines = _lines(runs, lambda curve: view.score(curve).value)
     finite = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
     if view.bits_per_byte:
         axes.set_ylabel("Bits per byte")
@@ -90,16 +90,14 @@ def _draw_scores(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.2g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    for line in lines:
-        low = _drawn(line.run, lambda curve: view.score_band(curve)[0])
-        high = _drawn(line.run, lambda curve: view.score_band(curve)[1])
-        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.12, linewidth=0)
+    _draw_bands(axes, lines, view.score_band)
     return _Panel(axes, lines)
 
 
 def _draw_entropy(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
     axes.set_ylabel(f"Attention entropy\n({view.entropy_unit}, mean over heads)")
-    lines = _lines(runs, lambda curve: view.entropy(curve.entropy))
+    lines = _lines(runs, lambda curve: view.entropy(curve.entropy.value))
+    _draw_bands(axes, lines, view.entropy_band)
     first, last = min(line.x[0] for line in lines), max(max(line.run.curves) for line in lines)
     ends = np.array([first, last])
     axes.plot(ends, view.entropy(np.log(ends)), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
@@ -118,6 +116,14 @@ def _draw_entropy(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
     )
     axes.set_ylim(0, top)
     return _Panel(axes, lines)
+
+
+def _draw_bands(axes: Axes, lines: Sequence[_Line], band: Callable[[Curve], tuple[np.ndarray, np.ndarray]]) -> None:
+    """Shades one standard error on either side."""
+    for line in lines:
+        low = _drawn(line.run, lambda curve: band(curve)[0])
+        high = _drawn(line.run, lambda curve: band(curve)[1])
+        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.12, linewidth=0)
 
 
 def _drawn(run: Run, values: Callable[[Curve], np.ndarray]) -> np.ndarray:
@@ -171,8 +177,7 @@ def _finish(path: Path, figure: Figure, panels: Sequence[_Panel], runs: Sequence
     bottom.set_xlabel(f"{view.position_name}, log scale")
     documents = sorted({line.run.curves[max(line.run.curves)].documents for line in lines})
     counts = " to ".join(str(count) for count in dict.fromkeys((documents[0], documents[-1])))
-    banded = top.get_ylabel().startswith(view.score_name) and documents[-1] > 1
-    remark = " Bands: one standard error over documents." if banded else ""
+    remark = " Bands: one standard error over documents." if documents[-1] > 1 else ""
     plural = "s" * (documents[-1] > 1)
     figure.supxlabel(
         f"Protocol: {view.protocol}. {counts} validation document{plural}.{remark}", fontsize=8, color=QUIET

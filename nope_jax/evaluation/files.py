@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nope_jax.evaluation.curves import Curve, Sums, perplexity
+from nope_jax.evaluation.curves import Curve, Sums
 from nope_jax.evaluation.protocol import protocol_name
 from nope_jax.evaluation.run import Run
 from nope_jax.evaluation.spreading import spreading
+from nope_jax.evaluation.uncertainty import number
+from nope_jax.evaluation.view import View
 
 COLUMNS = (
     "run",
@@ -33,10 +35,35 @@ COLUMNS = (
     "protocol",
     "text_bytes",
     "bits_per_byte",
+    "bits_per_byte_stderr",
+    "perplexity_stderr",
+    "entropy_stderr",
 )
 """Of curves.csv: one row per run, measured length and position bucket; losses and entropies in nats, sizes in bytes.
 
-What is not known is empty: a standard error of one document, and bits per byte where a bucket holds no text."""
+Means are over the tokens (or bytes) of a bucket; `entropy` is one over layers and heads as well. A column `..._stderr`
+is the standard error of another, clustered by document (`nope_jax.evaluation.uncertainty`); that of the perplexity is
+perplexity times `nll_stderr`. Two runs read the same documents: the error of their difference is in differences.csv,
+and is not to be made from these. What is not known is empty: a standard error of one document, bits per byte where a
+bucket holds no text, and what is not a number."""
+
+DIFFERENCE_COLUMNS = (
+    "run",
+    "reference",
+    "length",
+    "position_start",
+    "position_end",
+    "difference",
+    "difference_stderr",
+    "unit",
+    "documents",
+    "protocol",
+)
+"""Of differences.csv: one row per pair of runs and length that both were measured at.
+
+`difference` is the loss of `run` less that of `reference`, in `unit`: below 0 where `run` is better. Its standard error
+is that of differences document by document, which both have read. Positions are those of the table: the second half of
+a length, or all with a stride."""
 
 HEAD_COLUMNS = (
     "run",
@@ -72,19 +99,36 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 def write_curves(path: Path, runs: Sequence[Run], stride: int | None) -> None:
     """Writes the rows of COLUMNS."""
+
+    def cells(values: Sequence[np.ndarray], bucket: int) -> list[str]:
+        return [number(float(value[bucket])) for value in values]
+
     with replace_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for run in runs:
             for length, curve in sorted(run.curves.items()):
-                nll, stderr, tokens = curve.nll, curve.nll_stderr, curve.tokens.sum(0)
-                text_bytes, bits_per_byte = curve.text_bytes.sum(0), curve.bits_per_byte
+                nll, entropy, bits_per_byte = curve.nll, curve.entropy, curve.bits_per_byte
+                means = (nll.value, nll.stderr, nll.exp().value, entropy.value)
+                rest = (bits_per_byte.value, bits_per_byte.stderr, nll.exp().stderr, entropy.stderr)
+                tokens, text_bytes = curve.tokens.sum(0), curve.text_bytes.sum(0)
                 for i, (start, end) in enumerate(itertools.pairwise(curve.edges)):
                     what = (run.name, run.encoding, run.train_length, length, start, end, tokens[i])
-                    loss = (f"{nll[i]:.6g}", f"{stderr[i]:.6g}" if curve.documents > 1 else "")
-                    rest = (f"{perplexity(nll[i]):.6g}", f"{curve.entropy[i]:.6g}", curve.documents)
-                    text = (text_bytes[i], f"{bits_per_byte[i]:.6g}") if text_bytes[i] else ("", "")
-                    writer.writerow((*what, *loss, *rest, protocol_name(stride), *text))
+                    read = (curve.documents, protocol_name(stride), text_bytes[i] or "")
+                    writer.writerow((*what, *cells(means, i), *read, *cells(rest, i)))
+
+
+def write_differences(path: Path, runs: Sequence[Run], view: View) -> None:
+    """Writes the rows of DIFFERENCE_COLUMNS."""
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(DIFFERENCE_COLUMNS)
+        for reference, run in itertools.combinations(runs, 2):
+            for length in sorted(run.curves.keys() & reference.curves.keys()):
+                difference = view.difference(run.curves[length], reference.curves[length])
+                numbers = (number(float(difference.value)), number(float(difference.stderr)))
+                what = (run.name, reference.name, length, *view.span(length))
+                writer.writerow((*what, *numbers, view.loss_unit, int(difference.documents), view.protocol))
 
 
 def write_spreading(path: Path, runs: Sequence[Run], stride: int | None) -> None:

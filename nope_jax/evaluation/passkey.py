@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -29,12 +30,27 @@ from nope_jax.data.tasks import KEYS, Passkey
 from nope_jax.evaluation import report
 from nope_jax.evaluation.comparison import find_run
 from nope_jax.evaluation.console import print_table, progress_bar
-from nope_jax.evaluation.figures import INK, QUIET
+from nope_jax.evaluation.figures import COLOURS, DASHES, INK, MARKERS, QUIET
 from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.run import Run, run_names
+from nope_jax.evaluation.uncertainty import wilson_interval
 from nope_jax.sharding import make_mesh, place_batch
 
-COLUMNS = ("run", "encoding", "train_length", "length", "depth", "correct", "keys", "accuracy")
+COLUMNS = (
+    "run",
+    "encoding",
+    "train_length",
+    "length",
+    "depth",
+    "correct",
+    "keys",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+)
+"""Of passkey.csv: one row per run, measured length and depth; `correct` of `keys` answers were right.
+
+`accuracy_low` and `accuracy_high` are the 95 % interval of Wilson (`nope_jax.evaluation.uncertainty`)."""
 CELL_LABELS = 12
 """Up to so many lengths, each cell of the picture carries its number."""
 
@@ -53,6 +69,10 @@ class Grid:
     def accuracy(self, length: int) -> np.ndarray | None:
         """The share of right answers at each depth; None where that was not measured."""
         return self.correct[length] / self.settings.keys if length in self.correct else None
+
+    def interval(self, length: int) -> tuple[float, float]:
+        """The 95 % interval of the share of right answers over all depths."""
+        return wilson_interval(int(self.correct[length].sum()), self.settings.depths * self.settings.keys)
 
 
 def passkey(options: EvalArguments, *, command: str) -> None:
@@ -202,17 +222,21 @@ def write_grids(path: Path, grids: Sequence[Grid]) -> None:
             for length, correct in sorted(grid.correct.items()):
                 for depth, count in zip(depths(grid.settings), correct, strict=True):
                     what = (run.name, run.encoding, run.train_length, length, f"{depth:.6g}")
-                    writer.writerow((*what, count, keys, f"{count / keys:.6g}"))
+                    shares = (count / keys, *wilson_interval(int(count), keys))
+                    writer.writerow((*what, count, keys, *(f"{share:.6g}" for share in shares)))
 
 
 def plot(path: Path, grids: Sequence[Grid]) -> None:
-    """Draws a heat map of accuracy per run: depth down, length across, a line where its training length ends."""
+    """Draws accuracy: a heat map per run (depth down, length across, a line where its training length ends), and below
+    them the share over all depths by length, with its interval."""
     lengths, where = grids[0].run.lengths, depths(grids[0].settings)
     across = min(len(grids), 3)
     down = -(-len(grids) // across)
     width, height = max(2.6, 0.55 * len(lengths) + 0.8), max(2.2, 0.24 * len(where) + 1.2)
-    figure = Figure(figsize=(across * width + 1.2, down * height + 0.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    size = (across * width + 1.2, down * height + 0.5)
+    drawing = Figure(figsize=(size[0], size[1] + 2.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(drawing)
+    figure, below = drawing.subfigures(2, 1, height_ratios=(size[1], 2.6), squeeze=False)[:, 0]
     all_axes = figure.subplots(down, across, squeeze=False)
     for axes in all_axes.flat[len(grids) :]:
         axes.set_visible(False)
@@ -239,8 +263,40 @@ def plot(path: Path, grids: Sequence[Grid]) -> None:
     figure.supxlabel("Length of prompt and answer (tokens)", fontsize=9)
     figure.supylabel("Depth of the key in the filler", fontsize=9)
     figure.colorbar(image, ax=all_axes, label="Share of right answers", shrink=0.8)
+    _draw_shares(below.subplots(), grids)
     with replace_file(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor="white")
+        drawing.savefig(temporary, format="png", facecolor="white")
+
+
+def _draw_shares(axes: Axes, grids: Sequence[Grid]) -> None:
+    """The share of right answers over all depths by length, a line per run, with 95 % intervals."""
+    lengths = grids[0].run.lengths
+    for i, grid in enumerate(grids):
+        measured = [length for length in lengths if length in grid.correct]
+        x = np.array([lengths.index(length) for length in measured]) + 0.3 * ((i + 0.5) / len(grids) - 0.5)
+        shares = np.array([grid.correct[length].mean() / grid.settings.keys for length in measured])
+        ends = np.array([grid.interval(length) for length in measured]).T
+        axes.errorbar(
+            x,
+            shares,
+            np.abs(ends - shares),
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle=DASHES[i % len(DASHES)],
+            linewidth=1.4,
+            markersize=4,
+            capsize=3,
+            label=grid.run.name,
+        )
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+    axes.set_xlim(-0.5, len(lengths) - 0.5)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("Length of prompt and answer (tokens)", fontsize=9)
+    axes.set_ylabel("Share over all depths\n(bars: 95 % interval)", fontsize=9)
+    axes.tick_params(colors=QUIET, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def rows(grids: Sequence[Grid]) -> list[tuple[str, ...]]:
@@ -250,7 +306,8 @@ def rows(grids: Sequence[Grid]) -> list[tuple[str, ...]]:
         accuracy = grid.accuracy(length)
         if accuracy is None:
             return "cannot" if length in grid.run.refused else "-"
-        return f"{100 * accuracy.mean():.0f} ({100 * accuracy.min():.0f})"
+        low, high = grid.interval(length)
+        return f"{100 * accuracy.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}] ({100 * accuracy.min():.0f})"
 
     return [
         (grid.run.name, grid.run.encoding, f"{grid.run.train_length:,}", *(cell(grid, n) for n in grid.run.lengths))
@@ -268,8 +325,9 @@ def notes(grids: Sequence[Grid]) -> list[str]:
         if grid.run.refused
     ]
     definition = (
-        f"Right answers in percent, greedy decoding, all five digits: the mean over {settings.depths} depths of "
-        f"{settings.keys} keys each, and in brackets the worst depth. A length is that of prompt and answer together."
+        f"Right answers in percent, greedy decoding, all five digits: the share over {settings.depths} depths of "
+        f"{settings.keys} keys each, [its 95 % interval by Wilson's formula] and (the share at the worst depth). A "
+        "length is that of prompt and answer together. All runs are asked for the same keys."
     )
     return [*refusals, definition]
 
@@ -285,6 +343,6 @@ def _section(out: Path, grids: Sequence[Grid], command: str) -> str:
 {report.table_of(_header(grids), rows(grids))}
 {"".join(report.paragraph(note, quiet=True) for note in notes(grids))}
 {report.figure(out / "passkey.png", "Share of right answers of every run, by depth and length")}
-{report.download(out / "passkey.csv", "one row per run, length and depth.")}
+{report.download(out / "passkey.csv", "one row per run, length and depth, with 95 % intervals.")}
 {report.command_line(command)}
 """

@@ -31,6 +31,7 @@ from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.inside import Subject, find_subjects, walk
 from nope_jax.evaluation.protocol import choose_documents
 from nope_jax.evaluation.report import add_section, command_line, download, figure, paragraph, table_of
+from nope_jax.evaluation.uncertainty import Estimate, mean, number, plus_minus, ratio
 from nope_jax.models import Decoder
 from nope_jax.sharding import make_mesh, place_batch
 
@@ -46,7 +47,13 @@ COLUMNS = (
     "position_start",
     "position_end",
     "documents",
+    "r2_stderr",
+    "mae_stderr",
 )
+"""Of probe.csv: one row per run, length, layer and probe; positions and `mae`, the mean absolute error, in tokens.
+
+A column `..._stderr` is the standard error of another over the documents tested, of the probe as it was fitted
+(`nope_jax.evaluation.uncertainty`); empty where one document was tested. `r2` is empty for a single position."""
 HEADER = (
     "run",
     "encoding",
@@ -120,34 +127,33 @@ class Moments:
 class Score:
     """How near a probe comes to positions, in tokens; filled in document by document."""
 
-    count: int = 0
-    squared: float = 0.0
-    absolute: float = 0.0
-    position: float = 0.0
-    position_squared: float = 0.0
+    squared: list[float] = dataclasses.field(default_factory=list)
+    """The mean squared error of each document, and"""
+    absolute: list[float] = dataclasses.field(default_factory=list)
+    """its mean absolute error."""
+    variance: float = 0.0
+    """Of the positions, which are the same in every document."""
 
-    def add(self, predicted: Float[np.ndarray, "..."], positions: Float[np.ndarray, "..."]) -> None:
-        positions = np.broadcast_to(positions, predicted.shape)
+    def add(self, predicted: Float[np.ndarray, "B T"], positions: Float[np.ndarray, "T"]) -> None:
         error = predicted - positions
-        self.count += error.size
-        self.squared += float((error**2).sum())
-        self.absolute += float(np.abs(error).sum())
-        self.position += float(positions.sum())
-        self.position_squared += float((positions**2).sum())
+        self.squared += (error**2).mean(-1).tolist()
+        self.absolute += np.abs(error).mean(-1).tolist()
+        self.variance = float(positions.var())
 
     @property
-    def r2(self) -> float:
+    def r2(self) -> Estimate:
         """1 - the mean squared error over the variance of the positions: 1 is exact, 0 no better than their mean.
 
         NaN where all are the same position.
         """
-        spread = self.position_squared - self.position**2 / self.count
-        return 1 - self.squared / spread if spread > 0 else float("nan")
+        squared = np.array(self.squared)
+        unexplained = ratio(squared, np.full(len(squared), self.variance))
+        return mean(np.ones(len(squared))) - unexplained
 
     @property
-    def mae(self) -> float:
+    def mae(self) -> Estimate:
         """Mean absolute error, tokens."""
-        return self.absolute / self.count
+        return mean(np.array(self.absolute))
 
 
 def fit_probes(
@@ -242,10 +248,10 @@ class Row:
     documents: int
 
     def cells(self) -> tuple:
-        r2, run = self.score.r2, self.run
-        numbers = ("" if np.isnan(r2) else f"{r2:.6g}", f"{self.score.mae:.6g}")
+        r2, mae, run = self.score.r2, self.score.mae, self.run
+        values, errors = (number(float(r2.value)), number(float(mae.value))), (float(r2.stderr), float(mae.stderr))
         what = (run.name, run.encoding, run.train_length, self.length, self.layer, self.probe)
-        return (*what, *numbers, self.position_start, self.length, self.documents)
+        return (*what, *values, self.position_start, self.length, self.documents, *map(number, errors))
 
 
 def probe(options: EvalArguments, *, command: str) -> None:
@@ -387,7 +393,7 @@ def table_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = []
     for layers in _curves(rows).values():
         run, r2 = layers[0].run, [row.score.r2 for row in layers]
-        best = int(np.argmax(np.nan_to_num(r2, nan=-np.inf)))
+        best = int(np.argmax(np.nan_to_num([float(one.value) for one in r2], nan=-np.inf)))
         cells.append(
             (
                 run.name,
@@ -399,16 +405,19 @@ def table_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
                 _number(r2[-1]),
                 _number(r2[best]),
                 str(best),
-                f"{layers[best].score.mae:.1f}",
+                plus_minus(f"{layers[best].score.mae.value:.1f}", float(layers[best].score.mae.stderr), 1),
             )
         )
     return cells
 
 
-def _number(r2: float) -> str:
-    if np.isnan(r2):
+def _number(r2: Estimate) -> str:
+    value = float(r2.value)
+    if np.isnan(value):
         return "-"
-    return f"{r2:.3f}" if r2 > -10 else f"{r2:,.0f}" if r2 > -1e6 else f"{r2:.1e}"
+    if value > -10:
+        return plus_minus(f"{value:.3f}", float(r2.stderr), 3)
+    return f"{value:,.0f}" if value > -1e6 else f"{value:.1e}"
 
 
 def _notes(runs: Sequence[Subject], lengths: Sequence[int], rows: Sequence[Row]) -> list[str]:
@@ -429,7 +438,9 @@ def _notes(runs: Sequence[Subject], lengths: Sequence[int], rows: Sequence[Row])
         f"Tested on {fewest}{plural(counts[-1], 'validation document')} of {runs[0].config.data.source} that the "
         "probes have not seen. At a length past the training length only the positions past it count, also for fitting "
         "its own probe.",
-        "R²: 1 is exact, 0 no better than the mean position, below 0 worse than it.",
+        "R²: 1 is exact, 0 no better than the mean position, below 0 worse than it. ±: standard error over the "
+        "documents tested, of the probe as it was fitted"
+        + (", of which one alone has none." if counts[0] == 1 else "."),
     ]
 
 
@@ -452,11 +463,14 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 continue
             past = length > run.train_length
             style = ":" if kind == "own" else "--" if past else "-"
-            r2 = np.maximum([row.score.r2 for row in layers], _FLOOR)
+            estimates = [row.score.r2 for row in layers]
+            r2, errors = (np.array([float(getattr(one, name)) for one in estimates]) for name in ("value", "stderr"))
+            r2, shown = np.maximum(r2, _FLOOR), np.where(r2 > _FLOOR, errors, np.nan)
             label = f"{length:,}, own probe" if kind == "own" else f"{length:,}"
             (line,) = axes.plot(
                 range(len(r2)), r2, style, color=colours[length], linewidth=1.6, marker="o", markersize=3, clip_on=False
             )
+            axes.vlines(range(len(r2)), r2 - shown, r2 + shown, color=colours[length], linewidth=1.2)
             named.setdefault((length, kind), (line, label))
         axes.axhline(0, color=QUIET, linewidth=0.8)
         axes.set_title(f"{run.name}, trained at {run.train_length:,}", fontsize=10, color=INK)
@@ -469,7 +483,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     drawing.supylabel("R² of the position", fontsize=10)
     drawing.supxlabel(
         f"Layers passed. Solid: within the training length; dashed: past it; dotted: the length's own probe. "
-        f"R² below {_FLOOR:g} is drawn there.",
+        f"R² below {_FLOOR:g} is drawn there.\nBars: one standard error over the documents tested.",
         fontsize=8,
         color=QUIET,
     )

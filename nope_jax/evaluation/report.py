@@ -123,7 +123,7 @@ def command_line(command: str) -> str:
 
 
 def curves_section(out: Path, runs: Sequence[Run], view: View, *, command: str, corpus: str) -> str:
-    """Perplexity and entropy by position, from `curves.png`, `curves.csv` and `heads.csv` in `out`.
+    """Perplexity and entropy by position, from `curves.png`, `curves.csv`, `differences.csv` and `heads.csv` in `out`.
 
     Args:
         out: the directory of the report.
@@ -147,7 +147,7 @@ def curves_section(out: Path, runs: Sequence[Run], view: View, *, command: str, 
 {table_of(table.header(view), table.rows(runs, view))}
 {notes}
 {figure(out / "curves.png", panels)}
-<h2>Every head</h2>
+{_differences(out, runs, view)}<h2>Every head</h2>
 {paragraph(map_of_heads)}
 <div class="heads">{"".join(_heads(run, view) for run in runs if run.curves)}</div>
 <h2>Which heads spread out first</h2>
@@ -159,6 +159,17 @@ def curves_section(out: Path, runs: Sequence[Run], view: View, *, command: str, 
 {download(out / "curves.csv", f"one row per run, evaluated length and position bucket; {in_nats}.")}
 {download(out / "heads.csv", f"one row per run and head, in the order in which they spread out; {in_nats}.")}
 {command_line(command)}
+"""
+
+
+def _differences(out: Path, runs: Sequence[Run], view: View) -> str:
+    """The runs beside the first, where there are several."""
+    if len(runs) < 2:
+        return ""
+    return f"""<h2>{html.escape(table.difference_title(runs, view))}</h2>
+{table_of(table.difference_header(runs), table.difference_rows(runs, view))}
+{paragraph(table.difference_note(runs, view), quiet=True)}
+{download(out / "differences.csv", f"one row per pair of runs and length; differences in {view.loss_unit}.")}
 """
 
 

@@ -33,9 +33,24 @@ from nope_jax.evaluation.files import replace_file
 from nope_jax.evaluation.inside import Subject, find_subjects, walk
 from nope_jax.evaluation.protocol import choose_documents
 from nope_jax.evaluation.report import add_section, command_line, download, figure, paragraph, table_of
+from nope_jax.evaluation.uncertainty import Estimate, mean, number, plus_minus
 from nope_jax.models import Decoder
 
-COLUMNS = ("layer", "distance", "head_a", "head_b")
+COLUMNS = (
+    "layer",
+    "distance",
+    "head_a",
+    "head_b",
+    "distance_stderr",
+    "mean_distance",
+    "mean_distance_stderr",
+    "documents",
+)
+"""Of similarity.csv: one row per layer that both runs have; distances in nats, means over queries and documents.
+
+`distance` is that of the two heads that are closest, `mean_distance` that of all pairs of heads. A column `..._stderr`
+is the standard error of another over documents (`nope_jax.evaluation.uncertainty`), empty where there is one. The two
+heads are chosen by the same documents: their distance on others is somewhat larger."""
 HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
 
 
@@ -98,13 +113,12 @@ def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... 
 
 @dataclasses.dataclass
 class Comparison:
-    """The attention of two runs on the documents read so far, in sums over them."""
+    """The attention of two runs on the documents read so far."""
 
     runs: tuple[Subject, Subject]
     length: int
-    documents: int = 0
-    distance_sum: Float[np.ndarray, "L N M"] | float = 0.0
-    """The layers that both have."""
+    of_documents: list[Float[np.ndarray, "L N M"]] = dataclasses.field(default_factory=list)
+    """The distances on each document, of the layers that both have."""
     weight_sums: tuple[Float[np.ndarray, "L N T"] | float, ...] = (0.0, 0.0)
     """By distance, of either run."""
 
@@ -122,28 +136,35 @@ class Comparison:
                 distances.append(np.asarray(head_distances(weights[0][0], weights[1][0]), np.float64))
         weight_sums = tuple(before + np.stack(now) for before, now in zip(self.weight_sums, by_distance, strict=True))
         # All at once: what has been read is written when this is interrupted.
-        self.distance_sum, self.weight_sums, self.documents = (
-            self.distance_sum + np.stack(distances),
-            weight_sums,
-            self.documents + 1,
-        )
+        self.of_documents, self.weight_sums = [*self.of_documents, np.stack(distances)], weight_sums
 
     @property
-    def distances(self) -> Float[np.ndarray, "L N M"]:
-        """Means over documents."""
-        return np.asarray(self.distance_sum / self.documents)
+    def documents(self) -> int:
+        """So many have been read."""
+        return len(self.of_documents)
+
+    @property
+    def distances(self) -> Estimate:
+        """[L, N, M], means over documents."""
+        return mean(np.stack(self.of_documents))
+
+    @property
+    def mean_distances(self) -> Estimate:
+        """[L], means over documents and all pairs of heads."""
+        return mean(np.stack(self.of_documents).mean((2, 3)))
 
     @property
     def weights(self) -> tuple[Float[np.ndarray, "L N T"], ...]:
         """Mean weight by distance of either run, over documents."""
         return tuple(np.asarray(total / self.documents) for total in self.weight_sums)
 
-    def closest(self) -> list[tuple[float, int, int]]:
-        """For each layer the smallest distance of two heads, and these two: the first ones, where several are."""
+    def closest(self) -> list[tuple[float, float, int, int]]:
+        """For each layer the smallest distance of two heads, its error, and these two: the first, where several are."""
         found = []
-        for layer in self.distances:
+        distances = self.distances
+        for layer, error in zip(distances.value, distances.stderr, strict=True):
             a, b = divmod(int(layer.argmin()), layer.shape[1])
-            found.append((float(layer[a, b]), a, b))
+            found.append((float(layer[a, b]), float(error[a, b]), a, b))
         return found
 
     def notes(self) -> list[str]:
@@ -154,7 +175,9 @@ class Comparison:
             f"{a.config.data.source}.",
             f"Closest heads: the pair (head of {a.name}, head of {b.name}) of the same layer whose attention differs "
             "least. Distance: Jensen-Shannon divergence of the attention rows in nats, mean over queries and "
-            "documents; 0: the same weights, ln 2 = 0.693: never on the same token.",
+            "documents; 0: the same weights, ln 2 = 0.693: never on the same token. "
+            + ("±: standard error over documents." if self.documents > 1 else "One document has no standard error."),
+            "The closest heads were chosen by the same documents; on others their distance is somewhat larger.",
         ]
         if layers[0] != layers[1]:
             notes.append(
@@ -164,9 +187,16 @@ class Comparison:
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row of cells per layer, under HEADER."""
+        pairs = self.mean_distances
         return [
-            (str(layer), f"{a}, {b}", f"{distance:.4f}", f"{distance / math.log(2):.0%}", f"{pairs.mean():.4f}")
-            for layer, ((distance, a, b), pairs) in enumerate(zip(self.closest(), self.distances, strict=True))
+            (
+                str(layer),
+                f"{a}, {b}",
+                plus_minus(f"{distance:.4f}", error, 4),
+                f"{distance / math.log(2):.0%}",
+                plus_minus(f"{pairs.value[layer]:.4f}", float(pairs.stderr[layer]), 4),
+            )
+            for layer, (distance, error, a, b) in enumerate(self.closest())
         ]
 
 
@@ -174,8 +204,9 @@ def similarity(options: EvalArguments, *, command: str) -> None:
     """Compares the attention of two runs layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
 
     Writes similarity.csv (per layer the distance of the two heads that are closest), similarity.npz (`distances`
-    [L, N, M] of all pairs of heads, and `<run>/weight_by_distance` [L, N, T]), similarity.png and a section of the
-    report, and prints a table. What has been read is written even if the rest fails or is interrupted.
+    [L, N, M] of all pairs of heads, their `distances_stderr`, and `<run>/weight_by_distance` [L, N, T]), similarity.png
+    and a section of the report, and prints a table. What has been read is written even if the rest fails or is
+    interrupted.
 
     Args:
         options: the command line: two workdirs, where to write, and settings (`SimilarityConfig`).
@@ -249,9 +280,18 @@ def _write_numbers(out: Path, comparison: Comparison) -> None:
     with replace_file(out / "similarity.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for layer, (distance, a, b) in enumerate(comparison.closest()):
-            writer.writerow((layer, f"{distance:.6g}", a, b))
-    arrays = {"distances": comparison.distances.astype(np.float32)}
+        for layer, (distance, error, a, b) in enumerate(comparison.closest()):
+            numbers = (
+                error,
+                float(comparison.mean_distances.value[layer]),
+                float(comparison.mean_distances.stderr[layer]),
+            )
+            writer.writerow((layer, number(distance), a, b, *map(number, numbers), comparison.documents))
+    distances = comparison.distances
+    arrays = {
+        "distances": distances.value.astype(np.float32),
+        "distances_stderr": distances.stderr.astype(np.float32),
+    }
     for run, weights in zip(comparison.runs, comparison.weights, strict=True):
         arrays[f"{run.name}/weight_by_distance"] = weights.astype(np.float32)
     with replace_file(out / "similarity.npz") as temporary, temporary.open("wb") as file:
@@ -264,13 +304,18 @@ def plot(path: Path, comparison: Comparison) -> None:
     FigureCanvasAgg(drawing)
     grid = drawing.add_gridspec(2, 2, height_ratios=(2, 3))
     axes = drawing.add_subplot(grid[0, :])
-    distances = [distance for distance, _, _ in comparison.closest()]
+    distances, errors, _, _ = np.transpose(comparison.closest())
     layers = np.arange(len(distances))
-    means = comparison.distances.mean((1, 2))
+    means = comparison.mean_distances
     axes.axhline(math.log(2), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
     axes.text(layers[-1], math.log(2) - 0.01, "ceiling: ln 2", ha="right", va="top", color=QUIET, fontsize=9)
-    axes.plot(layers, means, "s--", color=QUIET, linewidth=1.2, markersize=4, label="mean of all pairs")
-    axes.plot(layers, distances, "o-", color=COLOURS[0], linewidth=1.8, markersize=5, label="closest heads")
+    for values, error, marker, colour, name in (
+        (means.value, means.stderr, "s--", QUIET, "mean of all pairs"),
+        (distances, errors, "o-", COLOURS[0], "closest heads"),
+    ):
+        axes.errorbar(
+            layers, values, np.nan_to_num(error), fmt=marker, color=colour, markersize=5, capsize=3, label=name
+        )
     axes.set_ylim(0, 1.05 * math.log(2))
     axes.set_xlabel("Layer")
     axes.set_ylabel("Distance of attention (nats)")
@@ -287,7 +332,8 @@ def plot(path: Path, comparison: Comparison) -> None:
     ]
     drawing.colorbar(images[0], ax=maps, label="Share of the head's weight", shrink=0.7)
     drawing.supxlabel(
-        f"{plural(comparison.documents, 'validation document')}, {comparison.length:,} tokens each.",
+        f"{plural(comparison.documents, 'validation document')}, {comparison.length:,} tokens each."
+        + " Bars: one standard error over documents." * (comparison.documents > 1),
         fontsize=8,
         color=QUIET,
     )

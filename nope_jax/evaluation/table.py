@@ -11,6 +11,7 @@ from nope_jax.evaluation import console
 from nope_jax.evaluation.curves import Curve
 from nope_jax.evaluation.run import Run
 from nope_jax.evaluation.spreading import CRITERION, spreading
+from nope_jax.evaluation.uncertainty import Estimate, plus_minus
 from nope_jax.evaluation.view import View
 
 MULTIPLES = (2, 4, 8, 16)
@@ -42,22 +43,21 @@ def header(view: View) -> tuple[str, ...]:
     return ("run", "encoding", "trained at", inside, *(f"{k}x" for k in MULTIPLES), "within 10 % up to")
 
 
-def in_window(run: Run, view: View, documents: int | None = None) -> float | None:
+def in_window(run: Run, view: View, documents: int | None = None) -> Estimate | None:
     """Perplexity, or bits per byte, inside the training length: of the shortest length that covers it; None if none."""
     length = min((n for n in run.curves if n >= run.train_length), default=None)
     if length is None:
         return None
-    if view.stride is None:
-        return view.score(run.curves[length], run.train_length // 2, run.train_length, documents)
-    return view.score(run.curves[length], 0, length, documents)
+    span = view.span(run.train_length if view.stride is None else length)
+    return view.score(run.curves[length].between(*span, documents))[0]
 
 
-def at_multiple(run: Run, multiple: int, view: View) -> float | None:
+def at_multiple(run: Run, multiple: int, view: View) -> Estimate | None:
     """Perplexity, or bits per byte, at `multiple` times the training length; None where that was not measured."""
     length = multiple * run.train_length
     if length not in run.curves:
         return None
-    return view.score(run.curves[length], length // 2 if view.stride is None else 0, length)
+    return view.score(run.curves[length].between(*view.span(length)))[0]
 
 
 def extent(run: Run, view: View) -> Extent | None:
@@ -71,17 +71,15 @@ def extent(run: Run, view: View) -> Extent | None:
     reference = in_window(run, view, longest.documents) if longest else None
     if longest is None or reference is None:
         return None
-    if view.stride is None:
-        checks = [(int(p), view.score(longest, int(p) // 2, int(p))) for p in longest.edges if p >= run.train_length]
-    else:
-        checks = [
-            (length, view.score(curve, 0, length, longest.documents))
-            for length, curve in sorted(run.curves.items())
-            if length >= run.train_length
-        ]
-    holding = itertools.takewhile(lambda check: check[1] <= (1 + TOLERANCE) * reference, checks)
-    *_, furthest = [None, *(position for position, _ in holding)]
-    return Extent(furthest, checks[0][0], checks[-1][0])
+    curves = {int(p): longest for p in longest.edges} if view.stride is None else run.curves
+    checks = [p for p in sorted(curves) if p >= run.train_length]
+
+    def holds(position: int) -> bool:
+        read = curves[position].between(*view.span(position), longest.documents)
+        return bool(view.score(read).value[0] <= (1 + TOLERANCE) * reference.value)
+
+    *_, furthest = [None, *itertools.takewhile(holds, checks)]
+    return Extent(furthest, checks[0], checks[-1])
 
 
 def rows(runs: Sequence[Run], view: View) -> list[tuple[str, ...]]:
@@ -102,6 +100,38 @@ def rows(runs: Sequence[Run], view: View) -> list[tuple[str, ...]]:
         )
         for run in runs
     ]
+
+
+def difference_header(runs: Sequence[Run]) -> tuple[str, ...]:
+    lengths = sorted({length for run in runs for length in run.curves})
+    return ("run", "encoding", *(f"{length:,}" for length in lengths))
+
+
+def difference_rows(runs: Sequence[Run], view: View) -> list[tuple[str, ...]]:
+    """What the loss of every run but the first is above that of the first at each length, under `difference_header`."""
+    first, *others = runs
+    lengths = sorted({length for run in runs for length in run.curves})
+
+    def cell(run: Run, length: int) -> str:
+        if length not in run.curves or length not in first.curves:
+            return "-"
+        difference = view.difference(run.curves[length], first.curves[length])
+        return plus_minus(f"{difference.value:+.3f}", float(difference.stderr), 3)
+
+    return [(run.name, run.encoding, *(cell(run, length) for length in lengths)) for run in others]
+
+
+def difference_title(runs: Sequence[Run], view: View) -> str:
+    return f"Loss less that of {runs[0].name}, {view.loss_unit}"
+
+
+def difference_note(runs: Sequence[Run], view: View) -> str:
+    where = "over positions n/2 to n of windows of n tokens" if view.stride is None else "over all tokens"
+    return (
+        f"At each length n, {where}; below 0: better than {runs[0].name}. ±: standard error of the difference, paired "
+        "by document, since both have read the same; a difference of less than two of them may be chance in the choice "
+        "of documents. How much other seeds of training would change it does not say. All pairs are in differences.csv."
+    )
 
 
 def notes(runs: Sequence[Run], view: View) -> list[str]:
@@ -129,7 +159,10 @@ def notes(runs: Sequence[Run], view: View) -> list[str]:
             "Within 10 % up to: the longest length such that there and at every shorter one from L on, "
             f"{score} is at most 1.1 times its documents' in-window value.",
         ]
-    return refusals + definitions
+    uncertainty = "±: standard error over documents, each weighing as much as it has been scored (a ratio estimator)."
+    if any(curve.documents == 1 for run in runs for curve in run.curves.values()):
+        uncertainty += " One document has none."
+    return [*refusals, *definitions, uncertainty]
 
 
 def memory_header(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -177,18 +210,21 @@ def print_table(runs: Sequence[Run], view: View, *remarks: str) -> None:
     spreads = [remark for remark in map(spreading_remark, runs) if remark is not None]
     definition = [CRITERION] if spreads else []
     console.print_table(title, header(view), rows(runs, view), *notes(runs, view), *definition, *spreads)
+    if len(runs) > 1:
+        differences = difference_header(runs), difference_rows(runs, view), difference_note(runs, view)
+        console.print_table(difference_title(runs, view), *differences)
     title = "Memory in MB: step / peak"
     console.print_table(title, memory_header(runs), memory_rows(runs), memory_note(), *remarks)
 
 
-def _number(score: float | None, view: View) -> str:
+def _number(score: Estimate | None, view: View) -> str:
     if score is None:
         return "-"
-    if not math.isfinite(score) or score >= 1e6:
-        return f"{score:.1e}"
-    if view.bits_per_byte:
-        return f"{score:.3f}"
-    return f"{score:.2f}" if score < 100 else f"{score:,.0f}"
+    value, stderr = float(score.value), float(score.stderr)
+    if not math.isfinite(value) or value >= 1e6:
+        return f"{value:.1e}"
+    digits = 3 if view.bits_per_byte else 2 if value < 100 else 0
+    return plus_minus(f"{value:,.{digits}f}", stderr, digits)
 
 
 def _memory_cell(curve: Curve) -> str:

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from nope_jax.evaluation import report
 from nope_jax.evaluation.figures import COLOURS, INK, MARKERS, QUIET
 from nope_jax.evaluation.files import replace_file
+from nope_jax.evaluation.uncertainty import Estimate, mean, number, plus_minus
 
 COLUMNS = (
     "run",
@@ -33,7 +34,17 @@ COLUMNS = (
     "best_factor",
     "loss_at_best_factor",
     "loss_after",
+    "loss_before_stderr",
+    "loss_at_best_factor_stderr",
+    "loss_after_stderr",
+    "gain",
+    "gain_stderr",
 )
+"""Of tune.csv: one row per length, losses in nats per token; what was not computed is empty.
+
+`gain` is `loss_before` less `loss_after`: above 0 where the new run is better. A column `..._stderr` is the standard
+error of another over documents (`nope_jax.evaluation.uncertainty`), that of the gain paired by document; empty where
+there is one document."""
 
 
 @dataclasses.dataclass
@@ -50,6 +61,23 @@ class Outcome:
     loss_at_factor: float | None = None
     loss_after: float | None = None
     """Of the run that is written."""
+    of_documents: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """The loss of each document `before`, `after`, and at each factor in `tried`, under its decimal digits."""
+
+    def keep(self, when: str, losses: Float[np.ndarray, "documents"]) -> float:
+        """Takes in the losses of all documents, and returns their mean."""
+        self.of_documents[when] = losses.tolist()
+        return float(losses.mean())
+
+    def estimate(self, when: str) -> Estimate | None:
+        """The mean of what was kept under a name, with its error over documents; None where nothing was."""
+        losses = self.of_documents.get(when)
+        return mean(np.array(losses, np.float64)) if losses else None
+
+    def gain(self, when: str = "after") -> Estimate | None:
+        """By how much the loss of the same documents is lower than before."""
+        before, then = self.estimate("before"), self.estimate(when)
+        return before - then if before and then else None
 
     @property
     def at_edge(self) -> bool:
@@ -175,15 +203,22 @@ def wang_fit(stretch: float) -> float:
 def write_table(path: Path, tuning: Tuning) -> None:
     """Writes one CSV row per length."""
 
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.6g}"
+    def errors(outcome: Outcome) -> list[str]:
+        estimates = [outcome.estimate(when) for when in ("before", str(outcome.factor), "after")]
+        gain = outcome.gain()
+        numbers = [e and e.stderr for e in estimates] + [gain and gain.value, gain and gain.stderr]
+        return [cell(value) for value in numbers]
+
+    def cell(value: Any) -> str:
+        return "" if value is None else number(float(value))
 
     with replace_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for o in tuning.lengths:
             what = (_name(tuning), tuning.method, tuning.train_length, o.length, o.documents)
-            writer.writerow((*what, *map(number, (o.loss_before, o.factor, o.loss_at_factor, o.loss_after))))
+            losses = (o.loss_before, o.factor, o.loss_at_factor, o.loss_after)
+            writer.writerow((*what, *map(cell, losses), *errors(o)))
 
 
 def title(tuning: Tuning) -> str:
@@ -192,29 +227,40 @@ def title(tuning: Tuning) -> str:
 
 def header(tuning: Tuning) -> list[str]:
     searched = ["best factor", "Wang's fit", "with the best"] if tuning.method == "uniform" else []
-    return ["length", "documents", "before", *searched, "of the new run"]
+    return ["length", "documents", "before", *searched, "new run", "gain"]
 
 
 def rows(tuning: Tuning) -> list[list[str]]:
     """One row of cells per length, under `header`."""
 
-    def number(value: float | None, digits: int = 4) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
+    def written(value: float | None, digits: int = 4, estimate: Estimate | None = None) -> str:
+        if value is None:
+            return "-"
+        return plus_minus(f"{value:.{digits}f}", float(estimate.stderr) if estimate else math.nan, 3)
 
     cells = []
     for outcome in tuning.lengths:
-        row = [f"{outcome.length:,}", str(outcome.documents), number(outcome.loss_before)]
+        before = written(outcome.loss_before, 4, outcome.estimate("before"))
+        row = [f"{outcome.length:,}", str(outcome.documents), before]
         if tuning.method == "uniform":
             stretch = outcome.length / tuning.train_length
             fit = wang_fit(stretch) if stretch >= 1 else None
-            row += [number(outcome.factor, 2), number(fit, 2), number(outcome.loss_at_factor)]
-        cells.append([*row, number(outcome.loss_after)])
+            at_factor = written(outcome.loss_at_factor, 4, outcome.estimate(str(outcome.factor)))
+            row += [written(outcome.factor, 2), written(fit, 2), at_factor]
+        gain, after = outcome.gain(), written(outcome.loss_after, 4, outcome.estimate("after"))
+        cells.append([*row, after, plus_minus(f"{gain.value:+.4f}", float(gain.stderr), 3) if gain else "-"])
     return cells
 
 
 def notes(tuning: Tuning) -> list[str]:
     """What a reader of the table must know."""
-    said = [f"Mean loss over all tokens of documents of the training split of {tuning.data}, read from their starts."]
+    said = [
+        f"Mean loss over all tokens of documents of the training split of {tuning.data}, read from their starts. ±: "
+        "standard error over documents"
+        + ("" if all(outcome.documents > 1 for outcome in tuning.lengths) else ", of which one alone has none")
+        + ". Gain: before less the new run, its error paired by document; the factors were found on documents of this "
+        "split, so that on others it may be less."
+    ]
     if tuning.method == "uniform" and tuning.factor is not None:
         said.append(
             f"The new run has the factor of the longest length, {tuning.factor:.2f}. Wang's fit is 1 + 0.397 ln s at s "
@@ -281,7 +327,10 @@ def _draw_search(axes: Axes, tuning: Tuning) -> None:
             axes.plot(*zip(*tried, strict=True), ".-", color=colour, linewidth=1.4, label=f"{outcome.length:,} tokens")
         if outcome.factor is not None and outcome.loss_at_factor is not None:
             axes.plot(outcome.factor, outcome.loss_at_factor, "o", color=colour, markersize=9, markeredgecolor=INK)
-    _finish(axes, "Factor of the attention logits", "Loss (nats per token); circles: the least")
+            _draw_error(axes, outcome.factor, outcome.loss_at_factor, outcome.gain(str(outcome.factor)), colour)
+    _finish(
+        axes, "Factor of the attention logits", "Loss (nats per token); circles: the least,\nbars: error of the gain"
+    )
 
 
 def _draw_best(axes: Axes, tuning: Tuning) -> None:
@@ -323,9 +372,18 @@ def _draw_losses(axes: Axes, tuning: Tuning) -> None:
         if points:
             colour = QUIET if name == "before" else COLOURS[0]
             axes.plot(*zip(*points, strict=True), style, color=colour, markersize=6, label=name)
+    for outcome in tuning.lengths:
+        if outcome.loss_after is not None:
+            _draw_error(axes, outcome.length, outcome.loss_after, outcome.gain(), COLOURS[0])
     axes.axvline(tuning.train_length, color=INK, linewidth=1, linestyle=(0, (2, 2)))
     _mark(axes, [outcome.length for outcome in tuning.lengths])
-    _finish(axes, "Length (tokens, log scale); dotted: trained at", "Loss (nats per token)")
+    _finish(axes, "Length (tokens, log scale); dotted: trained at", "Loss (nats per token);\nbars: error of the gain")
+
+
+def _draw_error(axes: Axes, x: float, y: float, estimate: Estimate | None, colour: str) -> None:
+    """A bar of one standard error on either side."""
+    if estimate is not None and math.isfinite(estimate.stderr):
+        axes.vlines(x, y - estimate.stderr, y + estimate.stderr, color=colour, linewidth=1.4)
 
 
 def _mark(axes: Axes, values: Sequence[float]) -> None:

@@ -341,15 +341,15 @@ def _with_encoding(
 # Losses
 
 
-def _total_nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, temperature: Any) -> Float[Array, ""]:
-    """The mean loss of each row, summed over the rows that count."""
+def _row_nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, temperature: Any) -> Float[Array, "B"]:
+    """The mean loss of each row, 0 for one that does not count."""
     tokens, targets, weights = map(jnp.asarray, batch)
     model = nnx.merge(graphdef, state)
     hidden, _ = model.hidden(tokens, temperature=temperature)
-    return jnp.vdot(weights, model.nll(hidden, targets).mean(-1))
+    return weights[:, 0] * model.nll(hidden, targets).mean(-1)
 
 
-_judge = jax.jit(_total_nll, static_argnums=0)
+_judge = jax.jit(_row_nll, static_argnums=0)
 
 
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95))
@@ -368,7 +368,7 @@ def _update(
 ) -> tuple[Float[Array, "L N"], Any, dict[str, Array]]:
     """One update of the factors alone, which are kept at `least` or above: factors, optimizer state and metrics."""
     rows = batch.weights.sum()
-    loss, grads = jax.value_and_grad(lambda factors: _total_nll(graphdef, state, batch, factors) / rows)(factors)
+    loss, grads = jax.value_and_grad(lambda factors: _row_nll(graphdef, state, batch, factors).sum() / rows)(factors)
     updates, opt_state = _ADAM.update(grads, opt_state)
     factors = jnp.maximum(factors - learning_rate * updates, least)
     metrics = {"loss": loss, "grad_norm": jnp.linalg.norm(grads)}
@@ -469,7 +469,7 @@ class _Tuner:
         for outcome in tuning.lengths:
             if outcome.loss_before is None:
                 self._describe(f"before, at {outcome.length:,}")
-                outcome.loss_before = self.loss(model, outcome.length)
+                outcome.loss_before = outcome.keep("before", self.losses(model, outcome.length))
                 tuning.keep(job.out)
 
         learned: dict[str, np.ndarray] = {}
@@ -485,7 +485,7 @@ class _Tuner:
         new = _with_encoding(source.model, encoding, model, self.mesh, learned)
         for outcome in tuning.lengths:
             self._describe(f"after, at {outcome.length:,}")
-            outcome.loss_after = self.loss(new, outcome.length)
+            outcome.loss_after = outcome.keep("after", self.losses(new, outcome.length))
         shutil.rmtree(job.out / "checkpoints", ignore_errors=True)  # of an attempt that was stopped right here
         with Checkpointer(job.out) as checkpointer:
             checkpointer.save(tuning.step, {"params": nnx.state(new)})
@@ -518,17 +518,18 @@ class _Tuner:
     def _describe(self, words: str) -> None:
         self.progress.update(self._bar, description=words)
 
-    def loss(self, model: Decoder, length: int, factor: float = 1.0) -> float:
-        """The loss at a length, over the job's documents from their starts."""
+    def losses(self, model: Decoder, length: int, factor: float = 1.0) -> Float[np.ndarray, "documents"]:
+        """The loss at a length, of each of the job's documents from its start."""
         if length not in self._batches:
             windows = [self.job.window(int(index), 0, length) for index in self.job.documents[length]]
             self._batches[length] = [
                 self._place(windows[i : i + self._rows]) for i in range(0, len(windows), self._rows)
             ]
         graphdef, state = nnx.split(model)
-        total = sum(float(_judge(graphdef, state, batch, factor)) for batch in self._batches[length])
-        self.progress.advance(self._bar, len(self.job.documents[length]) * length)
-        return total / len(self.job.documents[length])
+        rows = [np.asarray(_judge(graphdef, state, batch, factor), np.float64) for batch in self._batches[length]]
+        count = len(self.job.documents[length])
+        self.progress.advance(self._bar, count * length)
+        return np.concatenate(rows)[:count]
 
     def _search(self, model: Decoder, outcome: Outcome, unit: float = 1.0) -> float:
         """Finds the best uniform factor at a length, in units of `unit`."""
@@ -537,7 +538,7 @@ class _Tuner:
         def loss(factor: float) -> float:
             self._describe(f"factor {factor:.2f}, at {outcome.length:,}")
             self.tuning.keep(self.job.out)
-            return self.loss(model, outcome.length, factor * unit)
+            return outcome.keep(str(factor), self.losses(model, outcome.length, factor * unit))
 
         outcome.factor, outcome.loss_at_factor = best_factor(loss, outcome.tried)
         return outcome.factor

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from nope_jax.evaluation.curves import Curve, perplexity
+from nope_jax.evaluation.curves import Curve
 from nope_jax.evaluation.protocol import protocol_name
+from nope_jax.evaluation.uncertainty import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +40,46 @@ class View:
         whose = "tokens of each run's own tokenizer" if self.bits_per_byte else "tokens"
         return f"Position in the {'document' if self.stride is None else 'window'} ({whose})"
 
-    def scores(self, curve: Curve) -> Float[np.ndarray, "P"]:
-        """Of every bucket; NaN where a bucket holds no byte of text."""
-        return curve.bits_per_byte if self.bits_per_byte else perplexity(curve.nll)
+    @property
+    def loss_unit(self) -> str:
+        return "bits per byte" if self.bits_per_byte else "nats per token"
+
+    def span(self, length: int) -> tuple[int, int]:
+        """The positions that a length is judged by: its second half, or with a stride, which slides over all, all."""
+        return (length // 2 if self.stride is None else 0), length
+
+    def loss(self, curve: Curve) -> Estimate:
+        """Of every bucket, in `loss_unit`; NaN where bits per byte are asked for and a bucket holds no text."""
+        return curve.bits_per_byte if self.bits_per_byte else curve.nll
+
+    def score(self, curve: Curve) -> Estimate:
+        """Perplexity, or bits per byte, of every bucket."""
+        return self.loss(curve) if self.bits_per_byte else self.loss(curve).exp()
 
     def score_band(self, curve: Curve) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P"]]:
-        """`scores` less and plus one standard error over documents; equal to it where there is one document."""
-        scores = self.scores(curve)
-        if self.bits_per_byte:
-            error = np.nan_to_num(curve.bits_per_byte_stderr)
-            return scores - error, scores + error
-        factor = perplexity(np.nan_to_num(curve.nll_stderr))
-        return scores / factor, scores * factor
+        """`score` at one standard error of the loss below and above; equal to it where there is one document."""
+        loss = self.loss(curve)
+        error = np.nan_to_num(loss.stderr)
+        low, high = loss.value - error, loss.value + error
+        with np.errstate(over="ignore"):
+            return (low, high) if self.bits_per_byte else (np.exp(low), np.exp(high))
 
-    def score(self, curve: Curve, start: int, end: int, documents: int | None = None) -> float:
-        """Over the buckets that lie in [start, end), of the first `documents` (None: all)."""
-        if self.bits_per_byte:
-            return curve.bits_per_byte_between(start, end, documents)
-        return curve.perplexity(start, end, documents)
+    def entropy_band(self, curve: Curve) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P"]]:
+        """The mean entropy less and plus one standard error."""
+        entropy = curve.entropy
+        error = np.nan_to_num(entropy.stderr)
+        return self.entropy(entropy.value - error), self.entropy(entropy.value + error)
+
+    def difference(self, curve: Curve, reference: Curve) -> Estimate:
+        """The loss of one run less that of another over the `span` of a length, both of which read the same documents.
+
+        Raises:
+            ValueError: they did not read as much.
+        """
+        if curve.length != reference.length:
+            raise ValueError(f"only curves of one length are compared, not of {curve.length} and {reference.length}")
+        first, second = (self.loss(one.between(*self.span(one.length))) for one in (curve, reference))
+        return (first - second)[0]
 
     def entropy(self, nats: Any) -> Any:
         """An entropy, or an array of them, in the unit that is shown."""
