@@ -107,6 +107,34 @@ def test_a_ring_is_one_device(name):
     assert exchanged(text) == {"collective-permute", "all-reduce"}  # the latter of the parameters' gradients
 
 
+@pytest.mark.parametrize("name", ["t5", pytest.param("shaw", marks=slow), pytest.param("cope", marks=slow)])
+def test_dtypes_may_be_mixed_in_a_ring(name):
+    """And a key that no query sees may be NaN."""
+    encoding, last = ENCODINGS[name]().with_sizes(SIZES), np.tile(np.arange(T) == T - 1, (B, 1))
+    segments = 0 * last, 1 * last
+    query, key, value, inputs = operands()
+    key = key.at[:, -1].set(jnp.nan)
+    arrays = query, key.astype(jnp.bfloat16), value.astype(jnp.float16), inputs
+
+    def run(arrays, **common):
+        def loss(*arrays):
+            out, stats = encoded_attention(
+                encoding, parameters(encoding), *arrays, segment_ids=segments, return_stats=True, **common
+            )
+            total = (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + (stats.entropy**2).sum()
+            return total, (out.astype(jnp.float32), stats.entropy)
+
+        (_, values), gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays[:3])
+        return values, gradient
+
+    wanted, wanted_gradient = run(arrays, implementation="reference")
+    mesh = make_mesh(MeshConfig(**RING))
+    with jax.set_mesh(mesh):
+        values, gradient = run(place(mesh, arrays))
+    jax.tree.map(functools.partial(assert_close, tolerance=2e-3), values, wanted)
+    jax.tree.map(functools.partial(assert_close, tolerance=0.02), gradient, wanted_gradient)
+
+
 @slow
 @pytest.mark.parametrize("name", IN_ATTENTION)
 def test_all_axes_at_once_are_one_device(name):

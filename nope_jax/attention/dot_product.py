@@ -4,39 +4,28 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import dataclasses
-import difflib
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
+from nope_jax.attention.flax_layer import for_flax_layers
 from nope_jax.attention.reference import reference_attention
 from nope_jax.attention.ring import ring_size, spread_attention, with_explicit_axes
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
 from nope_jax.attention.visibility import Visibility
 from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
+from nope_jax.encodings.checks import known_values
 from nope_jax.encodings.encoding import Logit
 
 Implementation = Literal["reference", "streaming"]
-
-FLAX_KEYWORDS = frozenset(
-    {
-        "broadcast_dropout",
-        "dropout_rng",
-        "dtype",
-        "force_fp32_for_softmax",
-        "module",
-        "promote_dtype_func",
-    }
-)
-"""What Flax's attention modules pass beside the arguments below."""
-
-_OWN_KEYWORDS = ("mask", "is_causal", "window", "chunk_size", "segment_ids", "temperature", "return_stats")
 
 
 class AttentionStats(NamedTuple):
@@ -49,6 +38,7 @@ class AttentionStats(NamedTuple):
 
 
 @with_explicit_axes
+@for_flax_layers
 def dot_product_attention(
     query: Shaped[Array, "B T N H"],
     key: Shaped[Array, "B S K H"],
@@ -67,11 +57,12 @@ def dot_product_attention(
     implementation: Implementation | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    **flax_keywords: Any,
 ) -> Any:
     """softmax(temperature · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
+
+    Queries, keys and values may differ in dtype. All is computed from them as they are, in float32 where two differ;
+    float64 ones are rounded to float32 first. It can be given as `attention_fn` to `nnx.MultiHeadAttention` and
+    `nn.MultiHeadDotProductAttention`, as `nope_jax.attention.flax_layer` says.
 
     Under a mesh in context (`jax.set_mesh`), or with arrays on one of Explicit axes, it is spread over the mesh's
     devices, as `nope_jax.attention.ring` says.
@@ -86,7 +77,8 @@ def dot_product_attention(
         query_positions: Positions of the queries. Default: aligned at the end of the keys, S-T..S-1, so that a single
             query against a long cache is its last token. In a cache that is not full yet, give them.
         key_positions: Positions of the keys. Default: 0..S-1.
-        mask: True where a query may attend. Numbers count as truth values: an additive mask is another thing.
+        mask: True where a query may attend; integers 0 and 1 are taken too. What is to be added to the logits (floating
+            point, 0 and -inf) is a `logit`, not a mask, and refused.
         is_causal: A query sees no key at a later position than its own.
         window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
         chunk_size: A query sees only the keys of its own chunk of so many positions, the first from 0 on.
@@ -98,10 +90,6 @@ def dot_product_attention(
         return_stats: Also return `AttentionStats`.
         precision: Of the products with queries, keys and values, as in `jax.lax.dot`; those within an encoding's terms
             follow `jax.default_matmul_precision`.
-        dropout_rate: Must be 0 unless deterministic: attention dropout is refused rather than ignored.
-        deterministic: Whether Flax's module says that no dropout takes place.
-        **flax_keywords: Flax's other `attention_fn` keywords are accepted, so that this function can be given to
-            `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`; sown weights are refused.
 
     Returns:
         The output [B, T, N, H2] in value's dtype; with return_stats a pair (output, AttentionStats). A row that sees no
@@ -114,12 +102,9 @@ def dot_product_attention(
     if implementation not in (None, "reference", "streaming"):
         raise ValueError(f'implementation must be "reference", "streaming" or None, not {implementation!r}')
     check_arrays(query, key, value)
-    if dropout_rate and not deterministic:
-        raise ValueError("dropout_rate must be 0, or deterministic True: attention dropout is not supported")
-    query, key, value = _apply_flax_keywords(flax_keywords, query, key, value)
     batch, query_length, num_heads, head_dim = query.shape
     key_length = key.shape[1]
-    check_reach(window, chunk_size)
+    window, chunk_size = check_reach(window, chunk_size)
     query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
     visibility = Visibility(
         query_positions=per_token("query_positions", query_positions, batch, query_length),
@@ -137,6 +122,10 @@ def dot_product_attention(
     if implementation is None:
         small = query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1
         implementation = "reference" if small else "streaming"
+    if not (query_length and key_length):
+        output = jnp.zeros((batch, query_length, num_heads, value.shape[-1]), value.dtype)
+        entropy = jnp.zeros((batch, num_heads, query_length), jnp.float32)
+        return (output, AttentionStats(entropy, jnp.full_like(entropy, -jnp.inf))) if return_stats else output
     output, entropy, logsumexp = _attention(
         query, factor, key, value, logit, value_term, visibility, precision, implementation, return_stats
     )
@@ -146,12 +135,14 @@ def dot_product_attention(
 @functools.partial(jax.jit, static_argnames=("precision", "implementation", "with_entropy"))
 def _attention(query, factor, key, value, logit, value_term, visibility, precision, implementation, with_entropy):
     # Compiled as one, so that calling it outside of jit costs no compilation per operation.
+    dtype = value.dtype
+    query, key, value = (x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in (query, key, value))
     attend: Callable = functools.partial(streaming_attention, with_entropy=with_entropy)
     if implementation == "reference":
         attend = reference_attention
     elif isinstance(logit, ScanLogit):
         attend = scanning_attention
-    return spread_attention(
+    output, entropy, logsumexp = spread_attention(
         attend,
         query,
         factor,
@@ -164,6 +155,7 @@ def _attention(query, factor, key, value, logit, value_term, visibility, precisi
         in_parts=implementation == "streaming",
         with_entropy=with_entropy,
     )
+    return output.astype(dtype), entropy, logsumexp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,23 +183,19 @@ def check_arrays(query, key, value) -> None:
         raise ValueError(f"key heads must divide the query heads: {key.shape[2]} does not divide {query.shape[2]}")
 
 
-def check_reach(window: int | None, chunk_size: int | None) -> None:
-    """Refuse a window or chunks that would not hold the query itself."""
-    for name, number in {"window": window, "chunk_size": chunk_size}.items():
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+def check_reach(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
+    """A window and chunks as Python's integers; refused where they would not hold the query itself."""
+    reach = {"window": window, "chunk_size": chunk_size}
+    for name, number in reach.items():
+        if number is None:
+            continue
+        try:
+            reach[name] = operator.index(number)
+        except TypeError:
+            reach[name] = 0
+        if reach[name] < 1 or isinstance(number, bool):
             raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number!r}")
-
-
-def _apply_flax_keywords(keywords: dict[str, Any], *arrays):
-    """Honour or refuse what Flax's modules pass."""
-    for name in keywords:
-        if name not in FLAX_KEYWORDS:
-            near = difflib.get_close_matches(name, [*FLAX_KEYWORDS, *_OWN_KEYWORDS], n=1)
-            raise TypeError(f"unknown keyword {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if keywords.get("module") is not None:
-        raise ValueError("module must be None: weights are not sown; use return_stats")
-    dtype = keywords.get("dtype")
-    return arrays if dtype is None else [x.astype(dtype) for x in arrays]
+    return reach["window"], reach["chunk_size"]
 
 
 def per_token(name: str, x, batch: int, length: int) -> Array | None:
@@ -240,6 +228,16 @@ def _segments(segment_ids, batch: int, query_length: int, key_length: int):
 def _mask(mask, shape: tuple[int, ...]) -> Array | None:
     if mask is None:
         return None
+    if not hasattr(mask, "dtype"):
+        mask = np.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.inexact):
+        raise ValueError(
+            f"mask must be boolean, True where a query may attend, not {mask.dtype}: of zeros and ones, mask != 0 is "
+            "one; what is to be added to the logits is given as logit= to dot_product_attention (a DistanceLogit or "
+            "BlockLogit)"
+        )
+    if mask.dtype != bool:
+        known_values("booleans, or zeros and ones", lambda x: (x == 0) | (x == 1), mask=mask)
     mask = jnp.asarray(mask)
     if mask.ndim > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"mask must broadcast to [B, N, T, S] = {list(shape)}, not shape {list(mask.shape)}")

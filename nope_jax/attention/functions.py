@@ -7,8 +7,6 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -17,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from nope_jax.attention.dot_product import check_arrays, check_reach, dot_product_attention, per_token
+from nope_jax.attention.flax_layer import for_flax_layers
 from nope_jax.attention.ring import with_explicit_axes
 from nope_jax.attention.visibility import positions_or_default
 from nope_jax.encodings import (
@@ -40,10 +39,12 @@ from nope_jax.encodings import (
     XPos,
     forget_sums,
 )
+from nope_jax.encodings.checks import known_values
 from nope_jax.encodings.temperature import temperature_product
 
 
 @with_explicit_axes
+@functools.partial(for_flax_layers, common=dot_product_attention)
 def encoded_attention(
     encoding: Encoding,
     params: Params,
@@ -82,14 +83,15 @@ def encoded_attention(
         query_length,
         key_length,
     )
-    temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
-    check_reach(common.get("window"), common.get("chunk_size"))
-    reach = encoding.reach()
-    chunks = [n for n in (reach.chunk_size, common.get("chunk_size")) if n is not None]
+    own, (window, chunk_size) = encoding.reach(), check_reach(common.get("window"), common.get("chunk_size"))
+    chunks = [n for n in (own.chunk_size, chunk_size) if n is not None]
     if chunks and max(chunks) % min(chunks):
         raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
-    windows = [n for n in (reach.window, common.get("window")) if n is not None]
+    windows = [n for n in (own.window, window) if n is not None]
     common |= {"chunk_size": min(chunks, default=None), "window": min(windows, default=None)}
+    if not (query_length and key_length):  # nothing to encode
+        return dot_product_attention(query, key, value, temperature=temperature, **common)
+    temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
     turned_query, turned_key = encoding.query_key(params, query, key, query_positions, key_positions)
     return dot_product_attention(
         turned_query,
@@ -103,20 +105,14 @@ def encoded_attention(
 
 
 def _attention_function(function):
-    """Check the arrays first, and spell out **common in the signature, which Flax's modules and readers look at."""
+    """An attention function on any mesh and in Flax's layers, whose arrays are checked before its own parameters."""
+    attend = with_explicit_axes(for_flax_layers(function, common=dot_product_attention))
 
-    explicit = with_explicit_axes(function)
-
-    @functools.wraps(function)
+    @functools.wraps(attend)
     def checked(query, key, value, **keywords):
         check_arrays(query, key, value)
-        return explicit(query, key, value, **keywords)
+        return attend(query, key, value, **keywords)
 
-    own = inspect.signature(function)
-    common = inspect.signature(dot_product_attention).parameters.values()
-    shared = [p for p in common if p.name not in ("query", "key", "value", "logit", "value_term")]
-    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    checked.__signature__ = own.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
     return checked
 
 
@@ -256,7 +252,9 @@ def xpos_attention(
 
 
 def _span(query, key, query_positions, key_positions) -> int | None:
-    """The largest difference of two positions in one row, where it can be seen: not under jit, nor on other hosts."""
+    """The largest difference of two positions in one row, where there are any and they can be seen: not under jit, nor
+    on other hosts.
+    """
     (batch, length), total = query.shape[:2], key.shape[1]
     rows = []
     for name, positions, size, default in (
@@ -266,6 +264,8 @@ def _span(query, key, query_positions, key_positions) -> int | None:
         if isinstance(positions, jax.core.Tracer) or not getattr(positions, "is_fully_addressable", True):
             return None
         per_token(name, positions, batch, size)  # refuses other shapes
+        if not size:
+            return None
         rows.append(np.atleast_2d(default if positions is None else np.asarray(positions)))
     least, most = (f(*(f.reduce(x, axis=-1) for x in rows)) for f in (np.minimum, np.maximum))
     return int((most - least).max())
@@ -297,7 +297,7 @@ def kerple_attention(
         Chi et al. 2022, arXiv 2205.09921.
     """
     r1, r2 = (_shaped(name, x, (query.shape[2],)) for name, x in (("r1", r1), ("r2", r2)))
-    _check_values("positive", lambda x: x > 0, r1=r1, r2=r2)
+    known_values("positive", lambda x: x > 0, r1=r1, r2=r2)
     return dot_product_attention(query, key, value, logit=KERPLE(variant).bias(r1, r2), **common)
 
 
@@ -335,7 +335,7 @@ def fire_attention(
         Li et al. 2024, arXiv 2310.04418.
     """
     heads = query.shape[2]
-    _check_values("positive", lambda x: x > 0, c=c, threshold=threshold)
+    known_values("positive", lambda x: x > 0, c=c, threshold=threshold)
     hidden_weights = jnp.asarray(hidden_weights)
     width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
     logit = FIRE().bias(
@@ -411,21 +411,12 @@ def forgetting_attention(
     if length > total:
         raise ValueError(f"query must be of at most as many tokens as key, {total}, not {length}")
     log_forget = jnp.asarray(log_forget)
-    _check_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
+    known_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
     batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1
     sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
     start = total - length if query_start is None else query_start
     last = RunningSum(*(jax.lax.dynamic_slice_in_dim(part, start, length, axis=1) for part in sums))
     return encoded_attention(Forgetting(), {}, query, key, value, query_features=last, key_features=sums, **common)
-
-
-def _check_values(what: str, holds: Callable, **arrays: Any) -> None:
-    """Refuse values that can be seen to be wrong: not under jit, nor on other hosts."""
-    for name, x in arrays.items():
-        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-            continue
-        if not np.all(holds(np.asarray(x))):
-            raise ValueError(f"{name} must be {what}, not {np.asarray(x)[~holds(np.asarray(x))].flat[0]}")
 
 
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
@@ -564,10 +555,12 @@ def tupe_attention(
     """
     positions = _shaped("positions", positions, ("length", "D"))
     length, width = positions.shape
-    default = np.arange(key.shape[1])
-    for name in "query_positions", "key_positions":
+    total, first = key.shape[1], key.shape[1] - query.shape[1]
+    if common.get("is_causal", True):
+        first = max(first, 0)  # queries before the first key see none, and need no position
+    for name, default in ("query_positions", np.arange(first, total)), ("key_positions", np.arange(total)):
         where = default if common.get(name) is None else common[name]
-        _check_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **{name: where})
+        known_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **{name: where})
     params = {
         "positions": positions,
         "query_kernel": _shaped("query_kernel", query_kernel, (width, *query.shape[2:])),

@@ -121,7 +121,7 @@ def spread_attention(
 
     def local(query, factor, key, value, logit, value_term, visibility):
         if heads is not None and isinstance(logit, DistanceLogit):
-            logit = dataclasses.replace(logit, function=_OwnHeads(logit.function))
+            logit = DistanceLogit(_OwnHeads(logit.function), logit.parameters)
         if not ring:
             return attend(query, factor, key, value, logit, value_term, visibility, precision)
         return _in_a_ring(attend, query, factor, key, value, logit, value_term, visibility, precision, with_entropy)
@@ -196,7 +196,7 @@ class _OwnHeads:
     function: Callable
 
     def __call__(self, parameters, distance):
-        values = self.function(parameters, distance)
+        values = DistanceLogit(self.function, parameters).values(distance)
         if len(values) == 1:  # one for all heads
             return values
         own = len(values) // lax.axis_size(HEADS)
@@ -243,14 +243,14 @@ class _Rows(NamedTuple):
     def over_no_keys(cls, queries: _Queries, keys: _Keys) -> "_Rows":
         """The output is float32, as sums over parts are."""
         shape, width = queries.query.shape[:3], keys.value.shape[-1]
-        return cls(jnp.zeros((*shape, width)), jnp.zeros(shape), jnp.full(shape, -jnp.inf))
+        return cls(_zeros((*shape, width)), _zeros(shape), jnp.full(shape, -jnp.inf, jnp.float32))
 
     def merged(self, part: "_Rows", with_entropy: bool) -> "_Rows":
         """With the results over more keys."""
         logsumexp = jnp.logaddexp(self.logsumexp, part.logsumexp)
 
         def share(rows: _Rows):
-            seen = jnp.isfinite(rows.logsumexp)
+            seen = rows.logsumexp != -jnp.inf
             moved = jnp.where(seen, logsumexp - rows.logsumexp, 0.0)
             return jnp.where(seen, jnp.exp(-moved), 0.0), moved
 
@@ -340,12 +340,21 @@ def _at(x: Any, part) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, part, keepdims=False), x)
 
 
+def _zeros(shape: tuple[int, ...]) -> Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
 def _put(x: Any, entry: Any, part) -> Any:
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, part, 0), x, entry)
 
 
 def _add_at(x: Any, entry: Any, part) -> Any:
-    return _put(x, jax.tree.map(jnp.add, _at(x, part), entry), part)
+    return _put(x, _summed(_at(x, part), entry), part)
+
+
+def _summed(sums: Any, more: Any) -> Any:
+    """Float32 sums with more, of whatever dtype it is."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, more)
 
 
 def _pass_on(x: Any, by: int = 1) -> Any:
@@ -497,9 +506,9 @@ def _ring_backward(plan: _Plan, residuals, d_rows: _Rows):
         _, pull = jax.vjp(part, queries_i, keys_j, terms)
         of_queries, of_keys, of_terms = pull(d_rows_i)
         d_queries = _add_at(d_queries, of_queries, i)
-        return (d_queries, jax.tree.map(jnp.add, d_terms, of_terms)), _add_at(d_keys, of_keys, j)
+        return (d_queries, _summed(d_terms, of_terms)), _add_at(d_keys, of_keys, j)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (queries, terms, keys))
+    zeros = jax.tree.map(lambda x: _zeros(x.shape), (queries, terms, keys))
     (d_queries, d_terms), d_keys = _sweep(plan, (keys, key_tokens), update, zeros[:2], zeros[2])
     gradients = _joined(d_queries), _joined(d_keys), d_terms
     return *jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands[:3]), None, None
@@ -516,7 +525,7 @@ def _scan_forward(
 ):
     """The results, and what was handed on to each step and by the last, [n + 1, B, C, N]."""
     dtype, rows = keys.value.dtype, _Rows.over_no_keys(queries, keys)
-    handed = jnp.zeros((lax.axis_size(LENGTH) + 1, *rows.logsumexp.shape))
+    handed = _zeros((lax.axis_size(LENGTH) + 1, *rows.logsumexp.shape))
 
     def update(i, j, rule, keys, state, sums):
         (rows, handed), (keys, key_tokens) = state, _at(keys, 0)
@@ -552,12 +561,12 @@ def _scanning_ring_backward(plan: _Plan, residuals, d_rows: _Rows):
         carry = jnp.swapaxes(_at(handed, rule.apart // keys.key.shape[1]), 1, 2)
         (found, _), pull = jax.vjp(part, queries, keys, terms, carry)
         of_queries, of_keys, of_terms, d_carry = pull((_of_part(rows, found, d_rows), d_carry))
-        d_queries, d_terms = jax.tree.map(jnp.add, (d_queries, d_terms), (of_queries, of_terms))
+        d_queries, d_terms = _summed((d_queries, d_terms), (of_queries, of_terms))
         return (d_queries, d_terms, jnp.swapaxes(d_carry, 1, 2)), _add_at(d_keys, of_keys, 0)
 
     keys = _in_parts(plan, (keys, key_tokens))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (queries, terms, handed[0]))
-    d_keys = jax.tree.map(lambda x: jnp.zeros(x.shape), keys[0])
+    zeros = jax.tree.map(lambda x: _zeros(x.shape), (queries, terms, handed[0]))
+    d_keys = jax.tree.map(lambda x: _zeros(x.shape), keys[0])
     (d_queries, d_terms, _), d_keys = _sweep(plan, keys, update, zeros, d_keys, reverse=True)
     operands, gradients = residuals[0][:3], (d_queries, _joined(d_keys), d_terms)
     return *jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands), None, None
@@ -568,7 +577,7 @@ _scanning_ring.defvjp(_scanning_ring_forward, _scanning_ring_backward)
 
 def _of_part(rows: _Rows, part: _Rows, d_rows: _Rows) -> _Rows:
     """The gradient by the results over some keys, from that by the results over all: the transpose of `merged`."""
-    seen = jnp.isfinite(part.logsumexp)
+    seen = part.logsumexp != -jnp.inf
     moved = jnp.where(seen, rows.logsumexp - part.logsumexp, 0.0)
     share = jnp.where(seen, jnp.exp(-moved), 0.0)
     outputs = (x.astype(jnp.float32) for x in (d_rows.output, part.output, rows.output))

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from nope_jax.attention.reference import MASKED
+from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
 from nope_jax.attention.streaming import BLOCK_SIZE, cut, cut_mask, mask_at
 from nope_jax.attention.visibility import Visibility
 from nope_jax.encodings import Block, BlockValue, ScanLogit
+from nope_jax.encodings.encoding import MASKED
 
 
 def scanning_attention(
@@ -44,6 +45,7 @@ def scanning_attention(
     (batch, query_length, num_heads, _), (key_length, kv_heads) = query.shape, key.shape[1:3]
     size = min(block_size, max(query_length, key_length))
     query_positions, key_positions = visibility.positions(query_length, key_length)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
     mask = None if visibility.mask is None else cut_mask(visibility.mask, size)
     factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
@@ -53,8 +55,8 @@ def scanning_attention(
         "positions": per_token(query_positions),
         "segments": per_token(visibility.query_segments),
         "features": per_token(logit.query_features),
-        "carry": cut(jnp.zeros((batch, num_heads, query_length)) if carry is None else carry, size, 2),
-        "index": jnp.arange(-(-query_length // size)),
+        "carry": cut(zeros((batch, num_heads, query_length)) if carry is None else carry, size, 2),
+        "index": jnp.arange(-(-query_length // size), dtype=jnp.int32),
     }
     keys = {
         "key": per_token(key),
@@ -62,11 +64,8 @@ def scanning_attention(
         "positions": per_token(key_positions),
         "segments": per_token(visibility.key_segments),
         "features": per_token(logit.key_features),
-        "index": jnp.arange(-(-key_length // size)),
+        "index": jnp.arange(-(-key_length // size), dtype=jnp.int32),
     }
-
-    def product(subscripts, *arrays):
-        return jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=jnp.float32)
 
     def visible(rows, columns):
         rule = dataclasses.replace(
@@ -77,7 +76,7 @@ def scanning_attention(
             key_segments=columns["segments"],
             mask=None if mask is None else mask_at(mask, rows["index"], columns["index"]),
         )
-        return rule.matrix(size, size) & (columns["index"] * size + jnp.arange(size) < key_length)
+        return rule.matrix(size, size) & (columns["index"] * size + jnp.arange(size, dtype=jnp.int32) < key_length)
 
     def query_block(rows):
         scaled = jnp.swapaxes(rows["query"], 1, 2).astype(jnp.float32) * rows["factor"][..., None]
@@ -85,25 +84,23 @@ def scanning_attention(
         def visit(columns, seen, state):
             largest, normaliser, weighted, output, carry = state
             key, value = (jnp.repeat(columns[x], num_heads // kv_heads, axis=2) for x in ("key", "value"))
+            key = jnp.swapaxes(key, 1, 2)
             block = Block(
-                query=scaled,
+                query=finite(scaled),
                 factor=jnp.broadcast_to(rows["factor"], (rows["factor"].shape[0], num_heads, size)),
-                key=jnp.swapaxes(key, 1, 2),
+                key=finite(key),
                 query_positions=rows["positions"],
                 key_positions=columns["positions"],
                 query_features=rows["features"],
                 key_features=columns["features"],
             )
-            content = product("bnqh,bknh->bnqk", scaled, key.astype(jnp.float32))
-            added, carry = logit.function(logit.parameters, block, content, seen, carry)
-            logits = jnp.where(seen, content + added, MASKED)
+            content = content_logits("bnqh,bnkh->bnqk", scaled, key.astype(jnp.float32), precision)
+            logits, carry = logit.block(block, content, seen, carry)
             new = jnp.maximum(largest, lax.stop_gradient(logits).max(-1))
-            moved = largest - new
-            decay = jnp.exp(moved)
-            weights = jnp.where(seen, jnp.exp(logits - new[..., None]), 0.0)
-            relative = jnp.where(seen, logits - new[..., None], 0.0)
+            moved, relative = largest - new, logits - new[..., None]
+            decay, weights = jnp.exp(moved), jnp.where(seen, jnp.exp(relative), 0.0)
             weighted = decay * (weighted + moved * normaliser) + (weights * relative).sum(-1)
-            output = decay[..., None] * output + product("bnqk,bknh->bnqh", weights.astype(value.dtype), value)
+            output = decay[..., None] * output + weighted_sum("bnqk,bknh->bnqh", weights, value, precision)
             if value_term is not None:
                 output += value_term.block(weights, block)
             return new, decay * normaliser + weights.sum(-1), weighted, output, carry
@@ -115,10 +112,11 @@ def scanning_attention(
             return state, None
 
         shape = (batch, num_heads, size)
-        zeros = jnp.zeros(shape)
-        state = jnp.full(shape, MASKED), zeros, zeros, jnp.zeros((*shape, value.shape[-1])), rows["carry"]
+        # Above what is masked, so that its weight is 0 in every row.
+        of_rows = jnp.full(shape, MASKED / 2, jnp.float32), zeros(shape), zeros(shape)
+        state = *of_rows, zeros((*shape, value.shape[-1])), rows["carry"]
         (largest, normaliser, weighted, output, handed_on), _ = lax.scan(key_block, state, keys, reverse=True)
-        some = normaliser > 0
+        some = ~(largest <= MASKED / 2)  # true of NaN, which is to be seen
         normaliser = jnp.where(some, normaliser, 1.0)
         entropy = jnp.where(some, jnp.log(normaliser) - weighted / normaliser, 0.0)
         logsumexp = jnp.where(some, largest + jnp.log(normaliser), -jnp.inf)

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
-from nope_jax.attention.reference import MASKED
+from nope_jax.attention.nonfinite import finite, weighted_sum
 from nope_jax.attention.visibility import Visibility
 from nope_jax.encodings import Block, BlockLogit, BlockValue, DistanceLogit, skew, unskew
+from nope_jax.encodings.encoding import MASKED
 
 BLOCK_SIZE = 256
 """Queries and keys per block: on a CPU faster than 128 and 512."""
@@ -81,7 +82,7 @@ def streaming_attention(
     distance_values = by_distance = None
     if isinstance(logit, DistanceLogit):
         if contiguous:
-            distance_values = logit.function(logit.parameters, grid.distances(visibility)).astype(jnp.float32)
+            distance_values = logit.values(grid.distances(visibility))
             logit = None
         else:
             logit = BlockLogit(_distance_block, logit)
@@ -157,7 +158,7 @@ class _Grid:
     def distances(self, visibility: Visibility) -> Array:
         """Every distance between a query and a key of the grid, in order: what `distance_values` holds a value of."""
         first, last = self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1]
-        return jnp.arange(first, last + 1) + visibility.farther
+        return jnp.arange(first, last + 1, dtype=jnp.int32) + visibility.farther
 
     def distance_start(self, diagonal) -> Any:
         """Where the values of a diagonal's distances, 2·size - 1 of them, start among those of `distances`."""
@@ -192,11 +193,27 @@ class _Operands(NamedTuple):
     factor: Float[Array, "n #B K G q"]
     key: Shaped[Array, "m B K k H"]
     value: Shaped[Array, "m B K k H2"]
-    distance_values: Float[Array, "N distances"] | None
+    distance_values: Float[Array, "#N distances"] | None
     logit: BlockLogit | None
     by_distance: Any
     """What the logit's `by_distance` gave, [distances, ...] as `distance_values`."""
     value_term: BlockValue | None
+
+    @property
+    def scaled_first(self) -> bool:
+        """Whether queries are scaled before their product with keys rather than the product: to scale bfloat16 or
+        float16 ones would round them once more.
+        """
+        return self.query.dtype == jnp.float32
+
+    @property
+    def product_dtype(self) -> Any:
+        """In which queries are multiplied with keys."""
+        return jnp.promote_types(self.query.dtype, self.key.dtype)
+
+    def scaled(self) -> Float[Array, "n B K G q H"]:
+        """Queries times temperature/√H."""
+        return self.query.astype(jnp.float32) * self.factor[..., None]
 
 
 class _Rows(NamedTuple):
@@ -239,6 +256,10 @@ def mask_at(mask: Bool[Array, "#m #n #B #N #q #k"], i, j) -> Bool[Array, "#B #N 
     """What `cut_mask` made of query block i and key block j."""
     keys, queries = mask.shape[:2]
     return mask[jnp.minimum(j, keys - 1), jnp.minimum(i, queries - 1)]
+
+
+def _zeros(shape: tuple[int, ...]) -> Array:
+    return jnp.zeros(shape, jnp.float32)
 
 
 def _at(x: Any, index) -> Any:
@@ -293,19 +314,20 @@ class _LogitArrays(NamedTuple):
         return _LogitArrays(entry.parameters, *features, by_distance)
 
 
-def _tile(grid: _Grid, operands: _Operands, visibility: Visibility, diagonal, masked: bool):
+def _tile(grid: _Grid, operands: _Operands, diagonal):
     """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
-    size = grid.size
-    tile = None
-    if operands.distance_values is not None:
-        start = grid.distance_start(diagonal)
-        values = lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1)
-        tile = _shear(values).reshape(-1, grid.groups, size, size)
-    if masked:
-        middle = diagonal * size + grid.key_length - grid.query_length
-        distance = middle + jnp.arange(size)[:, None] - jnp.arange(size)
-        tile = jnp.where(visibility.by_distance(distance)[None, None], 0.0 if tile is None else tile, MASKED)
-    return tile
+    if operands.distance_values is None:
+        return None
+    start, size = grid.distance_start(diagonal), grid.size
+    tile = _shear(lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1))
+    return tile[None] if len(tile) == 1 else tile.reshape(-1, grid.groups, size, size)
+
+
+def _visible_on(grid: _Grid, visibility: Visibility, diagonal) -> Bool[Array, "1 1 1 q k"]:
+    """What the queries of every block of a diagonal see of its keys, where distance alone decides it."""
+    middle = diagonal * grid.size + grid.key_length - grid.query_length
+    index = jnp.arange(grid.size, dtype=jnp.int32)
+    return visibility.by_distance(middle + index[:, None] - index)[None, None, None]
 
 
 def _visible(grid: _Grid, visibility: Visibility, i, j):
@@ -321,7 +343,7 @@ def _visible(grid: _Grid, visibility: Visibility, i, j):
     visible = rule.matrix(grid.size, grid.size)
     if visibility.mask is not None:
         visible = visible & mask_at(visibility.mask, i, j)
-    visible = visible & (j * grid.size + jnp.arange(grid.size) < grid.key_length)
+    visible = visible & (j * grid.size + jnp.arange(grid.size, dtype=jnp.int32) < grid.key_length)
     return _split_heads(visible, 1 if visible.shape[1] == 1 else grid.groups)
 
 
@@ -332,12 +354,14 @@ def _sweep(grid: _Grid, visibility: Visibility, visit_diagonal, state):
     return state
 
 
-def _along(grid: _Grid, visibility: Visibility, diagonal, state, take, update, put):
+def _along(grid: _Grid, visibility: Visibility, diagonal, masked: bool, state, take, update, put):
     """Visit the blocks (i, j) of a diagonal: entries = take(state, i, j), state = put(state, update(...), i, j).
 
     Only the entries pass through the branch that skips a block with nothing visible, and barriers part them from the
     state: XLA would otherwise copy the whole state for every block.
     """
+
+    on_all = _visible_on(grid, visibility, diagonal) if masked else None
 
     def visit(i, state):
         j = i - diagonal
@@ -346,7 +370,7 @@ def _along(grid: _Grid, visibility: Visibility, diagonal, state, take, update, p
             visible = _visible(grid, visibility, i, j)
             entries = lax.cond(visible.any(), lambda e: update(i, j, visible, e), lambda e: e, entries)
         else:
-            entries = update(i, j, None, entries)
+            entries = update(i, j, on_all, entries)
         return put(state, entries, i, j)
 
     first, stop = jnp.maximum(diagonal, 0), jnp.minimum(grid.query_blocks, grid.key_blocks + diagonal)
@@ -369,32 +393,29 @@ def _queries_first(x: Shaped[Array, "*B K k G q"]) -> Shaped[Array, "*B K G q k"
     return jnp.moveaxis(x, -3, -1)
 
 
-def _scaled(operands: _Operands) -> Float[Array, "n B K G q H"]:
-    """Queries times temperature/√H, float32."""
-    return operands.query.astype(jnp.float32) * operands.factor[..., None]
-
-
 class _Pair:
     """Query block i and key block j: what the forward and the backward pass both compute of them."""
 
-    def __init__(self, grid: _Grid, operands: _Operands, visibility: Visibility, scaled, i, j):
+    def __init__(self, grid: _Grid, operands: _Operands, visibility: Visibility, scaled, i, j, visible):
         self.grid, self.operands, self.visibility, self.i, self.j = grid, operands, visibility, i, j
-        self.scaled, self.factor = _at((scaled, operands.factor), i)
-        self.key, self.value = _at((operands.key, operands.value), j)
+        # Where all is seen, a query and a key have part in every row and column, finite or not.
+        self.seen_only = finite if visible is not None else lambda x: x
+        self.scaled, self.factor = self.seen_only(_at(scaled, i)), _at(operands.factor, i)
+        self.key, self.value = self.seen_only(_at(operands.key, j)), _at(operands.value, j)
 
     def product(self, subscripts: str, *arrays):
         return jnp.einsum(subscripts, *arrays, precision=self.grid.precision, preferred_element_type=jnp.float32)
 
-    def logits(self, content, tile, visible, layout=lambda x: x):
+    def logits(self, content, tile, layout=lambda x: x):
         """Logits of the block from its q·k, which a layout other than [B, K, G, q, k] applies to all that is added."""
-        if self.key.dtype != jnp.float32:  # queries were not scaled, since that would have rounded them once more
+        if not self.operands.scaled_first:
             content *= layout(self.factor[..., None])
         if tile is not None:
             content += layout(tile)
         arrays = self.logit_arrays()
         if arrays is not None:
             content += layout(self.added(arrays, self.scaled, self.key, self.factor))
-        return content if visible is None else jnp.where(layout(visible), content, MASKED)
+        return content
 
     def logit_arrays(self) -> _LogitArrays | None:
         arrays = _LogitArrays.of(self.operands)
@@ -404,7 +425,7 @@ class _Pair:
         """What a `BlockLogit` adds."""
         logit = self.operands.logit
         assert logit is not None  # as there are arrays of it
-        added = logit.function(arrays.parameters, self.block(arrays, query, key, factor))
+        added = dataclasses.replace(logit, parameters=arrays.parameters).block(self.block(arrays, query, key, factor))
         added = jnp.broadcast_to(added, (added.shape[0], self.grid.groups * key.shape[1], *added.shape[2:]))
         return _split_heads(added, self.grid.groups)
 
@@ -415,7 +436,7 @@ class _Pair:
     def block(self, arrays: _LogitArrays | None, query, key, factor) -> Block:
         """The pair as an encoding's function sees it."""
         first, _ = self.grid.distance_range(self.i - self.j)
-        distances = first + self.visibility.farther + jnp.arange(2 * self.grid.size - 1)
+        distances = first + self.visibility.farther + jnp.arange(2 * self.grid.size - 1, dtype=jnp.int32)
         return Block(
             query=_merge_heads(query),
             factor=_merge_heads(factor),
@@ -430,14 +451,16 @@ class _Pair:
 
 
 def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
-    scaled = _scaled(operands)
-    queries = scaled if operands.query.dtype == jnp.float32 else operands.query
+    scaled = operands.scaled()
+    queries = scaled if operands.scaled_first else operands.query
     keys_t = lax.optimization_barrier(jnp.moveaxis(operands.key, -1, -2))  # once, not within the loop
 
     def update(tile, i, j, visible, rows: _Rows) -> _Rows:
-        pair = _Pair(grid, operands, visibility, scaled, i, j)
+        pair = _Pair(grid, operands, visibility, scaled, i, j, visible)
         content = pair.product("bkgqh,bkhs->bkgqs", _at(queries, i), _at(keys_t, j))
-        logits = pair.logits(content, tile, visible)
+        logits = pair.logits(content, tile)
+        if visible is not None:
+            logits = jnp.where(visible, logits, MASKED)
         largest = jnp.maximum(rows.largest, logits.max(-1))
         weights = jnp.exp(logits - largest[..., None])
         moved = rows.largest - largest
@@ -448,7 +471,10 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
             relative = lax.optimization_barrier(logits) - largest[..., None]
             weighted = decay * (weighted + moved * rows.normaliser) + (weights * relative).sum(-1)
         output = decay[..., None] * rows.output
-        output += pair.product("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
+        if visible is None:
+            output += pair.product("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
+        else:
+            output += weighted_sum("bkgqs,bksh->bkgqh", weights, pair.value, grid.precision)
         if operands.value_term is not None:
             arrays = pair.logit_arrays()
             output += pair.value_added(operands.value_term, weights, arrays, pair.scaled, pair.key, pair.factor)
@@ -459,27 +485,28 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
             grid,
             visibility,
             diagonal,
+            masked,
             rows,
             take=lambda rows, i, j: _Rows(*lax.optimization_barrier(_at(rows[:3], i)), _at(rows.output, i)),
-            update=functools.partial(update, _tile(grid, operands, visibility, diagonal, masked)),
+            update=functools.partial(update, _tile(grid, operands, diagonal)),
             put=lambda rows, entry, i, j: _put(rows, entry, i),
         )
 
     shape = operands.query.shape[:-1]
     rows = _Rows(
-        largest=jnp.full(shape, MASKED),
-        normaliser=jnp.zeros(shape),
-        weighted=jnp.zeros(shape) if grid.with_entropy else None,
-        output=jnp.zeros((*shape, operands.value.shape[-1])),
+        largest=jnp.full(shape, MASKED / 2, jnp.float32),  # above what is masked: its weight is 0 in every row
+        normaliser=_zeros(shape),
+        weighted=_zeros(shape) if grid.with_entropy else None,
+        output=_zeros((*shape, operands.value.shape[-1])),
     )
     rows = _sweep(grid, visibility, visit_diagonal, rows)
 
-    seen = rows.largest > MASKED / 2
+    seen = ~(rows.largest <= MASKED / 2)  # true of NaN, which is to be seen
     normaliser = jnp.where(seen, rows.normaliser, 1.0)
     output = jnp.where(seen, 1 / normaliser, 0.0)[..., None] * rows.output
     logsumexp = jnp.where(seen, rows.largest + jnp.log(normaliser), -jnp.inf)
     if rows.weighted is None:
-        entropy = jnp.zeros(shape)
+        entropy = _zeros(shape)
     else:
         entropy = jnp.where(seen, jnp.log(normaliser) - rows.weighted / normaliser, 0.0)
     return output.astype(operands.value.dtype), entropy, logsumexp
@@ -511,14 +538,14 @@ class _Gradients(NamedTuple):
 def _attend_backward(grid: _Grid, residuals, cotangents):
     operands, visibility, (output, entropy, logsumexp) = residuals
     d_output, d_entropy, d_logsumexp = cotangents
-    scaled = _scaled(operands)
-    queries = scaled if operands.query.dtype == jnp.float32 else operands.query
+    scaled = operands.scaled()
+    queries = scaled if operands.scaled_first else operands.query
     queries_t, d_output_t = _keys_first(queries), _keys_first(d_output)
-    keys_t, low_scaled = jnp.moveaxis(operands.key, -1, -2), scaled.astype(operands.key.dtype)
+    keys_t, low_scaled = jnp.moveaxis(operands.key, -1, -2), scaled.astype(operands.product_dtype)
     # Laid out in memory once, not within the loop.
     queries_t, d_output_t, keys_t, low_scaled = lax.optimization_barrier((queries_t, d_output_t, keys_t, low_scaled))
 
-    seen = jnp.isfinite(logsumexp)
+    seen = logsumexp != -jnp.inf
     logsumexp = jnp.where(seen, logsumexp, -MASKED)  # so that e^(s - logsumexp) is 0 in rows that see nothing
     # The part of ds/p that is one number per row: -(output·d_output) + d_logsumexp - d_entropy·(entropy - logsumexp).
     row_term = d_logsumexp - (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
@@ -527,29 +554,34 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
     row_term = jnp.where(seen, row_term, 0.0)
 
     def update(tile, i, j, visible, sums: _Gradients) -> _Gradients:
-        pair = _Pair(grid, operands, visibility, scaled, i, j)
+        pair = _Pair(grid, operands, visibility, scaled, i, j, visible)
         d_out, d_out_t, row, lse = _at((d_output, d_output_t, row_term, logsumexp), i)
         d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term = sums
-        content = pair.product("bksh,bkhgq->bksgq", pair.key, _at(queries_t, i))
-        logits = pair.logits(content, tile, visible, layout=_keys_first)
-        weights = jnp.exp(logits - lse[:, :, None])
+
+        def hidden(x):
+            """With 0 for what is not seen, whatever its logit."""
+            return x if visible is None else jnp.where(_keys_first(visible), x, 0.0)
+
+        content = pair.product("bksh,bkhgq->bksgq", _at(operands.key, j), _at(queries_t, i))
+        logits = pair.logits(content, tile, layout=_keys_first)
+        weights = hidden(jnp.exp(logits - lse[:, :, None]))
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
         if operands.value_term is not None:
             natural = _queries_first(weights)
             of = operands.value_term, natural, pair.logit_arrays(), pair.scaled, pair.key, pair.factor
             _, pull = jax.vjp(pair.value_added, *of)
             added, d_weights_added, *rest = pull(d_out.astype(jnp.float32))
-            d_value_term = jax.tree.map(jnp.add, d_value_term, added)
+            d_value_term = _summed(d_value_term, added)
             d_weights += _keys_first(d_weights_added)
             d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
         d_logits = d_weights + row[:, :, None]
         if grid.with_entropy:
             d_logits -= _at(d_entropy, i)[:, :, None] * logits
-        d_logits *= weights
+        d_logits = hidden(d_logits * weights)
 
-        low = d_logits.astype(pair.key.dtype)
-        d_query_t += pair.product("bkhs,bksgq->bkhgq", _at(keys_t, j), low)
-        d_key += pair.product("bksgq,bkgqh->bksh", low, _at(low_scaled, i))
+        low = d_logits.astype(operands.product_dtype)
+        d_query_t += pair.product("bkhs,bksgq->bkhgq", pair.seen_only(_at(keys_t, j)), low)
+        d_key += pair.product("bksgq,bkgqh->bksh", low, pair.seen_only(_at(low_scaled, i)))
         d_value += pair.product("bksgq,bkgqh->bksh", weights.astype(d_out.dtype), d_out)
         if d_tile is not None:
             d_tile += d_logits.sum(0)
@@ -573,21 +605,22 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
     def visit_diagonal(diagonal, masked, state):
         sums, d_values = state
         if d_values is not None:
-            sums = sums._replace(tile=jnp.zeros((scaled.shape[2], grid.size, grid.groups, grid.size)))
+            sums = sums._replace(tile=_zeros((scaled.shape[2], grid.size, grid.groups, grid.size)))
         sums = _along(
             grid,
             visibility,
             diagonal,
+            masked,
             sums,
             take=take,
-            update=functools.partial(update, _tile(grid, operands, visibility, diagonal, masked)),
+            update=functools.partial(update, _tile(grid, operands, diagonal)),
             put=put,
         )
         if d_values is not None:
             start = grid.distance_start(diagonal)
             added = _unshear(_queries_first(sums.tile).reshape(-1, grid.size, grid.size))
             here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
-            d_values = lax.dynamic_update_slice_in_dim(d_values, here + added, start, axis=1)
+            d_values = lax.dynamic_update_slice_in_dim(d_values, here + _sum_to(added, here.shape), start, axis=1)
         return sums._replace(tile=None), d_values
 
     sums = _Gradients(
@@ -599,7 +632,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         logit=_LogitArrays.of(operands),
         value_term=operands.value_term,
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (sums, operands.distance_values))
+    zeros = jax.tree.map(lambda x: _zeros(x.shape), (sums, operands.distance_values))
     sums, d_values = _sweep(grid, visibility, visit_diagonal, zeros)
 
     d_scaled, logit = _queries_first(sums.query_t), operands.logit
@@ -610,7 +643,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         )
     gradients = _Operands(
         query=d_scaled * operands.factor[..., None],
-        factor=sums.factor + _sum_to((d_scaled * operands.query.astype(jnp.float32)).sum(-1), operands.factor.shape),
+        factor=sums.factor + _sum_to((d_scaled * finite(operands.query)).sum(-1), operands.factor.shape),
         key=sums.key,
         value=sums.value,
         distance_values=d_values,
@@ -652,8 +685,13 @@ def _whole_rows(grid: _Grid, kv_heads: int, output, entropy, logsumexp):
 def _add(d_logit, d_query_t, d_key, d_factor, more):
     """Sums with what an encoding's function adds to the gradients of its arrays, queries, keys and factor."""
     of_arrays, of_query, of_key, of_factor = more
-    d_logit = jax.tree.map(jnp.add, d_logit, of_arrays)
+    d_logit = _summed(d_logit, of_arrays)
     return d_logit, d_query_t + _keys_first(of_query), d_key + of_key, d_factor + of_factor
+
+
+def _summed(sums: Any, more: Any) -> Any:
+    """Float32 sums with more, of whatever dtype an encoding's arrays have."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, more)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:

@@ -18,9 +18,9 @@ def positions_or_default(
 ) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
     """The positions given; where none are, keys run on from 0 and queries end where the keys end."""
     if query_positions is None:
-        query_positions = jnp.arange(key_length - query_length, key_length)[None]
+        query_positions = jnp.arange(key_length - query_length, key_length, dtype=jnp.int32)[None]
     if key_positions is None:
-        key_positions = jnp.arange(key_length)[None]
+        key_positions = jnp.arange(key_length, dtype=jnp.int32)[None]
     return query_positions, key_positions
 
 

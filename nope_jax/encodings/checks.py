@@ -2,6 +2,11 @@
 
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
 
 
 def at_least(least: int, **settings: float | None) -> None:
@@ -39,6 +44,20 @@ def positive(**settings: float | None) -> None:
     for name, number in settings.items():
         if number is not None and not (_is_number(number) and number > 0):
             raise ValueError(f"{name} must be positive, not {number}")
+
+
+def known_values(what: str, holds: Callable[[np.ndarray], np.ndarray], **arrays: Any) -> None:
+    """Refuses arrays with an entry that does not hold, where entries are known: not under jit, nor on other hosts.
+
+    Raises:
+        ValueError: which array it is, what its entries should be, and the first that is not.
+    """
+    for name, x in arrays.items():
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            continue
+        x = np.asarray(x)
+        if not np.all(holds(x)):
+            raise ValueError(f"{name} must be {what}, not {x[~holds(x)].flat[0]}")
 
 
 def _is_number(number: object) -> bool:

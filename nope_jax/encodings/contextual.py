@@ -138,7 +138,7 @@ class Forgetting(Encoding):
 def forget_sums(log_forget: Float[Array, "B T N"], previous: RunningSum | None = None) -> RunningSum:
     """`Forgetting.features` of the gates' logarithms themselves; `previous` [B, N] is that of the token before."""
     if previous is None:
-        zeros = jnp.zeros((log_forget.shape[0], log_forget.shape[2]))
+        zeros = jnp.zeros((log_forget.shape[0], log_forget.shape[2]), jnp.float32)
         previous = RunningSum(zeros, zeros)
     return running_sum(log_forget, RunningSum(*previous))
 

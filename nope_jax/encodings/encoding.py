@@ -19,10 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 Params = dict[str, Any]
 """The parameters of an encoding: arrays by name."""
+
+
+MASKED = -1e30
+"""Logit of a key that is not seen: far below any other, yet finite, so that no inf - inf arises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Block(NamedTuple):
         return self.query_positions[:, :, None] - self.key_positions[:, None, :]
 
 
+def _finite(added: Any) -> Array:
+    """What a term adds to the logits, float32; -inf hides a key as a mask does."""
+    return jnp.maximum(jnp.asarray(added, jnp.float32), MASKED)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Method:
     """A method that equals the same method of an equal object (Python's do not), so that jit caches on it."""
@@ -114,14 +123,20 @@ class _Term:
 class DistanceLogit(_Term):
     """A logit that depends on distance alone: `function(parameters, distance [...]) -> [N, ...]`, float32.
 
-    With causal attention distances below 0 are never asked for.
+    One for all heads is [1, ...] or [...]. -inf hides the keys at a distance. With causal attention distances below 0
+    are never asked for.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
     parameters: Any = None
 
-    def block(self, block: Block) -> Float[Array, "#B N q k"]:
-        return jnp.moveaxis(self.function(self.parameters, block.distance), 0, 1)
+    def values(self, distance: Int[Array, "*shape"]) -> Float[Array, "#N *shape"]:
+        """What it adds at each distance."""
+        values = _finite(self.function(self.parameters, distance))
+        return values if values.ndim > distance.ndim else jnp.broadcast_to(values, distance.shape)[None]
+
+    def block(self, block: Block) -> Float[Array, "#B #N q k"]:
+        return jnp.moveaxis(self.values(block.distance), 0, 1)
 
 
 @jax.tree_util.register_dataclass
@@ -129,6 +144,7 @@ class DistanceLogit(_Term):
 class BlockLogit(_Term):
     """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Block`.
 
+    -inf hides a key.
     `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...] (or pytrees of them), which reach the
     function cut to its block. `by_distance` is for what costs more per distance than one would pay in every block: a
     function (parameters, distances [d]) -> [d, ...], evaluated once where positions run on, and cut to each block's
@@ -143,7 +159,7 @@ class BlockLogit(_Term):
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, block: Block) -> Float[Array, "#B #N q k"]:
-        return self.function(self.parameters, block)
+        return _finite(self.function(self.parameters, block))
 
 
 @jax.tree_util.register_dataclass
@@ -174,6 +190,18 @@ class ScanLogit(_Term):
     query_features: Any = None
     key_features: Any = None
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def block(
+        self,
+        block: Block,
+        content: Float[Array, "B N q k"],
+        visible: Bool[Array, "#B #N q k"],
+        carry: Float[Array, "B N q"],
+    ) -> tuple[Float[Array, "B N q k"], Float[Array, "B N q"]]:
+        """The content logits with what it adds to them, and what it hands on; of keys that are not seen, MASKED."""
+        content = jnp.where(visible, content, 0.0)
+        added, carry = self.function(self.parameters, block, content, visible, carry)
+        return jnp.where(visible, content + _finite(added), MASKED), carry.astype(jnp.float32)
 
 
 Logit = DistanceLogit | BlockLogit | ScanLogit

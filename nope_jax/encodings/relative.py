@@ -216,8 +216,12 @@ class TUPE(Encoding):
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         def joined(x, kernel, positions):
-            rows = _layer_norm(rows_at(params["positions"], positions), params["scale"], params["shift"])
+            # NaN where there is no such position, after the projection: its gradient is that of the others.
+            rows = rows_at(params["positions"], positions)
+            exists = ~jnp.isnan(rows[..., :1])
+            rows = _layer_norm(jnp.where(exists, rows, 0.0), params["scale"], params["shift"])
             projected = jnp.einsum("btd,dnh->btnh", rows, kernel.astype(jnp.float32)).astype(x.dtype)
+            projected = jnp.where(exists[..., None], projected, jnp.nan)
             return jnp.concatenate([x, jnp.broadcast_to(projected, (*x.shape[:3], kernel.shape[2]))], axis=-1)
 
         return (

@@ -1,0 +1,109 @@
+"""Attention functions as the `attention_fn` of Flax's layers, where they mean what Flax means.
+
+Flax's layers call `attention_fn(query, key, value, **keywords)`. `nnx.MultiHeadAttention` passes all of its keywords,
+`nn.MultiHeadDotProductAttention` those that the function's signature names; both always pass `broadcast_dropout`, which
+no one else has a use for, as there is no dropout here. So that keyword tells a layer's call from a direct one. What a
+layer leaves unsaid then is what Flax's own attention makes of it:
+
+- `is_causal`: False. Linen never passes it; its layers are causal by their mask alone.
+- `query_positions`: from 0, as those of the keys, since Flax's causal mask is aligned at the start; but a single query
+  before a mask stands at the last key that the mask shows it, as with `decode=True`, where that is its place in the
+  cache.
+- `mask`: numbers other than 0 are True, those of floating point too: `make_causal_mask` returns float32.
+
+Shapes: B batch, T query length, S key length, N query heads.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from nope_jax.encodings.checks import known_values
+
+FLAX_KEYWORDS = (
+    "broadcast_dropout",
+    "dropout_rng",
+    "dropout_rate",
+    "deterministic",
+    "dtype",
+    "force_fp32_for_softmax",
+    "module",
+    "promote_dtype",
+)
+"""What Flax's layers pass beside what an attention function takes itself."""
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def for_flax_layers(function: _Function, common: Callable | None = None) -> _Function:
+    """An attention function that Flax's layers can be given; its signature names every keyword, as linen needs.
+
+    Args:
+        function: Takes query, key, value and keywords.
+        common: The function whose keywords those of `function`'s `**common` are; None where it has no such.
+    """
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if common is not None:
+        shared = inspect.signature(common).parameters.values()
+        names = {"query", "key", "value", "logit", "value_term", *(p.name for p in parameters)}
+        parameters += [p for p in shared if p.name not in names]
+    else:
+        parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in FLAX_KEYWORDS]
+    known = {p.name for p in parameters}
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise TypeError(f"unknown keyword {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        flax = {name: keywords.pop(name) for name in FLAX_KEYWORDS if name in keywords}
+        if not flax:
+            return function(*args, **keywords)
+        _refuse(**flax)
+        call = signature.bind(*args, **keywords)
+        if flax.get("dtype") is not None:
+            for name in ("query", "key", "value"):
+                call.arguments[name] = call.arguments[name].astype(flax["dtype"])
+        if "broadcast_dropout" not in flax:
+            return function(*call.args, **call.kwargs)
+        lengths = (call.arguments[name].shape[-3] for name in ("query", "key"))
+        return function(*call.args, **_as_in_flax(*lengths, **call.kwargs))
+
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return wrapped  # type: ignore[return-value]
+
+
+def _refuse(dropout_rate: float = 0.0, deterministic: bool = False, module: Any = None, **_: Any) -> None:
+    """Refuse what a layer may ask for and attention does not do."""
+    if dropout_rate and not deterministic:
+        raise ValueError("dropout_rate must be 0, or deterministic True: attention dropout is not supported")
+    if module is not None:
+        raise ValueError("module must be None: weights are not sown; use return_stats")
+
+
+def _as_in_flax(query_length: int, key_length: int, **keywords: Any) -> dict[str, Any]:
+    """The keywords of a direct call that means what a layer's call with these does."""
+    keywords = {"is_causal": False, **keywords}
+    mask = keywords.get("mask")
+    if mask is not None:
+        known_values("booleans, or zeros and ones", lambda x: (x == 0) | (x == 1), mask=mask)
+        mask = keywords["mask"] = jnp.asarray(mask).astype(bool)
+    run_on = keywords.get("query_positions") is None and keywords.get("key_positions") is None
+    if run_on and query_length != key_length:
+        keywords["query_positions"] = jnp.arange(query_length, dtype=jnp.int32)
+        if query_length == 1 and mask is not None:
+            keywords["query_positions"] = _last_seen(mask, key_length)
+    return keywords
+
+
+def _last_seen(mask: Bool[Array, "*#B #N 1 #S"], key_length: int) -> Int[Array, "#B 1"]:
+    """The last key that the one query of each row of the batch sees through a mask."""
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    return jnp.where(mask, jnp.arange(key_length, dtype=jnp.int32), 0).max((1, 3))
