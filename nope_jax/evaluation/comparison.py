@@ -71,7 +71,8 @@ class Job:
             digest.update(read.tobytes() + b"|")
         saved = (self.workdir / "checkpoints" / str(self.step)).stat().st_mtime_ns
         model = (str(self.workdir.resolve()), self.step, saved, self.config.model)
-        what = (*model, self.config.data.tokenizer, self.config.eval.stride, length, jax.default_backend())
+        data, stride = self.config.data, self.config.eval.stride
+        what = (*model, data.tokenizer, data.bos, stride, length, jax.default_backend())
         return f"{what!r} {digest.hexdigest()}"
 
 
@@ -198,8 +199,8 @@ def _read_documents(loaded: Sequence[Config], lengths: Sequence[int]) -> list[Do
     return [read[_corpus_key(config)] for config in loaded]
 
 
-def _corpus_key(config: Config) -> tuple[str | None, str]:
-    return config.data.dir, config.data.tokenizer
+def _corpus_key(config: Config) -> tuple[str | None, str, bool]:
+    return config.data.dir, config.data.tokenizer, config.data.bos
 
 
 def _measure_all(jobs: Sequence[Job], out: Path) -> None:
@@ -231,6 +232,7 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
                         length,
                         byte_lengths=[document.byte_lengths for document in documents],
                         stride=settings.stride,
+                        bos=job.config.data.bos,
                         batch_size=batch_size,
                         place=functools.partial(place_batch, mesh=mesh),
                         advance=functools.partial(progress.advance, bar),
