@@ -89,8 +89,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth."""
+    """How parameters are updated, with linear warm-up and cosine decay to a tenth."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, Adam for the rest, weight decay as in adamw."""
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     b1: float = 0.9

@@ -257,6 +257,30 @@ def test_matrices_decay_and_norms_and_encodings_do_not(encoding):
     assert decayed == {"embedding", "query", "key", "value", "out", "gate", "up", "down", "head"}
 
 
+def test_muon_orthogonalises_the_matrix_of_each_layer_and_leaves_the_rest_to_adam():
+    model = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, model_dim=16, mlp_dim=24, encoding="t5")
+    params = nnx.state(Decoder(model, rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: 1e-3 * draw.normal(size=x.shape).astype(np.float32), params)
+    found = {}
+    for name in "muon", "adamw":
+        config = OptimizerConfig(name, learning_rate=0.5, warmup_steps=1, weight_decay=0.1)
+        optimizer = make_optimizer(config, 10)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+        found[name] = dict(nnx.to_flat_state(jax.tree.map(lambda u, p: u / 0.5 + 0.1 * p, updates, params)))
+    for path, update in found["muon"].items():
+        if path[0] != "blocks" or path[-1] not in ("query", "key", "value", "out", "gate", "up", "down"):
+            # Adam's first step is the gradient's sign; Nesterov's momentum makes it longer.
+            assert np.corrcoef(np.ravel(update.get_value()), np.ravel(found["adamw"][path].get_value()))[0, 1] > 0.999
+            continue
+        for matrix in update.get_value():
+            rows = 16 if path[-1] != "down" else 24
+            matrix = matrix.reshape(-1, 16) if path[-1] == "out" else matrix.reshape(rows, -1)
+            singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+            # Newton and Schulz's iteration brings all of them to about 1, within what Jordan's coefficients allow.
+            assert singular.min() > 0.5 and singular.max() < 1.3, path
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     rate = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10), steps=110)
     assert [float(rate(count)) for count in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
