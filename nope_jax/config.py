@@ -76,14 +76,14 @@ class DataConfig:
     """What lies between the documents of a file of text:, literally, as <|endoftext|>. None: each file is one."""
     context_length: int = 128
     """Tokens of a row: the training length."""
-    bos: bool = False
-    """Begin every row with the tokenizer's beginning-of-sequence token, or its document separator if it has none.
-
-    It is one of the row's tokens, and never predicted."""
     batch_size: int = 32
     """Rows per optimizer step over all devices and hosts."""
     document_mask: bool = False
     """Keep tokens from attending to another document of their window; positions then restart with each document."""
+    bos: bool = False
+    """Begin every row with the tokenizer's beginning-of-sequence token, or its document separator if it has none.
+
+    It is one of the row's tokens, and never predicted."""
     seed: int = 0
 
 

@@ -227,6 +227,10 @@ def test_a_corpus_shorter_than_one_window_is_refused(tmp_path):
         train_batches(DataConfig(source=source, context_length=91))
     with pytest.raises(ValueError, match="data.context_length 11 needs 12 tokens, but the validation split .* has 11"):
         validation_batches(DataConfig(source=source, context_length=11), 1)
+    # A bos takes the place of the token before the first.
+    assert next(train_batches(DataConfig(source=source, context_length=91, bos=True))).tokens.shape == (32, 91)
+    with pytest.raises(ValueError, match="data.context_length 92 needs 92 tokens, but the train split of .* has 91"):
+        train_batches(DataConfig(source=source, context_length=92, bos=True))
 
 
 def test_rows_that_cannot_be_shared_are_refused(config):

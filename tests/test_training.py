@@ -27,7 +27,7 @@ from nope_jax.data import Batch
 from nope_jax.sharding import make_mesh
 from nope_jax.training import Interrupted, loop, train
 from nope_jax.training.metrics import MetricsLog
-from nope_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer
+from nope_jax.training.optimizer import OPTIMIZERS, decays, learning_rate_schedule, make_optimizer
 from nope_jax.training.state import abstract_state, init_state
 from nope_jax.training.step import train_step
 
@@ -255,6 +255,10 @@ def test_matrices_decay_and_norms_and_encodings_do_not(encoding):
     params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     decayed = {path[-1] for path, decay in nnx.to_flat_state(decays(params)) if decay.get_value()}
     assert decayed == {"embedding", "query", "key", "value", "out", "gate", "up", "down", "head"}
+
+
+def test_the_config_knows_the_optimizers_there_are():
+    assert configs.wanted(configs.HINTS["optimizer.name"]) == f"one of {', '.join(OPTIMIZERS)}"
 
 
 def test_muon_orthogonalises_the_matrix_of_each_layer_and_leaves_the_rest_to_adam():

@@ -77,9 +77,10 @@ def _windows(config: DataConfig, split: Split, seed: int) -> Windows:
     corpus = load_corpus(config, split)
     windows = Windows(corpus, config.context_length, seed)
     if not len(windows):
+        needed = config.context_length + (not config.bos)
         raise ValueError(
-            f"data.context_length {config.context_length} needs {config.context_length + (not config.bos)} tokens, but the {split} "
-            f"split of data.source {config.source} has {len(corpus.tokens)}"
+            f"data.context_length {config.context_length} needs {needed} tokens, but the {split} split of data.source "
+            f"{config.source} has {len(corpus.tokens)}"
         )
     return windows
 
