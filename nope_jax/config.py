@@ -79,13 +79,19 @@ class DataConfig:
     """Rows per optimizer step over all devices and hosts."""
     document_mask: bool = False
     """Keep tokens from attending to another document of their window; positions then restart with each document."""
+    bos: bool = False
+    """Begin every row with the tokenizer's beginning-of-sequence token, or its document separator if it has none.
+
+    It is one of the row's tokens, and never predicted."""
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth."""
+    """How parameters are updated, with linear warm-up and cosine decay to a tenth."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, Adam for the rest, weight decay as in adamw."""
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     b1: float = 0.9

@@ -28,20 +28,20 @@ def results(function: str, *arguments: Any) -> Any:
         return pickle.loads(path.read_bytes()), done.stderr
 
 
-def config(mesh: dict[str, Any], model: dict[str, Any], accumulation: int):
+def config(mesh: dict[str, Any], model: dict[str, Any], accumulation: int, optimizer: str = "adamw"):
     from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 
     sizes = {"vocab_size": 64, "num_layers": 3, "num_heads": 4, "model_dim": 16, "mlp_dim": 24}
     return Config(
         model=ModelConfig(**(sizes | model)),
         data=DataConfig(context_length=32, batch_size=16),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, accumulation=accumulation),
+        optimizer=OptimizerConfig(optimizer, learning_rate=1e-2, warmup_steps=1, accumulation=accumulation),
         mesh=MeshConfig(**mesh),
     )
 
 
-def train_steps(cases: list[tuple[dict[str, Any], dict[str, Any], int]], steps: int) -> list[dict[str, Any]]:
-    """For each case of mesh, model and accumulation: the compiled step, and the state after so many of them.
+def train_steps(cases: list[tuple], steps: int) -> list[dict[str, Any]]:
+    """For each case, the arguments of `config`: the compiled step, and the state after so many of them.
 
     Batches are the same in all of them. Without steps there is no state, only the shapes of its arrays.
     """
@@ -59,15 +59,15 @@ def train_steps(cases: list[tuple[dict[str, Any], dict[str, Any], int]], steps: 
 
     draw, found = np.random.default_rng(0), []
     tokens = draw.integers(0, 64, (max(1, steps), 16, 33), np.int32)
-    for mesh_sizes, model, accumulation in cases:
-        run = config(mesh_sizes, model, accumulation)
+    for mesh_sizes, *others in cases:
+        run = config(mesh_sizes, *others)
         sizes = [size for axis, size in mesh_sizes.items() if axis != "rules"]
         mesh = make_mesh(run.mesh, jax.devices()[: int(np.prod(sizes))])
         optimizer = make_optimizer(run.optimizer, max(1, steps))
         with jax.set_mesh(mesh):
             graphdef, abstract = abstract_state(run, optimizer, mesh)
             batches = [place_batch(Batch(rows[:, :-1], rows[:, 1:]), mesh) for rows in tokens]
-            jitted = jit_train_step(graphdef, optimizer, abstract, accumulation)
+            jitted = jit_train_step(graphdef, optimizer, abstract, run.optimizer.accumulation)
             step = jitted.lower(abstract, batches[0]).compile()
             case = {
                 "text": step.as_text(),

@@ -166,6 +166,45 @@ def test_a_masked_row_has_the_logits_of_its_documents_alone(config):
     np.testing.assert_allclose(packed, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_bos_begins_every_row_and_every_token_is_predicted_once(config, tokenizer_json, document_mask):
+    config = dataclasses.replace(config, tokenizer=str(tokenizer_json), bos=True, document_mask=document_mask)
+    corpus = load_corpus(config, "train")
+    bos = corpus.bos
+    assert bos == load_tokenizer(config.tokenizer).bos != load_tokenizer(config.tokenizer).separator
+    windows = Windows(corpus, config.context_length, config.seed)
+    assert len(windows) == len(corpus.tokens) // config.context_length
+    per_epoch = len(windows) // config.batch_size
+    for batch in take(train_batches(config), per_epoch):
+        assert batch.tokens.shape == (8, 16) and (batch.tokens[:, 0] == bos).all()
+        assert (batch.targets != bos).all()
+        if not document_mask:
+            np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+            continue
+        # A document is read as it would be alone: from the bos on, which takes the place of the separator before it.
+        opens = batch.positions == 0
+        assert (batch.tokens[opens] == bos).all() and (batch.tokens != 0).all()
+        np.testing.assert_array_equal(opens[:, 1:], batch.targets[:, :-1] == 0)
+        np.testing.assert_array_equal(batch.tokens[~opens], batch.targets[:, :-1][~opens[:, 1:]])
+    predicted = np.concatenate([windows[i][1:] for i in range(len(windows))])
+    order = permute(np.arange(len(corpus)), len(corpus), (config.seed,))
+    ends = itertools.pairwise(corpus.offsets)
+    stream = [corpus.tokens[slice(*pair)] for pair in ends]
+    np.testing.assert_array_equal(predicted, np.concatenate([stream[i] for i in order])[: len(predicted)])
+
+
+def test_a_corpus_with_bos_gives_documents_as_a_model_reads_them(config, tokenizer_json):
+    for tokenizer, bos in (("bytes", 0), (str(tokenizer_json), 1)):
+        config = dataclasses.replace(config, tokenizer=tokenizer)
+        plain, corpus = (load_corpus(dataclasses.replace(config, bos=given), "validation") for given in (False, True))
+        i = int(plain.lengths.argmax())
+        assert corpus[i].tolist() == [bos, *plain[i].tolist()]
+        assert corpus.read(i, 2, 5).tolist() == [bos, *plain[i][2:4].tolist()]
+        assert plain.read(i, 2, 5).tolist() == plain[i][2:5].tolist()
+        assert corpus.byte_lengths(i).tolist() == [0, *plain.byte_lengths(i).tolist()]
+        np.testing.assert_array_equal(corpus.lengths, plain.lengths + 1)
+
+
 def test_validation_batches_are_spread_evenly_and_ignore_the_seed(config):
     first, second = (
         validation_batches(dataclasses.replace(config, seed=seed, batch_size=2), num_batches=3) for seed in (0, 1)
@@ -188,6 +227,10 @@ def test_a_corpus_shorter_than_one_window_is_refused(tmp_path):
         train_batches(DataConfig(source=source, context_length=91))
     with pytest.raises(ValueError, match="data.context_length 11 needs 12 tokens, but the validation split .* has 11"):
         validation_batches(DataConfig(source=source, context_length=11), 1)
+    # A bos takes the place of the token before the first.
+    assert next(train_batches(DataConfig(source=source, context_length=91, bos=True))).tokens.shape == (32, 91)
+    with pytest.raises(ValueError, match="data.context_length 92 needs 92 tokens, but the train split of .* has 91"):
+        train_batches(DataConfig(source=source, context_length=92, bos=True))
 
 
 def test_rows_that_cannot_be_shared_are_refused(config):
@@ -455,7 +498,7 @@ def tokenizer_json(tmp_path):
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", "<s>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -467,7 +510,7 @@ def tokenizer_json(tmp_path):
 
 def test_bytes(tmp_path):
     tokenizer = load_tokenizer("bytes")
-    assert (tokenizer.vocab_size, tokenizer.separator) == (256, 0)
+    assert (tokenizer.vocab_size, tokenizer.separator, tokenizer.bos) == (256, 0, 0)
     assert tokenizer.encode("é").tolist() == [0xC3, 0xA9]
     assert tokenizer.decode(tokenizer.encode("naïve €")) == "naïve €"
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 10)
@@ -477,7 +520,7 @@ def test_bytes(tmp_path):
 
 def test_tokenizer_json(tokenizer_json):
     tokenizer = load_tokenizer(str(tokenizer_json))
-    assert tokenizer.separator == 0
+    assert (tokenizer.separator, tokenizer.bos) == (0, 1)
     tokens = tokenizer.encode("the cat, naïve €")
     assert len(tokens) < len("the cat, naïve €".encode())
     assert tokens.max() < tokenizer.vocab_size
@@ -640,7 +683,7 @@ def test_sentencepiece(sentencepiece_model):
         byte_lengths = tokenizer.byte_lengths(text)
         assert len(byte_lengths) == len(tokenizer.encode(text)) and (byte_lengths >= 0).all()
         assert byte_lengths.sum() == len(UNEVEN.encode() if text else "")
-    assert tokenizer.separator == 2 not in tokens
+    assert tokenizer.separator == 2 not in tokens and tokenizer.bos == 1 not in tokens
     assert tokens.max() < tokenizer.vocab_size
 
 

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,6 +133,22 @@ def test_curve_of_sliding_windows_is_that_of_a_direct_computation():
     np.testing.assert_array_equal(curve.tokens.sum(0), tokens)
     np.testing.assert_allclose(curve.nll.value, nll / tokens, rtol=1e-5)
     np.testing.assert_allclose(curve.entropy.value, entropy / tokens, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_bos_begins_every_sliding_window(bos):
+    documents, length, read = some_documents(40, 27), 8, []
+
+    def place(arrays):
+        read.extend(arrays[0].tolist())
+        return jax.device_put(arrays)
+
+    measure(Bigram(), documents, length, stride=3, batch_size=1, bos=bos, place=place)
+    windows = plan_windows([40, 27], length, 3)
+    for window, tokens in zip(windows, read[1:], strict=True):  # the first is read once more, to compile
+        document = documents[window.document]
+        assert tokens[0] == document[0 if bos else window.start]
+        assert tokens[1:] == document[window.start + 1 : window.start + length].tolist()
 
 
 def test_progress_counts_every_token():
@@ -342,9 +359,10 @@ def workdirs(tmp_path_factory):
     return folder
 
 
-def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys):
+@pytest.mark.parametrize("overrides", [{}, {"data.bos": True}])
+def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys, overrides):
     folders = [workdirs / "alibi", workdirs / "learned"]
-    compare(folders, (16, 8, 8), tmp_path / "a" / "b", {}, command="python eval.py")
+    compare(folders, (16, 8, 8), tmp_path / "a" / "b", overrides, command="python eval.py")
     files = "curves.csv differences.csv heads.csv heads.npz curves.png perplexity.png entropy.png report.html"
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {*files.split(), "sections", "measured"}
     with (tmp_path / "a" / "b" / "curves.csv").open() as file:
@@ -354,8 +372,9 @@ def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys):
 
     # The numbers are those of the saved model on its own documents.
     config, model, _ = load_model(folders[0])
-    corpus = load_corpus(config.data, "validation")
+    corpus = load_corpus(configs.override(config, overrides).data, "validation")
     documents = np.stack([corpus[i][:17] for i in range(len(corpus))])
+    assert (documents[:, 0] == 0).all() == bool(overrides)
     logits, stats = model(jnp.asarray(documents[:, :16]), return_stats=True)
     logits = np.asarray(logits, np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, documents[:, 1:, None], -1)[..., 0]

@@ -50,6 +50,14 @@ def test_a_prompt_has_all_of_its_length_and_its_key_three_times(length, depth):
     assert prompt.startswith(TASK) and prompt.endswith(f"{QUESTION} 90817")
 
 
+def test_a_bos_begins_the_prompt_and_counts(tokenizer_json):
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    plain, begun = Passkey(tokenizer), Passkey(tokenizer, bos=True)
+    assert begun.shortest(12345) == plain.shortest(12345) + 1
+    (tokens, answer), (expected, same) = begun.build(400, 0.3, 12345), plain.build(399, 0.3, 12345)
+    assert tokens.tolist() == [tokenizer.bos, *expected.tolist()] and answer == same
+
+
 @pytest.mark.parametrize(("depth", "before"), [(0, 0), (0.25, 100), (0.5, 200), (1, 400)])
 def test_the_needle_lies_at_its_depth_in_the_filler(depth, before):
     prompt = text(BYTES.build(SHORTEST + 400, depth, 12345)[0])

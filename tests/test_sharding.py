@@ -260,9 +260,14 @@ def on_other_meshes() -> tuple[dict[str, list[dict[str, Any]]], str]:
             ({"data": 2, "tensor": 4}, learned, 1),
             ({"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}, learned, 1),
         ],
+        "muon": [
+            ({"data": 1}, deep, 1, "muon"),
+            (MESH, deep, 1, "muon"),
+        ],
     }
     found, complaints = results("train_steps", [case for cases in runs.values() for case in cases], 3)
-    return {"deep": found[:6], "learned": found[6:]}, complaints
+    rest = iter(found)
+    return {kind: [next(rest) for _ in cases] for kind, cases in runs.items()}, complaints
 
 
 @pytest.mark.slow

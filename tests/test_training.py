@@ -32,7 +32,7 @@ from nope_jax.data import Batch
 from nope_jax.sharding import make_mesh
 from nope_jax.training import Interrupted, loop, resume, train
 from nope_jax.training.metrics import MetricsLog
-from nope_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer
+from nope_jax.training.optimizer import OPTIMIZERS, decays, learning_rate_schedule, make_optimizer
 from nope_jax.training.state import abstract_state, init_state
 from nope_jax.training.step import train_step
 
@@ -236,8 +236,8 @@ MAY_CHANGE = {
 MUST_STAY = {
     "model": "vocab_size num_layers num_heads num_kv_heads head_dim model_dim mlp_dim mlp tie_embeddings encoding "
     "train_length dtype",
-    "data": "context_length batch_size document_mask seed",
-    "optimizer": "learning_rate warmup_steps b1 b2 weight_decay clip_norm",
+    "data": "context_length bos batch_size document_mask seed",
+    "optimizer": "name learning_rate warmup_steps b1 b2 weight_decay clip_norm",
     "train": "seed start_from",
 }
 
@@ -454,6 +454,34 @@ def test_matrices_decay_and_norms_and_encodings_do_not(encoding):
     params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     decayed = {path[-1] for path, decay in nnx.to_flat_state(decays(params)) if decay.get_value()}
     assert decayed == {"embedding", "query", "key", "value", "out", "gate", "up", "down", "head"}
+
+
+def test_the_config_knows_the_optimizers_there_are():
+    assert configs.wanted(configs.HINTS["optimizer.name"]) == f"one of {', '.join(OPTIMIZERS)}"
+
+
+def test_muon_orthogonalises_the_matrix_of_each_layer_and_leaves_the_rest_to_adam():
+    model = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, model_dim=16, mlp_dim=24, encoding="t5")
+    params = nnx.state(Decoder(model, rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: 1e-3 * draw.normal(size=x.shape).astype(np.float32), params)
+    found = {}
+    for name in "muon", "adamw":
+        config = OptimizerConfig(name, learning_rate=0.5, warmup_steps=1, weight_decay=0.1)
+        optimizer = make_optimizer(config, 10)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+        found[name] = dict(nnx.to_flat_state(jax.tree.map(lambda u, p: u / 0.5 + 0.1 * p, updates, params)))
+    for path, update in found["muon"].items():
+        if path[0] != "blocks" or path[-1] not in ("query", "key", "value", "out", "gate", "up", "down"):
+            # Adam's first step is the gradient's sign; Nesterov's momentum makes it longer.
+            assert np.corrcoef(np.ravel(update.get_value()), np.ravel(found["adamw"][path].get_value()))[0, 1] > 0.999
+            continue
+        for matrix in update.get_value():
+            rows = 16 if path[-1] != "down" else 24
+            matrix = matrix.reshape(-1, 16) if path[-1] == "out" else matrix.reshape(rows, -1)
+            singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+            # Newton and Schulz's iteration brings all of them to about 1, within what Jordan's coefficients allow.
+            assert singular.min() > 0.5 and singular.max() < 1.3, path
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():

@@ -88,9 +88,10 @@ def _windows(config: DataConfig, split: Split, seed: int, corpus: Corpus | None)
     corpus = load_corpus(config, split) if corpus is None else corpus
     windows = Windows(corpus, config.context_length, seed)
     if not len(windows):
+        needed = config.context_length + (not config.bos)
         raise ValueError(
-            f"data.context_length {config.context_length} needs {config.context_length + 1} tokens, but the {split} "
-            f"split of data.source {config.source} has {len(corpus.tokens)}"
+            f"data.context_length {config.context_length} needs {needed} tokens, but the {split} split of data.source "
+            f"{config.source} has {len(corpus.tokens)}"
         )
     return windows
 
@@ -99,6 +100,7 @@ def _stack(windows: Windows, indices: Int[np.ndarray, "B"], config: DataConfig) 
     tokens = np.stack([windows[index] for index in indices])
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     if config.document_mask:
-        positions, segment_ids = zip(*[windows.segments(index) for index in indices], strict=True)
-        batch = batch._replace(positions=np.stack(positions), segment_ids=np.stack(segment_ids))
+        positions, segment_ids = map(np.stack, zip(*[windows.segments(index) for index in indices], strict=True))
+        inputs = batch.tokens if windows.bos is None else np.where(positions, batch.tokens, np.int32(windows.bos))
+        batch = batch._replace(tokens=inputs, positions=positions, segment_ids=segment_ids)
     return batch

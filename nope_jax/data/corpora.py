@@ -15,7 +15,7 @@ from nope_jax.data.documents import Split
 from nope_jax.data.prepare import digest_file_of, digest_of, prepare_split, say_once, token_dtype, token_files, tokenize
 from nope_jax.data.sources import data_dir, find_documents
 from nope_jax.data.tasks import task_documents
-from nope_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 LARGE = 2**30
 """Bytes of text from which on a split is not tokenised at the start of a run: `prepare.py` does it once."""
@@ -23,7 +23,7 @@ LARGE = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The documents of one split as tokens: `corpus[i]` is those of document i."""
+    """The documents of one split as tokens: `corpus[i]` is those that a model reads of document i."""
 
     tokens: Integer[np.ndarray, "tokens"]
     """All documents one after another, each followed by the separator, in the smallest unsigned type."""
@@ -33,6 +33,8 @@ class Corpus:
     """The bytes of text that belong to each token of a document; None where the documents were not made from text.
 
     Tokens other than bytes have to be looked up in the text: an OSError where that is not there, as it need not be."""
+    bos: int | None = None
+    """The token that begins what a model reads (`data.bos`). It is not among `tokens`, and has no bytes."""
     digest_file: Path | None = None
     """Where the digest is kept once it is known; None: nowhere."""
 
@@ -52,12 +54,19 @@ class Corpus:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Integer[np.ndarray, "length"]:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1].astype(np.int32)
+        return self.read(index, 0, int(self.lengths[index]))
+
+    def read(self, index: int, start: int, stop: int) -> Integer[np.ndarray, "length"]:
+        """What a model reads of `corpus[index][start:stop]`: where there is a bos, it takes the place of the first."""
+        first = self.offsets[index]
+        if self.bos is None:
+            return self.tokens[first + start : first + stop].astype(np.int32)
+        return np.insert(self.tokens[first + start : first + stop - 1].astype(np.int32), 0, self.bos)
 
     @property
     def lengths(self) -> Integer[np.ndarray, "documents"]:
-        """Tokens of each document, its separator not counted."""
-        return np.diff(self.offsets) - 1
+        """Tokens of each document: with its bos if there is one, without its separator."""
+        return np.diff(self.offsets) - (self.bos is None)
 
 
 def load_corpus(config: DataConfig, split: Split) -> Corpus:
@@ -87,15 +96,17 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     documents = find_documents(config, split)
     tokenizer = load_tokenizer(config.tokenizer)
     tokens_file, offsets_file = token_files(config, documents)
+    bos = _bos(config, tokenizer)
     for note in documents.notes:
         say_once(note)
     digest_file = digest_file_of(tokens_file)
 
     def byte_lengths(index: int) -> Integer[np.ndarray, "length"]:
+        of_bos = [] if bos is None else [np.zeros(1, np.int64)]
         if isinstance(tokenizer, ByteTokenizer):
-            return np.ones(offsets[index + 1] - offsets[index] - 1, np.int64)
+            return np.concatenate([*of_bos, np.ones(offsets[index + 1] - offsets[index] - 1, np.int64)])
         texts = documents.read([index])  # closes the file when it is gone
-        return np.concatenate([encoded.byte_lengths for encoded in tokenizer.encode_pieces(next(texts))])
+        return np.concatenate([*of_bos, *(encoded.byte_lengths for encoded in tokenizer.encode_pieces(next(texts)))])
 
     if not offsets_file.exists():
         if documents.num_bytes > LARGE:
@@ -107,10 +118,14 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
         if isinstance(tokenizer, ByteTokenizer):
             buffer = io.BytesIO()
             offsets = tokenize(documents, range(documents.size), config, buffer).offsets
-            return Corpus(np.frombuffer(buffer.getbuffer(), np.uint8), offsets, byte_lengths)
+            return Corpus(np.frombuffer(buffer.getbuffer(), np.uint8), offsets, byte_lengths, bos)
         prepare_split(config, split, workers=1)
     offsets = np.load(offsets_file)
-    return Corpus(np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), offsets, byte_lengths, digest_file)
+    return Corpus(np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), offsets, byte_lengths, bos, digest_file)
+
+
+def _bos(config: DataConfig, tokenizer: Tokenizer) -> int | None:
+    return tokenizer.bos if config.bos else None
 
 
 def _task_corpus(config: DataConfig, split: Split) -> Corpus:
@@ -118,4 +133,4 @@ def _task_corpus(config: DataConfig, split: Split) -> Corpus:
     tokenizer, length = load_tokenizer(config.tokenizer), config.context_length
     documents = task_documents(name, split, tokenizer, length - 1, config.seed)
     tokens = np.insert(documents, length - 1, tokenizer.separator, axis=1)
-    return Corpus(tokens.reshape(-1), length * np.arange(len(documents) + 1))
+    return Corpus(tokens.reshape(-1), length * np.arange(len(documents) + 1), bos=_bos(config, tokenizer))

@@ -25,16 +25,18 @@ DOCUMENTS = {"train": 10_000, "validation": 500}
 
 
 class Passkey:
-    """Prompts that hide a key, in the tokens of one tokenizer.
+    """Prompts that hide a key, in the tokens of one tokenizer, its bos before each if asked for.
 
     A prompt is the task, filler, the needle, filler and the question. Its length is exact: filler is repeated and then
     cut, on either side of the needle, as Mohtashami and Jaggi do. (Wang et al. repeat it whole, and leave what remains
     of the length unused.)
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, bos: bool = False):
         self._tokenizer = tokenizer
         self._task, self._filler = tokenizer.encode(TASK), tokenizer.encode(FILLER)
+        if bos:
+            self._task = np.insert(self._task.astype(np.int32), 0, tokenizer.bos)
 
     def shortest(self, key: int) -> int:
         """Tokens of a prompt without filler, its answer counted."""

@@ -19,6 +19,8 @@ from jaxtyping import Integer
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """The tokens that may stand between documents; a tokenizer.json does not say which of its tokens does."""
+BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+"""The tokens that may begin a sequence."""
 
 BLOCK = 2**16
 """Characters that are tokenised at a time."""
@@ -49,6 +51,11 @@ class Tokenizer(Protocol):
     @property
     def separator(self) -> int:
         """The token put after each document when documents are packed."""
+        ...
+
+    @property
+    def bos(self) -> int:
+        """The token that begins a sequence where `data.bos` asks for one: its own, or else the separator."""
         ...
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
@@ -82,6 +89,7 @@ class ByteTokenizer:
 
     vocab_size: int = 256
     separator: int = 0
+    bos: int = 0
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
         return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
@@ -156,6 +164,7 @@ class JsonTokenizer(_TextTokenizer):
     tokenizer: tokenizers.Tokenizer
     vocab_size: int
     separator: int
+    bos: int
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -172,6 +181,7 @@ class SentencePieceTokenizer(_TextTokenizer):
     processor: Any
     vocab_size: int
     separator: int
+    bos: int
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self.processor.encode(text, return_type="offset_mapping")
@@ -262,7 +272,8 @@ def _load_json(path: Path) -> JsonTokenizer:
     separator = next((vocabulary[token] for token in SEPARATORS if token in vocabulary), None)
     if separator is None:
         raise ValueError(f"data.tokenizer {path} has no token that separates documents, one of {', '.join(SEPARATORS)}")
-    return JsonTokenizer(tokenizer, max(vocabulary.values()) + 1, separator)
+    bos = next((vocabulary[token] for token in BEGINNINGS if token in vocabulary), separator)
+    return JsonTokenizer(tokenizer, max(vocabulary.values()) + 1, separator, bos)
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
@@ -276,4 +287,5 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         raise ValueError(f"data.tokenizer {path} is neither a SentencePiece model nor a .json file") from error
     if processor.eos_id() < 0:
         raise ValueError(f"data.tokenizer {path} has no end-of-sentence token to separate documents")
-    return SentencePieceTokenizer(processor, processor.vocab_size(), processor.eos_id())
+    bos = processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id()
+    return SentencePieceTokenizer(processor, processor.vocab_size(), processor.eos_id(), bos)

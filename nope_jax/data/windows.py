@@ -13,22 +13,24 @@ class Windows:
     """Slices of T + 1 tokens of all documents, in an order that the seed gives, each followed by the separator.
 
     Window i starts at token i·T, so every token but the very first is predicted in exactly one window (fewer than T at
-    the end are left out).
+    the end are left out). Where the corpus has a bos, it stands before the T tokens from i·T on, and all are predicted.
     """
 
     def __init__(self, corpus: Corpus, context_length: int, seed: int):
         order = permute(np.arange(len(corpus)), len(corpus), (seed,))
+        self.bos = corpus.bos
+        self._prefix = np.array([] if corpus.bos is None else [corpus.bos], np.int32)
         self._tokens = corpus.tokens
         self._context_length = context_length
         self._sources = corpus.offsets[order]  # where each document, in this order, starts in the tokens
-        self._starts = np.concatenate([[0], np.cumsum(corpus.lengths[order] + 1)])  # and in their concatenation
+        self._starts = np.concatenate([[0], np.cumsum(np.diff(corpus.offsets)[order])])  # and in their concatenation
 
     def __len__(self) -> int:
-        return int(self._starts[-1] - 1) // self._context_length
+        return int(self._starts[-1] - 1 + len(self._prefix)) // self._context_length
 
     def __getitem__(self, index: int) -> Int[np.ndarray, "window"]:
         start = index * self._context_length
-        stop = start + self._context_length + 1
+        stop = start + self._context_length + 1 - len(self._prefix)
         documents = self._documents(start, stop)
         pieces = [
             self._tokens[source + max(start - begin, 0) : source + min(stop, end) - begin]
@@ -36,17 +38,17 @@ class Windows:
                 self._sources[documents], self._starts[documents], self._starts[1:][documents], strict=True
             )
         ]
-        return np.concatenate(pieces).astype(np.int32)
+        return np.concatenate([self._prefix, *pieces]).astype(np.int32)
 
     def segments(self, index: int) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
         """Position and segment of each input of a window, when documents are not to see each other.
 
         A separator is predicted by the document it ends and, as an input, opens the next at position 0. So the losses
         of a segment are those of the same tokens alone. Segments count from 1; the first may begin inside its document,
-        at position 0 nevertheless.
+        at position 0 nevertheless. Where there is a bos, it is the input of every position 0.
         """
-        start = index * self._context_length
-        documents = self._documents(start, start + self._context_length)
+        start = index * self._context_length - len(self._prefix)  # the bos stands where the token before would
+        documents = self._documents(max(start, 0), start + self._context_length)
         separators = self._starts[1:][documents] - 1 - start
         opens = np.zeros(self._context_length, np.int32)
         opens[separators[(separators > 0) & (separators < self._context_length)]] = 1

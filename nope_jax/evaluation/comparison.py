@@ -70,7 +70,7 @@ class Job:
                 # Read from its start, a document may be longer because others are read further.
                 end = None if config.eval.stride else length + 1
                 digest.update(document.tokens[:end].tobytes() + b"|" + document.byte_lengths[:end].tobytes() + b"|")
-            how = (config.data.tokenizer, config.eval.stride, length, digest.hexdigest())
+            how = (config.data.tokenizer, config.data.bos, config.eval.stride, length, digest.hexdigest())
             identities[length] = result_identity(self.workdir, config, step, *how)
         return identities
 
@@ -214,8 +214,8 @@ def _has_text(corpus: Corpus) -> bool:
     return True
 
 
-def _corpus_key(config: Config) -> tuple[str | None, str]:
-    return config.data.dir, config.data.tokenizer
+def _corpus_key(config: Config) -> tuple[str | None, str, bool]:
+    return config.data.dir, config.data.tokenizer, config.data.bos
 
 
 def _measure_all(jobs: Sequence[Job], out: Path) -> None:
@@ -245,6 +245,7 @@ def _measure_all(jobs: Sequence[Job], out: Path) -> None:
                         length,
                         byte_lengths=[document.byte_lengths for document in documents],
                         stride=settings.stride,
+                        bos=job.config.data.bos,
                         batch_size=batch_size,
                         place=functools.partial(place_batch, mesh=mesh),
                         advance=functools.partial(progress.advance, bar),

@@ -143,6 +143,7 @@ def measure(
     *,
     byte_lengths: Sequence[Int[np.ndarray, "_"]] | None = None,
     stride: int | None = None,
+    bos: bool = False,
     batch_size: int = 8,
     place: Callable[[tuple], tuple] = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
@@ -158,6 +159,7 @@ def measure(
         length: tokens the model reads at once.
         byte_lengths: the bytes of text that belong to each token of the documents; None: not known.
         stride: None, or the step of a sliding window (see `nope_jax.evaluation.protocol`).
+        bos: whether the first token of a document is to begin every window of it.
         batch_size: windows per call of the model.
         place: puts a tuple of arrays [B, T] on the devices.
         advance: called with the number of tokens just read, to report progress.
@@ -181,13 +183,13 @@ def measure(
         advance(done.windows * length)
 
     graphdef, state = nnx.split(model)
-    first = place(_stack(documents, left[:batch_size], length, batch_size))
+    first = place(_stack(documents, left[:batch_size], length, batch_size, bos))
     step_bytes = program_memory(evaluation_step.lower(graphdef, state, *first).compile())  # which the calls below reuse
 
     def results() -> Iterator[tuple]:
         for start in range(0, len(left), batch_size):
             batch = left[start : start + batch_size]
-            inputs, targets, counts = _stack(documents, batch, length, batch_size)
+            inputs, targets, counts = _stack(documents, batch, length, batch_size, bos)
             yield batch, counts, evaluation_step(graphdef, state, *place((inputs, targets, counts)))
 
     last_kept = time.monotonic()
@@ -229,11 +231,13 @@ def program_memory(step: jax.stages.Compiled) -> int:
     return stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
 
 
-def _stack(documents: Sequence[np.ndarray], batch: Sequence[Window], length: int, batch_size: int) -> tuple:
+def _stack(documents: Sequence[np.ndarray], batch: Sequence[Window], length: int, batch_size: int, bos: bool) -> tuple:
     """Inputs, targets and which of them count, [B, T]; rows past the last window repeat it and count nothing."""
     padding = batch_size - len(batch)
     padded = [*batch, *[batch[-1]] * padding]
     tokens = np.stack([documents[w.document][w.start : w.start + length + 1] for w in padded]).astype(np.int32)
+    if bos:
+        tokens[:, 0] = [documents[w.document][0] for w in padded]
     scored_from = np.array([w.scored_from for w in batch] + [length] * padding)
     return tokens[:, :-1], tokens[:, 1:], np.arange(length) >= scored_from[:, None]
 

@@ -122,7 +122,7 @@ def _plan(options: EvalArguments) -> list[Grid]:
     for workdir, name in zip(options.workdirs, run_names(options.workdirs), strict=True):
         config = configs.override(configs.load(workdir), options.overrides)
         run = find_run(workdir, name, config, lengths)
-        task = Passkey(load_tokenizer(config.data.tokenizer))
+        task = Passkey(load_tokenizer(config.data.tokenizer), bos=config.data.bos)
         for length in lengths:
             shortest = max(task.shortest(key) for key in draw_keys(options.settings, length).flat)
             if length < shortest:

@@ -313,7 +313,8 @@ def _plan(options: EvalArguments) -> tuple[list[Subject], dict[str, dict[int, li
     documents = {}
     for run in runs:
         data = run.config.data
-        if (data.dir, data.tokenizer) not in read:
+        key = data.dir, data.tokenizer, data.bos
+        if key not in read:
             corpus = load_corpus(data, "validation")
             reaching = {length: int((corpus.lengths > length).sum()) for length in lengths}
             for length in lengths:
@@ -328,8 +329,8 @@ def _plan(options: EvalArguments) -> tuple[list[Subject], dict[str, dict[int, li
             # A longer length's documents are the first of a shorter one's, so that the two halves never mix.
             chosen = choose_documents(corpus.lengths, lengths, count, run.config.eval.seed)
             tokens = {int(i): corpus[int(i)][: max(lengths)] for indices in chosen.values() for i in indices}
-            read[data.dir, data.tokenizer] = {n: [tokens[int(i)] for i in indices] for n, indices in chosen.items()}
-        documents[run.name] = read[data.dir, data.tokenizer]
+            read[key] = {n: [tokens[int(i)] for i in indices] for n, indices in chosen.items()}
+        documents[run.name] = read[key]
     return runs, documents
 
 

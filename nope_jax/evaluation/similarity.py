@@ -249,7 +249,7 @@ def _plan(options: EvalArguments) -> tuple[tuple[Subject, Subject], list[np.ndar
     if len(options.workdirs) != 2:
         raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
     a, b = find_subjects(options.workdirs, options.overrides)
-    for field in ("data.tokenizer", "model.vocab_size"):
+    for field in ("data.tokenizer", "data.bos", "model.vocab_size"):
         ours, theirs = (operator.attrgetter(field)(run.config) for run in (a, b))
         if ours != theirs and not (field == "data.tokenizer" and _same_file(ours, theirs)):
             raise ValueError(

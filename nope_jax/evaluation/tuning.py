@@ -110,8 +110,7 @@ class Job:
     def window(self, index: int, start: int, length: int) -> Int[np.ndarray, "T+1"]:
         """Tokens of a document, and the last one's target."""
         # Not by way of the document, which may be the whole corpus.
-        first = int(self.corpus.offsets[index]) + start
-        return self.corpus.tokens[first : first + length + 1].astype(np.int32)
+        return self.corpus.read(index, start, start + length + 1)
 
 
 def tune(options: EvalArguments, *, command: str) -> None:

@@ -1,4 +1,6 @@
-"""AdamW with linear warm-up and cosine decay to a tenth, and which parameters it decays."""
+"""The optimizers by name, their learning rate by step, and which parameters they decay."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +39,55 @@ def decays(params: nnx.State) -> nnx.State:
     return jax.tree.map(decay, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the matrices of the layers; Adam, with Nesterov's momentum too, for the rest.
+
+    Its updates are scaled to the size of Adam's, so that one learning rate serves both (Liu et al. 2025, arXiv
+    2502.16982).
+    """
+    # With -1 it gives what is to be subtracted, as every direction of OPTIMIZERS does.
+    return optax.contrib.muon(
+        -1.0,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=layer_matrices,
+        consistent_rms=0.2,
+    )
+
+
+def layer_matrices(params: nnx.State) -> nnx.State:
+    """For the weights of layers, which of their axes are the rows and columns of a matrix; None for all else.
+
+    A matrix is what one layer multiplies the residual stream with or adds to it: the heads of an attention kernel
+    [D, N, H] are its columns side by side, and layers stacked on a leading axis have a matrix each.
+    """
+
+    def matrix(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers | None:
+        names = variable.get_metadata("axes", None) or ()
+        if "layers" not in names or "embed" not in names:
+            return None
+        embed = (names.index("embed"),)
+        others = tuple(axis for axis, name in enumerate(names) if name not in ("layers", "embed"))
+        return optax.contrib.MuonDimensionNumbers(*((embed, others) if embed < others else (others, embed)))
+
+    return jax.tree.map(matrix, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adamw": _adam, "muon": _muon}
+"""By the names of `optimizer.name`: from gradients to the direction of an update, before decay and learning rate."""
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW over `steps` updates."""
+    """Clipping by global norm, then the optimizer of that name over `steps` updates, its weight decay decoupled."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=decays,
+        optax.chain(
+            OPTIMIZERS[config.name](config),
+            optax.add_decayed_weights(config.weight_decay, mask=decays),
+            optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
         ),
     )
