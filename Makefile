@@ -23,6 +23,7 @@ help:
 
 # The versions of constraints/ are those it was tested with; a Python without such a file gets the newest that fit.
 $(BIN)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later, please: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --requirement requirements.txt
 	@touch $@
@@ -36,14 +37,18 @@ RUNS := runs/demo
 
 demo: $(BIN)/.installed
 	@echo "Training $(ENCODINGS), two at a time: a few minutes."
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(ENCODINGS:%=demo-%)
+	@$(MAKE) --no-print-directory --jobs 2 $(ENCODINGS:%=demo-%)
 	$(BIN)/python eval.py --workdirs $(addprefix $(RUNS)/,$(ENCODINGS)) --lengths 128 256 512 1024 2048 --out $(RUNS)/report
 	@echo "The picture: $(RUNS)/report/perplexity.png, $(RUNS)/report/entropy.png; all of it: $(RUNS)/report/report.html"
 
-# A model this small leaves a second core idle: two runs at once take less time than one after the other.
+# A model this small leaves a second core idle: two runs at once take less time than one after the other. Each writes to
+# a file, whose last lines are shown when it is done: GNU make 3.81, which macOS has, cannot keep two outputs apart.
 demo-%: $(BIN)/.installed
-	@echo "$*:"
-	@$(BIN)/python train.py --config configs/tiny.py --workdir $(RUNS)/$* --model.encoding $*
+	@mkdir -p $(RUNS)
+	@echo "$*: trains, and writes to $(RUNS)/$*.log"
+	@$(BIN)/python train.py --config configs/tiny.py --workdir $(RUNS)/$* --model.encoding $* > $(RUNS)/$*.log 2>&1 || \
+		{ tail -n 20 $(RUNS)/$*.log; echo "$*: failed"; exit 1; }
+	@echo "$*: `tail -n 1 $(RUNS)/$*.log`"
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .
@@ -69,7 +74,7 @@ test-oracles: $(BIN)/.installed-test
 	$(BIN)/pytest -m oracle
 
 study: $(BIN)/.installed
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target --file configs/study/Makefile PYTHON=$(BIN)/python
+	@$(MAKE) --no-print-directory --jobs 2 --file configs/study/Makefile PYTHON=$(BIN)/python
 
 benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention

@@ -6,7 +6,7 @@
 # The options are train.py's; workdir and data.dir must be on a disk that all nodes see, or the workdir in a bucket.
 # Every GPU gets a process of its own: under SLURM, JAX gives process i of a node its GPU i. So --ntasks-per-node is the
 # number of GPUs of a node, all of which every process must see (not --gpus-per-task).
-# Needs .venv with pip install --editable . 'jax[cuda13]', made on a node like these.
+# Needs .venv with pip install --editable '.[train]' 'jax[cuda13]', made on a node like these.
 
 #SBATCH --job-name=nope
 #SBATCH --nodes=1

@@ -1,5 +1,6 @@
 """How causal transformers know where tokens stand, and what happens past the training length."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,13 +11,15 @@ __all__ = ["Decoder", "ModelConfig", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: the attention functions alone need no Flax.
-    if name in ("Decoder", "generate"):
-        from nope_jax import models
+    # On demand: the attention functions alone need neither Flax nor what else the decoder is made of.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module("nope_jax.config" if name == "ModelConfig" else "nope_jax.models")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"nope_jax.{name} needs {error.name}: pip install 'nope_jax[train]'") from error
+    return getattr(module, name)
 
-        return getattr(models, name)
-    if name == "ModelConfig":
-        from nope_jax.config import ModelConfig
 
-        return ModelConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

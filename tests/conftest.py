@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "state")
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
@@ -40,3 +40,13 @@ def compiled_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
+
+
+_compilations: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: _compilations.append(event))
+
+
+@pytest.fixture
+def compilations() -> Callable[[], int]:
+    """How many programs have been compiled, or read from the cache on disk, so far."""
+    return lambda: _compilations.count("/jax/core/compile/backend_compile_duration")

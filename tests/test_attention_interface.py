@@ -17,7 +17,7 @@ from nope_jax.attention import (
     rope_attention,
     t5_attention,
 )
-from nope_jax.encodings import NoPE
+from nope_jax.encodings import DistanceLogit, NoPE
 
 # --- Inside Flax's own attention layers
 
@@ -249,3 +249,22 @@ def test_alibi_and_t5_refuse_parameters_for_another_number_of_heads():
         t5_attention(*inputs(), table=np.ones((32, 3), np.float32))
     with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
         t5_attention(*inputs(), table=np.ones(32, np.float32))
+
+
+# --- Outside of jit
+
+
+@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+def test_a_function_of_distance_made_anew_in_every_call_is_compiled_once(implementation, compilations):
+    query, key, value = inputs()
+    slopes = np.linspace(1.0, 2.0, 4)
+
+    def attend(slope):
+        bias = DistanceLogit(lambda slopes, distance: -slope * jnp.multiply.outer(slopes, distance), slopes)
+        return dot_product_attention(query, key, value, logit=bias, implementation=implementation)
+
+    attend(1.0)
+    before = compilations()
+    out = attend(2.0)
+    assert compilations() == before
+    assert_close(out, alibi_attention(query, key, value, slopes=2.0 * slopes, implementation="reference"))

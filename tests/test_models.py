@@ -1,6 +1,8 @@
 """The decoder: schedules, statistics, dtypes, packing, and encodings of a user's own."""
 
 import dataclasses
+import gc
+import weakref
 
 import chex
 import jax
@@ -11,7 +13,7 @@ import pytest
 from attention_cases import others_slow
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import Decoder, ModelConfig, generate
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, RoPE, Sizes
 from nope_jax.models import decoder as decoder_module
@@ -267,3 +269,31 @@ def test_losses_in_chunks_are_the_losses(monkeypatch):
     np.testing.assert_allclose(chunked(state), whole(state), rtol=1e-5, atol=1e-6)
     gradients = [jax.grad(lambda s, f=f: f(s).sum())(state) for f in (chunked, whole)]
     chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nope", "recursive", "t5", "cope"])
+def test_what_is_called_again_outside_of_jit_is_not_compiled_again(name, compilations):
+    model = decoder(encoding=name)
+
+    def call():
+        model(TOKENS, return_stats=True)
+        _, cache = model.decode_step(TOKENS[:, :3], model.init_cache(2, 24))
+        model.decode_step(TOKENS[:, 3:4], cache)
+        generate(model, TOKENS[:, :3], max_new_tokens=2)
+
+    call()
+    before = compilations()
+    call()
+    assert compilations() == before
+
+
+def test_decoders_of_one_structure_share_what_is_compiled_which_keeps_none_of_them(compilations):
+    first, second = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    logits = first(TOKENS)
+    before = compilations()
+    assert not np.array_equal(second(TOKENS), logits)
+    assert compilations() == before
+    parameter = weakref.ref(first.embedding[...])
+    del first
+    gc.collect()
+    assert parameter() is None

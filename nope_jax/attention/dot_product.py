@@ -118,6 +118,10 @@ def dot_product_attention(
     )
     if is_causal and isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, function=_Past(logit.function))
+    if isinstance(logit, DistanceLogit) and visibility.contiguous and not isinstance(query, jax.core.Tracer):
+        # Outside of jit the function may be a new one in every call, and what it is part of be compiled as often.
+        values = logit.function(logit.parameters, jnp.arange(1 - query_length, key_length))
+        logit = DistanceLogit(_Tabulated(1 - query_length), values)
     factor = _temperature(temperature, batch, num_heads, query_length) / math.sqrt(head_dim)
     if implementation is None:
         small = query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1
@@ -166,6 +170,17 @@ class _Past:
 
     def __call__(self, parameters, distance):
         return self.function(parameters, jnp.maximum(distance, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tabulated:
+    """A function of distance whose values [N, distances] are its parameters."""
+
+    first: int
+    """The smallest distance; those that padding asks for beside the values have that of the nearest."""
+
+    def __call__(self, values, distance):
+        return values[:, jnp.clip(distance - self.first, 0, values.shape[1] - 1)]
 
 
 def check_arrays(query, key, value) -> None:

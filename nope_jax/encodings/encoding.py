@@ -104,6 +104,10 @@ class _Method:
 class _Term:
     """A function and the arrays it needs: a pytree whose function is static.
 
+    jit compiles once for each function, so define it once (in a module, or as a method of a frozen dataclass) and give
+    it its numbers as `parameters`. Only a `DistanceLogit` outside of jit, where positions run on, may have a new lambda
+    in every call.
+
     Which axis of each array counts the query heads is said in `heads`, in the order of `jax.tree.leaves(term)`, None
     for an array that serves all of them. Where devices share the heads among them, each gives the function its own
     share of queries, keys and arrays; where `heads` is None, each has to compute all.

@@ -58,8 +58,10 @@ class Chunked(Wrapper):
         return inner._replace(chunk_size=min(self.chunk_size, inner.chunk_size or self.chunk_size))
 
 
-SMOLLM3: tuple[Encoding, ...] = (*[RoPE(base=2_000_000.0)] * 3, NoPE())
-"""SmolLM3 (Hugging Face 2025): every fourth layer has no positions, the others RoPE with base 2·10⁶.
+SMOLLM3: tuple[Encoding, ...] = (*[RoPE(base=5_000_000.0)] * 3, NoPE())
+"""SmolLM3 (Hugging Face 2025): every fourth layer has no positions, the others RoPE with base 5·10⁶.
+
+The base is that of the released model, which reads 64 k tokens.
 
 The idea is RNoPE's (Yang et al. 2025, arXiv 2501.18795), here with full attention in all layers."""
 

@@ -3,6 +3,8 @@
 Shapes: B batch, T length, L layers, N query heads, D model width, V vocabulary; P the encodings' period.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,23 @@ class Cache(NamedTuple):
     """The last embeddings before each encoding's input place, as many as it looks back."""
     pasts: list[Past]
     """Per place in the encodings' period, layers on a leading axis: [layers, B, S, ...]."""
+
+
+def _compiled(method: Callable) -> Callable:
+    """A method of the decoder as one program: outside of jit too, it is compiled once for all decoders of a structure.
+
+    jit keeps the structure, and none of the parameters.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "return_stats"))
+    def program(structure, state, *args, **keywords):
+        return method(nnx.merge(structure, state), *args, **keywords)
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **keywords):
+        return program(*nnx.split(self), *args, **keywords)
+
+    return wrapped
 
 
 class Decoder(nnx.Module):
@@ -155,8 +174,13 @@ class Decoder(nnx.Module):
         self.check_tokens(tokens, positions)
         positions = per_token("positions", positions, *tokens.shape)
         segment_ids = per_token("segment_ids", segment_ids, *tokens.shape)
+        return self._enter(tokens, positions, segment_ids, key, length=self._bound(tokens, positions))
+
+    @_compiled
+    def _enter(self, tokens, positions, segment_ids, key, *, length: int):
+        """`enter` after its checks; all positions are below `length`."""
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        seen = Tokens(tokens, where, segment_ids, self._bound(tokens, positions))
+        seen = Tokens(tokens, where, segment_ids, length)
 
         shared = self._shared()
         x = self._embed(tokens)
@@ -233,10 +257,15 @@ class Decoder(nnx.Module):
         (batch, steps), (_, rows, room) = tokens.shape, cache.pasts[0].key.shape[:3]
         if batch != rows:
             raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
-        start, used = cache.length, _values(cache.length)
+        used = _values(cache.length)
         if steps + (0 if used is None else int(used)) > room:
             raise ValueError(f"tokens: {steps} more do not fit the cache, which has room for {room} and holds {used}")
-        tokens = jnp.asarray(tokens)
+        return self._decode_step(jnp.asarray(tokens), cache, temperature, return_stats=return_stats)
+
+    @_compiled
+    def _decode_step(self, tokens, cache, temperature, *, return_stats: bool):
+        """`decode_step` after its checks."""
+        start, steps, room = cache.length, tokens.shape[1], cache.pasts[0].key.shape[2]
         where, everywhere = start + jnp.arange(steps)[None], jnp.arange(room)[None]
 
         shared = self._shared()
@@ -281,6 +310,7 @@ class Decoder(nnx.Module):
         # The scale of a sinusoid, as in Vaswani et al. 2017.
         return constrain((rows * self.config.model_dim**0.5).astype(self.config.dtype), RESIDUAL)
 
+    @_compiled
     def _layers(self, x, arguments, *, temperature, return_stats, pasts=None, start=0):
         """All layers and the last norm: output, statistics [L, B, N, T], and the pasts with these tokens in them.
 

@@ -18,9 +18,10 @@ def make():
 
 
 def smollm3():
+    """With the base of SmolLM3-3B's configuration; the model class has another by default."""
     from transformers import SmolLM3Config, SmolLM3Model
 
-    config = SmolLM3Config(**SHAPE)
+    config = SmolLM3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 5_000_000.0})
     return {"layers": config.no_rope_layers, **attention(SmolLM3Model, config)}
 
 

@@ -1,0 +1,85 @@
+"""Every attention function where no package is installed but jax, numpy and jaxtyping, which `test_layout.py` runs.
+
+Each is called twice, and compiled by the first call alone.
+"""
+
+# ruff: noqa: E402
+
+import sys
+from importlib.machinery import PathFinder
+from importlib.metadata import packages_distributions
+
+DECLARED = {"jax", "numpy", "jaxtyping"}
+THEIRS = {"jaxlib", "ml_dtypes", "opt_einsum", "scipy", "wadler_lindig"}
+REFUSED = packages_distributions().keys() - DECLARED - THEIRS - {"nope_jax"}
+
+
+class Others(PathFinder):
+    """Finds what is installed but for the packages refused."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in REFUSED else super().find_spec(name, path, target)
+
+
+assert "flax" in REFUSED
+sys.meta_path[sys.meta_path.index(PathFinder) :] = [Others]
+
+import jax
+import jax.numpy as jnp
+
+import nope_jax
+import nope_jax.attention
+import nope_jax.encodings
+
+T, N, H, D = 8, 2, 4, 6
+PARAMETERS = {
+    "alibi": {},
+    "cope": {"embeddings": jnp.ones((5, H))},
+    "deberta": {
+        "relative": jnp.ones((4, D)),
+        "key_kernel": jnp.ones((D, N, H)),
+        "query_kernel": jnp.ones((D, N, H)),
+    },
+    "fire": {"hidden_weights": jnp.ones(3), "hidden_bias": jnp.ones(3), "weights": jnp.ones((3, N))},
+    "forgetting": {"log_forget": -jnp.ones((1, T, N))},
+    "kerple": {"r1": jnp.ones(N), "r2": jnp.ones(N)},
+    "nezha": {},
+    "nope": {},
+    "rope": {},
+    "shaw": {"key_table": jnp.ones((5, H)), "value_table": jnp.ones((5, H))},
+    "t5": {"table": jnp.ones((8, N))},
+    "transformer_xl": {
+        "content_bias": jnp.ones((N, H)),
+        "position_bias": jnp.ones((N, H)),
+        "position_kernel": jnp.ones((D, N, H)),
+    },
+    "tupe": {
+        "positions": jnp.ones((T, D)),
+        "query_kernel": jnp.ones((D, N, H)),
+        "key_kernel": jnp.ones((D, N, H)),
+    },
+    "xpos": {},
+}
+names = {name.removesuffix("_attention") for name in nope_jax.attention.__all__ if name.endswith("_attention")}
+assert names - {"dot_product", "encoded"} == PARAMETERS.keys(), names ^ PARAMETERS.keys()
+
+events = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
+query, key, value = jax.random.normal(jax.random.key(0), (3, 1, T, N, H))
+for name, parameters in PARAMETERS.items():
+    attend = getattr(nope_jax.attention, f"{name}_attention")
+    out = attend(query, key, value, **parameters)
+    assert out.shape == query.shape, name
+    assert jnp.isfinite(out).all(), name
+    events.clear()
+    attend(query, key, value, **parameters)
+    assert not events, (name, events)
+
+for name in nope_jax.__all__:
+    try:
+        getattr(nope_jax, name)
+    except ImportError as error:
+        assert "pip install 'nope_jax[train]'" in str(error), error
+    else:
+        raise AssertionError(f"{name} did without the packages of nope_jax[train]")
