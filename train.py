@@ -30,9 +30,9 @@ def main() -> None:
     config, workdir, compile_for, place = parse_train(sys.argv[1:])
     # Seconds of imports, which bad arguments need not wait for.
     if compile_for is not None:
-        from nope_jax.training.ahead import compile_ahead, describe
+        from nope_jax.training.ahead import report
 
-        print(describe(config, compile_for, compile_ahead(config, compile_for)))
+        print(report(config, compile_for))
         return
     from nope_jax.training import train
 

@@ -4,9 +4,10 @@
 
 Needs libtpu (`pip install '.[tpu]'`) and no TPU. A cell of the table is one decoder on one slice. For each, a few
 meshes are tried, most promising first, with as many rows at a time as a rough reckoning says will fit, and half as many
-where the compiler then finds that they do not. Each compilation takes minutes of one core. Each result is appended to
-the results file, and the table written anew, so that the command goes on where it was stopped. After a change to what
-is compiled, take the old lines out.
+where the compiler then finds that they do not. Each compilation, of a training step and of the validation loss, takes
+minutes of one core; the memory in the table is that of the larger. Each result is appended to the results file, and the
+table written anew, so that the command goes on where it was stopped. After a change to what is compiled, take the old
+lines out.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
 from nope_jax.evaluation.files import replace_file
+from nope_jax.models.decoder import LOGITS_AT_ONCE
 from nope_jax.training.ahead import GIB, DoesNotFitError, compile_ahead
 from nope_jax.training.flops import CHIPS
 
@@ -108,7 +110,8 @@ def reckoned(config: Config, chips: int, rows: int) -> float:
     state = (12 + 2 * 4) * weights / parts  # and gradients, twice for a moment
     gathered = 3 * 2 * max(layer, model.vocab_size * d) / mesh.tensor
     kept = 2 * layers * tokens * d
-    within = tokens * (2 * 8 * d + (2 * 6 * f + 4 * 3 * model.vocab_size) / mesh.tensor)
+    logits = min(tokens * model.vocab_size / mesh.tensor, LOGITS_AT_ONCE)
+    within = tokens * (2 * 8 * d + 2 * 6 * f / mesh.tensor) + 4 * 3 * logits
     return state + gathered + kept + within
 
 
@@ -152,14 +155,14 @@ def compiled(config: Config, cell: Cell) -> dict:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
     made = {"date": str(datetime.date.today()), "versions": versions}
     try:
-        estimate = compile_ahead(config, cell[2], validates=False)
+        estimate = compile_ahead(config, cell[2])
     except DoesNotFitError as error:
         return {"fits": False, "says": str(error)} | made
     return made | {
         "fits": True,
         "accumulation": config.optimizer.accumulation,
         "tokens": config.data.batch_size * config.data.context_length,
-        "memory": estimate.training._asdict(),
+        "memory": max(estimate.training, estimate.validation, key=lambda memory: memory.total)._asdict(),
         "computing": estimate.computing,
         "communicating": estimate.communicating,
         "sent": estimate.sent,

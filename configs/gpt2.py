@@ -7,9 +7,11 @@ The second is GPT-2 but for RMSNorm, no biases, and embeddings scaled by the roo
 50,257 is padded to a multiple of 128, which accelerators multiply faster. Steps of 0.5 M tokens, 10 B of them, learning
 rate and warm-up are those of llm.c's reproduction (github.com/karpathy/llm.c, scripts/run_gpt2_124M.sh).
 
-Parameters and optimizer take 1.4 GiB on each chip, or a share of that with --mesh.fsdp -1. Activations grow with the
-rows that a chip has at a time: on 4 chips (that mesh, --optimizer.accumulation 8 --compile_for v5e:2x2, 2026-11-21)
-each needs 4.7 of its 16 GiB.
+On four TPU v5e chips, with parameters and optimizer shared among them,
+
+    python train.py --config configs/gpt2.py --mesh.fsdp -1 --compile_for v5e:2x2
+
+says that each needs 1.5 of its 16 GiB (2026-11-21): a step's rows are taken in eight microbatches.
 
 Needs the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
 path below.
@@ -34,6 +36,6 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds:c4/en", tokenizer="tokenizers/gpt2/tokenizer.json", context_length=1024, batch_size=512
         ),
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=700),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=700, accumulation=8),
         train=TrainConfig(steps=19_000, log_every=10, checkpoint_every=1000, eval_every=1000, eval_batches=8),
     )

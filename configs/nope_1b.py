@@ -2,8 +2,11 @@
 
     python train.py --config configs/nope_1b.py --workdir runs/nope_1b
 
-Parameters, gradients and optimizer are split over all chips. On 16 chips (--optimizer.accumulation 8 --compile_for
-v5e:4x4, 2026-11-20) each needs 6.0 of its 16 GiB, of which parameters and optimizer are 0.8.
+Parameters, gradients and optimizer are split over all chips. On 16 of TPU v5e
+
+    python train.py --config configs/nope_1b.py --compile_for v5e:4x4
+
+says that each needs 8.0 of its 16 GiB (2026-11-21): a step's rows are taken in four microbatches.
 
 Zhang et al. 2024 (TinyLlama, arXiv 2401.02385) give shape, steps of 2 M tokens and learning rate; 50,000 of these steps
 are 100 B tokens. Wang et al. then tune the temperature of its heads to read further: eval.py tune.
@@ -31,7 +34,7 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds:c4/en", tokenizer="tokenizers/llama2/tokenizer.json", context_length=2048, batch_size=1024
         ),
-        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=2000),
+        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=2000, accumulation=4),
         train=TrainConfig(steps=50_000, log_every=10, checkpoint_every=1000, eval_every=1000, eval_batches=4),
         mesh=MeshConfig(fsdp=-1),
     )

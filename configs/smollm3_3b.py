@@ -2,8 +2,12 @@
 
     python train.py --config configs/smollm3_3b.py --workdir runs/smollm3_3b
 
-Parameters and optimizer are 34 GiB, split over all chips, whose number must divide the 576 rows of the batch. On 64
-(--compile_for v6e:8x8, 2026-11-21) each needs 24.7 of its 32 GiB, of which parameters and optimizer are 0.5.
+Parameters and optimizer are 34 GiB, split over all chips, whose number must divide the 576 rows of the batch. On 64 of
+TPU v6e
+
+    python train.py --config configs/smollm3_3b.py --compile_for v6e:8x8
+
+says that each needs 11.3 of its 32 GiB (2026-11-21).
 
 Three layers of RoPE, then one without positions: the schedule "smollm3". Tied embeddings, attention within documents,
 2.36 M tokens per step, learning rate and warm-up as published. Their rate stays flat and falls at the end, here it

@@ -119,9 +119,10 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(names, x.shape, sizes)) if sizes else x
 
 
-def ways(name: str) -> int:
-    """Over how many devices of the mesh in context `constrain` splits a logical axis."""
-    return math.prod(_auto_sizes().get(axis, 1) for axis in _several(RULES[name]))
+def ways(name: str, size: int = 0) -> int:
+    """Over how many devices of the mesh in context `constrain` splits a logical axis; of a size that they divide."""
+    devices = math.prod(_auto_sizes().get(axis, 1) for axis in _several(RULES[name]))
+    return devices if size % devices == 0 else 1
 
 
 def _auto_sizes() -> dict[str, int]:

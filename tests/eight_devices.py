@@ -40,7 +40,7 @@ def config(mesh: dict[str, Any], model: dict[str, Any], accumulation: int, optim
     )
 
 
-def train_steps(cases: list[tuple], steps: int) -> list[dict[str, Any]]:
+def train_steps(cases: list[tuple], steps: int, logits_at_once: int | None = None) -> list[dict[str, Any]]:
     """For each case, the arguments of `config`: the compiled step, and the state after so many of them.
 
     Batches are the same in all of them. Without steps there is no state, only the shapes of its arrays.
@@ -49,10 +49,14 @@ def train_steps(cases: list[tuple], steps: int) -> list[dict[str, Any]]:
     import numpy as np
 
     from nope_jax.data import Batch
+    from nope_jax.models import decoder
     from nope_jax.sharding import make_mesh, place_batch
     from nope_jax.training.optimizer import make_optimizer
     from nope_jax.training.state import abstract_state, init_state
     from nope_jax.training.step import jit_train_step
+
+    if logits_at_once is not None:
+        decoder.LOGITS_AT_ONCE = logits_at_once
 
     def by_name(tree: Any) -> dict[str, Any]:
         return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -86,7 +90,9 @@ def train_steps(cases: list[tuple], steps: int) -> list[dict[str, Any]]:
     return found
 
 
-def in_context(axis_types: list[str | None], model: dict[str, Any]) -> list[dict[str, Any]]:
+def in_context(
+    axis_types: list[str | None], model: dict[str, Any], logits_at_once: int | None = None
+) -> list[dict[str, Any]]:
     """For each type of axes, None being one device: loss, its gradient, logits and what else a decoder gives."""
     import jax
     import numpy as np
@@ -95,10 +101,12 @@ def in_context(axis_types: list[str | None], model: dict[str, Any]) -> list[dict
 
     from nope_jax import Decoder
     from nope_jax.data import Batch
-    from nope_jax.models import generate
+    from nope_jax.models import decoder, generate
     from nope_jax.sharding import AXES
     from nope_jax.training.step import total_nll
 
+    if logits_at_once is not None:
+        decoder.LOGITS_AT_ONCE = logits_at_once
     graphdef, params = nnx.split(Decoder(config({}, model, 1).model, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 64, (4, 17), np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])

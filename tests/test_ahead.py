@@ -1,9 +1,12 @@
 """Compiling for a slice that is not there: its names and refusals, the arithmetic of the estimate, and one real one."""
 
+import ast
+import functools
 import importlib.util
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 
 from benchmarks import pods
@@ -24,7 +28,7 @@ from nope_jax.data import Batch
 from nope_jax.models import Decoder
 from nope_jax.sharding import AXES, check_fits, make_mesh
 from nope_jax.training import ahead
-from nope_jax.training.ahead import SLICES, Estimate, Memory, cycles, describe, slice_devices
+from nope_jax.training.ahead import SLICES, DoesNotFitError, Estimate, Memory, cycles, describe, slice_devices
 from nope_jax.training.flops import CHIPS, model_flops_per_token
 from nope_jax.training.step import total_nll
 
@@ -256,21 +260,66 @@ def test_links_that_a_collective_can_use():
 )
 def test_what_the_compiler_lacks_is_said_in_numbers(message):
     kept = Memory(parameters=2**30, optimizer=2**31, temporaries=0, other=0)
-    said = ahead._shortage(message, kept)
-    assert said.startswith("it needs 40.25 GiB of the 15.75 GiB there are (parameters 1.00 GiB, optimizer 2.00 GiB")
+    error = ahead._shortage("it does not fit", message, kept)
+    said = "it does not fit: it needs 40.25 GiB of the 15.75 GiB there are (parameters 1.00 GiB, optimizer 2.00 GiB"
+    assert str(error).startswith(said)
+    assert (error.needed, error.available, error.kept) == (40.25 * 2**30, 15.75 * 2**30, 3 * 2**30)
 
 
-def test_remedies_are_those_not_taken_yet():
-    mesh = jax.sharding.AbstractMesh((4, 2, 1, 1), ("data", "fsdp", "tensor", "sequence"))
-    config = override(Config(), {"data.batch_size": 32, "model.num_kv_heads": 2})
-    said = ahead._remedies(config, mesh)
-    assert said == (
-        "model.remat True, mesh.fsdp 8 and mesh.data 1, optimizer.accumulation 4 or a smaller data.batch_size, "
-        "mesh.tensor up to 2, a larger slice or one of chips with more memory"
-    )
-    least = jax.sharding.AbstractMesh((1, 32, 2, 1), ("data", "fsdp", "tensor", "sequence"))
-    said = ahead._remedies(override(config, {"model.remat": True}), least)
-    assert said == "a larger slice or one of chips with more memory"
+@pytest.mark.parametrize(
+    ("state", "row", "settings", "says", "compiled"),
+    [
+        # By the rows: of 15 GiB 8 are kept, and 7 are a ninth of what 16 rows take; or 14 are a fifth.
+        (8, 4, {}, "it fits with --optimizer.accumulation 16", 2),
+        (8, 4, {"mesh.fsdp": 8}, "it fits with --optimizer.accumulation 8", 2),
+        # It takes more than 16 microbatches can do, and what comes next in cost.
+        (16, 4, {}, "it fits with --mesh.data 1 --mesh.fsdp 8 --optimizer.accumulation 8", 2),
+        (8, 20, {"mesh.fsdp": 8}, "it fits with --model.remat True --optimizer.accumulation 16", 3),
+        (
+            8,
+            40,
+            {"mesh.fsdp": 8, "model.remat": True},
+            "it fits with --mesh.data 1 --mesh.fsdp 2 --mesh.tensor 4 --optimizer.accumulation 32",
+            3,
+        ),
+        (
+            8,
+            400,
+            {"mesh.fsdp": 8, "model.remat": True, "model.num_kv_heads": 1},
+            "nor does it fit with --optimizer.accumulation 16",
+            2,
+        ),
+        (8, 400, {"mesh.fsdp": 8, "model.remat": True, "model.num_kv_heads": 1, "data.batch_size": 8}, "nothing", 1),
+    ],
+)
+def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, says, compiled, monkeypatch):
+    """A compiler of the test's own, for eight chips: what the state takes of them, and a row of a microbatch, GiB."""
+    config = override(Config(), {"data.batch_size": 128} | settings)
+    tried: list[Config] = []
+
+    def mesh_of(mesh: MeshConfig, _) -> jax.sharding.AbstractMesh:
+        sizes = mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence
+        return jax.sharding.AbstractMesh((8 // math.prod(sizes[1:]), *sizes[1:]), AXES)
+
+    def compile_ahead(config: Config, _) -> None:
+        tried.append(config)
+        sizes = mesh_of(config.mesh, None).shape
+        rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * config.optimizer.accumulation)
+        kept = state / (sizes["fsdp"] * sizes["tensor"])
+        needed = kept + rows * row / sizes["tensor"] / (2 if config.model.remat else 1)
+        if needed > 15:
+            raise DoesNotFitError("too much", needed, 15, kept)
+
+    monkeypatch.setattr(ahead, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(ahead, "make_mesh", mesh_of)
+    monkeypatch.setattr(ahead, "slice_devices", lambda _: None)
+    with pytest.raises(DoesNotFitError, match=f"^too much; .*{says}"):
+        ahead.report(config, "v5e:2x4")
+    assert len(tried) == compiled
+    named = {name: value == "True" or int(value) for name, value in re.findall(r"--(\S+) (\w+)", says)}
+    assert override(config, named) == tried[-1]
+    for one in tried:
+        check_fits(one, mesh_of(one.mesh, None))
 
 
 def test_memory_is_the_peak_and_the_program_itself():
@@ -374,4 +423,94 @@ def test_a_run_that_does_not_fit_says_what_would_help():
     assert re.search(
         r"the training step does not fit a chip of v5e:1x1: it needs \S+ GiB of the 15.75 GiB", done.stderr
     )
-    assert "model.remat True, optimizer.accumulation 65536" in done.stderr
+    assert re.search(r"; it fits with --optimizer.accumulation \d+\n$", done.stderr)
+
+
+# What the files say of slices
+
+
+SLICES_OF_HOSTS = {f"v5litepod-{math.prod(map(int, shape.split('x')))}": f"v5e:{shape}" for shape in SLICES["v5e"]}
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands that a file shows: the blocks of a page, the comment of a script, the docstring of a module."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S))
+    elif path.suffix == ".py":
+        text = "\n".join(re.findall(r"^    (.*)", ast.get_docstring(ast.parse(text)) or "", re.M))
+    elif path.suffix == ".yaml":
+        job = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        of_node, container = job["nodeSelector"], job["containers"][0]
+        kind, topology = (of_node[f"cloud.google.com/gke-tpu-{name}"] for name in ("accelerator", "topology"))
+        generation = {"tpu-v5-lite-podslice": "v5e", "tpu-v6e-slice": "v6e", "tpu-v5p-slice": "v5p"}[kind]
+        return [[*container["command"], *container["args"], f"--compile_for={generation}:{topology}"]]
+    else:
+        text = "\n".join(re.findall(r"^#   +(.*)", text, re.M))
+    return [
+        shlex.split(line, comments=True)
+        for line in text.replace("\\\n", " ").splitlines()
+        if "train.py" in line or ".sh" in line
+    ]
+
+
+def runs_on_slices() -> dict[tuple[str, str], Config]:
+    """By file and slice: every run that a command of the files puts on a slice of TPUs, or compiles for one."""
+    found = {}
+    shown = ["README.md", "train.py", "docs/*.md", "configs/**/*.py", "launch/*.sh", "launch/*.yaml"]
+    for path in sorted(path for pattern in shown for path in ROOT.glob(pattern)):
+        for words in commands_of(path):
+            named = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
+            if "command" in named:  # of xpk
+                words = shlex.split(named["command"])
+            programs = [i for i, word in enumerate(words) if re.search(r"train\.py$|tpu\.sh$", word)]
+            if not programs:
+                continue
+            kind = named.get("TYPE", named.get("tpu-type", ""))
+            if not kind and not any(word.startswith("--compile_for") for word in words):
+                continue
+            arguments = parse_train(words[programs[-1] + 1 :])
+            slice_name = arguments.compile_for or SLICES_OF_HOSTS[kind]
+            found[str(path.relative_to(ROOT)), slice_name] = arguments.config
+    return found
+
+
+@pytest.fixture
+def runs(monkeypatch) -> dict[tuple[str, str], Config]:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("nope_jax.paths.importlib.util.find_spec", lambda name: "installed")
+    return runs_on_slices()
+
+
+SHOWN = [
+    ("README.md", "v5e:16x16"),
+    ("configs/gpt2.py", "v5e:2x2"),
+    ("configs/nope_1b.py", "v5e:4x4"),
+    ("configs/smollm3_3b.py", "v6e:8x8"),
+    ("configs/t5_base_decoder.py", "v5e:1x1"),
+    ("docs/pods.md", "v5e:16x16"),
+    ("docs/pods.md", "v5e:2x4"),
+    ("docs/pods.md", "v5e:4x4"),
+    ("launch/jobset.yaml", "v5e:4x4"),
+    ("launch/tpu.sh", "v5e:4x4"),
+    ("train.py", "v5e:16x16"),
+]
+
+
+def test_the_runs_on_slices_that_the_files_show_are_known(runs):
+    assert sorted(runs) == SHOWN
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("file", "slice_name"), SHOWN)
+def test_every_run_that_the_files_put_on_a_slice_fits_it(runs, file, slice_name):
+    estimate = compiled_once(runs[file, slice_name], slice_name)
+    said = (ROOT / file).read_text(encoding="utf-8")
+    most = max(estimate.training.total, estimate.validation.total) / 2**30
+    if file.startswith("configs/"):  # which say how much; compilers differ a little
+        assert float(re.search(r"(\d+\.\d) of its \d+ GiB", said)[1]) == pytest.approx(most, rel=0.1)
+
+
+@functools.cache
+def compiled_once(config: Config, slice_name: str) -> Estimate:
+    return ahead.compile_ahead(config, slice_name)

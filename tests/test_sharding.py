@@ -242,6 +242,28 @@ def test_a_step_moves_what_fsdp_and_tensor_parallelism_mean():
     assert {one.times for one in found if one.loops} == {2}
 
 
+def test_a_loss_in_chunks_is_that_of_one_device_and_gathers_neither_rows_nor_vocabulary():
+    """Each device has the logits of 16 of its 128 or 64 tokens at a time."""
+    sequence = {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2}
+    cases = [({"data": 1}, GROUPED, 1), (MESH, GROUPED, 1), (sequence, GROUPED, 1)]
+    (one, run, spread), complaints = results("train_steps", cases, 2, 16 * 32)
+    assert "Involuntary full rematerialization" not in complaints
+    for other in run, spread:
+        assert_same(other, one)
+    found = collectives(run["text"])
+    layers = [math.prod(shape[1:]) for name, shape in kernels(run).items() if "blocks" in name]
+    tables = [math.prod(shape) for name, shape in kernels(run).items() if "blocks" not in name]
+    assert {one.times for one in found if one.loops} == {2, 8}
+    # The head is gathered once, and its gradient summed once: loops over layers or chunks move what the layers do,
+    assert moved(found, "all-gather", MESH, "fsdp", loops=1) == Counter(size // 2 for size in layers * 2)
+    assert moved(found, "all-gather", MESH, "fsdp") == Counter(size // 2 for size in tables)
+    assert moved(found, "all-reduce", MESH, "fsdp", loops=1) == Counter(size // 2 for size in layers)
+    assert moved(found, "all-reduce", MESH, "data", loops=1) == Counter(size // 4 for size in layers)
+    # and, between the devices that share the vocabulary, gradients of a chunk's hidden states and a number per token.
+    assert set(moved(found, "all-reduce", MESH, "tensor", loops=1)) == {16 // 4 * 32 * 16, 16 * 16, 16}
+    assert {one.kind for one in found} == {"all-gather", "all-reduce"}
+
+
 @pytest.fixture(scope="module")
 def on_other_meshes() -> tuple[dict[str, list[dict[str, Any]]], str]:
     """By kind of model: its run on one device, and those on other meshes."""
@@ -300,8 +322,11 @@ def test_zero1_gathers_its_parameters_once_a_step(on_other_meshes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [{"num_kv_heads": 2}, {"encoding": "kerple"}])
-def test_auto_and_explicit_axes_give_the_numbers_of_one_device(model):
-    (one, *others), _ = results("in_context", [None, "Auto", "Explicit"], {**model, "num_layers": 2})
+@pytest.mark.parametrize(
+    ("model", "logits_at_once"),
+    [({"num_kv_heads": 2}, None), ({"num_kv_heads": 2}, 64 * 4), ({"encoding": "kerple"}, None)],
+)
+def test_auto_and_explicit_axes_give_the_numbers_of_one_device(model, logits_at_once):
+    (one, *others), _ = results("in_context", [None, "Auto", "Explicit"], {**model, "num_layers": 2}, logits_at_once)
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max())), other, one)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,13 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from nope_jax.data import Batch
+from nope_jax.models import decoder
 from nope_jax.sharding import make_mesh
 from nope_jax.training import Interrupted, loop, resume, train
-from nope_jax.training.metrics import MetricsLog
+from nope_jax.training.metrics import MetricsLog, has_validation
 from nope_jax.training.optimizer import OPTIMIZERS, decays, learning_rate_schedule, make_optimizer
 from nope_jax.training.state import abstract_state, init_state
-from nope_jax.training.step import train_step
+from nope_jax.training.step import jit_train_step, jit_validation, train_step
 
 ROOT = Path(__file__).parents[1]
 RUN = "import sys; from nope_jax import config, training; training.train(config.load(sys.argv[1]), sys.argv[1])"
@@ -201,6 +203,40 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
     assert losses(tmp_path) == losses(finished)
     model, expected = load_model(tmp_path)[1], load_model(finished)[1]
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected))
+
+
+@pytest.mark.parametrize("eval_every", [4, 100], ids=["on the way", "at the end"])
+def test_a_run_killed_during_validation_keeps_its_step_and_measures_when_it_goes_on(
+    config, tmp_path, monkeypatch, capsys, eval_every
+):
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=eval_every))
+    train(config, tmp_path / "never_killed")
+    step = min(eval_every, config.train.steps)
+
+    def die(*_):
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(loop.Record, "validation", die)
+        train(config, tmp_path / "run")
+    assert load_model(tmp_path / "run")[2] == step
+    assert not has_validation(tmp_path / "run", step)
+    train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+    capsys.readouterr()
+    train(config, tmp_path / "run")
+    assert "already finished at step 12" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+
+
+def test_a_validation_that_does_not_compile_ends_the_run_before_its_first_step(config, tmp_path, monkeypatch):
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(loop, "jit_validation", lambda *_: types.SimpleNamespace(lower=too_large))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        train(config, tmp_path)
+    assert lines(tmp_path) == []
 
 
 def test_a_finished_run_says_so_and_a_shorter_one_is_refused(config, finished, capsys):
@@ -444,6 +480,31 @@ def test_accumulated_microbatches_make_the_update_of_the_whole_batch(config):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.params, accumulated.params)
     np.testing.assert_allclose(accumulated_metrics["loss"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(accumulated_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+
+
+def test_neither_step_nor_validation_holds_the_logits_of_a_batch(config, monkeypatch):
+    """Rows come in microbatches, and of a microbatch the logits of a few tokens at a time."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=8192))
+    optimizer, rows = make_optimizer(config.optimizer, 1), jax.ShapeDtypeStruct((64, 64), jnp.int32)
+    graphdef, abstract = abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+    batch = Batch(rows, rows)
+
+    def temporaries(accumulation: int) -> list[int]:
+        step = jit_train_step(graphdef, optimizer, abstract, accumulation).lower(abstract, batch)
+        validation = jit_validation(graphdef, accumulation).lower(abstract.params, batch)
+        return [program.compile().memory_analysis().temp_size_in_bytes for program in (step, validation)]
+
+    logits = 4 * 64 * 64 * 8192
+    assert max(temporaries(accumulation=16)) < logits / 4
+    monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 8192 * 256)
+    assert max(temporaries(accumulation=1)) < logits / 2
+
+
+def test_validation_in_microbatches_is_that_of_the_whole_batch(config):
+    graphdef, params = nnx.split(Decoder(config.model, rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 17), np.int32)
+    whole, parts = (jit_validation(graphdef, n)(params, Batch(tokens[:, :-1], tokens[:, 1:])) for n in (1, 4))
+    np.testing.assert_allclose(whole, parts, rtol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ["nope", "learned", "t5"])

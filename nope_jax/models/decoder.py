@@ -4,25 +4,27 @@ Shapes: B batch, T length, L layers, N query heads, D model width, V vocabulary;
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats
 from nope_jax.attention.dot_product import per_token
-from nope_jax.attention.ring import ring_size
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, Params, Sizes, Tokens, resolve
+from nope_jax.models.cross_entropy import nll_in_chunks
 from nope_jax.models.layers import RESIDUAL, Block, Past, encoding_params, kernel, rms_norm
-from nope_jax.sharding import auto_axes, constrain, gathered
+from nope_jax.sharding import auto_axes, constrain, gathered, ways
 
-LOGITS_AT_ONCE = 2**24
-"""At most so many logits exist at a time when only losses are asked for: 64 MiB."""
+LOGITS_AT_ONCE = 2**26
+"""At most so many logits exist at a time on a device where only losses are asked for: 256 MiB."""
 
 
 class Cache(NamedTuple):
@@ -364,39 +366,27 @@ class Decoder(nnx.Module):
     @auto_axes
     def logits(self, hidden: Shaped[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head: logits in float32."""
-        weights = self.embedding[...].T if self.head is None else self.head[...]
-        weights = gathered(weights.astype(hidden.dtype), ("embed", "vocab"))
-        logits = jnp.einsum("btd,dv->btv", hidden, weights, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", hidden, self._head(hidden.dtype), preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", "length", "vocab"))
 
     @auto_axes
     def nll(self, hidden: Shaped[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """Negative log-likelihood of each target, nats: the logits of a few positions at a time, never of all.
+        """Negative log-likelihood of each target, nats: the loss of training, validation and evaluation.
 
-        Differentiable; the logits are computed again for it.
+        Differentiable. Where there are many logits only those of some tokens exist at a time (`LOGITS_AT_ONCE`).
         """
-        batch, length = targets.shape
-        # Of devices that share a sequence each takes positions of its own share at a time.
-        shares = ring_size() if length % ring_size() == 0 else 1
-        share = length // shares
-        size = min(share, max(1, LOGITS_AT_ONCE // (batch * self.config.vocab_size)))
-        chunks = -(-share // size)
+        axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.vocab_size), strict=True)
+        logits = math.prod(size // ways(name, size) for name, size in axes)
+        chunks = 1
+        while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which mostly divides the tokens of a device
+            chunks *= 2
+        if chunks > 1:
+            return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks)
+        return optax.softmax_cross_entropy_with_integer_labels(self.logits(hidden), targets)
 
-        def cut(x):
-            x = x.reshape(batch, shares, share, *x.shape[2:])
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * size - share), *[(0, 0)] * (x.ndim - 3)))
-            x = jnp.moveaxis(x.reshape(batch, shares, chunks, size, *x.shape[3:]), 2, 0)
-            return x.reshape(chunks, batch, shares * size, *x.shape[4:])
-
-        @jax.checkpoint
-        def of_chunk(chunk):
-            logits = self.logits(constrain(chunk[0], RESIDUAL))
-            of_targets = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
-            return jax.nn.logsumexp(logits, axis=-1) - of_targets
-
-        nll = jax.lax.map(of_chunk, (cut(hidden), cut(targets)))
-        nll = jnp.moveaxis(nll.reshape(chunks, batch, shares, size), 0, 2).reshape(batch, shares, -1)
-        return nll[:, :, :share].reshape(batch, length)
+    def _head(self, dtype: Any) -> Shaped[Array, "D V"]:
+        weights = self.embedding[...].T if self.head is None else self.head[...]
+        return gathered(weights.astype(dtype), ("embed", "vocab"))
 
     def check_tokens(self, tokens: Any, positions: Any = None) -> None:
         """Refuse what can be seen to be wrong; values under jit cannot.

@@ -1,6 +1,6 @@
 """What a run takes on a slice of TPUs that one does not have: its programs, compiled for that slice on any machine.
 
-    print(describe(config, "v5e:16x16", compile_ahead(config, "v5e:16x16")))
+    print(report(config, "v5e:16x16"))
 
 The TPU compiler (package libtpu, in the extra "tpu") needs no TPU. Memory is what it allocates: a program that it
 compiles fits. Nothing runs, so that times are estimates, of two parts:
@@ -17,10 +17,11 @@ import difflib
 import importlib.util
 import itertools
 import math
+import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +31,13 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from nope_jax.collectives import Collective, called_computations, collectives, loop_turns, parse_program
-from nope_jax.config import Config
+from nope_jax.config import Config, override
 from nope_jax.data import Batch
 from nope_jax.sharding import check_fits, make_mesh, partition_spec
 from nope_jax.training.flops import CHIPS, model_flops_per_token
 from nope_jax.training.optimizer import make_optimizer
-from nope_jax.training.state import abstract_state
-from nope_jax.training.step import jit_train_step, total_nll
+from nope_jax.training.state import TrainState, abstract_state
+from nope_jax.training.step import jit_train_step, jit_validation
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -82,8 +83,7 @@ class Estimate(NamedTuple):
     chips: int
     mesh: dict[str, int]
     training: Memory
-    validation: Memory | None
-    """None where that was not compiled."""
+    validation: Memory
     flops: float
     """Model FLOPs of a step on all chips: nothing that is computed again counts."""
     peak: float
@@ -106,7 +106,18 @@ class Estimate(NamedTuple):
 
 
 class DoesNotFitError(ValueError):
-    """A program needs more memory than a chip has."""
+    """A program needs more memory than a chip has.
+
+    Args:
+        message: in one line, which program and how much.
+        needed: bytes in all; None where the compiler does not say.
+        available: bytes that a chip has.
+        kept: bytes of parameters and optimizer in what is needed.
+    """
+
+    def __init__(self, message: str, needed: float | None = None, available: float = 0, kept: float = 0):
+        super().__init__(message)
+        self.needed, self.available, self.kept = needed, available, kept
 
 
 def slice_devices(name: str) -> list[jax.Device]:
@@ -146,11 +157,24 @@ def _wraps(name: str) -> tuple[bool, ...]:
     return tuple(size == 16 for size in sizes)
 
 
-def compile_ahead(config: Config, slice_name: str, *, validates: bool = True) -> Estimate:
+def report(config: Config, slice_name: str) -> str:
+    """What a run takes on a slice, in words and numbers.
+
+    Raises:
+        DoesNotFitError: it does not fit; in one line by how much, and with which settings it does. Those were compiled.
+        ValueError: as `compile_ahead`.
+    """
+    try:
+        return describe(config, slice_name, compile_ahead(config, slice_name))
+    except DoesNotFitError as error:
+        raise DoesNotFitError(f"{error}; {_what_fits(config, slice_name, error)}") from error
+
+
+def compile_ahead(config: Config, slice_name: str) -> Estimate:
     """Compiles the training step of a run for a slice, and its validation loss, and reads what they take.
 
     Raises:
-        DoesNotFitError: one of them needs more memory than a chip has; in one line how much, and what would help.
+        DoesNotFitError: one of them needs more memory than a chip has; in one line how much.
         ValueError: there is no such slice or no compiler, or the config does not divide over its chips.
     """
     devices = slice_devices(slice_name)
@@ -160,7 +184,7 @@ def compile_ahead(config: Config, slice_name: str, *, validates: bool = True) ->
     with jax.set_mesh(mesh):
         graphdef, abstract = abstract_state(config, optimizer, mesh)
         batch = _abstract_batch(config, mesh)
-        parameters, state = _bytes(abstract.params), _bytes(abstract)
+        kept = _kept(abstract)
         step = jit_train_step(
             graphdef,
             optimizer,
@@ -169,20 +193,12 @@ def compile_ahead(config: Config, slice_name: str, *, validates: bool = True) ->
             skip_bad=config.train.on_bad_step == "skip",
             spike_factor=config.train.spike_factor,
         )
-        loss = jax.jit(lambda params, rows: total_nll(graphdef, params, rows))
-        try:
-            what, kept = "the training step", Memory(parameters, state - parameters, 0, 0)
-            program = step.lower(abstract, batch).compile()
-            training = _memory(program, kept)
-            what, kept = "the validation loss", Memory(parameters, 0, 0, 0)
-            validation = _memory(loss.lower(abstract.params, batch).compile(), kept) if validates else None
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFitError(
-                f"{what} does not fit a chip of {slice_name}: {_shortage(str(error), kept)}; "
-                f"what would help: {_remedies(config, mesh)}"
-            ) from error
+        loss = jit_validation(graphdef, config.optimizer.accumulation)
+        program = _compiled("the training step", step.lower(abstract, batch), kept, slice_name)
+        training = _memory(program, kept)
+        kept = kept._replace(optimizer=0)
+        lowered = loss.lower(abstract.params, batch)
+        validation = _memory(_compiled("the validation loss", lowered, kept, slice_name), kept)
 
     text, generation = program.as_text(), slice_name.partition(":")[0]
     assert text is not None
@@ -229,33 +245,93 @@ def _memory(program: jax.stages.Compiled, kept: Memory) -> Memory:
     return kept._replace(temporaries=temporaries, other=given - kept.total + stats.generated_code_size_in_bytes)
 
 
-def _shortage(message: str, kept: Memory) -> str:
+def _kept(abstract: TrainState) -> Memory:
+    parameters, state = _bytes(abstract.params), _bytes(abstract)
+    return Memory(parameters, state - parameters, 0, 0)
+
+
+def _compiled(what: str, lowered: jax.stages.Lowered, kept: Memory, slice_name: str) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _shortage(f"{what} does not fit a chip of {slice_name}", str(error), kept) from error
+
+
+def _shortage(what: str, message: str, kept: Memory) -> DoesNotFitError:
     """What the compiler says of the memory that it lacks, in numbers."""
-    numbers = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)
     state = f"parameters {_gib(kept.parameters)} GiB, optimizer {_gib(kept.optimizer)} GiB"
+    numbers = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)[:2]
     if len(numbers) < 2:
-        return f"{message.splitlines()[0]} ({state})"
-    needed, available = (f"{number} {unit}iB" for number, unit in numbers[:2])
-    return f"it needs {needed} of the {available} there are ({state}, the rest for activations and gradients)"
+        return DoesNotFitError(f"{what}: {message.splitlines()[0]} ({state})")
+    needed, available = (float(number) * 1024 ** (1 + "KMGT".index(unit)) for number, unit in numbers)
+    needs, has = (f"{number} {unit}iB" for number, unit in numbers)
+    rest = "the rest for activations and gradients"
+    return DoesNotFitError(
+        f"{what}: it needs {needs} of the {has} there are ({state}, {rest})", needed, available, kept.total
+    )
 
 
-def _remedies(config: Config, mesh: Mesh | AbstractMesh) -> str:
-    """Settings that need less memory, those that cost least first."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.data.batch_size // (ways * config.optimizer.accumulation)
-    remedies = []
-    if not config.model.remat:
-        remedies.append("model.remat True")
-    if config.mesh.rules != "fsdp":
-        remedies.append("mesh.rules fsdp")
-    if mesh.shape["data"] > 1:
-        remedies.append(f"mesh.fsdp {ways} and mesh.data 1")
-    if rows > 1:
-        remedies.append(f"optimizer.accumulation {config.optimizer.accumulation * rows} or a smaller data.batch_size")
-    heads = config.model.num_kv_heads or config.model.num_heads
-    if mesh.shape["tensor"] < heads:
-        remedies.append(f"mesh.tensor up to {heads}")
-    return ", ".join([*remedies, "a larger slice or one of chips with more memory"])
+# What would fit
+
+
+def _what_fits(config: Config, slice_name: str, error: DoesNotFitError) -> str:
+    """Compiles other settings, those that cost least first, until some fit: which, or that none of those tried does."""
+    tried = []
+    for settings in _remedies(config, make_mesh(config.mesh, slice_devices(slice_name)), error):
+        options = " ".join(f"--{name} {value}" for name, value in settings.items())
+        try:
+            compile_ahead(override(config, settings), slice_name)
+            return f"it fits with {options}"
+        except DoesNotFitError:
+            tried.append(options)
+        except ValueError:  # the model does not divide over that mesh
+            continue
+    return f"nor does it fit with {', with '.join(tried)}" if tried else "there was nothing to try that takes less"
+
+
+def _remedies(config: Config, mesh: Mesh | AbstractMesh, error: DoesNotFitError) -> Iterator[dict[str, Any]]:
+    """Settings that need less memory, those that cost least first; each kind adds to the ones before.
+
+    Fewer rows at a time cost little; sharing all parameters costs communication, remat a third more computing, and
+    sharing heads communication in every layer.
+    """
+    model, sizes = config.model, mesh.shape
+    ways = sizes["data"] * sizes["fsdp"]
+    kinds: list[dict[str, Any]] = [{}]
+    if sizes["data"] > 1 or config.mesh.rules != "fsdp":
+        kinds.append({"mesh.data": 1, "mesh.fsdp": ways, "mesh.rules": "fsdp"})
+    if not model.remat:
+        kinds.append({"model.remat": True})
+    shared = math.gcd(model.num_heads, model.num_kv_heads or model.num_heads, model.mlp_size, model.vocab_size, ways)
+    if sizes["tensor"] == 1 < shared:
+        kinds.append({"mesh.data": 1, "mesh.fsdp": ways // shared, "mesh.tensor": shared})
+
+    settings: dict[str, Any] = {}
+    for kind in kinds:
+        settings = settings | kind
+        rows = config.data.batch_size * settings.get("mesh.tensor", 1) // ways
+        for accumulation in _accumulations(rows, config.optimizer.accumulation, error, alone=not kind):
+            changed = settings | {"optimizer.accumulation": accumulation}
+            yield {name: value for name, value in changed.items() if operator.attrgetter(name)(config) != value}
+
+
+def _accumulations(rows: int, now: int, error: DoesNotFitError, *, alone: bool) -> list[int]:
+    """Microbatches to try: as few as should do if memory goes by the rows in each, and one row of a chip at a time.
+
+    Args:
+        rows: those of a step on each chip.
+        now: microbatches that did not fit.
+        alone: nothing else changes, so that parameters and optimizer take what they took.
+    """
+    least, kept = now, error.kept if alone else 0
+    if alone and error.needed is not None and error.kept >= error.available:
+        return []
+    if error.needed is not None:
+        shrink = (error.needed - error.kept) / (error.available - kept)
+        least = min((n for n in range(now, rows) if rows % n == 0 and n >= shrink * now), default=rows)
+    return sorted({least, rows} - {now} if alone else {least, rows})
 
 
 def link_shares(found: Sequence[Collective], mesh: Mesh, slice_name: str) -> list[float]:
@@ -328,7 +404,7 @@ def describe(config: Config, slice_name: str, estimate: Estimate) -> str:
 {slice_name}: {e.chips} chips, mesh {axes}; it fits.
 Memory of each chip
   training      {memory(e.training)}
-  validation    {memory(e.validation) if e.validation else "not compiled"}
+  validation    {memory(e.validation)}
                 temporaries are activations, gradients and all else that lives within a step
 A training step of {tokens:,} tokens
   model FLOPs   {e.flops:.3g} (6 per weight and token, and attention; nothing that is computed again)

@@ -25,11 +25,11 @@ from nope_jax.locks import held
 from nope_jax.models import Decoder, adopt_weights
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
-from nope_jax.training.metrics import Clock, Record, check_can_record
+from nope_jax.training.metrics import Clock, Record, check_can_record, has_validation
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, init_state, no_skips
-from nope_jax.training.step import Metrics, jit_train_step, reason_to_stop, total_nll
+from nope_jax.training.step import Metrics, jit_train_step, jit_validation, reason_to_stop
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,7 +82,9 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         check_is_ours = stack.enter_context(_held_by_process_0(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir))
         start, state = _restore(config, data, workdir, checkpointer, abstract)
-        if start == steps:
+        # What comes after a save is not saved: a run that ended in between has its validation loss still to come.
+        unmeasured = _evaluates(start, config) and not _has_validation(workdir, start)
+        if start == steps and not unmeasured:
             if jax.process_index() == 0:
                 print(f"{workdir}: already finished at step {steps}; a larger train.steps would continue it")
             return
@@ -109,11 +111,20 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
                 spike_factor=config.train.spike_factor,
             )
             take_step = jitted.lower(state, batch).compile()
-        validate = jax.jit(lambda params, rows: total_nll(graphdef, params, rows))
+            # Before the first step, too: what does not fit is known now and not after a day.
+            jitted = jit_validation(graphdef, config.optimizer.accumulation)
+            validate = jitted.lower(state.params, batch).compile()
+
+        def evaluate(step: int, params: nnx.State) -> None:
+            with clock.during("validation"):
+                nll = sum(float(total) for total in [validate(params, rows) for rows in validation])
+                record.validation(step, nll / sum(rows.targets.size for rows in validation))
 
         signals = stack.enter_context(_caught_signals())
         unread: deque[tuple[int, Metrics]] = deque()
         clock.switch("step")
+        if unmeasured:
+            evaluate(start, state.params)
         for step in range(start + 1, steps + 1):
             with record.dispatching(step):
                 state, metrics = take_step(state, batch)
@@ -126,23 +137,32 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             check_is_ours()
             signum = agreed_stop(signals, step)
             stops = signum is not None and step < steps
-            evaluates = step % config.train.eval_every == 0 or step == steps
+            evaluates = _evaluates(step, config)
             saves = step % config.train.checkpoint_every == 0 or step == steps or stops
             # One step stays unread, so that the device works while we read; none before a save: what is saved is sound.
             while len(unread) > (0 if evaluates or saves else 1):
                 record.step(*_sound(*unread.popleft(), config, checkpointer))
-            if evaluates:
-                with clock.during("validation"):
-                    nll = sum(float(total) for total in [validate(state.params, rows) for rows in validation])
-                    record.validation(step, nll / sum(rows.targets.size for rows in validation))
-            if saves:  # after this step's lines are written: a run resumed from here does not write them
+            if saves:  # after this step's line is written: a run resumed from here does not write it
                 with clock.during("save"):
                     record.flush()
                     checkpointer.save(step, state._asdict())
             if signum is not None and stops:
                 checkpointer.wait()
                 raise Interrupted(signum, step)
+            if evaluates:  # after the save, which it must not cost: a run resumed from there writes its line
+                evaluate(step, state.params)
         checkpointer.wait()  # while signals are still caught
+
+
+def _evaluates(step: int, config: Config) -> bool:
+    """Whether the validation loss is measured after so many steps."""
+    return step > 0 and (step % config.train.eval_every == 0 or step == config.train.steps)
+
+
+def _has_validation(workdir: Location, step: int) -> bool:
+    """Whether the validation loss after so many steps is written, as process 0 sees it: all measure it, or none."""
+    written = jax.process_index() == 0 and has_validation(workdir, step)
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(written)))
 
 
 def _check(config: Config, workdir: Location, mesh: Mesh) -> None:

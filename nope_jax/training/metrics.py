@@ -13,14 +13,15 @@ finite is left out of its line. The fields of step `step`, every `train.log_ever
                         all devices (`training/flops.py`, for the formula and the peaks; absent on other devices)
     goodput             share of the time that went into steps
     startup_seconds     reading the corpus, making or restoring the state
-    compile_seconds     compiling the step
+    compile_seconds     compiling the step and the validation loss
     input_seconds       the devices had finished a step, and the batch of the next was not there yet
-    validation_seconds  measuring the validation loss (its compilation, too)
+    validation_seconds  measuring the validation loss
     save_seconds        beginning to save a checkpoint, and waiting for the save before it; writing goes on beside steps
 
 Seconds and goodput count from the call of `train` in this process: a run that goes on begins them anew. What is
 neither a step nor one of these losses (logging, beginning and ending a trace) counts as time alone. Beside these lines
-there is one of `step` and `validation_loss` (nats per token) every `train.eval_every` steps.
+there is one of `step` and `validation_loss` (nats per token) every `train.eval_every` steps and after the last. Where a
+checkpoint is saved at the same step it comes first; a run that ends in between measures that loss when it goes on.
 
 With `train.tensorboard` the same numbers go to `<workdir>/tensorboard`. With `train.profile_steps` a trace of a few
 steps goes to `<workdir>/profile`: XProf reads it, and Perfetto (ui.perfetto.dev) its trace.json.gz.
@@ -145,6 +146,14 @@ def _is_up_to(line: str, step: int) -> bool:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except ValueError:  # a line that a killed process left half written
         return False
+
+
+def has_validation(workdir: Location, step: int) -> bool:
+    """Whether the record in `workdir` has the validation loss after so many steps."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if _is_up_to(line, step)]
+    return any(line.keys() <= {"step", "validation_loss"} for line in found if line["step"] == step)
 
 
 def check_can_record(config: Config, workdir: Location) -> None:

@@ -4,7 +4,8 @@ B batch, T length, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from nope_jax.sharding import auto_axes
 from nope_jax.training.state import Skips, TrainState
 
 Metrics = dict[str, jax.Array]
+_Sums = TypeVar("_Sums")
 
 AVERAGED_STEPS = 100
 """About how many steps the running average of the gradient norm looks back on."""
@@ -31,8 +33,9 @@ def total_nll(
 ) -> jax.Array:
     """The negative log-likelihood of the targets, summed over the batch: nats, float32. `key` as `Decoder`'s."""
     tokens, targets, positions, segment_ids = jax.tree.map(jnp.asarray, batch)
-    logits = nnx.merge(graphdef, params)(tokens, positions=positions, segment_ids=segment_ids, key=key)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum()
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
+    return model.nll(hidden, targets).sum()
 
 
 def train_step(
@@ -65,15 +68,8 @@ def train_step(
         if `param_norm` is.
     """
     value_and_grad = jax.value_and_grad(lambda params, rows: total_nll(graphdef, params, rows, key))
-    if accumulation == 1:
-        total, grads = value_and_grad(state.params, batch)
-    else:
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-        (total, grads), _ = jax.lax.scan(
-            lambda sums, rows: (jax.tree.map(jnp.add, sums, value_and_grad(state.params, rows)), None),
-            zeros,
-            jax.tree.map(lambda array: _microbatches(array, accumulation), batch),
-        )
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+    total, grads = _over_microbatches(lambda rows: value_and_grad(state.params, rows), batch, accumulation, zeros)
     loss, grads = jax.tree.map(lambda x: x / batch.targets.size, (total, grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -117,9 +113,19 @@ def reason_to_stop(metrics: Mapping[str, float], config: TrainConfig) -> str | N
     return None
 
 
-def _microbatches(array: jax.Array, count: int) -> jax.Array:
-    # Microbatch i is rows i, i + count, ...: every device then takes part in each with rows that it already holds.
-    return array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
+def _over_microbatches(function: Callable[[Batch], _Sums], batch: Batch, count: int, zeros: _Sums) -> _Sums:
+    """The sum of a function of rows over the batch, taken in so many parts one after another."""
+    if count == 1:
+        return function(batch)
+
+    def microbatches(array: jax.Array) -> jax.Array:
+        # Microbatch i is rows i, i + count, ...: every device then takes part in each with rows that it already holds.
+        return array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
+
+    sums, _ = jax.lax.scan(
+        lambda sums, rows: (jax.tree.map(jnp.add, sums, function(rows)), None), zeros, jax.tree.map(microbatches, batch)
+    )
+    return sums
 
 
 def jit_train_step(
@@ -152,3 +158,12 @@ def jit_train_step(
         )
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def jit_validation(graphdef: nnx.GraphDef[Decoder], accumulation: int = 1) -> jax.stages.Wrapped:
+    """`total_nll` of parameters and a batch, jitted: in as many microbatches as a training step."""
+
+    def validation(params: nnx.State, batch: Batch) -> jax.Array:
+        return _over_microbatches(lambda rows: total_nll(graphdef, params, rows), batch, accumulation, jnp.float32(0))
+
+    return jax.jit(validation)
