@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ class Checkpointer:
             # It would ask JAX, late and in a thread, for a step that is past, and JAX would count on from there.
             self._manager.reached_preemption = lambda step: False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_: object) -> None:

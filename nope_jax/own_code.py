@@ -21,6 +21,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 from nope_jax.paths import Location
 
@@ -233,7 +234,7 @@ def _text(name: str) -> bytes:
     return _executed[name] if name in _executed else Path(str(sys.modules[name].__file__)).read_bytes()
 
 
-def _is_called(module: types.ModuleType | None, name: str) -> bool:
+def _is_called(module: Any, name: str) -> bool:
     return isinstance(module, types.ModuleType) and PurePath(vars(module).get("__file__") or "").name == name
 
 

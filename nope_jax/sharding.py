@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from nope_jax.config import Config, MeshConfig
@@ -197,7 +197,7 @@ def auto_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 # The state and its batches
 
 
-def check_fits(config: "Config", mesh: Mesh) -> None:
+def check_fits(config: "Config", mesh: Mesh | AbstractMesh) -> None:
     """Refuses a model and a batch that cannot be split evenly over a mesh.
 
     Raises:
@@ -222,7 +222,9 @@ def check_fits(config: "Config", mesh: Mesh) -> None:
             raise ValueError(f"{split} must divide {field} {size}")
 
 
-def _sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int], what: str, rules: Rules) -> NamedSharding:
+def _sharding(
+    mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: Sequence[int], what: str, rules: Rules
+) -> NamedSharding:
     if len(names) != len(shape):
         raise ValueError(f"{what} has {len(shape)} axes but {len(names)} names: {tuple(names)}")
     sharding = NamedSharding(mesh, partition_spec(names, rules))
@@ -233,7 +235,7 @@ def _sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int], wha
     return sharding
 
 
-def state_shardings(state: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """The sharding of every array in a tree: an `nnx.Variable` by its logical names, anything else replicated.
 
     Args:

@@ -12,15 +12,46 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Which code this user trusts is not for tests to say.
 os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "state")
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
 import jax
+import jaxtyping
 import pytest
 
 from nope_jax.attention import dot_product
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import streaming_attention
+
+_raises = pytest.raises
+
+
+@contextlib.contextmanager
+def unchecked():
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@contextlib.contextmanager
+def raises(*args, **kwargs):
+    """`pytest.raises`, within which no types are checked: what is refused must be refused by the code itself."""
+    with unchecked(), _raises(*args, **kwargs) as caught:
+        yield caught
+
+
+pytest.raises = raises
+
+
+@pytest.fixture
+def stand_ins() -> Iterator[None]:
+    """For a test that gives functions what only does as if it were what their signatures ask for."""
+    with unchecked():
+        yield
 
 
 @pytest.fixture(scope="module")

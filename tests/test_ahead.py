@@ -227,6 +227,7 @@ def test_turns_of_the_loop_over_a_diagonal(blocks, diagonals):
     assert ahead._blocks_of_a_diagonal(diagonals, blocks) == pytest.approx(np.mean(visited))
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_links_that_a_collective_can_use():
     """Of a chip's four links: 4 x 4 chips are no torus, 16 x 16 are one. The mesh is 2 x 8, and 2 x 128, chips."""
 
@@ -322,6 +323,7 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
         check_fits(one, mesh_of(one.mesh, None))
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_memory_is_the_peak_and_the_program_itself():
     # 12 bytes of temporaries, 5 of which in the place of what was given.
     stats = types.SimpleNamespace(

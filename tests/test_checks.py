@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ QKV = (jnp.ones((1, 6, 2, 4)),) * 3
         (lambda: e.resolve("log_n:"), "'log_n:' must name what it wraps after the colon"),
         (lambda: e.resolve(":rope"), "unknown encoding|'' in ':rope' must be a wrapper"),
         (
-            lambda: e.HeadScale(e.HeadScale()).init_layer(None, e.Sizes(2, 4, 8)),
+            lambda: e.HeadScale(e.HeadScale()).init_layer(jax.random.key(0), e.Sizes(2, 4, 8)),
             "encoding must not have a head_scale of its own",
         ),
     ],
@@ -125,7 +126,7 @@ def test_positions_of_any_integer_type_are_the_same_positions(dtype):
 @pytest.mark.parametrize("wrapper", [e.SSMax(), e.LogN(length=4), e.Llama4Temperature(), e.SwanTemperature()], ids=str)
 def test_temperatures_are_finite_where_a_query_sees_no_key(wrapper):
     query, key = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 3, 2, 4))  # the first queries stand before position 0
-    params = wrapper.init_layer(None, e.Sizes(2, 4, 8))
+    params = wrapper.init_layer(jax.random.key(0), e.Sizes(2, 4, 8))
     for implementation in "reference", "streaming":
         out = encoded_attention(wrapper, params, query, key, key, implementation=implementation)
         assert np.isfinite(out).all() and (out[:, :5] == 0).all()

@@ -563,7 +563,7 @@ def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypa
 def test_a_length_that_was_not_finished_goes_on(workdirs, tmp_path, monkeypatch):
     overrides = {"eval.batch_size": 1}
     compare([workdirs / "alibi"], (8,), tmp_path / "whole", overrides, command="")
-    monkeypatch.setitem(measure.__globals__, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(sys.modules[measure.__module__], "KEEP_EVERY", 0.0)
     seen = []
 
     def stop(path, sums, identity):

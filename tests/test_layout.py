@@ -9,7 +9,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+from nope_jax.encodings import apply_rope
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +107,19 @@ def test_requirements_are_the_dependencies_and_those_of_training():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     assert [line for line in lines if line] == project["dependencies"] + project["optional-dependencies"]["train"]
+
+
+@pytest.mark.parametrize(
+    ("x", "positions"),
+    [(jnp.ones((3, 2, 4)), jnp.arange(3)), (jnp.ones((1, 3, 2, 4)), jnp.arange(4)), (jnp.ones((1, 3, 2, 4)), 1.0)],
+)
+def test_shapes_and_dtypes_are_held_to_the_signatures(x, positions):
+    try:
+        apply_rope(x, positions)
+    except jaxtyping.TypeCheckError as error:
+        assert "nope_jax.encodings.rotary.apply_rope" in str(error)
+    else:
+        raise AssertionError("jaxtyping's import hook is not installed")
 
 
 def test_orbax_is_known_in_one_place():

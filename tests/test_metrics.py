@@ -138,10 +138,7 @@ def test_model_flops_count_what_a_layer_sees(wrapper, keys):
 
 
 def test_chips_are_known_by_what_jax_calls_them():
-    class Device:
-        device_kind = "TPU v5 lite"
-
-    assert chip_of(Device()) is CHIPS["v5e"]
+    assert chip_of(mock.Mock(spec=jax.Device, device_kind="TPU v5 lite")) is CHIPS["v5e"]
     assert chip_of(jax.devices("cpu")[0]) is None
     kinds = [kind for chip in CHIPS.values() for kind in chip.device_kinds]
     assert len(set(kinds)) == len(kinds)
@@ -246,6 +243,7 @@ def test_a_device_of_unknown_peak_has_no_utilisation(tmp_path):
     assert "mfu" not in lines(tmp_path)[0]
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("finished_at", "waited"),
     [(0.0, 10.0), (4.0, 6.0), (None, 0.0)],

@@ -124,6 +124,7 @@ def test_answers_of_other_tokenizers_are_what_follows_the_question(tokenizer_jso
     assert len(answers) > 1
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_an_answer_that_shares_a_token_with_the_question_begins_at_that_token():
     class Pairs:
         """Two letters are a token, so that the space before the key belongs to the question or the key by chance."""

@@ -87,11 +87,14 @@ def test_scores_are_their_definitions():
 # Hidden states
 
 
-class Layers(nnx.Module):
+class Layers(Decoder):
     """Stands for a decoder of two layers, of which only the number is asked for."""
 
     class config:  # noqa: N801
         num_layers = 2
+
+    def __init__(self):
+        pass
 
 
 def constructed(model, tokens):

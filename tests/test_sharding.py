@@ -58,6 +58,7 @@ def test_a_mesh_that_splits_a_dimension_of_a_slice_is_made_all_the_same(monkeypa
         ({"fsdp": 2, "sequence": -1}, (1, 2, 1, 4)),
     ],
 )
+@pytest.mark.usefixtures("stand_ins")
 def test_one_axis_takes_what_the_others_leave_of_eight_devices(monkeypatch, axes, shape):
     monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: shape)
     assert make_mesh(MeshConfig(**axes), devices=range(8)) == shape

@@ -206,6 +206,7 @@ def test_bands_double_and_their_shares_sum_to_1():
 # Comparison of runs
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_the_closest_heads_are_found_over_all_pairs_and_documents(monkeypatch):
     length, layers = 12, 2
     streams = {

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.attention.flax_layer import for_flax_layers
 from nope_jax.attention.reference import reference_attention
@@ -40,19 +40,19 @@ class AttentionStats(NamedTuple):
 @with_explicit_axes
 @for_flax_layers
 def dot_product_attention(
-    query: Shaped[Array, "B T N H"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    query: Shaped[Array | np.ndarray, "B T N H"],
+    key: Shaped[Array | np.ndarray, "B S K H"],
+    value: Shaped[Array | np.ndarray, "B S K H2"],
     *,
     logit: Logit | None = None,
     value_term: BlockValue | None = None,
-    query_positions: Int[ArrayLike, "T"] | Int[ArrayLike, "B T"] | None = None,
-    key_positions: Int[ArrayLike, "S"] | Int[ArrayLike, "B S"] | None = None,
-    mask: Bool[ArrayLike, "#B #N #T #S"] | None = None,
+    query_positions: Integer[ArrayLike, "T"] | Integer[ArrayLike, "#B T"] | None = None,
+    key_positions: Integer[ArrayLike, "S"] | Integer[ArrayLike, "#B S"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
     is_causal: bool = True,
     window: int | None = None,
     chunk_size: int | None = None,
-    segment_ids: Int[ArrayLike, "B T"] | tuple[Int[ArrayLike, "B T"], Int[ArrayLike, "B S"]] | None = None,
+    segment_ids: Integer[ArrayLike, "B T"] | tuple[Integer[ArrayLike, "B T"], Integer[ArrayLike, "B S"]] | None = None,
     temperature: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
     implementation: Implementation | None = None,
     return_stats: bool = False,

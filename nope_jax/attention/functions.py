@@ -48,9 +48,9 @@ from nope_jax.encodings.temperature import temperature_product
 def encoded_attention(
     encoding: Encoding,
     params: Params,
-    query: Shaped[Array, "B T N H"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    query: Shaped[Array | np.ndarray, "B T N H"],
+    key: Shaped[Array | np.ndarray, "B S K H"],
+    value: Shaped[Array | np.ndarray, "B S K H2"],
     *,
     query_features: Any = None,
     key_features: Any = None,
@@ -76,7 +76,8 @@ def encoded_attention(
         ValueError: As `dot_product_attention`; or a chunk_size that does not go with the encoding's own.
     """
     check_arrays(query, key, value)
-    batch, query_length, key_length = *query.shape[:2], key.shape[1]
+    params = jax.tree.map(jnp.asarray, params)
+    (batch, query_length), key_length = query.shape[:2], key.shape[1]
     query_positions, key_positions = positions_or_default(
         per_token("query_positions", common.get("query_positions"), batch, query_length),
         per_token("key_positions", common.get("key_positions"), batch, key_length),
@@ -92,7 +93,9 @@ def encoded_attention(
     if not (query_length and key_length):  # nothing to encode
         return dot_product_attention(query, key, value, temperature=temperature, **common)
     temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
-    turned_query, turned_key = encoding.query_key(params, query, key, query_positions, key_positions)
+    turned_query, turned_key = encoding.query_key(
+        params, jnp.asarray(query), jnp.asarray(key), query_positions, key_positions
+    )
     return dot_product_attention(
         turned_query,
         turned_key,
@@ -160,7 +163,7 @@ def rope_attention(
 
 
 @_attention_function
-def alibi_attention(query, key, value, *, slopes: Float[Array, "N"] | None = None, **common: Any) -> Any:
+def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None = None, **common: Any) -> Any:
     """Attention with linear biases: softmax(q·k/√H - slope · distance), the bias outside the division.
 
     Args:
@@ -187,7 +190,7 @@ def t5_attention(
     key,
     value,
     *,
-    table: Float[Array, "num_buckets N"],
+    table: Float[ArrayLike, "num_buckets N"],
     max_distance: int = 128,
     bidirectional: bool = False,
     scaled: bool = True,
@@ -277,8 +280,8 @@ def kerple_attention(
     key,
     value,
     *,
-    r1: Float[Array, "N"],
-    r2: Float[Array, "N"],
+    r1: Float[ArrayLike, "N"],
+    r2: Float[ArrayLike, "N"],
     variant: Literal["log", "power"] = "log",
     **common: Any,
 ) -> Any:
@@ -307,12 +310,12 @@ def fire_attention(
     key,
     value,
     *,
-    hidden_weights: Float[Array, "W"],
-    hidden_bias: Float[Array, "W"],
-    weights: Float[Array, "W N"],
-    bias: Float[Array, "N"] | None = None,
-    c: Float[Array, ""] | float = 0.1,
-    threshold: Float[Array, ""] | float = 512.0,
+    hidden_weights: Float[ArrayLike, "W"],
+    hidden_bias: Float[ArrayLike, "W"],
+    weights: Float[ArrayLike, "W N"],
+    bias: Float[ArrayLike, "N"] | None = None,
+    c: Float[ArrayLike, ""] | float = 0.1,
+    threshold: Float[ArrayLike, ""] | float = 512.0,
     **common: Any,
 ) -> Any:
     """Attention with FIRE's biases: softmax(q·k/√H + MLP(log(c·distance + 1) / log(c·max(i, L) + 1))).
@@ -355,7 +358,7 @@ def cope_attention(
     key,
     value,
     *,
-    embeddings: Float[Array, "P H"] | Float[Array, "N P H"],
+    embeddings: Float[ArrayLike, "P H"] | Float[ArrayLike, "N P H"],
     scaled: bool = False,
     **common: Any,
 ) -> Any:
@@ -388,7 +391,7 @@ def forgetting_attention(
     key,
     value,
     *,
-    log_forget: Float[Array, "#B S N"],
+    log_forget: Float[ArrayLike, "#B S N"],
     query_start: Int[ArrayLike, ""] | None = None,
     **common: Any,
 ) -> Any:
@@ -433,8 +436,8 @@ def shaw_attention(
     key,
     value,
     *,
-    key_table: Float[Array, "2*clip+1 H"],
-    value_table: Float[Array, "2*clip+1 H2"],
+    key_table: Float[ArrayLike, "rows H"],
+    value_table: Float[ArrayLike, "rows H2"],
     **common: Any,
 ) -> Any:
     """Attention with learned relative vectors: softmax(q·(k + key_table[c])/√H) · (v + value_table[c]).
@@ -485,9 +488,9 @@ def transformer_xl_attention(
     key,
     value,
     *,
-    content_bias: Float[Array, "N H"],
-    position_bias: Float[Array, "N H"],
-    position_kernel: Float[Array, "D N H"],
+    content_bias: Float[ArrayLike, "N H"],
+    position_bias: Float[ArrayLike, "N H"],
+    position_kernel: Float[ArrayLike, "D N H"],
     **common: Any,
 ) -> Any:
     """Attention of Transformer-XL and XLNet: softmax(((q+u)·k + (q+v)·W r)/√H), r the sinusoids of the distance.
@@ -523,12 +526,12 @@ def tupe_attention(
     key,
     value,
     *,
-    positions: Float[Array, "length D"],
-    query_kernel: Float[Array, "D N H"],
-    key_kernel: Float[Array, "D K H"],
-    scale: Float[Array, "D"] | None = None,
-    shift: Float[Array, "D"] | None = None,
-    table: Float[Array, "num_buckets N"] | None = None,
+    positions: Float[ArrayLike, "length D"],
+    query_kernel: Float[ArrayLike, "D N H"],
+    key_kernel: Float[ArrayLike, "D K H"],
+    scale: Float[ArrayLike, "D"] | None = None,
+    shift: Float[ArrayLike, "D"] | None = None,
+    table: Float[ArrayLike, "num_buckets N"] | None = None,
     max_distance: int = 128,
     bidirectional: bool = False,
     **common: Any,
@@ -584,9 +587,9 @@ def deberta_attention(
     key,
     value,
     *,
-    relative: Float[Array, "2*rows D"],
-    key_kernel: Float[Array, "D K H"],
-    query_kernel: Float[Array, "D N H"],
+    relative: Float[ArrayLike, "span D"],
+    key_kernel: Float[ArrayLike, "D K H"],
+    query_kernel: Float[ArrayLike, "D N H"],
     max_distance: int | None = None,
     released: bool = False,
     **common: Any,
@@ -597,7 +600,7 @@ def deberta_attention(
         query: Queries [B, T, N, H]; of the enhanced mask decoder, with the absolute positions in them.
         key: Keys [B, S, K, H].
         value: Values [B, S, K, H].
-        relative: A vector for each of the relative positions -rows..rows-1.
+        relative: A vector for each of the relative positions -rows..rows-1, [2·rows, D].
         key_kernel: Projects them to K.
         query_kernel: Projects them to Q.
         max_distance: None: a row is a distance. Otherwise rows are buckets, logarithmic far away, of which the last

@@ -38,7 +38,7 @@ from nope_jax.encodings.encoding import Logit
 BATCH, LENGTH, HEADS = ("data", "fsdp"), "sequence", "tensor"
 """Axes of the mesh that rows of the batch, positions and heads are spread over."""
 
-Results = tuple[Shaped[Array, "B T N H"], Float[Array, "B N T"], Float[Array, "B N T"]]
+Results = tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]
 """Output, entropy and logsumexp."""
 
 
@@ -81,7 +81,7 @@ def spread_attention(
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
     key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H"],
+    value: Shaped[Array, "B S K H2"],
     logit: Logit | None,
     value_term: BlockValue | None,
     visibility: Visibility,

@@ -147,7 +147,7 @@ class _Grid:
     def key_blocks(self) -> int:
         return -(-self.key_length // self.size)
 
-    def distance_range(self, diagonal: int) -> tuple[int, int]:
+    def distance_range(self, diagonal: Any) -> tuple[Any, Any]:
         """Smallest and largest distance within the blocks of a diagonal, when positions are contiguous.
 
         Those of a part that stands apart are larger by that.
@@ -271,14 +271,14 @@ def _put(x: Any, entry: Any, index) -> Any:
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, index, 0), x, entry)
 
 
-def _shear(values: Float[Array, "N 2c-1"]) -> Float[Array, "N c c"]:
+def _shear(values: Float[Array, "N span"]) -> Float[Array, "N c c"]:
     """A block whose entry (x, y) is the value of distance x - y, from the values of -(c-1)..c-1."""
     heads, span = values.shape
     size = (span + 1) // 2
     return skew(jnp.broadcast_to(values[:, None], (heads, size, span)), size)
 
 
-def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2c-1"]:
+def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2*c-1"]:
     """The transpose of `_shear`: sums of a block along its diagonals."""
     return unskew(block).sum(1)
 
@@ -381,7 +381,7 @@ def _split_heads(x: Shaped[Array, "B N q k"], groups: int) -> Shaped[Array, "B K
     return x.reshape(x.shape[0], -1, groups, *x.shape[2:])
 
 
-def _merge_heads(x: Shaped[Array, "B K G q k"]) -> Shaped[Array, "B N q k"]:
+def _merge_heads(x: Shaped[Array, "#B K G *shape"]) -> Shaped[Array, "#B N *shape"]:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 

@@ -4,10 +4,14 @@ Shapes: B batch, T query length, S key length, N query heads.
 """
 
 import dataclasses
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+Leaf: TypeAlias = Any
+"""While JAX takes a pytree apart and puts it together its leaves are anything; and kernels cut them into blocks."""
 
 
 def positions_or_default(
@@ -29,17 +33,17 @@ def positions_or_default(
 class Visibility:
     """The rule by which queries see keys. Positions are None when they run on: keys 0..S-1, queries S-T..S-1."""
 
-    query_positions: Int[Array, "#B T"] | None
-    key_positions: Int[Array, "#B S"] | None
-    query_segments: Int[Array, "#B T"] | None
-    key_segments: Int[Array, "#B S"] | None
-    mask: Bool[Array, "#B #N #T #S"] | None
+    query_positions: Int[Array, "#B T"] | Leaf | None
+    key_positions: Int[Array, "#B S"] | Leaf | None
+    query_segments: Int[Array, "#B T"] | Leaf | None
+    key_segments: Int[Array, "#B S"] | Leaf | None
+    mask: Bool[Array, "#B #N #T #S"] | Leaf | None
     is_causal: bool = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
     chunk_size: int | None = dataclasses.field(default=None, metadata={"static": True})
-    start: Int[Array, ""] | None = None
+    start: Int[Array, ""] | Leaf | None = None
     """Of a part of a sequence whose positions run on: that of the first key. None: 0."""
-    apart: Int[Array, ""] | None = None
+    apart: Int[Array, ""] | Leaf | None = None
     """Of such a part: how much farther after the keys the queries stand than aligned at their end. None: not at all."""
 
     def positions(self, query_length: int, key_length: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
@@ -142,7 +143,7 @@ def tokenize(
     documents: Documents,
     indices: range,
     config: DataConfig,
-    file: BinaryIO,
+    file: io.BufferedIOBase,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Tokenized:
     """Writes the tokens of some documents to a file, each followed by the separator.

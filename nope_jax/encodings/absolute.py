@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
@@ -17,7 +17,7 @@ Layout = Literal["interleaved", "halves"]
 
 
 def sinusoidal_positions(
-    positions: Int[Array, "*shape"], features: int, *, base: float = 10_000.0, layout: Layout = "interleaved"
+    positions: Integer[ArrayLike, "*shape"], features: int, *, base: float = 10_000.0, layout: Layout = "interleaved"
 ) -> Float[Array, "*shape features"]:
     """Sines and cosines of positions at geometrically falling frequencies, float32 (Vaswani et al. 2017, section 3.5).
 
@@ -35,6 +35,7 @@ def sinusoidal_positions(
         raise ValueError(f"features must be a positive even number, not {features}")
     _check_waves(base, layout)
     frequencies = base ** (-jnp.arange(0, features, 2, dtype=jnp.float32) / features)
+    positions = jnp.asarray(positions)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     if layout == "halves":
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

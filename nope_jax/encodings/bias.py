@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import integer_at_least, positive
 from nope_jax.encodings.encoding import Block, BlockLogit, DistanceLogit, Encoding, Params, Sizes, skew
@@ -59,8 +59,12 @@ def _alibi(slopes: Float[Array, "N"], distance: Int[Array, "*shape"]) -> Float[A
 
 
 def t5_bucket(
-    relative_position: Int[Array, "*shape"], *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
-) -> Int[Array, "*shape"]:
+    relative_position: Integer[ArrayLike, "*shape"],
+    *,
+    bidirectional: bool,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> Integer[Array, "*shape"]:
     """Bucket of each relative position: exact near, logarithmic far, one for all the farthest (Raffel et al. 2020).
 
     Args:
@@ -74,6 +78,7 @@ def t5_bucket(
         ValueError: num_buckets or max_distance leave no room for exact and logarithmic buckets.
     """
     _check_buckets(bidirectional, num_buckets, max_distance)
+    relative_position = jnp.asarray(relative_position)
     future = jnp.zeros_like(relative_position)
     distance = jnp.maximum(-relative_position, 0)
     if bidirectional:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import Block, BlockLogit, Encoding, Params, ScanLogit, Sizes
@@ -135,8 +135,9 @@ class Forgetting(Encoding):
         return BlockLogit(_forgotten, None, query_features, key_features, heads=(2, 2, 2, 2))
 
 
-def forget_sums(log_forget: Float[Array, "B T N"], previous: RunningSum | None = None) -> RunningSum:
+def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | None = None) -> RunningSum:
     """`Forgetting.features` of the gates' logarithms themselves; `previous` [B, N] is that of the token before."""
+    log_forget = jnp.asarray(log_forget)
     if previous is None:
         zeros = jnp.zeros((log_forget.shape[0], log_forget.shape[2]), jnp.float32)
         previous = RunningSum(zeros, zeros)

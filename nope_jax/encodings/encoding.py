@@ -211,7 +211,7 @@ class ScanLogit(_Term):
 Logit = DistanceLogit | BlockLogit | ScanLogit
 
 
-def skew(rows: Shaped[Array, "*B q q+k-1"], keys: int) -> Shaped[Array, "*B q k"]:
+def skew(rows: Shaped[Array, "*B q span"], keys: int) -> Shaped[Array, "*B q k"]:
     """Entry (x, y) of a block from rows x by ascending distance, as in `Block.distances`; no gather."""
     queries, span = rows.shape[-2:]
     rows = jnp.pad(rows[..., ::-1], [(0, 0)] * (rows.ndim - 1) + [(0, 1)])

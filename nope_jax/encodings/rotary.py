@@ -8,11 +8,12 @@ import abc
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, Params, Sizes
@@ -26,7 +27,9 @@ class RotaryScaling(abc.ABC):
     """Base of the scalings that stretch RoPE past its training length: what becomes of the frequencies."""
 
     @abc.abstractmethod
-    def frequencies(self, frequencies: Frequencies, *, base: float, length: Int[Array, ""] | int | None) -> Frequencies:
+    def frequencies(
+        self, frequencies: Frequencies, *, base: float, length: Integer[ArrayLike, ""] | None
+    ) -> Frequencies:
         """The scaled frequencies, given the plain ones, their base and the number of positions in use."""
 
     @property
@@ -156,9 +159,9 @@ class LongRoPEScaling(RotaryScaling):
     otherwise than a shorter one does. In decoding that number is the room of the cache.
     """
 
-    short_factors: tuple[float, ...]
+    short_factors: Sequence[float] | np.ndarray
     """One per pair, up to original_length positions in use."""
-    long_factors: tuple[float, ...]
+    long_factors: Sequence[float] | np.ndarray
     """One per pair, beyond."""
     original_length: int
     factor: float | None = None
@@ -234,7 +237,7 @@ def _ntk_exponents(half: int) -> Float[np.ndarray, "{half}"]:
     return np.arange(half) / (half - 1)
 
 
-def _known(length: Int[Array, ""] | int | None, scaling: RotaryScaling) -> Int[Array, ""] | int:
+def _known(length: Integer[ArrayLike, ""] | None, scaling: RotaryScaling) -> Integer[ArrayLike, ""]:
     if length is None:
         raise ValueError(f"length, the number of positions in use, must be given: {type(scaling).__name__} needs it")
     return length
@@ -245,7 +248,7 @@ def rope_frequencies(
     *,
     base: float = 10_000.0,
     scaling: RotaryScaling | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[ArrayLike, ""] | None = None,
 ) -> Float[Array, "{dim}//2"]:
     """Angle per position of each pair of dimensions: base^(-2m/dim), float32, radians.
 
@@ -270,14 +273,14 @@ def _frequencies(dim: int, base: float, scaling=None, length=None) -> Frequencie
 
 
 def apply_rope(
-    x: Shaped[Array, "B T N H"],
-    positions: Int[Array, "T"] | Int[Array, "#B T"],
+    x: Shaped[Array | np.ndarray, "B T N H"],
+    positions: Integer[ArrayLike, "T"] | Integer[ArrayLike, "#B T"],
     *,
     base: float = 10_000.0,
     rotary_dim: int | None = None,
     interleaved: bool = False,
     scaling: RotaryScaling | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[ArrayLike, ""] | None = None,
 ) -> Shaped[Array, "B T N H"]:
     """Turn each pair of dimensions of x by position times its frequency; angles in float32 whatever x's dtype.
 
@@ -295,6 +298,7 @@ def apply_rope(
         ValueError: rotary_dim is odd, not positive or larger than the head dim; base is not positive; what the scaling
             refuses.
     """
+    x, positions = jnp.asarray(x), jnp.asarray(positions)
     head_dim = x.shape[-1]
     dim = head_dim if rotary_dim is None else rotary_dim
     if not 2 <= dim <= head_dim or dim % 2:

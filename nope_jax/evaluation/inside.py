@@ -32,7 +32,7 @@ class Inside(NamedTuple):
     """The attention weights of the layer just passed, where they were asked for: query by key, rows sum to 1."""
 
 
-def walk(model: Decoder, tokens: Int[np.ndarray, "B T"], *, weights: bool = False) -> Iterator[Inside]:
+def walk(model: Decoder, tokens: Int[Array | np.ndarray, "B T"], *, weights: bool = False) -> Iterator[Inside]:
     """Runs a decoder one layer at a time, so that no more than one layer's inside exists at once.
 
     Args:

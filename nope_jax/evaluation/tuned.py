@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -128,7 +128,7 @@ class Tuning:
         with replace_file(out / "tune.json") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
-    def or_continued(self, out: Path) -> Self:
+    def or_continued(self, out: Path) -> "Tuning":
         """Itself; or where `out` holds what the same tuning has found before it was interrupted, that.
 
         Raises:
@@ -168,7 +168,7 @@ class Tuning:
             **{f"--tune.{name}": value for name, value in self.settings.items()},
         }
 
-    def _load(self, path: Path) -> Self:
+    def _load(self, path: Path) -> "Tuning":
         fields = json.loads(path.read_text(encoding="utf-8"))
         for outcome in fields["lengths"]:
             # JSON has no infinity, which is what a loss counts as that is not finite.

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
@@ -107,7 +107,7 @@ class Job:
                 digest.update(self.window(int(index), 0, length).tobytes())
         return digest.hexdigest()
 
-    def window(self, index: int, start: int, length: int) -> Int[np.ndarray, "T+1"]:
+    def window(self, index: int, start: int, length: int) -> Int[np.ndarray, "{length}+1"]:
         """Tokens of a document, and the last one's target."""
         # Not by way of the document, which may be the whole corpus.
         return self.corpus.read(index, start, start + length + 1)
@@ -362,8 +362,8 @@ def _update(
     factors: Float[Array, "L N"],
     opt_state: Any,
     batch: Batch,
-    learning_rate: float,
-    least: float,
+    learning_rate: Float[ArrayLike, ""],
+    least: Float[ArrayLike, ""],
 ) -> tuple[Float[Array, "L N"], Any, dict[str, Array]]:
     """One update of the factors alone, which are kept at `least` or above: factors, optimizer state and metrics."""
     rows = batch.weights.sum()

@@ -38,7 +38,7 @@ class Estimate:
     @property
     def documents(self) -> Shaped[np.ndarray, "*S"]:
         """So many have."""
-        return self.counted.sum(0)
+        return np.asarray(self.counted.sum(0))
 
     @property
     def stderr(self) -> Float[np.ndarray, "*S"]:
@@ -49,7 +49,7 @@ class Estimate:
 
     def __getitem__(self, index: int) -> "Estimate":
         """One of S values."""
-        return Estimate(self.value[index], self.effects[:, index], self.counted[:, index])
+        return Estimate(np.asarray(self.value[index]), self.effects[:, index], self.counted[:, index])
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         if len(self.effects) != len(other.effects):
@@ -57,12 +57,12 @@ class Estimate:
             raise ValueError(f"only estimates over the same documents have a paired difference, not over {counts}")
         counted = self.counted | other.counted
         with np.errstate(invalid="ignore"):
-            return Estimate(self.value - other.value, self.effects - other.effects, counted)
+            return Estimate(np.asarray(self.value - other.value), self.effects - other.effects, counted)
 
     def exp(self) -> "Estimate":
         """exp of the value, infinite where that overflows; its error by the delta method."""
         with np.errstate(over="ignore", invalid="ignore"):
-            value = np.exp(self.value)
+            value = np.asarray(np.exp(self.value))
             return Estimate(value, value * self.effects, self.counted)
 
 
@@ -87,8 +87,9 @@ def mean(values: Shaped[np.ndarray, "D *S"]) -> Estimate:
     return ratio(values, np.ones_like(values))
 
 
-def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def divide(part: np.ndarray | np.generic, whole: np.ndarray | np.generic) -> np.ndarray:
     """part / whole, NaN where there is nothing."""
+    whole = np.asarray(whole)
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 

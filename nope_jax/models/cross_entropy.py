@@ -5,7 +5,8 @@ B batch, T length, D model width, V vocabulary; R x S devices that share rows an
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from nope_jax.sharding import constrain, ways
 
@@ -14,7 +15,10 @@ CHUNK = "batch", "length", None
 
 
 def nll_in_chunks(
-    hidden: Shaped[Array, "B T D"], weights: Shaped[Array, "D V"], targets: Int[Array, "B T"], chunks: int
+    hidden: Shaped[Array, "B T D"],
+    weights: Shaped[Array, "D V"],
+    targets: Integer[Array | np.ndarray, "B T"],
+    chunks: int,
 ) -> Float[Array, "B T"]:
     """Negative log-likelihood of each target, nats, from so many chunks of the tokens, one after another.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
 from nope_jax.attention.dot_product import per_token
@@ -108,10 +108,10 @@ class Decoder(nnx.Module):
     @auto_axes
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Integer[Array | np.ndarray, "B T"],
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[ArrayLike, "T"] | Integer[ArrayLike, "#B T"] | None = None,
+        segment_ids: Integer[ArrayLike, "T"] | Integer[ArrayLike, "#B T"] | None = None,
         temperature: Any = None,
         key: Array | None = None,
         return_stats: bool = False,
@@ -148,7 +148,7 @@ class Decoder(nnx.Module):
     @auto_axes
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Integer[Array | np.ndarray, "B T"],
         *,
         positions: Any = None,
         segment_ids: Any = None,
@@ -162,7 +162,12 @@ class Decoder(nnx.Module):
         return x, stats
 
     def enter(
-        self, tokens: Int[Array, "B T"], *, positions: Any = None, segment_ids: Any = None, key: Array | None = None
+        self,
+        tokens: Integer[Array | np.ndarray, "B T"],
+        *,
+        positions: Any = None,
+        segment_ids: Any = None,
+        key: Array | None = None,
     ) -> tuple[Shaped[Array, "B T D"], list[tuple[Params, dict[str, Any]]]]:
         """What the first layer reads, and what the layers of each place in the period are called with beside it.
 
@@ -234,7 +239,12 @@ class Decoder(nnx.Module):
 
     @auto_axes
     def decode_step(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, temperature: Any = None, return_stats: bool = False
+        self,
+        tokens: Integer[Array | np.ndarray, "B T"],
+        cache: Cache,
+        *,
+        temperature: Any = None,
+        return_stats: bool = False,
     ) -> Any:
         """Logits after more tokens, given those before: one, or a whole prompt at once.
 
@@ -370,7 +380,7 @@ class Decoder(nnx.Module):
         return constrain(logits, ("batch", "length", "vocab"))
 
     @auto_axes
-    def nll(self, hidden: Shaped[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    def nll(self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T"]:
         """Negative log-likelihood of each target, nats: the loss of training, validation and evaluation.
 
         Differentiable. Where there are many logits only those of some tokens exist at a time (`LOGITS_AT_ONCE`).

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer
 
 from nope_jax.models.decoder import Decoder
 from nope_jax.sharding import auto_axes
@@ -17,13 +17,13 @@ from nope_jax.sharding import auto_axes
 
 def generate(
     model: Decoder,
-    prompt: Int[Array, "B T"],
+    prompt: Integer[ArrayLike, "B T"],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
     key: Array | None = None,
-) -> Int[Array, "B T+max_new_tokens"]:
+) -> Integer[Array, "B T+{max_new_tokens}"]:
     """The prompt and what the model continues it with.
 
     Args:
@@ -65,7 +65,7 @@ def generate(
 def _continue(graphdef, draws: bool, count: int, top_k: int | None, state, cache, prompt, temperature, key):
     model = nnx.merge(graphdef, state)
 
-    def choose(logits: Float[Array, "B V"], key) -> Int[Array, "B"]:
+    def choose(logits: Float[Array, "B V"], key) -> Integer[Array, "B"]:
         if not draws:
             return logits.argmax(-1).astype(prompt.dtype)
         if top_k is not None:

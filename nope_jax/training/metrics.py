@@ -38,7 +38,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import jax
 from tqdm import tqdm
@@ -219,7 +219,7 @@ class Record:
             self._watcher = stack.enter_context(ThreadPoolExecutor(1))
             self._open = stack.pop_all()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Record":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -236,7 +236,7 @@ class Record:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     @contextlib.contextmanager
-    def fetching(self, running: jax.Array) -> Iterator[None]:
+    def fetching(self, running: Any) -> Iterator[None]:
         """Around getting the batch of the next step, while the devices compute `running`, an output of this one.
 
         What they still had to do meanwhile was a step; the rest was waiting for input.
