@@ -42,12 +42,13 @@ demo: $(BIN)/.installed
 	@echo "The picture: $(RUNS)/report/perplexity.png, $(RUNS)/report/entropy.png; all of it: $(RUNS)/report/report.html"
 
 # A model this small leaves a second core idle: two runs at once take less time than one after the other. Each writes to
-# a file, whose last lines are shown when it is done: GNU make 3.81, which macOS has, cannot keep two outputs apart.
+# a file, whose last lines are shown at once when it is done: GNU make 3.81, which macOS has, cannot keep two outputs
+# apart.
 demo-%: $(BIN)/.installed
 	@mkdir -p $(RUNS)
 	@echo "$*: trains, and writes to $(RUNS)/$*.log"
 	@$(BIN)/python train.py --config configs/tiny.py --workdir $(RUNS)/$* --model.encoding $* > $(RUNS)/$*.log 2>&1 || \
-		{ tail -n 20 $(RUNS)/$*.log; echo "$*: failed"; exit 1; }
+		{ echo "`tail -n 20 $(RUNS)/$*.log; echo $*: failed`"; exit 1; }
 	@echo "$*: `tail -n 1 $(RUNS)/$*.log`"
 
 lint: $(BIN)/.installed-test

@@ -50,7 +50,10 @@ def test_the_entropy_of_a_decided_row_is_zero_however_large_its_logits(implement
     assert_close(stats.entropy, wanted.entropy)
 
 
-@pytest.mark.parametrize("length", [BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE + 1])
+OTHER_LENGTHS = [pytest.param(length, marks=pytest.mark.slow) for length in (BLOCK_SIZE, 2 * BLOCK_SIZE + 1)]
+
+
+@pytest.mark.parametrize("length", [BLOCK_SIZE + 1, *OTHER_LENGTHS])
 def test_streaming_is_reference_at_block_boundaries(length):
     # Also with all queries but the first, so that queries and keys are cut at different places.
     query, key, value = inputs(B=1, T=length, N=2, K=1)

@@ -359,7 +359,7 @@ def workdirs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("overrides", [{}, {"data.bos": True}])
+@pytest.mark.parametrize("overrides", [{}, pytest.param({"data.bos": True}, marks=pytest.mark.slow)])
 def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys, overrides):
     folders = [workdirs / "alibi", workdirs / "learned"]
     compare(folders, (16, 8, 8), tmp_path / "a" / "b", overrides, command="python eval.py")

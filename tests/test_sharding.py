@@ -243,6 +243,7 @@ def test_a_step_moves_what_fsdp_and_tensor_parallelism_mean():
     assert {one.times for one in found if one.loops} == {2}
 
 
+@pytest.mark.slow
 def test_a_loss_in_chunks_is_that_of_one_device_and_gathers_neither_rows_nor_vocabulary():
     """Each device has the logits of 16 of its 128 or 64 tokens at a time."""
     sequence = {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2}

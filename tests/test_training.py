@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected))
 
 
-@pytest.mark.parametrize("eval_every", [4, 100], ids=["on the way", "at the end"])
+@pytest.mark.parametrize("eval_every", [4, pytest.param(100, marks=pytest.mark.slow)], ids=["on the way", "at the end"])
 def test_a_run_killed_during_validation_keeps_its_step_and_measures_when_it_goes_on(
     config, tmp_path, monkeypatch, capsys, eval_every
 ):
