@@ -2,12 +2,11 @@
 
     python -m benchmarks.pods [--minutes 60] [--results docs/pods.jsonl]
 
-Needs libtpu (`pip install '.[tpu]'`) and no TPU. A cell of the table is one decoder on one slice. For each, a few
-meshes are tried, most promising first, with as many rows at a time as a rough reckoning says will fit, and half as many
-where the compiler then finds that they do not. Each compilation, of a training step and of the validation loss, takes
-minutes of one core; the memory in the table is that of the larger. Each result is appended to the results file, and the
-table written anew, so that the command goes on where it was stopped. After a change to what is compiled, take the old
-lines out.
+Needs libtpu (`pip install '.[tpu]'`) and no TPU. A row of the table is one decoder, without positional encoding, on one
+slice, in microbatches of as many rows as make the shortest step. Each compilation, of a training step and of the
+validation loss, takes minutes of one core; the memory in the table is that of the larger. Each result is
+appended to the results file and the table is rewritten, so that the command resumes where it was stopped. After a
+change to what is compiled, take the old lines out.
 """
 
 import argparse
@@ -42,60 +41,33 @@ SHAPES = {
     "7 B": _llama(1024, num_layers=32, num_heads=32, num_kv_heads=8, model_dim=4096, mlp_dim=14_336),
     "70 B": _llama(2048, num_layers=80, num_heads=64, num_kv_heads=8, model_dim=8192, mlp_dim=28_672),
 }
-"""The decoders and their batches."""
-ENCODINGS = {"NoPE": "nope", "hybrid": "smollm3"}
+"""The decoders and their batches: NoPE, which no encoding undercuts."""
 SLICES = {
-    "125 M": ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1"),
-    "1 B": ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v5p:2x2x4"),
-    "7 B": ("v5e:8x8", "v5e:16x16", "v6e:8x8", "v5p:2x4x4", "v5p:4x4x4"),
+    "125 M": ("v5e:2x2", "v6e:2x2", "v5p:2x2x1"),
+    "1 B": ("v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:2x2x4"),
+    "7 B": ("v5e:16x16", "v6e:8x8", "v5p:4x4x4"),
     "70 B": ("v5e:16x16", "v6e:16x16", "v5p:4x8x8"),
 }
-FIRST = (
-    ("125 M", "NoPE", "v5e:2x2"),
-    ("1 B", "NoPE", "v5e:4x4"),
-    ("7 B", "NoPE", "v5e:16x16"),
-    ("70 B", "NoPE", "v5p:4x8x8"),
-    ("1 B", "hybrid", "v5e:4x4"),
-    ("1 B", "NoPE", "v5e:16x16"),
-    ("7 B", "NoPE", "v6e:8x8"),
-)
-"""What is compiled before the rest."""
 
-Cell = tuple[str, str, str]
-"""Decoder, encoding and slice."""
+Cell = tuple[str, str]
+"""Decoder and slice."""
 
 
 def cells() -> list[Cell]:
-    every = [(shape, name, where) for name in ENCODINGS for shape in SHAPES for where in SLICES[shape]]
-    return [*FIRST, *(cell for cell in every if cell not in FIRST)]
+    return [(shape, where) for shape in SHAPES for where in SLICES[shape]]
 
 
-def meshes(cell: Cell) -> list[MeshConfig]:
-    """The meshes worth trying.
-
-    All chips share the parameters; or each has them all, where they fit; or those along one dimension of the slice
-    share them, where that fits; or some share the heads, too.
-    """
-    shape, _, where = cell
-    sharing = MeshConfig(data=1, fsdp=-1)
-    if shape == "125 M":
-        return [MeshConfig(), sharing]
-    if shape == "1 B":
-        return [sharing, MeshConfig(data=int(where.partition(":")[2].partition("x")[0]), fsdp=-1)]
-    return [sharing, MeshConfig(data=1, fsdp=-1, tensor=4)]
-
-
-def configs(cell: Cell, mesh: MeshConfig) -> Iterator[Config]:
-    """The cell's run, with fewer and fewer rows of a chip at a time."""
-    shape, name, where = cell
-    config = dataclasses.replace(SHAPES[shape], mesh=mesh)
-    config = override(config, {"model.encoding": ENCODINGS[name]})
-    ways = _chips(where) // mesh.tensor
-    rows = config.data.batch_size // ways
-    while rows > 1 and reckoned(config, _chips(where), rows) > 0.8 * CHIPS[where.partition(":")[0]].memory:
+def configs(cell: Cell) -> Iterator[Config]:
+    """The cell's run with fewer and fewer rows of a chip at a time, from as many as a rough reckoning lets fit."""
+    shape, where = cell
+    # Each chip has all of a small model; of a larger one all chips share the parameters.
+    config = dataclasses.replace(SHAPES[shape], mesh=MeshConfig() if shape == "125 M" else MeshConfig(data=1, fsdp=-1))
+    chips = _chips(where)
+    rows = config.data.batch_size // chips
+    while rows > 1 and reckoned(config, chips, rows) > 0.8 * CHIPS[where.partition(":")[0]].memory:
         rows //= 2
     while rows:
-        yield override(config, {"optimizer.accumulation": config.data.batch_size // (ways * rows)})
+        yield override(config, {"optimizer.accumulation": config.data.batch_size // (chips * rows)})
         rows //= 2
 
 
@@ -123,24 +95,28 @@ def read(path: Path) -> list[dict]:
 
 
 def compile_all(path: Path, minutes: float) -> None:
-    """Appends to the results file, and writes the table, until all is compiled or the time is over."""
+    """Appends to the results file, and writes the table, until all is compiled or the time is over.
+
+    For each cell rows are halved until they fit, and further while that shortens the step.
+    """
     end = time.monotonic() + 60 * minutes
-    for index in range(max(len(meshes(cell)) for cell in cells())):
-        for cell in cells():
-            for mesh in meshes(cell)[index : index + 1]:
-                for config in configs(cell, mesh):
-                    key = {"cell": list(cell), "mesh": dataclasses.asdict(mesh), "rows": _rows(config, cell)}
-                    line = next((line for line in read(path) if key.items() <= line.items()), None)
-                    if line is None:
-                        if time.monotonic() > end:
-                            return
-                        line = key | compiled(config, cell)
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        with path.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
-                        write_table(path)
-                    if line["fits"]:
-                        break
+    for cell in cells():
+        shortest = math.inf
+        for config in configs(cell):
+            key = {"cell": list(cell), "rows": _rows(config, cell)}
+            line = next((line for line in read(path) if key.items() <= line.items()), None)
+            if line is None:
+                if time.monotonic() > end:
+                    return
+                line = key | compiled(config, cell)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                write_table(path)
+            if line["fits"]:
+                if line["seconds"][1] >= shortest:
+                    break
+                shortest = line["seconds"][1]
 
 
 def _chips(where: str) -> int:
@@ -148,14 +124,14 @@ def _chips(where: str) -> int:
 
 
 def _rows(config: Config, cell: Cell) -> int:
-    return config.data.batch_size // (_chips(cell[2]) // config.mesh.tensor * config.optimizer.accumulation)
+    return config.data.batch_size // (_chips(cell[1]) * config.optimizer.accumulation)
 
 
 def compiled(config: Config, cell: Cell) -> dict:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
     made = {"date": str(datetime.date.today()), "versions": versions}
     try:
-        estimate = compile_ahead(config, cell[2])
+        estimate = compile_ahead(config, cell[1])
     except DoesNotFitError as error:
         return {"fits": False, "says": str(error)} | made
     return made | {
@@ -176,24 +152,22 @@ def compiled(config: Config, cell: Cell) -> dict:
 
 
 def table(lines: list[dict]) -> str:
-    """The best mesh of each cell: the one with the most tokens per second if no communication hides."""
+    """The line of each cell with the shortest step if no communication hides."""
     rows = []
     missing: dict[str, list[str]] = {}
     for shape in SHAPES:
-        for name in ENCODINGS:
-            for where in SLICES[shape]:
-                fitting = [line for line in lines if line["cell"] == [shape, name, where] and line["fits"]]
-                if fitting:
-                    best = min(fitting, key=lambda line: line["seconds"][1])
-                    rows.append(_row(shape, name, where, best))
-                else:
-                    missing.setdefault(f"{shape} {name}", []).append(where)
+        for where in SLICES[shape]:
+            fitting = [line for line in lines if line["cell"] == [shape, where] and line["fits"]]
+            if fitting:
+                rows.append(_row(shape, where, min(fitting, key=lambda line: line["seconds"][1])))
+            else:
+                missing.setdefault(shape, []).append(where)
     dates = sorted({line["date"] for line in lines})
     versions = "; ".join(sorted({line["versions"] for line in lines}))
     return "\n".join(
         [
-            "| decoder | encoding | slice | chips | mesh | rows at a time | memory, GiB | step, s | MFU |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| decoder | slice | chips | mesh | rows at a time | memory, GiB | step, s | MFU |",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             f"`python -m benchmarks.pods`, {' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))}, {versions}.",
@@ -210,13 +184,13 @@ def write_table(path: Path) -> None:
         temporary.write_text(f"{before}{BEGIN}\n{table(read(path))}\n{END}{after}", encoding="utf-8")
 
 
-def _row(shape: str, name: str, where: str, line: dict) -> str:
+def _row(shape: str, where: str, line: dict) -> str:
     chips = math.prod(line["shape"].values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in line["shape"].items() if size > 1)
     memory = f"{sum(line['memory'].values()) / GIB:.1f} of {CHIPS[where.partition(':')[0]].memory / GIB:.0f}"
     (best, worst), (low, high) = line["seconds"], line["mfu"]
     return (
-        f"| {shape} | {name} | {where} | {chips} | {mesh} | {line['rows']} | {memory} | "
+        f"| {shape} | {where} | {chips} | {mesh} | {line['rows']} | {memory} | "
         f"{best:.2f} to {worst:.2f} | {low:.0%} to {high:.0%} |"
     )
 
