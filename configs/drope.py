@@ -4,7 +4,7 @@ RoPE helps a model to learn and then keeps it from reading further than it has l
 weights of one trained with RoPE, goes without positions, and takes two fifths of its steps, at its length:
 
     python train.py --config configs/tiny.py --workdir runs/rope --model.encoding rope
-    python train.py --config configs/drope.py --workdir runs/drope --train.start_from runs/rope
+    python train.py --config configs/drope.py --workdir runs/drope --train.init_from runs/rope
     python eval.py --workdirs runs/rope runs/drope --lengths 128 256 512 1024 2048 --out runs/drope_report
 
 The RoPE run ends at a validation loss of 1.47 nats per byte, this one at 1.96; NoPE from the start is at 2.0 after as

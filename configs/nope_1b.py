@@ -9,7 +9,7 @@ Parameters, gradients and optimizer are split over all chips. On 16 of TPU v5e
 says that each needs 8.0 of its 16 GiB (2026-11-21): a step's rows are taken in four microbatches.
 
 Zhang et al. 2024 (TinyLlama, arXiv 2401.02385) give shape, steps of 2 M tokens and learning rate; 50,000 of these steps
-are 100 B tokens. Wang et al. then tune the temperature of its heads to read further: eval.py tune.
+are 100 B tokens. Wang et al. then tune the logit scale of its heads to read further: eval.py tune.
 
 Needs the dataset, prepared under data.dir, and Llama 2's tokenizer.json (32,000 tokens; the model card of
 huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0 has one) at the path below.

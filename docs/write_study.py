@@ -113,7 +113,7 @@ def _introduction(config: dict, runs: Path) -> str:
 
 Six decoders that differ in their encoding alone are trained at L = {data["context_length"]} bytes and read up to 8 L.
 The question is that of Wang et al. 2024 ([arXiv 2404.12224](https://arxiv.org/abs/2404.12224)): where does a model
-without positions stop holding, has its attention spread out by then, and does a temperature mend it? Their model has
+without positions stop holding, has its attention spread out by then, and does a logit scale mend it? Their model has
 1.1 billion parameters and L = 2,048; this one is a thousand times smaller, and may disagree.
 
 `make study` made this page, its numbers and its verdicts: {_date()}, {_hardware()}.

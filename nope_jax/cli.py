@@ -37,7 +37,7 @@ from nope_jax.config import (
     unknown,
     wanted,
 )
-from nope_jax.distributed import DIVERGED, Place
+from nope_jax.distributed import DIVERGED, ProcessSpec
 from nope_jax.errors import is_refusal
 from nope_jax.paths import Location, location, on_disk
 
@@ -99,7 +99,7 @@ class TrainArguments(NamedTuple):
     """Nowhere in particular where it is not given, as it need not be with compile_for."""
     compile_for: str | None = None
     """The slice of TPUs to compile for instead of training."""
-    place: Place = Place()
+    place: ProcessSpec = ProcessSpec()
     """Which of the run's processes this one is."""
 
 
@@ -185,10 +185,13 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
         ),
         "num_processes": (int | None, "How many processes the run has; 1 keeps it from looking for others."),
         "process_id": (int | None, "Which of them this one is, from 0."),
-        "join_timeout": (int | None, f"Seconds to wait until all have come; {Place().join_timeout} if not given."),
+        "join_timeout": (
+            int | None,
+            f"Seconds to wait until all have come; {ProcessSpec().join_timeout} if not given.",
+        ),
         "peer_timeout": (
             int | None,
-            f"Seconds after which one that does not answer counts as dead; {Place().peer_timeout} if not given.",
+            f"Seconds after which one that does not answer counts as dead; {ProcessSpec().peer_timeout} if not given.",
         ),
         "trust_code": _TRUST_CODE,
     }
@@ -198,13 +201,13 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     values, overrides = _parse(arguments, options, groups, "Trains a decoder.")
     if "data.context_length" in overrides and config.model.train_length == config.data.context_length:
         overrides = {"model.train_length": None} | overrides
-    place = Place(**{name: value for name in Place._fields if (value := getattr(values, name)) is not None})
+    place = ProcessSpec(**{name: value for name in ProcessSpec._fields if (value := getattr(values, name)) is not None})
     place.named()
     # From its word: tyro has made a pathlib.Path of it, which is no path any more if it was one of a bucket.
     workdir = location(given["workdir"][0], "--workdir") if "workdir" in given else Path()
     config = override(config, overrides)
     if values.trust_code:
-        for folder in (workdir, config.train.start_from):
+        for folder in (workdir, config.train.init_from):
             if folder is not None and (location(folder) / "config.json").exists():
                 load(folder, trust_code=True)  # and from then on this process does
     return TrainArguments(config, workdir, values.compile_for, place)

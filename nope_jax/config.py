@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nope_jax import encodings, own_code
-from nope_jax.encodings import ENCODINGS, SCHEDULES, Encoding, resolve
+from nope_jax.encodings import ENCODINGS, SCHEDULES, Encoding, former_names, resolve
 from nope_jax.errors import is_refusal
 from nope_jax.paths import Location, check_location, location, on_disk
 
@@ -116,7 +116,7 @@ class TrainConfig:
     eval_batches: int = 4
     """Batches that the validation loss is the mean of."""
     seed: int = 0
-    start_from: str | None = None
+    init_from: str | None = None
     """The workdir of a run whose weights training starts from, though its encoding may be another.
 
     What the encodings have learned comes along where a layer keeps its encoding, and starts anew elsewhere."""
@@ -327,8 +327,8 @@ def _check(config: Config) -> None:
             "data.document_separator must be what lies between the documents of a file of text:, or None, not "
             f"{data.document_separator!r} with data.source {data.source}"
         )
-    if config.train.start_from is not None:
-        check_location(config.train.start_from, "train.start_from")
+    if config.train.init_from is not None:
+        check_location(config.train.init_from, "train.init_from")
     try:
         period = len(resolve(model.encoding))
     except ValueError as error:
@@ -428,10 +428,12 @@ def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config
         if not isinstance(groups, dict) or not all(isinstance(fields, dict) for fields in groups.values()):
             raise ValueError("it must be an object of objects, one for each group of fields")
         values = {
-            f"{group}.{field}": _from_json(value, folder, trust_code)
+            f"{group}.{former_names.from_config(field)}": _from_json(value, folder, trust_code)
             for group, fields in groups.items()
             for field, value in fields.items()
         }
+        if "model.encoding" in values:
+            values["model.encoding"] = _by_todays_names(values["model.encoding"])
         return override(Config(), values)
     except ValueError as error:
         if not is_refusal(error):  # of the encoding's own code
@@ -471,6 +473,13 @@ def _own_classes(value: Any) -> list[type]:
     return own + _own_classes(parts)
 
 
+def _by_todays_names(encoding: Any) -> Any:
+    """An encoding of a config.json, whose names may be former ones."""
+    if isinstance(encoding, tuple):
+        return tuple(_by_todays_names(part) for part in encoding)
+    return former_names.from_config(encoding) if isinstance(encoding, str) else encoding
+
+
 def _to_json(value: Any, where: str) -> Any:
     if isinstance(value, tuple):
         return [_to_json(part, where) for part in value]
@@ -506,9 +515,10 @@ def _class_name(cls: type) -> str:
 
 
 def _find_class(name: Any, folder: Location, trust_code: bool) -> type:
+    name = former_names.from_config(str(name))
     if name in ENCODINGS:
         return ENCODINGS[name]
-    where, _, qualname = str(name).rpartition(":")
+    where, _, qualname = name.rpartition(":")
     if not where:
         raise ValueError(f"cannot make the class {name!r}: there is no such encoding")
     try:

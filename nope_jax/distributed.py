@@ -34,7 +34,7 @@ OWN_END = 10.0
 """Seconds that a process has to end by itself when another has: mostly they end for the same reason."""
 
 
-class Place(NamedTuple):
+class ProcessSpec(NamedTuple):
     """Which process of how many this one is, as the command line says; None: as the environment says."""
 
     coordinator: str | None = None
@@ -84,7 +84,7 @@ class _Found(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(place: Place, workdir: Location) -> Iterator[None]:
+def joined(place: ProcessSpec, workdir: Location) -> Iterator[None]:
     """Connects this process with the others of its run for as long as the context lasts; alone, it does nothing.
 
     The environments that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes jobs) are asked where `place` says nothing.
@@ -204,7 +204,7 @@ def said_by_all(text: str) -> list[str]:
     ]
 
 
-def _find(place: Place) -> _Found:
+def _find(place: ProcessSpec) -> _Found:
     named = place.named()
     if named is not None:
         return named
@@ -222,7 +222,7 @@ def _find(place: Place) -> _Found:
     return _Found(coordinator, processes or 1, process or 0, devices)
 
 
-def _call_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
+def _call_roll(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
     """The connection to each other process, once all have come."""
     _, port = _address(found)
     deadline = time.monotonic() + place.join_timeout
@@ -269,7 +269,7 @@ def _call_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
     return came
 
 
-def _answer_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
+def _answer_roll(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
     """The connection to process 0, once all have come."""
     host, port = _address(found)
     deadline = time.monotonic() + place.join_timeout

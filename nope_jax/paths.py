@@ -66,6 +66,6 @@ def on_disk(path: str, name: str) -> str:
     """
     if _URL.match(path):
         raise ValueError(
-            f"{name} must be on a disk, not {path}; --workdir and train.start_from alone may be in a bucket, gs://..."
+            f"{name} must be on a disk, not {path}; --workdir and train.init_from alone may be in a bucket, gs://..."
         )
     return path

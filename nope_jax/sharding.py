@@ -2,8 +2,8 @@
 
 The model names the axes of its parameters and activations ("embed", "heads", "length", ...) and knows no mesh; this
 module alone translates. Parameters are born in their places and stay there (`state_shardings`); activations are held in
-theirs where it matters (`constrain`), and parameters gathered for the moment that a layer computes with them
-(`gathered`), so that the compiler has nothing left to guess.
+theirs where it matters (`with_logical_constraint`), and parameters gathered for the moment that a layer computes with
+them (`gathered`), so that the compiler has nothing left to guess.
 """
 
 import difflib
@@ -106,7 +106,7 @@ def _several(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 # Activations
 
 
-def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+def with_logical_constraint(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """`x`, held where its logical axes belong on the mesh in context; None is whole on every device.
 
     Nothing happens without a mesh, with one that has other axes than AXES (whoever made it has plans of his own), and
@@ -119,8 +119,8 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(names, x.shape, sizes)) if sizes else x
 
 
-def ways(name: str, size: int = 0) -> int:
-    """Over how many devices of the mesh in context `constrain` splits a logical axis; of a size that they divide."""
+def num_shards(name: str, size: int = 0) -> int:
+    """Over how many devices of the mesh in context a logical axis is split; 1 where they do not divide its size."""
     devices = math.prod(_auto_sizes().get(axis, 1) for axis in _several(RULES[name]))
     return devices if size % devices == 0 else 1
 
@@ -146,12 +146,12 @@ def gathered(parameter: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 
     Its gradient goes back to where the parameter with these names lies: each device keeps the sum of its own part.
     """
-    return constrain(parameter, [None if name == "embed" else name for name in names])
+    return with_logical_constraint(parameter, [None if name == "embed" else name for name in names])
 
 
 gathered.defvjp(
     lambda parameter, names: (gathered(parameter, names), None),
-    lambda names, _, gradient: (constrain(gradient, names),),
+    lambda names, _, gradient: (with_logical_constraint(gradient, names),),
 )
 
 _Arguments = ParamSpec("_Arguments")
@@ -214,11 +214,11 @@ def check_fits(config: "Config", mesh: Mesh | AbstractMesh) -> None:
         "data.batch_size": (data.batch_size, "batch"),
     }
     for field, (size, name) in fields.items():
-        ways = {f"mesh.{axis}": mesh.shape[axis] for axis in _several(RULES[name])}
+        num_shards = {f"mesh.{axis}": mesh.shape[axis] for axis in _several(RULES[name])}
         if name == "batch":
-            ways["optimizer.accumulation"] = config.optimizer.accumulation
-        if size % math.prod(ways.values()):
-            split = " x ".join(f"{way} {n}" for way, n in ways.items() if n > 1)
+            num_shards["optimizer.accumulation"] = config.optimizer.accumulation
+        if size % math.prod(num_shards.values()):
+            split = " x ".join(f"{way} {n}" for way, n in num_shards.items() if n > 1)
             raise ValueError(f"{split} must divide {field} {size}")
 
 

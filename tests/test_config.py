@@ -31,7 +31,9 @@ from nope_jax.encodings import (
     Encoding,
     HeadScale,
     LinearScaling,
+    Llama4Scale,
     LongRoPEScaling,
+    NoPE,
     RoPE,
     Windowed,
     apply_rope,
@@ -207,6 +209,17 @@ def test_the_path_that_earlier_versions_wrote_is_run_when_told_to(own_run, confi
     (own_run / "config.json").write_text(text.replace(str(config_file), "code/../../mine.py"))
     with pytest.raises(ValueError, match="a class must be in code/FILE.py"):
         configs.load(own_run, trust_code=True)
+
+
+def test_what_was_written_with_former_names_is_read(tmp_path):
+    wrapped = {"class": "llama4_temperature", "encoding": {"class": "nope"}}
+    groups = {
+        "model": {"num_layers": 3, "encoding": ["swan_temperature:rope", wrapped]},
+        "train": {"start_from": "llama"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(groups))
+    config = configs.load(tmp_path)
+    assert config.model.encoding == ("swan_scale:rope", Llama4Scale(NoPE())) and config.train.init_from == "llama"
 
 
 def test_an_edited_encoding_is_the_one_that_was_trained(own_run, config_file):

@@ -21,18 +21,18 @@ from nope_jax import distributed
 from nope_jax.cli import parse_train
 from nope_jax.config import Config
 from nope_jax.data import batches
-from nope_jax.distributed import PEER_LOST, Place
+from nope_jax.distributed import PEER_LOST, ProcessSpec
 from nope_jax.locks import held
 from nope_jax.paths import check_location
 from nope_jax.sharding import AXES, process_share
-from tests.hosts import ROOT, Started, checkpoints, logged, smoke_config
+from tests.support.hosts import ROOT, Started, checkpoints, logged, smoke_config
 
 pytestmark = pytest.mark.usefixtures("compiled_apart")
 
 # The command line
 
 
-def parse(tmp_path: Path, arguments: str) -> Place:
+def parse(tmp_path: Path, arguments: str) -> ProcessSpec:
     config = tmp_path / "config.py"
     config.write_text("from nope_jax.config import Config\n\n\ndef get_config():\n    return Config()\n")
     return parse_train(["--config", str(config), "--workdir", "x", *arguments.split()]).place
@@ -40,7 +40,7 @@ def parse(tmp_path: Path, arguments: str) -> Place:
 
 def test_the_options_name_a_process_and_need_not(tmp_path):
     given = parse(tmp_path, "--coordinator host:123 --num_processes 4 --process_id 3 --peer_timeout 20")
-    assert given == Place("host:123", 4, 3, peer_timeout=20)
+    assert given == ProcessSpec("host:123", 4, 3, peer_timeout=20)
     assert given.named() == ("host:123", 4, 3, None)
     assert parse(tmp_path, "").named() is None
 
@@ -65,7 +65,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, arguments, compla
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("place", [Place(), Place(num_processes=1)])
+@pytest.mark.parametrize("place", [ProcessSpec(), ProcessSpec(num_processes=1)])
 def test_alone_nothing_happens(place, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("initialised"))
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST"):
@@ -79,11 +79,11 @@ def test_slurm_says_which_process_this_is(monkeypatch):
     environment = {"JOB_ID": "4097", "STEP_NODELIST": "node[07-09]", "NTASKS": "3", "PROCID": "2", "LOCALID": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert distributed._find(Place()) == (f"node07:{65536 - 4096 + 1}", 3, 2, [0])
-    assert distributed._find(Place("other:1", 2, 1)) == ("other:1", 2, 1, None)
+    assert distributed._find(ProcessSpec()) == (f"node07:{65536 - 4096 + 1}", 3, 2, [0])
+    assert distributed._find(ProcessSpec("other:1", 2, 1)) == ("other:1", 2, 1, None)
     monkeypatch.setenv("SLURM_PROCID", "two")
     with pytest.raises(ValueError, match="looks like a cluster, but .*'two'.* --num_processes 1 for one process alone"):
-        distributed._find(Place())
+        distributed._find(ProcessSpec())
 
 
 # The roll
@@ -103,7 +103,7 @@ def answer(address: str, processes: int, number: int, timeout: int = 5) -> tuple
     def run() -> None:
         try:
             found = distributed._Found(address, processes, number, None)
-            results.append(distributed._answer_roll(found, Place(join_timeout=timeout)))
+            results.append(distributed._answer_roll(found, ProcessSpec(join_timeout=timeout)))
         except OSError as error:
             results.append(error)
 
@@ -114,7 +114,7 @@ def answer(address: str, processes: int, number: int, timeout: int = 5) -> tuple
 
 def call(address: str, processes: int, timeout: int) -> dict:
     found = distributed._Found(address, processes, 0, None)
-    return distributed._call_roll(found, Place(join_timeout=timeout))
+    return distributed._call_roll(found, ProcessSpec(join_timeout=timeout))
 
 
 def test_all_come_whoever_else_knocks(address):

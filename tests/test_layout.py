@@ -100,7 +100,7 @@ def test_the_mathematics_knows_neither_flax_nor_meshes(part):
 
 def test_the_attention_functions_need_jax_numpy_and_jaxtyping_alone():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "tests/light.py"], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, "tests/support/light.py"], cwd=ROOT, env=environment, check=True)
 
 
 def test_requirements_are_the_dependencies_and_those_of_training():

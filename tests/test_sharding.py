@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eight_devices import config, results
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
@@ -21,11 +20,12 @@ from nope_jax.sharding import (
     PARAMETER_RULES,
     RULES,
     check_fits,
-    constrain,
     make_mesh,
     partition_spec,
     state_shardings,
+    with_logical_constraint,
 )
+from tests.support.eight_devices import config, results
 
 
 def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -158,9 +158,9 @@ def test_the_config_knows_the_rules_there_are():
 
 def test_what_is_constrained_keeps_its_numbers_and_needs_no_mesh():
     x = jnp.arange(12.0).reshape(3, 4)
-    assert constrain(x, ("batch", "mlp")) is x
+    assert with_logical_constraint(x, ("batch", "mlp")) is x
     with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))):
-        assert constrain(x, ("batch", "mlp")) is x
+        assert with_logical_constraint(x, ("batch", "mlp")) is x
 
 
 def test_the_caller_may_have_explicit_axes():
@@ -203,8 +203,8 @@ def assert_split(run: dict[str, Any], *, parameters: int, moments: int) -> None:
     """That so many devices share the kernels, and the moments of them; of anything else each has all."""
     for name, shape in run["shapes"].items():
         of_kernel = any(name.endswith(kernel.removeprefix(".params")) for kernel in kernels(run))
-        ways = (parameters if name.startswith(".params") else moments) if of_kernel else 1
-        assert math.prod(run["own_shapes"][name]) == math.prod(shape) / ways, name
+        num_shards = (parameters if name.startswith(".params") else moments) if of_kernel else 1
+        assert math.prod(run["own_shapes"][name]) == math.prod(shape) / num_shards, name
 
 
 def moved(found: list[Collective], kind: str, mesh: dict[str, int], *along: str, loops: int = 0) -> Counter[int]:

@@ -110,11 +110,11 @@ class _WithoutValue(e.Wrapper):
         return None
 
 
-def sizes(heads: int = 3, dim: int = 32, width: int = 64, length: int = 64) -> e.Sizes:
-    return e.Sizes(heads, dim, width, train_length=length, num_kv_heads=1, vocab_size=8)
+def dims(heads: int = 3, dim: int = 32, width: int = 64, length: int = 64) -> e.ModelDims:
+    return e.ModelDims(heads, dim, width, train_length=length, num_kv_heads=1, vocab_size=8)
 
 
-def parameters(encoding: e.Encoding, of: e.Sizes, seed: int = 0, spread: float = 0.0) -> dict:
+def parameters(encoding: e.Encoding, of: e.ModelDims, seed: int = 0, spread: float = 0.0) -> dict:
     """First parameters, or moved from there by `spread`, as training would."""
     keys = jax.random.split(jax.random.key(seed), 3)
     params = encoding.init_shared(keys[0], of) | encoding.init_layer(keys[1], of)
@@ -144,7 +144,7 @@ def alike(length: int, heads: int = 3, dim: int = 32, seed: int = 1):
 
 def by_distance(encoding: e.Encoding, length: int, params: dict | None = None, heads: int = 3) -> np.ndarray:
     """[N, distance]: what an encoding adds to the content logit of the last token's keys."""
-    params = parameters(encoding, sizes(heads)) if params is None else params
+    params = parameters(encoding, dims(heads)) if params is None else params
     query, key = alike(length, heads)
     added = logits(encoding, params, query[-1:], key) - logits(e.NoPE(), {}, query[-1:], key)
     return added[:, 0, ::-1]
@@ -158,12 +158,12 @@ def entering(encoding: e.Encoding, params: dict, length: int, embedding) -> np.n
 
 
 def factors(encoding: e.Encoding, positions, params: dict | None = None) -> np.ndarray:
-    """[N or 1, T]: the temperature of queries at these positions."""
+    """[N or 1, T]: the logit scale of queries at these positions."""
     at = jnp.asarray(positions)[None]
-    return np.atleast_2d(np.asarray(encoding.temperature(params or {}, at, at))[0])
+    return np.atleast_2d(np.asarray(encoding.logit_scale(params or {}, at, at))[0])
 
 
-def seen(reach: e.Reach, length: int) -> np.ndarray:
+def seen(reach: e.AttentionSpan, length: int) -> np.ndarray:
     """[T, S]: which keys the queries of a layer see."""
     query, key = alike(length, 1, 2)
     encoding = e.NoPE()
@@ -195,7 +195,7 @@ def _input_axes(figure, title):
 @picture("learned")
 def _(figure):
     length, encoding = 48, e.Learned()
-    rows = entering(encoding, parameters(encoding, sizes(length=length)), length, np.zeros(64))
+    rows = entering(encoding, parameters(encoding, dims(length=length)), length, np.zeros(64))
     axes = _input_axes(figure, "A row per position, and none past L")
     heat(axes, np.concatenate([rows, np.full((16, 64), np.nan)]).T)
     trained(axes, length - 0.5)
@@ -235,7 +235,7 @@ def _(figure):
 
 @picture("complex")
 def _(figure):
-    of, encoding = sizes(width=6), e.ComplexOrder()
+    of, encoding = dims(width=6), e.ComplexOrder()
     params = parameters(encoding, of)
     token = np.array([1.0, 0.7, 0.4, 0.3, -0.5, 0.6])
     rows = entering(encoding, params, 64, token)
@@ -246,7 +246,7 @@ def _(figure):
 @picture("recursive")
 def _(figure):
     encoding = e.Recursive()
-    rows = entering(encoding, parameters(encoding, sizes(width=16), seed=2), 64, np.zeros(16))
+    rows = entering(encoding, parameters(encoding, dims(width=16), seed=2), 64, np.zeros(16))
     axes = plot(figure, "p(k+1) = tanh(W·p(k) + b), as it starts", "position", "p (3 of 16)")
     lines(axes, np.arange(64), rows[:, :3].T)
 
@@ -254,7 +254,7 @@ def _(figure):
 @picture("floater")
 def _(figure):
     encoding = e.FLOATER(step_size=0.1)
-    params = parameters(encoding, sizes(width=16), seed=1, spread=0.4)
+    params = parameters(encoding, dims(width=16), seed=1, spread=0.4)
     rows = entering(encoding, params, 64, np.zeros(16))
     axes = plot(figure, "dp/dt = h(t, p), four dimensions", "position", "p")
     lines(axes, np.arange(64), rows[:, :4].T)
@@ -263,7 +263,7 @@ def _(figure):
 @picture("convolution")
 def _(figure):
     encoding = e.Convolution()
-    rows = entering(encoding, parameters(encoding, sizes(width=3), seed=4), 12, np.ones(3))
+    rows = entering(encoding, parameters(encoding, dims(width=3), seed=4), 12, np.ones(3))
     axes = plot(figure, "The same token everywhere: zeros tell the start", "position", "x + Σ w·x")
     for i, row in enumerate(rows.T):
         axes.plot(row, color=COLOURS[i], linestyle=STYLES[i], linewidth=1.1, marker="o", markersize=3)
@@ -441,7 +441,7 @@ def _(figure):
 @picture("fire")
 def _(figure):
     encoding = e.FIRE()
-    params = parameters(encoding, sizes(1), seed=7, spread=0.4)
+    params = parameters(encoding, dims(1), seed=7, spread=0.4)
     axes = plot(figure, "One head, for queries at three positions", "distance", "added to the logit")
     axes.set_xscale("log")
     axes.set_xlim(1, 4096)
@@ -473,7 +473,7 @@ def _(figure):
 @picture("transformer_xl")
 def _(figure):
     encoding = e.TransformerXL()
-    params = parameters(encoding, sizes(), seed=3)
+    params = parameters(encoding, dims(), seed=3)
     params = {name: 5 * x for name, x in params.items()}  # from 0.02, as it starts, to 0.1
     rows = by_distance(encoding, 96, params)
     axes = plot(figure, "(q + v) · W r, three heads", "distance", "added to the logit")
@@ -482,7 +482,7 @@ def _(figure):
 
 @picture("tupe")
 def _(figure):
-    length, of, encoding = 48, sizes(1, length=48), e.TUPE()
+    length, of, encoding = 48, dims(1, length=48), e.TUPE()
     params = parameters(encoding, of, seed=5)
     # A table as smooth as training makes it, and projections past their first 0.02.
     params["positions"] = e.sinusoidal_positions(jnp.arange(length), 64, layout="halves")
@@ -496,7 +496,7 @@ def _(figure):
 
 @picture("deberta")
 def _(figure):
-    k, of = 32, sizes(1)
+    k, of = 32, dims(1)
     encoding = e.DeBERTa(max_distance=k)
     params = parameters(encoding, of, seed=2)
     params["relative"] = e.sinusoidal_positions(jnp.arange(2 * k), 64, layout="halves")
@@ -550,7 +550,7 @@ def _(figure):
     lines(axes, np.arange(length), rows)
 
 
-# --- Temperature
+# --- Logit scale
 
 
 def _log_positions(axes, last):
@@ -609,19 +609,19 @@ def _(figure):
     axes.set_xlim(left=1)
 
 
-@picture("llama4_temperature")
+@picture("llama4_scale")
 def _(figure):
     positions = np.arange(0, 131_072, 64)
     axes = plot(figure, "A step every 8,192 positions", "position", "factor")
-    axes.plot(positions, factors(e.Llama4Temperature(), positions)[0], color=COLOURS[0], linewidth=1.3)
+    axes.plot(positions, factors(e.Llama4Scale(), positions)[0], color=COLOURS[0], linewidth=1.3)
     axes.set_xticks([0, 32_768, 65_536, 98_304, 131_072], ["0", "32K", "64K", "96K", "128K"])
 
 
-@picture("swan_temperature")
+@picture("swan_scale")
 def _(figure):
     positions = np.unique(np.geomspace(1, 16_384, 200).astype(int)) - 1
     axes = plot(figure, "log_a(a + position), a = 362", "position (log scale)", "factor")
-    axes.plot(positions + 1, factors(e.SwanTemperature(), positions)[0], color=COLOURS[0], linewidth=1.8)
+    axes.plot(positions + 1, factors(e.SwanScale(), positions)[0], color=COLOURS[0], linewidth=1.8)
     _log_positions(axes, 16_384)
 
 
@@ -652,12 +652,12 @@ def _rgb(colour):
 
 @picture("windowed")
 def _(figure):
-    _layers(figure, [e.Reach(), e.Reach(window=7)], ["without", "window"], [QUIET, COLOURS[0]])
+    _layers(figure, [e.AttentionSpan(), e.AttentionSpan(window=7)], ["without", "window"], [QUIET, COLOURS[0]])
 
 
 @picture("chunked")
 def _(figure):
-    _layers(figure, [e.Reach(), e.Reach(chunk_size=8)], ["without", "chunks"], [QUIET, COLOURS[0]])
+    _layers(figure, [e.AttentionSpan(), e.AttentionSpan(chunk_size=8)], ["without", "chunks"], [QUIET, COLOURS[0]])
 
 
 def _schedule_picture(name):
@@ -672,7 +672,7 @@ def _schedule_picture(name):
             titles.append("RoPE" if rotary else "NoPE")
             colours.append(COLOURS[0] if rotary else COLOURS[1])
             # Windows and chunks in proportion, so that they can be seen.
-            layers.append(e.Reach(reach.window and 6, reach.chunk_size and 8))
+            layers.append(e.AttentionSpan(reach.window and 6, reach.chunk_size and 8))
         _layers(figure, layers, titles, colours)
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.attention.flax_layer import for_flax_layers
+from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.reference import reference_attention
 from nope_jax.attention.ring import ring_size, spread_attention, with_explicit_axes
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
-from nope_jax.attention.visibility import Visibility
 from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
 from nope_jax.encodings.checks import known_values
 from nope_jax.encodings.encoding import Logit
@@ -53,12 +53,12 @@ def dot_product_attention(
     window: int | None = None,
     chunk_size: int | None = None,
     segment_ids: Integer[ArrayLike, "B T"] | tuple[Integer[ArrayLike, "B T"], Integer[ArrayLike, "B S"]] | None = None,
-    temperature: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
+    logit_scale: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
     implementation: Implementation | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
-    """softmax(temperature · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
+    """softmax(logit_scale · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
 
     Queries, keys and values may differ in dtype. All is computed from them as they are, in float32 where two differ;
     float64 ones are rounded to float32 first. It can be given as `attention_fn` to `nnx.MultiHeadAttention` and
@@ -83,7 +83,7 @@ def dot_product_attention(
         window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
         chunk_size: A query sees only the keys of its own chunk of so many positions, the first from 0 on.
         segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
-        temperature: Factor of the content logit.
+        logit_scale: Factor of the content logit.
         implementation: "reference" writes the weights out; "streaming" never does, and needs memory that grows with T
             rather than T·S (differentiable in reverse mode only). None: streaming, unless all weights of a head fit
             one block of one device.
@@ -104,9 +104,9 @@ def dot_product_attention(
     check_arrays(query, key, value)
     batch, query_length, num_heads, head_dim = query.shape
     key_length = key.shape[1]
-    window, chunk_size = check_reach(window, chunk_size)
+    window, chunk_size = check_span(window, chunk_size)
     query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
-    visibility = Visibility(
+    mask_spec = MaskSpec(
         query_positions=per_token("query_positions", query_positions, batch, query_length),
         key_positions=per_token("key_positions", key_positions, batch, key_length),
         query_segments=query_segments,
@@ -118,11 +118,11 @@ def dot_product_attention(
     )
     if is_causal and isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, function=_Past(logit.function))
-    if isinstance(logit, DistanceLogit) and visibility.contiguous and not isinstance(query, jax.core.Tracer):
+    if isinstance(logit, DistanceLogit) and mask_spec.contiguous and not isinstance(query, jax.core.Tracer):
         # Outside of jit the function may be a new one in every call, and what it is part of be compiled as often.
         values = logit.function(logit.parameters, jnp.arange(1 - query_length, key_length))
         logit = DistanceLogit(_Tabulated(1 - query_length), values)
-    factor = _temperature(temperature, batch, num_heads, query_length) / math.sqrt(head_dim)
+    factor = _logit_scale(logit_scale, batch, num_heads, query_length) / math.sqrt(head_dim)
     if implementation is None:
         small = query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1
         implementation = "reference" if small else "streaming"
@@ -131,13 +131,13 @@ def dot_product_attention(
         entropy = jnp.zeros((batch, num_heads, query_length), jnp.float32)
         return (output, AttentionStats(entropy, jnp.full_like(entropy, -jnp.inf))) if return_stats else output
     output, entropy, logsumexp = _attention(
-        query, factor, key, value, logit, value_term, visibility, precision, implementation, return_stats
+        query, factor, key, value, logit, value_term, mask_spec, precision, implementation, return_stats
     )
     return (output, AttentionStats(entropy, logsumexp)) if return_stats else output
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "implementation", "with_entropy"))
-def _attention(query, factor, key, value, logit, value_term, visibility, precision, implementation, with_entropy):
+def _attention(query, factor, key, value, logit, value_term, mask_spec, precision, implementation, with_entropy):
     # Compiled as one, so that calling it outside of jit costs no compilation per operation.
     dtype = value.dtype
     query, key, value = (x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in (query, key, value))
@@ -154,7 +154,7 @@ def _attention(query, factor, key, value, logit, value_term, visibility, precisi
         value,
         logit,
         value_term,
-        visibility,
+        mask_spec,
         precision,
         in_parts=implementation == "streaming",
         with_entropy=with_entropy,
@@ -198,19 +198,19 @@ def check_arrays(query, key, value) -> None:
         raise ValueError(f"key heads must divide the query heads: {key.shape[2]} does not divide {query.shape[2]}")
 
 
-def check_reach(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
+def check_span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
     """A window and chunks as Python's integers; refused where they would not hold the query itself."""
-    reach = {"window": window, "chunk_size": chunk_size}
-    for name, number in reach.items():
+    span = {"window": window, "chunk_size": chunk_size}
+    for name, number in span.items():
         if number is None:
             continue
         try:
-            reach[name] = operator.index(number)
+            span[name] = operator.index(number)
         except TypeError:
-            reach[name] = 0
-        if reach[name] < 1 or isinstance(number, bool):
+            span[name] = 0
+        if span[name] < 1 or isinstance(number, bool):
             raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number!r}")
-    return reach["window"], reach["chunk_size"]
+    return span["window"], span["chunk_size"]
 
 
 def per_token(name: str, x, batch: int, length: int) -> Array | None:
@@ -259,14 +259,14 @@ def _mask(mask, shape: tuple[int, ...]) -> Array | None:
     return mask.astype(bool).reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
-def _temperature(temperature, batch: int, num_heads: int, length: int) -> Float[Array, "#B #N T"]:
-    temperature = jnp.asarray(1.0 if temperature is None else temperature, jnp.float32)
-    shape = temperature.shape
+def _logit_scale(logit_scale, batch: int, num_heads: int, length: int) -> Float[Array, "#B #N T"]:
+    logit_scale = jnp.asarray(1.0 if logit_scale is None else logit_scale, jnp.float32)
+    shape = logit_scale.shape
     if shape in ((), (num_heads,)):
-        temperature = temperature.reshape(1, -1, 1)
+        logit_scale = logit_scale.reshape(1, -1, 1)
     elif len(shape) != 3 or any(t not in (1, s) for t, s in zip(shape, (batch, num_heads, length), strict=True)):
         raise ValueError(
-            f"temperature must be a number or have shape [{num_heads}] or [{batch} or 1, {num_heads} or 1, {length}], "
+            f"logit_scale must be a number or have shape [{num_heads}] or [{batch} or 1, {num_heads} or 1, {length}], "
             f"not {list(shape)}"
         )
-    return jnp.broadcast_to(temperature, (*temperature.shape[:2], length))
+    return jnp.broadcast_to(logit_scale, (*logit_scale.shape[:2], length))

@@ -60,6 +60,8 @@ def for_flax_layers(function: _Function, common: Callable | None = None) -> _Fun
     @functools.wraps(function)
     def wrapped(*args: Any, **keywords: Any) -> Any:
         for name in keywords:
+            if name == "temperature":
+                raise TypeError("temperature: the factor of q·k/√H is logit_scale; above 1, it sharpens attention")
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"unknown keyword {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

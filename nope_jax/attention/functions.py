@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
-from nope_jax.attention.dot_product import check_arrays, check_reach, dot_product_attention, per_token
+from nope_jax.attention.dot_product import check_arrays, check_span, dot_product_attention, per_token
 from nope_jax.attention.flax_layer import for_flax_layers
+from nope_jax.attention.mask_spec import positions_or_default
 from nope_jax.attention.ring import with_explicit_axes
-from nope_jax.attention.visibility import positions_or_default
 from nope_jax.encodings import (
     FIRE,
     KERPLE,
@@ -40,7 +40,7 @@ from nope_jax.encodings import (
     forget_sums,
 )
 from nope_jax.encodings.checks import known_values
-from nope_jax.encodings.temperature import temperature_product
+from nope_jax.encodings.logit_scale import logit_scale_product
 
 
 @with_explicit_axes
@@ -54,7 +54,7 @@ def encoded_attention(
     *,
     query_features: Any = None,
     key_features: Any = None,
-    temperature: Any = None,
+    logit_scale: Any = None,
     **common: Any,
 ) -> Any:
     """`dot_product_attention` with what an encoding does within a layer.
@@ -69,7 +69,7 @@ def encoded_attention(
         value: Values.
         query_features: `encoding.features` of the queries' tokens, where it has any.
         key_features: The same of the keys' tokens.
-        temperature: Times the encoding's own temperature.
+        logit_scale: Times the encoding's own logit scale.
         **common: As `dot_product_attention`, which also says what is returned.
 
     Raises:
@@ -84,15 +84,15 @@ def encoded_attention(
         query_length,
         key_length,
     )
-    own, (window, chunk_size) = encoding.reach(), check_reach(common.get("window"), common.get("chunk_size"))
+    own, (window, chunk_size) = encoding.span(), check_span(common.get("window"), common.get("chunk_size"))
     chunks = [n for n in (own.chunk_size, chunk_size) if n is not None]
     if chunks and max(chunks) % min(chunks):
         raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
     windows = [n for n in (own.window, window) if n is not None]
     common |= {"chunk_size": min(chunks, default=None), "window": min(windows, default=None)}
     if not (query_length and key_length):  # nothing to encode
-        return dot_product_attention(query, key, value, temperature=temperature, **common)
-    temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
+        return dot_product_attention(query, key, value, logit_scale=logit_scale, **common)
+    logit_scale = logit_scale_product(encoding.logit_scale(params, query_positions, key_positions), logit_scale)
     turned_query, turned_key = encoding.query_key(
         params, jnp.asarray(query), jnp.asarray(key), query_positions, key_positions
     )
@@ -102,7 +102,7 @@ def encoded_attention(
         value,
         logit=encoding.logit(params, turned_query, turned_key, query_features, key_features),
         value_term=encoding.value(params),
-        temperature=temperature,
+        logit_scale=logit_scale,
         **common,
     )
 
@@ -371,7 +371,7 @@ def cope_attention(
         embeddings: Of the positions 0 to P - 1, for all heads or for each query head; p is clipped to P - 1.
         scaled: Whether q·e is divided by √H too.
         **common: As `dot_product_attention`, which also says what is returned and raised. Only visible keys count; a
-            temperature multiplies the queries wherever they are.
+            logit scale multiplies the queries wherever they are.
 
     References:
         Golovneva et al. 2024, arXiv 2405.18719.
@@ -449,7 +449,7 @@ def shaw_attention(
         key_table: Row clip + c is added to keys at c positions after the query; -clip <= c <= clip, where all farther
             ones share the ends.
         value_table: The same for values.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
             q·key_table as well.
 
     References:
@@ -502,7 +502,7 @@ def transformer_xl_attention(
         content_bias: u.
         position_bias: v.
         position_kernel: W; D is even, and r has D/2 sines before its D/2 cosines.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
             all of the logit.
 
     References:
@@ -550,7 +550,7 @@ def tupe_attention(
         table: T5's bias (TUPE-R); None for none (TUPE-A).
         max_distance: As `t5_attention`.
         bidirectional: As `t5_attention`.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
             both products, not the table.
 
     References:
@@ -606,7 +606,7 @@ def deberta_attention(
         max_distance: None: a row is a distance. Otherwise rows are buckets, logarithmic far away, of which the last
             begins at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
         released: Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
+        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
             all of the logit.
 
     References:

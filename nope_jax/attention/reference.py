@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
-from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import Block, BlockLogit, BlockValue, ScanLogit
+from nope_jax.encodings import BlockLogit, BlockValue, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED, Logit
 
 
@@ -20,22 +20,22 @@ def reference_attention(
     value: Shaped[Array, "B S K H2"],
     logit: Logit | None,
     value_term: BlockValue | None,
-    visibility: Visibility,
+    mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
     """softmax(factor · q·k + logit) · value, with entropy and logsumexp of each row, in float32 inside.
 
-    Args as in `dot_product_attention`; factor is temperature/√H.
+    Args as in `dot_product_attention`; factor is logit_scale/√H.
     """
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     query, key = (jnp.swapaxes(x, 1, 2) for x in (query, key))
     query_length, key_length = query.shape[2], key.shape[2]
-    visible = visibility.matrix(query_length, key_length)
-    query_positions, key_positions = visibility.positions(query_length, key_length)
+    visible = mask_spec.matrix(query_length, key_length)
+    query_positions, key_positions = mask_spec.positions(query_length, key_length)
     # Scaled before the product: a factor after it would be fused into what follows, rounded in two ways.
     scaled = query.astype(jnp.float32) * factor[..., None]
-    block = Block(
+    block = Tile(
         query=finite(scaled),
         factor=jnp.broadcast_to(factor, (factor.shape[0], *query.shape[1:3])),
         key=finite(key),
@@ -43,9 +43,9 @@ def reference_attention(
         key_positions=key_positions,
         query_features=getattr(logit, "query_features", None),
         key_features=getattr(logit, "key_features", None),
-        distances=jnp.arange(1 - query_length, key_length, dtype=jnp.int32) if visibility.contiguous else None,
+        distances=jnp.arange(1 - query_length, key_length, dtype=jnp.int32) if mask_spec.contiguous else None,
     )
-    if isinstance(logit, BlockLogit) and logit.by_distance is not None and visibility.contiguous:
+    if isinstance(logit, BlockLogit) and logit.by_distance is not None and mask_spec.contiguous:
         block = block._replace(by_distance=logit.by_distance(logit.parameters, block.distances))
 
     logits = content_logits("bnth,bnsh->bnts", scaled, key.astype(jnp.float32), precision)

@@ -31,7 +31,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from nope_jax.attention.visibility import Visibility
+from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
 from nope_jax.encodings.encoding import Logit
 
@@ -84,7 +84,7 @@ def spread_attention(
     value: Shaped[Array, "B S K H2"],
     logit: Logit | None,
     value_term: BlockValue | None,
-    visibility: Visibility,
+    mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike,
     *,
     in_parts: bool,
@@ -102,32 +102,32 @@ def spread_attention(
         with_entropy: Whether the entropy is asked for.
 
     """
-    sizes = _sizes()
+    dims = _sizes()
     (batch, query_length), (key_length, kv_heads) = query.shape[:2], key.shape[1:3]
-    rows = tuple(axis for axis in BATCH if axis in sizes)
-    rows = rows if batch % math.prod(sizes[axis] for axis in rows) == 0 else ()
-    heads = HEADS if HEADS in sizes and kv_heads % sizes[HEADS] == 0 and _says_heads(logit, value_term) else None
+    rows = tuple(axis for axis in BATCH if axis in dims)
+    rows = rows if batch % math.prod(dims[axis] for axis in rows) == 0 else ()
+    heads = HEADS if HEADS in dims and kv_heads % dims[HEADS] == 0 and _says_heads(logit, value_term) else None
     if isinstance(logit, ScanLogit):
-        in_parts = in_parts and visibility.is_causal and visibility.contiguous
-    ring = in_parts and LENGTH in sizes and query_length == key_length and visibility.mask is None
-    ring = ring and query_length % sizes[LENGTH] == 0
+        in_parts = in_parts and mask_spec.is_causal and mask_spec.contiguous
+    ring = in_parts and LENGTH in dims and query_length == key_length and mask_spec.mask is None
+    ring = ring and query_length % dims[LENGTH] == 0
     split = _Split(rows or None, LENGTH if ring else None, heads)
     if not any(split):
-        return attend(query, factor, key, value, logit, value_term, visibility, precision)
+        return attend(query, factor, key, value, logit, value_term, mask_spec, precision)
 
-    if not visibility.contiguous:
-        query_positions, key_positions = visibility.positions(query_length, key_length)
-        visibility = dataclasses.replace(visibility, query_positions=query_positions, key_positions=key_positions)
+    if not mask_spec.contiguous:
+        query_positions, key_positions = mask_spec.positions(query_length, key_length)
+        mask_spec = dataclasses.replace(mask_spec, query_positions=query_positions, key_positions=key_positions)
 
-    def local(query, factor, key, value, logit, value_term, visibility):
+    def local(query, factor, key, value, logit, value_term, mask_spec):
         if heads is not None and isinstance(logit, DistanceLogit):
             logit = DistanceLogit(_OwnHeads(logit.function), logit.parameters)
         if not ring:
-            return attend(query, factor, key, value, logit, value_term, visibility, precision)
-        return _in_a_ring(attend, query, factor, key, value, logit, value_term, visibility, precision, with_entropy)
+            return attend(query, factor, key, value, logit, value_term, mask_spec, precision)
+        return _in_a_ring(attend, query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy)
 
     per_token = split.specs("batch", "length", "heads")
-    operands = query, factor, key, value, logit, value_term, visibility
+    operands = query, factor, key, value, logit, value_term, mask_spec
     specs = (
         per_token(query),
         split.specs("batch", "heads", "length")(factor),
@@ -136,8 +136,8 @@ def spread_attention(
         split.of_term(logit),
         split.of_term(value_term),
         dataclasses.replace(
-            jax.tree.map(split.specs("batch", "length"), visibility),
-            mask=jax.tree.map(split.specs("batch", "heads"), visibility.mask),
+            jax.tree.map(split.specs("batch", "length"), mask_spec),
+            mask=jax.tree.map(split.specs("batch", "heads"), mask_spec.mask),
         ),
     )
     of_rows = PartitionSpec(split.batch, split.heads, split.length)
@@ -150,10 +150,10 @@ def _sizes() -> dict[str, int]:
     and none of a mesh with axes of other names, whose owner has plans of their own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    if mesh.manual_axes or not set(sizes) <= {*BATCH, LENGTH, HEADS}:
+    dims = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    if mesh.manual_axes or not set(dims) <= {*BATCH, LENGTH, HEADS}:
         return {}
-    return {axis: size for axis, size in sizes.items() if axis in mesh.auto_axes}
+    return {axis: size for axis, size in dims.items() if axis in mesh.auto_axes}
 
 
 def _says_heads(*terms: Any) -> bool:
@@ -267,7 +267,7 @@ class _Plan:
     """The static side of a call."""
 
     attend: Callable[..., Results]
-    visibility: Visibility
+    mask_spec: MaskSpec
     """Its static part."""
     precision: Any
     with_entropy: bool
@@ -275,20 +275,20 @@ class _Plan:
     """Shares are cut in two, in zigzag order, and positions run on: the halves' order says who sees whom."""
 
 
-def _in_a_ring(attend, query, factor, key, value, logit, value_term, visibility, precision, with_entropy) -> Results:
+def _in_a_ring(attend, query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy) -> Results:
     """`attend` of a sequence of which every device has its share, in order."""
     tokens = (
-        _Tokens(visibility.query_positions, visibility.query_segments),
-        _Tokens(visibility.key_positions, visibility.key_segments),
+        _Tokens(mask_spec.query_positions, mask_spec.query_segments),
+        _Tokens(mask_spec.key_positions, mask_spec.key_segments),
     )
     queries = _Queries(query, jnp.swapaxes(factor, 1, 2), getattr(logit, "query_features", None))
     keys = _Keys(key, value, getattr(logit, "key_features", None))
     if not isinstance(logit, DistanceLogit | None):
         logit = dataclasses.replace(logit, query_features=None, key_features=None)
     hands_on = isinstance(logit, ScanLogit)
-    balanced = visibility.is_causal and query.shape[1] % 2 == 0 and not hands_on
-    rule = Visibility(None, None, None, None, None, visibility.is_causal, visibility.window, visibility.chunk_size)
-    plan = _Plan(attend, rule, precision, with_entropy, halves=balanced and visibility.contiguous)
+    balanced = mask_spec.is_causal and query.shape[1] % 2 == 0 and not hands_on
+    rule = MaskSpec(None, None, None, None, None, mask_spec.is_causal, mask_spec.window, mask_spec.chunk_size)
+    plan = _Plan(attend, rule, precision, with_entropy, halves=balanced and mask_spec.contiguous)
     if balanced:
         queries, keys, tokens = jax.tree.map(_to_zigzag, (queries, keys, tokens))
     rows = (_scanning_ring if hands_on else _ring)(plan, queries, keys, _Terms(logit, value_term), *tokens)
@@ -378,9 +378,9 @@ def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, rev
 
     def visit(i, j, keys, source, folded):
         if not run_on:
-            return update(i, j, plan.visibility, keys, *folded)
+            return update(i, j, plan.mask_spec, keys, *folded)
         mine, theirs = start(device, i), start(source, j)
-        rule = dataclasses.replace(plan.visibility, start=theirs, apart=mine - theirs)
+        rule = dataclasses.replace(plan.mask_spec, start=theirs, query_offset=mine - theirs)
         seen = _reaches(rule, mine, theirs, size)
         if plan.halves:  # the diagonal is done: all keys of another half that are seen at all are in the past
             rule = dataclasses.replace(rule, is_causal=False)
@@ -390,7 +390,7 @@ def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, rev
     if plan.halves:
 
         def diagonal(i, folded):
-            rule = dataclasses.replace(plan.visibility, start=start(device, i))
+            rule = dataclasses.replace(plan.mask_spec, start=start(device, i))
             return update(i, i, rule, keys, *folded)
 
         state, sums = lax.fori_loop(0, 2, diagonal, (state, sums))
@@ -422,7 +422,7 @@ def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, rev
     return state, sums
 
 
-def _reaches(rule: Visibility, mine, theirs, size: int):
+def _reaches(rule: MaskSpec, mine, theirs, size: int):
     """Whether any query of a part that starts at `mine` sees a key of one that starts at `theirs`, by position."""
     seen = jnp.array(True)
     earlier, later = jnp.minimum(mine, theirs), jnp.maximum(mine, theirs)
@@ -437,7 +437,7 @@ def _reaches(rule: Visibility, mine, theirs, size: int):
 
 def _attend_pair(
     plan: _Plan,
-    rule: Visibility,
+    rule: MaskSpec,
     queries: _Queries,
     keys: _Keys,
     terms: _Terms,
@@ -449,7 +449,7 @@ def _attend_pair(
     logit = terms.logit
     if logit is not None and not isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, query_features=queries.features, key_features=keys.features)
-    visibility = dataclasses.replace(
+    mask_spec = dataclasses.replace(
         rule,
         query_positions=query_tokens.positions,
         key_positions=key_tokens.positions,
@@ -457,7 +457,7 @@ def _attend_pair(
         key_segments=key_tokens.segments,
     )
     factor = jnp.swapaxes(queries.factor, 1, 2)
-    arguments = queries.query, factor, keys.key, keys.value, logit, terms.value_term, visibility, plan.precision
+    arguments = queries.query, factor, keys.key, keys.value, logit, terms.value_term, mask_spec, plan.precision
     output, *of_rows = plan.attend(*arguments, **more)
     entropy, logsumexp, *rest = (jnp.swapaxes(x, 1, 2) for x in of_rows)
     return _Rows(output, entropy, logsumexp), *rest
@@ -498,10 +498,10 @@ def _ring_backward(plan: _Plan, residuals, d_rows: _Rows):
         d_queries, d_terms = sums
         (queries_i, tokens_i, rows_i, d_rows_i) = _at((queries, query_tokens, rows, d_rows), i)
         keys_j, tokens_j = _at(keys, j)
-        whole = rows_i.output, jnp.swapaxes(rows_i.entropy, 1, 2), jnp.swapaxes(rows_i.logsumexp, 1, 2)
+        final_rows = rows_i.output, jnp.swapaxes(rows_i.entropy, 1, 2), jnp.swapaxes(rows_i.logsumexp, 1, 2)
 
         def part(queries, keys, terms):
-            return _attend_pair(plan, rule, queries, keys, terms, tokens_i, tokens_j, whole=whole)[0]
+            return _attend_pair(plan, rule, queries, keys, terms, tokens_i, tokens_j, final_rows=final_rows)[0]
 
         _, pull = jax.vjp(part, queries_i, keys_j, terms)
         of_queries, of_keys, of_terms = pull(d_rows_i)
@@ -529,7 +529,7 @@ def _scan_forward(
 
     def update(i, j, rule, keys, state, sums):
         (rows, handed), (keys, key_tokens) = state, _at(keys, 0)
-        step = rule.apart // keys.key.shape[1]
+        step = rule.query_offset // keys.key.shape[1]
         carry = jnp.swapaxes(_at(handed, step), 1, 2)
         part, carry = _attend_pair(plan, rule, queries, keys, terms, query_tokens, key_tokens, carry=carry)
         return (rows.merged(part, plan.with_entropy), _put(handed, carry, step + 1)), sums
@@ -558,7 +558,7 @@ def _scanning_ring_backward(plan: _Plan, residuals, d_rows: _Rows):
         def part(queries, keys, terms, carry):
             return _attend_pair(plan, rule, queries, keys, terms, query_tokens, key_tokens, carry=carry)
 
-        carry = jnp.swapaxes(_at(handed, rule.apart // keys.key.shape[1]), 1, 2)
+        carry = jnp.swapaxes(_at(handed, rule.query_offset // keys.key.shape[1]), 1, 2)
         (found, _), pull = jax.vjp(part, queries, keys, terms, carry)
         of_queries, of_keys, of_terms, d_carry = pull((_of_part(rows, found, d_rows), d_carry))
         d_queries, d_terms = _summed((d_queries, d_terms), (of_queries, of_terms))

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
+from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
 from nope_jax.attention.streaming import BLOCK_SIZE, cut, cut_mask, mask_at
-from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import Block, BlockValue, ScanLogit
+from nope_jax.encodings import BlockValue, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED
 
 
@@ -30,7 +30,7 @@ def scanning_attention(
     value: Shaped[Array, "B S K H2"],
     logit: ScanLogit,
     value_term: BlockValue | None,
-    visibility: Visibility,
+    mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
     *,
     block_size: int = BLOCK_SIZE,
@@ -44,16 +44,16 @@ def scanning_attention(
     """
     (batch, query_length, num_heads, _), (key_length, kv_heads) = query.shape, key.shape[1:3]
     size = min(block_size, max(query_length, key_length))
-    query_positions, key_positions = visibility.positions(query_length, key_length)
+    query_positions, key_positions = mask_spec.positions(query_length, key_length)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
-    mask = None if visibility.mask is None else cut_mask(visibility.mask, size)
+    mask = None if mask_spec.mask is None else cut_mask(mask_spec.mask, size)
     factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
     queries = {
         "query": per_token(query),
         "factor": cut(factor, size, 2),
         "positions": per_token(query_positions),
-        "segments": per_token(visibility.query_segments),
+        "segments": per_token(mask_spec.query_segments),
         "features": per_token(logit.query_features),
         "carry": cut(zeros((batch, num_heads, query_length)) if carry is None else carry, size, 2),
         "index": jnp.arange(-(-query_length // size), dtype=jnp.int32),
@@ -62,14 +62,14 @@ def scanning_attention(
         "key": per_token(key),
         "value": per_token(value),
         "positions": per_token(key_positions),
-        "segments": per_token(visibility.key_segments),
+        "segments": per_token(mask_spec.key_segments),
         "features": per_token(logit.key_features),
         "index": jnp.arange(-(-key_length // size), dtype=jnp.int32),
     }
 
     def visible(rows, columns):
         rule = dataclasses.replace(
-            visibility,
+            mask_spec,
             query_positions=rows["positions"],
             key_positions=columns["positions"],
             query_segments=rows["segments"],
@@ -85,7 +85,7 @@ def scanning_attention(
             largest, normaliser, weighted, output, carry = state
             key, value = (jnp.repeat(columns[x], num_heads // kv_heads, axis=2) for x in ("key", "value"))
             key = jnp.swapaxes(key, 1, 2)
-            block = Block(
+            block = Tile(
                 query=finite(scaled),
                 factor=jnp.broadcast_to(rows["factor"], (rows["factor"].shape[0], num_heads, size)),
                 key=finite(key),

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
+from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite, weighted_sum
-from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import Block, BlockLogit, BlockValue, DistanceLogit, skew, unskew
+from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, Tile, skew, unskew
 from nope_jax.encodings.encoding import MASKED
 
 BLOCK_SIZE = 256
@@ -42,12 +42,12 @@ def streaming_attention(
     value: Shaped[Array, "B S K H2"],
     logit: DistanceLogit | BlockLogit | None,
     value_term: BlockValue | None,
-    visibility: Visibility,
+    mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
     *,
     with_entropy: bool = True,
     block_size: int = BLOCK_SIZE,
-    whole: tuple[Array, Array, Array] | None = None,
+    final_rows: tuple[Array, Array, Array] | None = None,
 ) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
     """Same arguments and results as `reference_attention`; differentiable in reverse mode.
 
@@ -63,41 +63,41 @@ def streaming_attention(
     size = -(-largest // -(-largest // block_size))  # as few blocks as fit, and then as small as they can be
     size = min(-(-size // 8) * 8, max(block_size, 1))
 
-    contiguous = visibility.contiguous
-    grid = _Grid(
+    contiguous = mask_spec.contiguous
+    tiling = _Tiling(
         query_length=query_length,
         key_length=key_length,
         size=size,
         groups=num_heads // kv_heads,
         contiguous=contiguous,
         per_block=not contiguous
-        or visibility.query_segments is not None
-        or visibility.mask is not None
-        or visibility.chunk_size is not None
-        or (not visibility.is_causal and key_length % size != 0)
-        or (visibility.apart is not None and (visibility.is_causal or visibility.window is not None)),
+        or mask_spec.query_segments is not None
+        or mask_spec.mask is not None
+        or mask_spec.chunk_size is not None
+        or (not mask_spec.is_causal and key_length % size != 0)
+        or (mask_spec.query_offset is not None and (mask_spec.is_causal or mask_spec.window is not None)),
         with_entropy=with_entropy,
         precision=precision,
     )
     distance_values = by_distance = None
     if isinstance(logit, DistanceLogit):
         if contiguous:
-            distance_values = logit.values(grid.distances(visibility))
+            distance_values = logit.values(tiling.distances(mask_spec))
             logit = None
         else:
             logit = BlockLogit(_distance_block, logit)
     elif logit is not None and logit.by_distance is not None and contiguous:
-        by_distance = logit.by_distance(logit.parameters, grid.distances(visibility))
+        by_distance = logit.by_distance(logit.parameters, tiling.distances(mask_spec))
 
-    query_positions, key_positions = visibility.positions(query_length, key_length)
+    query_positions, key_positions = mask_spec.positions(query_length, key_length)
     per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
-    visibility = dataclasses.replace(
-        visibility,
+    mask_spec = dataclasses.replace(
+        mask_spec,
         query_positions=per_token(query_positions),
         key_positions=per_token(key_positions),
-        query_segments=per_token(visibility.query_segments),
-        key_segments=per_token(visibility.key_segments),
-        mask=None if visibility.mask is None else cut_mask(visibility.mask, size),
+        query_segments=per_token(mask_spec.query_segments),
+        key_segments=per_token(mask_spec.key_segments),
+        mask=None if mask_spec.mask is None else cut_mask(mask_spec.mask, size),
     )
     if logit is not None:
         features = {"query_features": per_token(logit.query_features), "key_features": per_token(logit.key_features)}
@@ -105,7 +105,7 @@ def streaming_attention(
     factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
     operands = _Operands(
         query=_heads_first(query, kv_heads, size),
-        factor=cut(factor.reshape(factor.shape[0], kv_heads, grid.groups, -1), size, 3),
+        factor=cut(factor.reshape(factor.shape[0], kv_heads, tiling.groups, -1), size, 3),
         key=_heads_first(key, kv_heads, size)[:, :, :, 0],
         value=_heads_first(value, kv_heads, size)[:, :, :, 0],
         distance_values=distance_values,
@@ -113,10 +113,12 @@ def streaming_attention(
         by_distance=by_distance,
         value_term=value_term,
     )
-    if whole is None:
-        out, entropy, logsumexp = _attend(grid, operands, visibility)
+    if final_rows is None:
+        out, entropy, logsumexp = _attend(tiling, operands, mask_spec)
     else:
-        out, entropy, logsumexp = _attend_part(grid, operands, visibility, _whole_rows(grid, kv_heads, *whole))
+        out, entropy, logsumexp = _attend_part(
+            tiling, operands, mask_spec, _cut_final_rows(tiling, kv_heads, *final_rows)
+        )
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, num_heads, out.shape[-1])[:, :query_length]
     entropy, logsumexp = (
         jnp.moveaxis(x, 0, 3).reshape(batch, num_heads, -1)[..., :query_length] for x in (entropy, logsumexp)
@@ -125,7 +127,7 @@ def streaming_attention(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Grid:
+class _Tiling:
     """The static side of a call: how queries and keys fall into blocks."""
 
     query_length: int
@@ -155,28 +157,28 @@ class _Grid:
         middle = diagonal * self.size + self.key_length - self.query_length
         return middle - (self.size - 1), middle + (self.size - 1)
 
-    def distances(self, visibility: Visibility) -> Array:
+    def distances(self, mask_spec: MaskSpec) -> Array:
         """Every distance between a query and a key of the grid, in order: what `distance_values` holds a value of."""
         first, last = self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1]
-        return jnp.arange(first, last + 1, dtype=jnp.int32) + visibility.farther
+        return jnp.arange(first, last + 1, dtype=jnp.int32) + mask_spec.query_offset_or_0
 
     def distance_start(self, diagonal) -> Any:
         """Where the values of a diagonal's distances, 2·size - 1 of them, start among those of `distances`."""
         return (diagonal + self.key_blocks - 1) * self.size
 
-    def diagonals(self, visibility: Visibility) -> list[tuple[int, int, bool]]:
+    def diagonals(self, mask_spec: MaskSpec) -> list[tuple[int, int, bool]]:
         """Ranges (start, stop, masked) of neighbouring diagonals that hold something visible and are treated alike."""
         first, last = 1 - self.key_blocks, self.query_blocks - 1
-        if not self.contiguous or visibility.apart is not None:
+        if not self.contiguous or mask_spec.query_offset is not None:
             return [(first, last + 1, False)]
         kinds = []
         for diagonal in range(first, last + 1):
             low, high = self.distance_range(diagonal)
             nearest = 0 if low <= 0 <= high else min(abs(low), abs(high))
-            reach = [n for n in (visibility.window, visibility.chunk_size) if n is not None]
-            window = min(reach, default=max(abs(low), abs(high)) + 1)
-            if not (visibility.is_causal and high < 0) and nearest < window:
-                kinds.append((diagonal, (visibility.is_causal and low < 0) or max(abs(low), abs(high)) >= window))
+            span = [n for n in (mask_spec.window, mask_spec.chunk_size) if n is not None]
+            window = min(span, default=max(abs(low), abs(high)) + 1)
+            if not (mask_spec.is_causal and high < 0) and nearest < window:
+                kinds.append((diagonal, (mask_spec.is_causal and low < 0) or max(abs(low), abs(high)) >= window))
         ranges: list[tuple[int, int, bool]] = []
         for diagonal, masked in kinds:
             if ranges and ranges[-1][2] == masked:
@@ -212,7 +214,7 @@ class _Operands(NamedTuple):
         return jnp.promote_types(self.query.dtype, self.key.dtype)
 
     def scaled(self) -> Float[Array, "n B K G q H"]:
-        """Queries times temperature/√H."""
+        """Queries times logit_scale/√H."""
         return self.query.astype(jnp.float32) * self.factor[..., None]
 
 
@@ -225,7 +227,7 @@ class _Rows(NamedTuple):
     output: Float[Array, "*n B K G q H2"]
 
 
-def _distance_block(logit: DistanceLogit, block: Block) -> Array:
+def _distance_block(logit: DistanceLogit, block: Tile) -> Array:
     return logit.block(block)
 
 
@@ -298,15 +300,15 @@ class _LogitArrays(NamedTuple):
             return None
         return cls(logit.parameters, logit.query_features, logit.key_features, operands.by_distance)
 
-    def at(self, grid: _Grid, i, j) -> "_LogitArrays":
+    def at(self, tiling: _Tiling, i, j) -> "_LogitArrays":
         """Cut to query block i and key block j."""
-        start, span = grid.distance_start(i - j), 2 * grid.size - 1
+        start, span = tiling.distance_start(i - j), 2 * tiling.size - 1
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, span), self.by_distance)
         return _LogitArrays(self.parameters, _at(self.query_features, i), _at(self.key_features, j), here)
 
-    def put(self, grid: _Grid, entry: "_LogitArrays", i, j) -> "_LogitArrays":
+    def put(self, tiling: _Tiling, entry: "_LogitArrays", i, j) -> "_LogitArrays":
         """With what `at` cut out replaced."""
-        start = grid.distance_start(i - j)
+        start = tiling.distance_start(i - j)
         by_distance = jax.tree.map(
             lambda x, new: lax.dynamic_update_slice_in_dim(x, new, start, 0), self.by_distance, entry.by_distance
         )
@@ -314,66 +316,66 @@ class _LogitArrays(NamedTuple):
         return _LogitArrays(entry.parameters, *features, by_distance)
 
 
-def _tile(grid: _Grid, operands: _Operands, diagonal):
+def _tile(tiling: _Tiling, operands: _Operands, diagonal):
     """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
     if operands.distance_values is None:
         return None
-    start, size = grid.distance_start(diagonal), grid.size
+    start, size = tiling.distance_start(diagonal), tiling.size
     tile = _shear(lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1))
-    return tile[None] if len(tile) == 1 else tile.reshape(-1, grid.groups, size, size)
+    return tile[None] if len(tile) == 1 else tile.reshape(-1, tiling.groups, size, size)
 
 
-def _visible_on(grid: _Grid, visibility: Visibility, diagonal) -> Bool[Array, "1 1 1 q k"]:
+def _visible_on(tiling: _Tiling, mask_spec: MaskSpec, diagonal) -> Bool[Array, "1 1 1 q k"]:
     """What the queries of every block of a diagonal see of its keys, where distance alone decides it."""
-    middle = diagonal * grid.size + grid.key_length - grid.query_length
-    index = jnp.arange(grid.size, dtype=jnp.int32)
-    return visibility.by_distance(middle + index[:, None] - index)[None, None, None]
+    middle = diagonal * tiling.size + tiling.key_length - tiling.query_length
+    index = jnp.arange(tiling.size, dtype=jnp.int32)
+    return mask_spec.by_distance(middle + index[:, None] - index)[None, None, None]
 
 
-def _visible(grid: _Grid, visibility: Visibility, i, j):
+def _visible(tiling: _Tiling, mask_spec: MaskSpec, i, j):
     """What the queries of block i see of the keys of block j, [B or 1, K or 1, G or 1, q, k]."""
     rule = dataclasses.replace(
-        visibility,
-        query_positions=_at(visibility.query_positions, i),
-        key_positions=_at(visibility.key_positions, j),
-        query_segments=_at(visibility.query_segments, i),
-        key_segments=_at(visibility.key_segments, j),
+        mask_spec,
+        query_positions=_at(mask_spec.query_positions, i),
+        key_positions=_at(mask_spec.key_positions, j),
+        query_segments=_at(mask_spec.query_segments, i),
+        key_segments=_at(mask_spec.key_segments, j),
         mask=None,
     )
-    visible = rule.matrix(grid.size, grid.size)
-    if visibility.mask is not None:
-        visible = visible & mask_at(visibility.mask, i, j)
-    visible = visible & (j * grid.size + jnp.arange(grid.size, dtype=jnp.int32) < grid.key_length)
-    return _split_heads(visible, 1 if visible.shape[1] == 1 else grid.groups)
+    visible = rule.matrix(tiling.size, tiling.size)
+    if mask_spec.mask is not None:
+        visible = visible & mask_at(mask_spec.mask, i, j)
+    visible = visible & (j * tiling.size + jnp.arange(tiling.size, dtype=jnp.int32) < tiling.key_length)
+    return _split_heads(visible, 1 if visible.shape[1] == 1 else tiling.groups)
 
 
-def _sweep(grid: _Grid, visibility: Visibility, visit_diagonal, state):
+def _sweep(tiling: _Tiling, mask_spec: MaskSpec, visit_diagonal, state):
     """Fold visit_diagonal(diagonal, masked, state) over the diagonals that hold something visible."""
-    for start, stop, masked in grid.diagonals(visibility):
+    for start, stop, masked in tiling.diagonals(mask_spec):
         state = lax.fori_loop(start, stop, lambda diagonal, s, m=masked: visit_diagonal(diagonal, m, s), state)
     return state
 
 
-def _along(grid: _Grid, visibility: Visibility, diagonal, masked: bool, state, take, update, put):
+def _along(tiling: _Tiling, mask_spec: MaskSpec, diagonal, masked: bool, state, take, update, put):
     """Visit the blocks (i, j) of a diagonal: entries = take(state, i, j), state = put(state, update(...), i, j).
 
     Only the entries pass through the branch that skips a block with nothing visible, and barriers part them from the
     state: XLA would otherwise copy the whole state for every block.
     """
 
-    on_all = _visible_on(grid, visibility, diagonal) if masked else None
+    on_all = _visible_on(tiling, mask_spec, diagonal) if masked else None
 
     def visit(i, state):
         j = i - diagonal
         entries = take(state, i, j)
-        if grid.per_block:
-            visible = _visible(grid, visibility, i, j)
+        if tiling.per_block:
+            visible = _visible(tiling, mask_spec, i, j)
             entries = lax.cond(visible.any(), lambda e: update(i, j, visible, e), lambda e: e, entries)
         else:
             entries = update(i, j, on_all, entries)
         return put(state, entries, i, j)
 
-    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(grid.query_blocks, grid.key_blocks + diagonal)
+    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(tiling.query_blocks, tiling.key_blocks + diagonal)
     return lax.fori_loop(first, stop, visit, state)
 
 
@@ -396,15 +398,15 @@ def _queries_first(x: Shaped[Array, "*B K k G q"]) -> Shaped[Array, "*B K G q k"
 class _Pair:
     """Query block i and key block j: what the forward and the backward pass both compute of them."""
 
-    def __init__(self, grid: _Grid, operands: _Operands, visibility: Visibility, scaled, i, j, visible):
-        self.grid, self.operands, self.visibility, self.i, self.j = grid, operands, visibility, i, j
+    def __init__(self, tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec, scaled, i, j, visible):
+        self.tiling, self.operands, self.mask_spec, self.i, self.j = tiling, operands, mask_spec, i, j
         # Where all is seen, a query and a key have part in every row and column, finite or not.
         self.seen_only = finite if visible is not None else lambda x: x
         self.scaled, self.factor = self.seen_only(_at(scaled, i)), _at(operands.factor, i)
         self.key, self.value = self.seen_only(_at(operands.key, j)), _at(operands.value, j)
 
     def product(self, subscripts: str, *arrays):
-        return jnp.einsum(subscripts, *arrays, precision=self.grid.precision, preferred_element_type=jnp.float32)
+        return jnp.einsum(subscripts, *arrays, precision=self.tiling.precision, preferred_element_type=jnp.float32)
 
     def logits(self, content, tile, layout=lambda x: x):
         """Logits of the block from its q·k, which a layout other than [B, K, G, q, k] applies to all that is added."""
@@ -419,44 +421,46 @@ class _Pair:
 
     def logit_arrays(self) -> _LogitArrays | None:
         arrays = _LogitArrays.of(self.operands)
-        return arrays and arrays.at(self.grid, self.i, self.j)
+        return arrays and arrays.at(self.tiling, self.i, self.j)
 
     def added(self, arrays: _LogitArrays, query, key, factor) -> Float[Array, "#B K G q k"]:
         """What a `BlockLogit` adds."""
         logit = self.operands.logit
         assert logit is not None  # as there are arrays of it
         added = dataclasses.replace(logit, parameters=arrays.parameters).block(self.block(arrays, query, key, factor))
-        added = jnp.broadcast_to(added, (added.shape[0], self.grid.groups * key.shape[1], *added.shape[2:]))
-        return _split_heads(added, self.grid.groups)
+        added = jnp.broadcast_to(added, (added.shape[0], self.tiling.groups * key.shape[1], *added.shape[2:]))
+        return _split_heads(added, self.tiling.groups)
 
     def value_added(self, term: BlockValue, weights, arrays, query, key, factor) -> Float[Array, "B K G q H2"]:
         """What a `BlockValue` adds."""
-        return _split_heads(term.block(_merge_heads(weights), self.block(arrays, query, key, factor)), self.grid.groups)
+        return _split_heads(
+            term.block(_merge_heads(weights), self.block(arrays, query, key, factor)), self.tiling.groups
+        )
 
-    def block(self, arrays: _LogitArrays | None, query, key, factor) -> Block:
+    def block(self, arrays: _LogitArrays | None, query, key, factor) -> Tile:
         """The pair as an encoding's function sees it."""
-        first, _ = self.grid.distance_range(self.i - self.j)
-        distances = first + self.visibility.farther + jnp.arange(2 * self.grid.size - 1, dtype=jnp.int32)
-        return Block(
+        first, _ = self.tiling.distance_range(self.i - self.j)
+        distances = first + self.mask_spec.query_offset_or_0 + jnp.arange(2 * self.tiling.size - 1, dtype=jnp.int32)
+        return Tile(
             query=_merge_heads(query),
             factor=_merge_heads(factor),
-            key=jnp.repeat(key, self.grid.groups, axis=1),
-            query_positions=_at(self.visibility.query_positions, self.i),
-            key_positions=_at(self.visibility.key_positions, self.j),
+            key=jnp.repeat(key, self.tiling.groups, axis=1),
+            query_positions=_at(self.mask_spec.query_positions, self.i),
+            key_positions=_at(self.mask_spec.key_positions, self.j),
             query_features=arrays and arrays.query_features,
             key_features=arrays and arrays.key_features,
-            distances=distances if self.grid.contiguous else None,
+            distances=distances if self.tiling.contiguous else None,
             by_distance=arrays and arrays.by_distance,
         )
 
 
-def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
+def _forward(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
     scaled = operands.scaled()
     queries = scaled if operands.scaled_first else operands.query
     keys_t = lax.optimization_barrier(jnp.moveaxis(operands.key, -1, -2))  # once, not within the loop
 
     def update(tile, i, j, visible, rows: _Rows) -> _Rows:
-        pair = _Pair(grid, operands, visibility, scaled, i, j, visible)
+        pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)
         content = pair.product("bkgqh,bkhs->bkgqs", _at(queries, i), _at(keys_t, j))
         logits = pair.logits(content, tile)
         if visible is not None:
@@ -474,7 +478,7 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
         if visible is None:
             output += pair.product("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
         else:
-            output += weighted_sum("bkgqs,bksh->bkgqh", weights, pair.value, grid.precision)
+            output += weighted_sum("bkgqs,bksh->bkgqh", weights, pair.value, tiling.precision)
         if operands.value_term is not None:
             arrays = pair.logit_arrays()
             output += pair.value_added(operands.value_term, weights, arrays, pair.scaled, pair.key, pair.factor)
@@ -482,13 +486,13 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
 
     def visit_diagonal(diagonal, masked, rows):
         return _along(
-            grid,
-            visibility,
+            tiling,
+            mask_spec,
             diagonal,
             masked,
             rows,
             take=lambda rows, i, j: _Rows(*lax.optimization_barrier(_at(rows[:3], i)), _at(rows.output, i)),
-            update=functools.partial(update, _tile(grid, operands, diagonal)),
+            update=functools.partial(update, _tile(tiling, operands, diagonal)),
             put=lambda rows, entry, i, j: _put(rows, entry, i),
         )
 
@@ -496,10 +500,10 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
     rows = _Rows(
         largest=jnp.full(shape, MASKED / 2, jnp.float32),  # above what is masked: its weight is 0 in every row
         normaliser=_zeros(shape),
-        weighted=_zeros(shape) if grid.with_entropy else None,
+        weighted=_zeros(shape) if tiling.with_entropy else None,
         output=_zeros((*shape, operands.value.shape[-1])),
     )
-    rows = _sweep(grid, visibility, visit_diagonal, rows)
+    rows = _sweep(tiling, mask_spec, visit_diagonal, rows)
 
     seen = ~(rows.largest <= MASKED / 2)  # true of NaN, which is to be seen
     normaliser = jnp.where(seen, rows.normaliser, 1.0)
@@ -513,13 +517,13 @@ def _forward(grid: _Grid, operands: _Operands, visibility: Visibility):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(grid: _Grid, operands: _Operands, visibility: Visibility):
-    return _forward(grid, operands, visibility)
+def _attend(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
+    return _forward(tiling, operands, mask_spec)
 
 
-def _attend_forward(grid: _Grid, operands: _Operands, visibility: Visibility):
-    results = _forward(grid, operands, visibility)
-    return results, (operands, visibility, results)
+def _attend_forward(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
+    results = _forward(tiling, operands, mask_spec)
+    return results, (operands, mask_spec, results)
 
 
 class _Gradients(NamedTuple):
@@ -535,8 +539,8 @@ class _Gradients(NamedTuple):
     value_term: Any
 
 
-def _attend_backward(grid: _Grid, residuals, cotangents):
-    operands, visibility, (output, entropy, logsumexp) = residuals
+def _attend_backward(tiling: _Tiling, residuals, cotangents):
+    operands, mask_spec, (output, entropy, logsumexp) = residuals
     d_output, d_entropy, d_logsumexp = cotangents
     scaled = operands.scaled()
     queries = scaled if operands.scaled_first else operands.query
@@ -549,12 +553,12 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
     logsumexp = jnp.where(seen, logsumexp, -MASKED)  # so that e^(s - logsumexp) is 0 in rows that see nothing
     # The part of ds/p that is one number per row: -(output·d_output) + d_logsumexp - d_entropy·(entropy - logsumexp).
     row_term = d_logsumexp - (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
-    if grid.with_entropy:
+    if tiling.with_entropy:
         row_term -= d_entropy * (entropy - logsumexp)
     row_term = jnp.where(seen, row_term, 0.0)
 
     def update(tile, i, j, visible, sums: _Gradients) -> _Gradients:
-        pair = _Pair(grid, operands, visibility, scaled, i, j, visible)
+        pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)
         d_out, d_out_t, row, lse = _at((d_output, d_output_t, row_term, logsumexp), i)
         d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term = sums
 
@@ -575,7 +579,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
             d_weights += _keys_first(d_weights_added)
             d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
         d_logits = d_weights + row[:, :, None]
-        if grid.with_entropy:
+        if tiling.with_entropy:
             d_logits -= _at(d_entropy, i)[:, :, None] * logits
         d_logits = hidden(d_logits * weights)
 
@@ -592,12 +596,12 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         return _Gradients(d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term)
 
     def take(sums: _Gradients, i, j) -> _Gradients:
-        logit = sums.logit and sums.logit.at(grid, i, j)
+        logit = sums.logit and sums.logit.at(tiling, i, j)
         (query_t, factor), (key, value) = _at((sums.query_t, sums.factor), i), _at((sums.key, sums.value), j)
         return sums._replace(query_t=query_t, factor=factor, key=key, value=value, logit=logit)
 
     def put(sums: _Gradients, entry: _Gradients, i, j) -> _Gradients:
-        logit = entry.logit and sums.logit and sums.logit.put(grid, entry.logit, i, j)
+        logit = entry.logit and sums.logit and sums.logit.put(tiling, entry.logit, i, j)
         query_t, factor = _put((sums.query_t, sums.factor), (entry.query_t, entry.factor), i)
         key, value = _put((sums.key, sums.value), (entry.key, entry.value), j)
         return entry._replace(query_t=query_t, factor=factor, key=key, value=value, logit=logit)
@@ -605,20 +609,20 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
     def visit_diagonal(diagonal, masked, state):
         sums, d_values = state
         if d_values is not None:
-            sums = sums._replace(tile=_zeros((scaled.shape[2], grid.size, grid.groups, grid.size)))
+            sums = sums._replace(tile=_zeros((scaled.shape[2], tiling.size, tiling.groups, tiling.size)))
         sums = _along(
-            grid,
-            visibility,
+            tiling,
+            mask_spec,
             diagonal,
             masked,
             sums,
             take=take,
-            update=functools.partial(update, _tile(grid, operands, diagonal)),
+            update=functools.partial(update, _tile(tiling, operands, diagonal)),
             put=put,
         )
         if d_values is not None:
-            start = grid.distance_start(diagonal)
-            added = _unshear(_queries_first(sums.tile).reshape(-1, grid.size, grid.size))
+            start = tiling.distance_start(diagonal)
+            added = _unshear(_queries_first(sums.tile).reshape(-1, tiling.size, tiling.size))
             here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
             d_values = lax.dynamic_update_slice_in_dim(d_values, here + _sum_to(added, here.shape), start, axis=1)
         return sums._replace(tile=None), d_values
@@ -633,7 +637,7 @@ def _attend_backward(grid: _Grid, residuals, cotangents):
         value_term=operands.value_term,
     )
     zeros = jax.tree.map(lambda x: _zeros(x.shape), (sums, operands.distance_values))
-    sums, d_values = _sweep(grid, visibility, visit_diagonal, zeros)
+    sums, d_values = _sweep(tiling, mask_spec, visit_diagonal, zeros)
 
     d_scaled, logit = _queries_first(sums.query_t), operands.logit
     if logit is not None:
@@ -658,28 +662,28 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_part(grid: _Grid, operands: _Operands, visibility: Visibility, whole):
+def _attend_part(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec, final_rows):
     """The results of the rows over all their keys, as given; backward, these keys' part of the gradient.
 
     It needs no more than they: a key's gradient follows from its logit and the row's logsumexp, entropy and output.
     """
-    return whole
+    return final_rows
 
 
 _attend_part.defvjp(
-    lambda grid, operands, visibility, whole: (whole, (operands, visibility, whole)),
-    lambda grid, residuals, cotangents: (*_attend_backward(grid, residuals, cotangents), None),
+    lambda tiling, operands, mask_spec, final_rows: (final_rows, (operands, mask_spec, final_rows)),
+    lambda tiling, residuals, cotangents: (*_attend_backward(tiling, residuals, cotangents), None),
 )
 
 
-def _whole_rows(grid: _Grid, kv_heads: int, output, entropy, logsumexp):
+def _cut_final_rows(tiling: _Tiling, kv_heads: int, output, entropy, logsumexp):
     """Results as `streaming_attention` returns them in blocks, as `_attend` does."""
-    padding = [(0, 0), (0, 0), (0, -output.shape[1] % grid.size)]
+    padding = [(0, 0), (0, 0), (0, -output.shape[1] % tiling.size)]
     logsumexp = jnp.pad(logsumexp, padding, constant_values=-jnp.inf)  # rows of padding see nothing
     entropy, logsumexp = (
-        cut(x.reshape(x.shape[0], kv_heads, grid.groups, -1), grid.size, 3) for x in (entropy, logsumexp)
+        cut(x.reshape(x.shape[0], kv_heads, tiling.groups, -1), tiling.size, 3) for x in (entropy, logsumexp)
     )
-    return _heads_first(output, kv_heads, grid.size), entropy, logsumexp
+    return _heads_first(output, kv_heads, tiling.size), entropy, logsumexp
 
 
 def _add(d_logit, d_query_t, d_key, d_factor, more):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import integer_at_least, positive
-from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params, TokenInputs
 
 Layout = Literal["interleaved", "halves"]
 
@@ -47,9 +47,9 @@ def rows_at(table: Float[Array, "length D"], positions: Int[Array, "*shape"]) ->
     return table.at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def table_length(length: int | None, sizes: Sizes) -> int:
+def table_length(length: int | None, dims: ModelDims) -> int:
     """Rows of a table of positions: as many as it says, or the training length, or 1,024 where that is not known."""
-    return length or sizes.train_length or 1024
+    return length or dims.train_length or 1024
 
 
 def _check_waves(base: float, layout: str) -> None:
@@ -68,7 +68,7 @@ class Sinusoidal(Encoding):
     def __post_init__(self):
         _check_waves(self.base, self.layout)
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         table = sinusoidal_positions(tokens.positions, embeddings.shape[-1], base=self.base, layout=self.layout)
         return embeddings + table.astype(embeddings.dtype)
 
@@ -83,12 +83,12 @@ class _Table(Encoding):
     def __post_init__(self):
         integer_at_least(1, length=self.length)
 
-    def rows(self, sizes: Sizes) -> int:
+    def rows(self, dims: ModelDims) -> int:
         """How many rows the table has."""
-        return table_length(self.length, sizes)
+        return table_length(self.length, dims)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return {"positions": 0.02 * jax.random.normal(key, (self.rows(sizes), sizes.model_dim))}
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return {"positions": 0.02 * jax.random.normal(key, (self.rows(dims), dims.model_dim))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Learned(_Table):
     `Hierarchical` trains the same table and goes on past it.
     """
 
-    def max_length(self, sizes: Sizes) -> int:
-        return self.rows(sizes)
+    def max_length(self, dims: ModelDims) -> int:
+        return self.rows(dims)
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         return embeddings + rows_at(params["positions"], tokens.positions).astype(embeddings.dtype)
 
 
@@ -123,10 +123,10 @@ class Hierarchical(_Table):
         if not 0 < self.alpha < 1 or self.alpha == 0.5:
             raise ValueError(f"alpha must lie between 0 and 1 and not be 0.5, not {self.alpha}")
 
-    def max_length(self, sizes: Sizes) -> int:
-        return self.rows(sizes) ** 2
+    def max_length(self, dims: ModelDims) -> int:
+        return self.rows(dims) ** 2
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         table = params["positions"]
         leading, last = jnp.divmod(tokens.positions, table.shape[0])
         further = rows_at(table, leading) - table[0]
@@ -141,13 +141,13 @@ class Multiplicative(_Table):
     sinusoidal: bool = False
     """Multiply by sinusoids, which nothing bounds; those of low frequency silence half of x at early positions."""
 
-    def max_length(self, sizes: Sizes) -> int | None:
-        return None if self.sinusoidal else self.rows(sizes)
+    def max_length(self, dims: ModelDims) -> int | None:
+        return None if self.sinusoidal else self.rows(dims)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return {} if self.sinusoidal else {"positions": 1 + super().init_shared(key, sizes)["positions"]}
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return {} if self.sinusoidal else {"positions": 1 + super().init_shared(key, dims)["positions"]}
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         if self.sinusoidal:
             rows = sinusoidal_positions(tokens.positions, embeddings.shape[-1])
         else:
@@ -172,14 +172,14 @@ class ComplexOrder(Encoding):
     def __post_init__(self):
         positive(base=self.base)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        width = _even(sizes.model_dim)
-        if self.per_token and sizes.vocab_size is None:
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        width = _even(dims.model_dim)
+        if self.per_token and dims.vocab_size is None:
             raise ValueError("vocab_size must be known for frequencies per token")
         start = self.base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-        return {"frequencies": jnp.tile(start, (sizes.vocab_size if self.per_token else 1, 1))}
+        return {"frequencies": jnp.tile(start, (dims.vocab_size if self.per_token else 1, 1))}
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         _even(embeddings.shape[-1])
         ids = tokens.ids if self.per_token else jnp.zeros_like(tokens.ids)
         angles = tokens.positions[..., None].astype(jnp.float32) * rows_at(params["frequencies"], ids)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import integer_at_least, positive
-from nope_jax.encodings.encoding import Block, BlockLogit, DistanceLogit, Encoding, Params, Sizes, skew
+from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
@@ -46,8 +46,8 @@ class ALiBi(Encoding):
     learned: bool = False
     """Whether the slopes are parameters of each layer that start from `alibi_slopes`; the paper's stay there."""
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return {"slopes": alibi_slopes(sizes.num_heads)} if self.learned else {}
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return {"slopes": alibi_slopes(dims.num_heads)} if self.learned else {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         slopes = params["slopes"] if "slopes" in params else alibi_slopes(query.shape[2])
@@ -122,8 +122,8 @@ class T5(Encoding):
     def __post_init__(self):
         _check_buckets(self.bidirectional, self.num_buckets, self.max_distance)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return {"table": 0.02 * jax.random.normal(key, (self.num_buckets, sizes.num_heads))}
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return {"table": 0.02 * jax.random.normal(key, (self.num_buckets, dims.num_heads))}
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         if self.scaled:
@@ -162,8 +162,8 @@ class KERPLE(Encoding):
         if self.variant not in ("log", "power"):
             raise ValueError(f'variant must be "log" or "power", not {self.variant!r}')
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        draws = jax.random.uniform(key, (2, sizes.num_heads))
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        draws = jax.random.uniform(key, (2, dims.num_heads))
         if self.variant == "log":
             r1, r2 = jnp.maximum(jnp.array([[2.0], [1.0]]) * draws, _KERPLE_LEAST)
             return {"log_r1": jnp.log(r1), "log_r2": jnp.log(r2)}
@@ -213,7 +213,7 @@ class FIRE(Encoding):
         integer_at_least(1, width=self.width)
         positive(c=self.c, threshold=self.threshold)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
+    def init_layer(self, key, dims: ModelDims) -> Params:
         keys = jax.random.split(key, 4)
 
         def uniform(key, shape, inputs):  # as the paper's code leaves it to PyTorch's linear layers
@@ -222,8 +222,8 @@ class FIRE(Encoding):
         return {
             "hidden_weights": uniform(keys[0], (self.width,), 1),
             "hidden_bias": uniform(keys[1], (self.width,), 1),
-            "weights": uniform(keys[2], (self.width, sizes.num_heads), self.width),
-            "bias": uniform(keys[3], (sizes.num_heads,), self.width),
+            "weights": uniform(keys[2], (self.width, dims.num_heads), self.width),
+            "bias": uniform(keys[3], (dims.num_heads,), self.width),
             "log_c": jnp.log(jnp.float32(self.c)),
             "log_threshold": jnp.log(jnp.float32(self.threshold)),
         }
@@ -246,7 +246,7 @@ class FIRE(Encoding):
         return BlockLogit(_fire, parameters, heads=(None, None, 1, 0, None, None))
 
 
-def _fire(parameters, block: Block) -> Float[Array, "#B N q k"]:
+def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
     *mlp, c, threshold = (x.astype(jnp.float32) for x in parameters)
     if block.distances is None:
         log_distance = jnp.log1p(c * jnp.abs(block.distance))

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Block, BlockLogit, Encoding, Params, ScanLogit, Sizes
+from nope_jax.encodings.encoding import BlockLogit, Encoding, ModelDims, Params, ScanLogit, Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CoPE(Encoding):
 
     Golovneva et al. 2024, arXiv 2405.18719. p_ij = Σ_{l=j..i} σ(q_i·k_l/√H), clipped to P - 1; between whole numbers
     q·e is interpolated. The gate is the sigmoid of the content logit as the softmax has it, and q·e is not divided by
-    √H: the paper's equations leave out every √H, its listing has them so. A temperature multiplies the queries, hence
+    √H: the paper's equations leave out every √H, its listing has them so. A logit scale multiplies the queries, hence
     content, gates and q·e alike.
 
     The keys that count are those that the query sees, in the order in which they are given: a window, segments or a
@@ -38,8 +38,8 @@ class CoPE(Encoding):
     def __post_init__(self):
         integer_at_least(1, num_positions=self.num_positions)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return {"embeddings": jnp.zeros((self.num_positions, sizes.head_dim))}
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return {"embeddings": jnp.zeros((self.num_positions, dims.head_dim))}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         embeddings = params["embeddings"]
@@ -48,7 +48,7 @@ class CoPE(Encoding):
     def _count(
         self,
         embeddings: Float[Array, "P H"] | Float[Array, "N P H"],
-        block: Block,
+        block: Tile,
         content: Float[Array, "B N q k"],
         visible: Bool[Array, "#B #N q k"],
         carry: Float[Array, "B N q"],
@@ -116,10 +116,10 @@ class Forgetting(Encoding):
     gates between, as earlier ones do.
     """
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
+    def init_layer(self, key, dims: ModelDims) -> Params:
         return {
-            "weights": 0.02 * jax.random.normal(key, (sizes.model_dim, sizes.num_heads)),
-            "bias": jnp.zeros(sizes.num_heads),
+            "weights": 0.02 * jax.random.normal(key, (dims.model_dim, dims.num_heads)),
+            "bias": jnp.zeros(dims.num_heads),
         }
 
     def features(self, params: Params, inputs, previous: Any) -> RunningSum:
@@ -144,7 +144,7 @@ def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | No
     return running_sum(log_forget, RunningSum(*previous))
 
 
-def _forgotten(_, block: Block) -> Float[Array, "B N q k"]:
+def _forgotten(_, block: Tile) -> Float[Array, "B N q k"]:
     query, key = (
         [jnp.swapaxes(part, 1, 2) for part in features] for features in (block.query_features, block.key_features)
     )

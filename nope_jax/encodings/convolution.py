@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params, TokenInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Convolution(Encoding):
     def __post_init__(self):
         integer_at_least(2, kernel_size=self.kernel_size)
 
-    def lookback(self) -> int:
+    def input_context(self) -> int:
         return self.kernel_size - 1
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
+    def init_shared(self, key, dims: ModelDims) -> Params:
         bound = self.kernel_size**-0.5
-        shape = (self.kernel_size, sizes.model_dim)
+        shape = (self.kernel_size, dims.model_dim)
         return {"kernel": jax.random.uniform(key, shape, minval=-bound, maxval=bound)}
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         out = wide = embeddings.astype(jnp.float32)
         for j, weights in enumerate(params["kernel"]):
             back = _shift(wide, j)

@@ -1,7 +1,7 @@
 """What an encoding is: five places of a decoder where position can enter, each of which it may leave alone.
 
     once:      embeddings -> [input] -> x
-    per layer: q, k -> [query/key] -> [temperature] · q·k/√H + [logit] -> softmax -> weights · v + [value] -> output
+    per layer: q, k -> [query/key] -> [logit scale] · q·k/√H + [logit] -> softmax -> weights · v + [value] -> output
 
 The logit place comes in three kinds, which are all that an attention kernel has to know. A `DistanceLogit` is a
 function of the distance between query and key alone, so that a vector of length T stands for a [T, S] matrix. A
@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from nope_jax.encodings import former_names
+
 Params = dict[str, Any]
 """The parameters of an encoding: arrays by name."""
 
@@ -30,7 +32,7 @@ MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class ModelDims:
     """The sizes of the model an encoding is created for."""
 
     num_heads: int
@@ -43,7 +45,7 @@ class Sizes:
     vocab_size: int | None = None
 
 
-class Tokens(NamedTuple):
+class TokenInputs(NamedTuple):
     """What the input place knows of the tokens beside their embeddings."""
 
     ids: Int[Array, "B T"]
@@ -54,20 +56,20 @@ class Tokens(NamedTuple):
     """Positions are below it: how much of a table has to be computed."""
 
 
-class Reach(NamedTuple):
+class AttentionSpan(NamedTuple):
     """Which of the keys that are visible anyway a layer's queries see: `window` and `chunk_size` of attention."""
 
     window: int | None = None
     chunk_size: int | None = None
 
 
-class Block(NamedTuple):
+class Tile(NamedTuple):
     """What the function of a term sees of one block of queries and keys; key heads are repeated to N."""
 
     query: Float[Array, "B N q H"]
     """After the query/key place, times `factor`: a logit linear in it is scaled as q·k is."""
     factor: Float[Array, "#B N q"]
-    """temperature/√H, for logits that are not linear in the query."""
+    """logit_scale/√H, for logits that are not linear in the query."""
     key: Float[Array, "B N k H"]
     query_positions: Int[Array, "#B q"]
     key_positions: Int[Array, "#B k"]
@@ -139,14 +141,14 @@ class DistanceLogit(_Term):
         values = _finite(self.function(self.parameters, distance))
         return values if values.ndim > distance.ndim else jnp.broadcast_to(values, distance.shape)[None]
 
-    def block(self, block: Block) -> Float[Array, "#B #N q k"]:
+    def block(self, block: Tile) -> Float[Array, "#B #N q k"]:
         return jnp.moveaxis(self.values(block.distance), 0, 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockLogit(_Term):
-    """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Block`.
+    """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Tile`.
 
     -inf hides a key.
     `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...] (or pytrees of them), which reach the
@@ -162,7 +164,7 @@ class BlockLogit(_Term):
     by_distance: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def block(self, block: Block) -> Float[Array, "#B #N q k"]:
+    def block(self, block: Tile) -> Float[Array, "#B #N q k"]:
         return _finite(self.function(self.parameters, block))
 
 
@@ -175,7 +177,7 @@ class BlockValue(_Term):
     parameters: Any = None
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def block(self, weights: Float[Array, "B N q k"], block: Block) -> Float[Array, "B N q H"]:
+    def block(self, weights: Float[Array, "B N q k"], block: Tile) -> Float[Array, "B N q H"]:
         return self.function(self.parameters, weights, block)
 
 
@@ -197,7 +199,7 @@ class ScanLogit(_Term):
 
     def block(
         self,
-        block: Block,
+        block: Tile,
         content: Float[Array, "B N q k"],
         visible: Bool[Array, "#B #N q k"],
         carry: Float[Array, "B N q"],
@@ -212,7 +214,7 @@ Logit = DistanceLogit | BlockLogit | ScanLogit
 
 
 def skew(rows: Shaped[Array, "*B q span"], keys: int) -> Shaped[Array, "*B q k"]:
-    """Entry (x, y) of a block from rows x by ascending distance, as in `Block.distances`; no gather."""
+    """Entry (x, y) of a block from rows x by ascending distance, as in `Tile.distances`; no gather."""
     queries, span = rows.shape[-2:]
     rows = jnp.pad(rows[..., ::-1], [(0, 0)] * (rows.ndim - 1) + [(0, 1)])
     flat = rows.reshape(*rows.shape[:-2], -1)[..., queries - 1 : queries - 1 + queries * span]
@@ -236,24 +238,28 @@ class Encoding:
     whole model) and `init_layer` (one set per layer). Every place receives the two merged in one dict `params`.
     """
 
-    def max_length(self, sizes: Sizes) -> int | None:
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        former_names.adopt_methods(cls)
+
+    def max_length(self, dims: ModelDims) -> int | None:
         """Number of positions the encoding can take; None when nothing bounds it."""
         return None
 
-    def with_sizes(self, sizes: Sizes) -> "Encoding":
+    def bind(self, dims: ModelDims) -> "Encoding":
         """Itself, with those settings that are left to the model (a training length) taken from it."""
         return self
 
     @property
-    def core(self) -> "Encoding":
+    def unwrapped(self) -> "Encoding":
         """What acts at the input place and holds the shared parameters: layers with the same one share it."""
         return self
 
-    def init_shared(self, key: Array, sizes: Sizes) -> Params:
+    def init_shared(self, key: Array, dims: ModelDims) -> Params:
         """Parameters that all layers (and the input place) share."""
         return {}
 
-    def init_layer(self, key: Array, sizes: Sizes) -> Params:
+    def init_layer(self, key: Array, dims: ModelDims) -> Params:
         """Parameters of one layer."""
         return {}
 
@@ -264,15 +270,15 @@ class Encoding:
         """
         return positions
 
-    def reach(self) -> Reach:
+    def span(self) -> AttentionSpan:
         """Which keys the layer's queries see, of those that causality and segments leave."""
-        return Reach()
+        return AttentionSpan()
 
-    def lookback(self) -> int:
+    def input_context(self) -> int:
         """How many tokens before a token its input place reads, for decoding token by token."""
         return 0
 
-    def input(self, params: Params, embeddings: Float[Array, "B T D"], tokens: Tokens) -> Float[Array, "B T D"]:
+    def input(self, params: Params, embeddings: Float[Array, "B T D"], tokens: TokenInputs) -> Float[Array, "B T D"]:
         """Input place: acts on the token embeddings, once. Its params are the shared ones."""
         return embeddings
 
@@ -313,8 +319,8 @@ class Encoding:
         """Value place: what is added to the weighted sum of values."""
         return None
 
-    def temperature(
+    def logit_scale(
         self, params: Params, query_positions: Int[Array, "#B T"], key_positions: Int[Array, "#B S"]
     ) -> Float[Array, "#B #N T"] | Float[Array, "N"] | float | None:
-        """Temperature place: the factor of q·k/√H."""
+        """Logit-scale place: the factor of q·k/√H."""
         return None

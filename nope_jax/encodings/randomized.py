@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params, TokenInputs
 from nope_jax.encodings.rotary import RoPE
 from nope_jax.encodings.wrapper import Wrapper
 
@@ -38,7 +38,7 @@ class Randomized(Wrapper):
     Ruoss et al. 2023 (arXiv 2305.16843): the order of positions is learned, not their values, so that lengths up to
     maximum bring nothing new. Each training step draws one sample for its whole batch. Outside of training the draw is
     always the same, so that evaluation and decoding are reproducible; but it depends on `length`, of which a longer
-    text has another, and while decoding that is the cache's room. What counts positions (a window, a temperature)
+    text has another, and while decoding that is the cache's room. What counts positions (a window, a logit scale)
     counts those of the sample.
     """
 
@@ -50,30 +50,30 @@ class Randomized(Wrapper):
         super().__post_init__()
         integer_at_least(1, maximum=self.maximum)
 
-    def _told(self, sizes: Sizes) -> Sizes:
+    def _told(self, dims: ModelDims) -> ModelDims:
         """Sizes for the encoding within, whose tables have to reach maximum."""
-        return dataclasses.replace(sizes, train_length=self.maximum)
+        return dataclasses.replace(dims, train_length=self.maximum)
 
-    def with_sizes(self, sizes: Sizes) -> Encoding:
-        return super().with_sizes(self._told(sizes))
+    def bind(self, dims: ModelDims) -> Encoding:
+        return super().bind(self._told(dims))
 
     @property
-    def core(self) -> Encoding:
+    def unwrapped(self) -> Encoding:
         return self
 
-    def max_length(self, sizes: Sizes) -> int:
-        limit = self.encoding.max_length(self._told(sizes))
+    def max_length(self, dims: ModelDims) -> int:
+        limit = self.encoding.max_length(self._told(dims))
         if limit is not None and limit < self.maximum:
             raise ValueError(
                 f"maximum must be at most {limit}, all the positions that {self.encoding!r} has, not {self.maximum}"
             )
         return self.maximum
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return self.encoding.init_shared(key, self._told(sizes))
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return self.encoding.init_shared(key, self._told(dims))
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return self.encoding.init_layer(key, self._told(sizes))
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return self.encoding.init_layer(key, self._told(dims))
 
     def positions(self, positions, length: int, key):
         sample = randomized_positions(jax.random.key(0) if key is None else key, length, self.maximum)
@@ -82,5 +82,5 @@ class Randomized(Wrapper):
         drawn = jnp.where(positions < length, drawn, self.maximum + positions - length)
         return self.encoding.positions(jnp.where(positions < 0, positions, drawn), self.maximum, key)
 
-    def input(self, params: Params, embeddings, tokens: Tokens) -> Any:
+    def input(self, params: Params, embeddings, tokens: TokenInputs) -> Any:
         return self.encoding.input(params, embeddings, tokens._replace(length=self.maximum))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from nope_jax.encodings.absolute import rows_at
 from nope_jax.encodings.checks import integer_at_least, positive
-from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params, TokenInputs
 
 # A GPU's default would round to ten bits at every step of thousands.
 _matmul = functools.partial(jnp.matmul, precision="highest")
@@ -30,7 +30,7 @@ class _Recurrence(Encoding, abc.ABC):
     def step(self, params: Params, row: Float[Array, "D"], k: Int[Array, ""]) -> Float[Array, "D"]:
         """p_{k+1} from p_k."""
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         cell = {name: param.astype(jnp.float32) for name, param in params.items()}
 
         def next_row(row, k):
@@ -48,12 +48,12 @@ class Recursive(_Recurrence):
     random frequencies. The idea is that of Liu et al. 2020 (arXiv 2003.09229), who compare their flow with it.
     """
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
+    def init_shared(self, key, dims: ModelDims) -> Params:
         start, kernel = jax.random.split(key)
         return {
-            "start": 0.02 * jax.random.normal(start, (sizes.model_dim,)),
-            "kernel": jax.random.orthogonal(kernel, sizes.model_dim),
-            "bias": jnp.zeros(sizes.model_dim),
+            "start": 0.02 * jax.random.normal(start, (dims.model_dim,)),
+            "kernel": jax.random.orthogonal(kernel, dims.model_dim),
+            "bias": jnp.zeros(dims.model_dim),
         }
 
     def step(self, params, row, k):
@@ -81,10 +81,10 @@ class FLOATER(_Recurrence):
         positive(step_size=self.step_size)
         integer_at_least(1, substeps=self.substeps, width=self.width)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        d, w = sizes.model_dim, self.width or sizes.model_dim
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        d, w = dims.model_dim, self.width or dims.model_dim
         # Over the training length p travels about as far as embeddings are long, whatever that length.
-        duration = self.step_size * (sizes.train_length or 1024)
+        duration = self.step_size * (dims.train_length or 1024)
         start, inner, bias, outer = jax.random.split(key, 4)
         return {
             "start": 0.02 * jax.random.normal(start, (d,)),

@@ -9,13 +9,13 @@ from nope_jax.encodings.bias import FIRE, KERPLE, T5, ALiBi
 from nope_jax.encodings.contextual import CoPE, Forgetting
 from nope_jax.encodings.convolution import Convolution
 from nope_jax.encodings.encoding import Encoding
+from nope_jax.encodings.logit_scale import HeadScale, Llama4Scale, LogN, SSMax, SwanScale, UniformScale
 from nope_jax.encodings.nope import NoPE
 from nope_jax.encodings.randomized import Randomized
 from nope_jax.encodings.recurrent import FLOATER, Recursive
 from nope_jax.encodings.relative import NEZHA, TUPE, DeBERTa, Shaw, TransformerXL
 from nope_jax.encodings.rotary import RoPE, XPos
 from nope_jax.encodings.schedules import SCHEDULES, Chunked, Windowed
-from nope_jax.encodings.temperature import HeadScale, Llama4Temperature, LogN, SSMax, SwanTemperature, UniformScale
 from nope_jax.encodings.wrapper import Wrapper
 
 ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
@@ -47,8 +47,8 @@ ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
         "uniform_scale": UniformScale,
         "head_scale": HeadScale,
         "ssmax": SSMax,
-        "llama4_temperature": Llama4Temperature,
-        "swan_temperature": SwanTemperature,
+        "llama4_scale": Llama4Scale,
+        "swan_scale": SwanScale,
         "windowed": Windowed,
         "chunked": Chunked,
     }

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from nope_jax.encodings.absolute import rows_at, sinusoidal_positions, table_length
 from nope_jax.encodings.bias import T5
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Block, BlockLogit, BlockValue, Encoding, Params, Sizes, skew, unskew
+from nope_jax.encodings.encoding import BlockLogit, BlockValue, Encoding, ModelDims, Params, Tile, skew, unskew
 
 _INIT = 0.02
 """Standard deviation of the first weights in Transformer-XL, TUPE and DeBERTa."""
@@ -58,8 +58,8 @@ class Shaw(Encoding):
     def __post_init__(self):
         integer_at_least(1, clip=self.clip)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        init, shape = jax.nn.initializers.glorot_uniform(), (2 * self.clip + 1, sizes.head_dim)
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        init, shape = jax.nn.initializers.glorot_uniform(), (2 * self.clip + 1, dims.head_dim)
         return {name: init(k, shape) for name, k in zip(("keys", "values"), jax.random.split(key), strict=True)}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
@@ -71,13 +71,13 @@ class Shaw(Encoding):
     def _rows(self, distance: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         return self.clip - jnp.clip(distance, -self.clip, self.clip)
 
-    def _logit(self, table: Float[Array, "R H"], block: Block) -> Float[Array, "B N q k"]:
+    def _logit(self, table: Float[Array, "R H"], block: Tile) -> Float[Array, "B N q k"]:
         table = table.astype(jnp.float32)
         if block.distances is None:
             return _products(block.query, table[None], self._rows(block.distance))
         return skew(block.query @ table[self._rows(block.distances)].T, block.key.shape[2])
 
-    def _value(self, table: Float[Array, "R H"], weights, block: Block) -> Float[Array, "B N q H"]:
+    def _value(self, table: Float[Array, "R H"], weights, block: Tile) -> Float[Array, "B N q H"]:
         table = table.astype(jnp.float32)
         if block.distances is None:
             return _sums(weights, self._rows(block.distance), len(table)) @ table
@@ -94,9 +94,9 @@ class NEZHA(Shaw):
 
     clip: int = 64
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        if sizes.head_dim % 2:
-            raise ValueError(f"head_dim must be even for NEZHA's sinusoids, not {sizes.head_dim}")
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        if dims.head_dim % 2:
+            raise ValueError(f"head_dim must be even for NEZHA's sinusoids, not {dims.head_dim}")
         return {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
@@ -105,13 +105,13 @@ class NEZHA(Shaw):
     def value(self, params: Params):
         return BlockValue(self._sinusoid_value, heads=())
 
-    def _table(self, block: Block) -> Float[Array, "R H"]:
+    def _table(self, block: Tile) -> Float[Array, "R H"]:
         return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), block.key.shape[-1])
 
-    def _sinusoid_logit(self, _, block: Block):
+    def _sinusoid_logit(self, _, block: Tile):
         return self._logit(self._table(block), block)
 
-    def _sinusoid_value(self, _, weights, block: Block):
+    def _sinusoid_value(self, _, weights, block: Tile):
         return self._value(self._table(block), weights, block)
 
 
@@ -123,11 +123,11 @@ class TransformerXL(Encoding):
     """((q+u)·k + (q+v)·W r)/√H, r the sinusoids of the distance, D wide; u, v and W are the layer's own.
 
     Dai et al. 2019, arXiv 1901.02860, and XLNet (Yang et al. 2019, arXiv 1906.08237). It adds nothing to the values.
-    A temperature multiplies all of it.
+    A logit scale multiplies all of it.
     """
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        heads, width = (sizes.num_heads, sizes.head_dim), sizes.model_dim
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        heads, width = (dims.num_heads, dims.head_dim), dims.model_dim
         if width % 2:
             raise ValueError(f"model_dim must be even for Transformer-XL's sinusoids, not {width}")
         shapes = {"content_bias": heads, "position_bias": heads, "position_kernel": (width, *heads)}
@@ -152,7 +152,7 @@ def _transformer_xl_rows(parameters, distances: Int[Array, "d"]) -> Float[Array,
     return jnp.einsum("df,fnh->dnh", sinusoidal_positions(distances, len(kernel), layout="halves"), kernel)
 
 
-def _transformer_xl_logit(parameters, block: Block) -> Float[Array, "B N q k"]:
+def _transformer_xl_logit(parameters, block: Tile) -> Float[Array, "B N q k"]:
     bias, kernel = parameters
     query = block.query + block.factor[..., None] * bias[:, None]
     if block.by_distance is not None:
@@ -178,7 +178,7 @@ class TUPE(Encoding):
 
     Ke et al. 2021, arXiv 2006.15595: TUPE-R, or TUPE-A where not relative. p, U, V and the bias serve all layers; p is
     a learned table, normalised as in the paper's code. The positions' part is joined to queries and keys, so that a
-    temperature multiplies it as well; not the relative bias. What the paper unties besides, the [CLS] token of an
+    logit scale multiplies it as well; not the relative bias. What the paper unties besides, the [CLS] token of an
     encoder, a causal decoder does not have.
     """
 
@@ -199,20 +199,20 @@ class TUPE(Encoding):
     def _bias(self) -> T5:
         return T5(self.num_buckets, self.max_distance, self.bidirectional)
 
-    def max_length(self, sizes: Sizes) -> int:
-        return table_length(self.length, sizes)
+    def max_length(self, dims: ModelDims) -> int:
+        return table_length(self.length, dims)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        width, head_dim, kv_heads = sizes.model_dim, sizes.head_dim, sizes.num_kv_heads or sizes.num_heads
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        width, head_dim, kv_heads = dims.model_dim, dims.head_dim, dims.num_kv_heads or dims.num_heads
         shapes = {
-            "positions": (self.max_length(sizes), width),
-            "query_kernel": (width, sizes.num_heads, head_dim),
+            "positions": (self.max_length(dims), width),
+            "query_kernel": (width, dims.num_heads, head_dim),
             "key_kernel": (width, kv_heads, head_dim),
         }
         *keys, last = jax.random.split(key, len(shapes) + 1)
         params = {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
         params |= {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
-        return params | ({"bias": self._bias().init_shared(last, sizes)["table"]} if self.relative else {})
+        return params | ({"bias": self._bias().init_shared(last, dims)["table"]} if self.relative else {})
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         def joined(x, kernel, positions):
@@ -280,7 +280,7 @@ class DeBERTa(Encoding):
     """(q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H): content meets content, and each side the other's position.
 
     He et al. 2021, arXiv 2006.03654. δ(i,j) is i - j + max_distance, held within 0..2·max_distance - 1; K and Q are the
-    layer's projections of one table that all layers share. A temperature multiplies all of it.
+    layer's projections of one table that all layers share. A logit scale multiplies all of it.
     """
 
     max_distance: int = 512
@@ -302,7 +302,7 @@ class DeBERTa(Encoding):
             _check_buckets("buckets", self.buckets, self.max_distance)
 
     @property
-    def core(self) -> Encoding:
+    def unwrapped(self) -> Encoding:
         # Layers with absolute positions share the relative table of those without.
         return dataclasses.replace(self, absolute=False, length=None)
 
@@ -310,17 +310,17 @@ class DeBERTa(Encoding):
     def _span(self) -> int:
         return self.buckets or self.max_distance
 
-    def max_length(self, sizes: Sizes) -> int | None:
-        return table_length(self.length, sizes) if self.absolute else None
+    def max_length(self, dims: ModelDims) -> int | None:
+        return table_length(self.length, dims) if self.absolute else None
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return {"relative": _INIT * jax.random.normal(key, (2 * self._span, sizes.model_dim))}
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return {"relative": _INIT * jax.random.normal(key, (2 * self._span, dims.model_dim))}
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        width, heads, head_dim = sizes.model_dim, sizes.num_heads, sizes.head_dim
-        kv_heads = sizes.num_kv_heads or heads
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        width, heads, head_dim = dims.model_dim, dims.num_heads, dims.head_dim
+        kv_heads = dims.num_kv_heads or heads
         shapes = {"key_kernel": (width, kv_heads, head_dim), "query_kernel": (width, heads, head_dim)}
-        length = self.max_length(sizes)
+        length = self.max_length(dims)
         if length is not None:
             shapes["absolute"] = (length, heads, head_dim)
         keys = jax.random.split(key, len(shapes))
@@ -333,7 +333,7 @@ class DeBERTa(Encoding):
         rows = rows_at(table.reshape(len(table), -1), query_positions).reshape(*query_positions.shape, *table.shape[1:])
         return (query + rows).astype(query.dtype), key
 
-    def temperature(self, params: Params, query_positions, key_positions):
+    def logit_scale(self, params: Params, query_positions, key_positions):
         return 3**-0.5
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
@@ -360,7 +360,7 @@ class DeBERTa(Encoding):
         )
         return keys, queries
 
-    def _logit(self, tables, block: Block) -> Float[Array, "B N q k"]:
+    def _logit(self, tables, block: Tile) -> Float[Array, "B N q k"]:
         key, (num_queries, num_keys) = block.key.astype(jnp.float32), (block.query.shape[2], block.key.shape[2])
         if block.by_distance is not None:
             keys, queries = block.by_distance

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
-from nope_jax.encodings.encoding import Encoding, Params, Sizes
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params
 
 Frequencies = Float[np.ndarray, "half"] | Float[Array, "half"]
 """Radians per position: float64 in NumPy as long as they are known beforehand, float32 in JAX otherwise."""
@@ -393,7 +393,7 @@ class XPos(Encoding):
     def __post_init__(self):
         positive(base=self.base, scale_base=self.scale_base)
 
-    def max_length(self, sizes: Sizes | None = None) -> int:
+    def max_length(self, dims: ModelDims | None = None) -> int:
         """1 + the largest difference of two positions, and so the number of positions counted from 0."""
         span = XPOS_RANGE * math.log(2) * self.scale_base / math.log(1.4 / 0.4)
         return 1 + math.floor(min(span, 2**31 - 2))  # positions are 32-bit integers

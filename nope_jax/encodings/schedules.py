@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Encoding, Reach
+from nope_jax.encodings.encoding import AttentionSpan, Encoding
+from nope_jax.encodings.logit_scale import Llama4Scale
 from nope_jax.encodings.nope import NoPE
 from nope_jax.encodings.rotary import RoPE
-from nope_jax.encodings.temperature import Llama4Temperature
 from nope_jax.encodings.wrapper import Wrapper
 
 
@@ -16,7 +16,7 @@ from nope_jax.encodings.wrapper import Wrapper
 class Windowed(Wrapper):
     """The encoding within, in a layer whose queries see only the keys fewer than `window` positions away.
 
-    A temperature that counts keys has to be around it, not within, to know of the window.
+    A logit scale that counts keys has to be around it, not within, to know of the window.
 
     Raises:
         ValueError: window is below 1.
@@ -28,8 +28,8 @@ class Windowed(Wrapper):
         super().__post_init__()
         integer_at_least(1, window=self.window)
 
-    def reach(self) -> Reach:
-        inner = self.encoding.reach()
+    def span(self) -> AttentionSpan:
+        inner = self.encoding.span()
         return inner._replace(window=min(self.window, inner.window or self.window))
 
 
@@ -37,7 +37,7 @@ class Windowed(Wrapper):
 class Chunked(Wrapper):
     """The encoding within, in a layer whose queries see only the keys of their own chunk of `chunk_size` positions.
 
-    The first query of a chunk sees itself alone, whatever came before. A temperature that counts keys has to be around
+    The first query of a chunk sees itself alone, whatever came before. A logit scale that counts keys has to be around
     it, not within, to know of the chunks.
 
     Raises:
@@ -49,12 +49,12 @@ class Chunked(Wrapper):
     def __post_init__(self):
         super().__post_init__()
         integer_at_least(1, chunk_size=self.chunk_size)
-        inner = self.encoding.reach().chunk_size
+        inner = self.encoding.span().chunk_size
         if inner is not None and max(inner, self.chunk_size) % min(inner, self.chunk_size):
             raise ValueError(f"chunk_size must divide that of the encoding within, {inner}, or be a multiple of it")
 
-    def reach(self) -> Reach:
-        inner = self.encoding.reach()
+    def span(self) -> AttentionSpan:
+        inner = self.encoding.span()
         return inner._replace(chunk_size=min(self.chunk_size, inner.chunk_size or self.chunk_size))
 
 
@@ -65,9 +65,9 @@ The base is that of the released model, which reads 64 k tokens.
 
 The idea is RNoPE's (Yang et al. 2025, arXiv 2501.18795), here with full attention in all layers."""
 
-LLAMA4: tuple[Encoding, ...] = (*[Chunked(RoPE(base=500_000.0, interleaved=True), 8192)] * 3, Llama4Temperature(NoPE()))
+LLAMA4: tuple[Encoding, ...] = (*[Chunked(RoPE(base=500_000.0, interleaved=True), 8192)] * 3, Llama4Scale(NoPE()))
 """Llama 4 (Meta 2025, "iRoPE"): three RoPE layers in chunks of 8,192 tokens, then one that sees all, without positions
-and with a temperature that grows.
+and with a logit scale that grows.
 
 The settings are the defaults of the text configuration in transformers. A checkpoint that scales its frequencies as
 Llama 3 does has `RoPE(..., scaling=Llama3Scaling(...))` here. The L2 norm of turned queries and keys, which some of the
@@ -81,7 +81,7 @@ SWAN_GPT: tuple[Encoding, ...] = (NoPE(), *[Windowed(RoPE(), 512)] * 3)
 """SWAN-GPT (Puvvada et al. 2025, arXiv 2504.08719): one layer that sees all, without positions, and comes first, then
 three RoPE layers with a window of 512 tokens.
 
-Past the training length its NoPE layers take `SwanTemperature`; it is not trained with, so it is not in here."""
+Past the training length its NoPE layers take `SwanScale`; it is not trained with, so it is not in here."""
 
 SCHEDULES: Mapping[str, tuple[Encoding, ...]] = MappingProxyType(
     {"smollm3": SMOLLM3, "llama4": LLAMA4, "rnope_swa": RNOPE_SWA, "swan_gpt": SWAN_GPT}

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nope_jax.encodings.encoding import Encoding, Params, Reach, Sizes, Tokens
+from nope_jax.encodings.encoding import AttentionSpan, Encoding, ModelDims, Params, TokenInputs
 from nope_jax.encodings.nope import NoPE
 
 _NOPE = NoPE()
@@ -22,32 +22,32 @@ class Wrapper(Encoding):
         if not isinstance(self.encoding, Encoding):
             raise ValueError(f"encoding must be an Encoding, such as RoPE(), not {self.encoding!r}")
 
-    def with_sizes(self, sizes: Sizes) -> Encoding:
-        return dataclasses.replace(self, encoding=self.encoding.with_sizes(sizes))
+    def bind(self, dims: ModelDims) -> Encoding:
+        return dataclasses.replace(self, encoding=self.encoding.bind(dims))
 
     @property
-    def core(self) -> Encoding:
-        return self.encoding.core
+    def unwrapped(self) -> Encoding:
+        return self.encoding.unwrapped
 
-    def max_length(self, sizes: Sizes) -> int | None:
-        return self.encoding.max_length(sizes)
+    def max_length(self, dims: ModelDims) -> int | None:
+        return self.encoding.max_length(dims)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return self.encoding.init_shared(key, sizes)
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return self.encoding.init_shared(key, dims)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return self.encoding.init_layer(key, sizes)
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return self.encoding.init_layer(key, dims)
 
     def positions(self, positions, length: int, key):
         return self.encoding.positions(positions, length, key)
 
-    def reach(self) -> Reach:
-        return self.encoding.reach()
+    def span(self) -> AttentionSpan:
+        return self.encoding.span()
 
-    def lookback(self) -> int:
-        return self.encoding.lookback()
+    def input_context(self) -> int:
+        return self.encoding.input_context()
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         return self.encoding.input(params, embeddings, tokens)
 
     def features(self, params: Params, inputs, previous: Any) -> Any:
@@ -62,5 +62,5 @@ class Wrapper(Encoding):
     def value(self, params: Params):
         return self.encoding.value(params)
 
-    def temperature(self, params: Params, query_positions, key_positions):
-        return self.encoding.temperature(params, query_positions, key_positions)
+    def logit_scale(self, params: Params, query_positions, key_positions):
+        return self.encoding.logit_scale(params, query_positions, key_positions)

@@ -44,7 +44,7 @@ def walk(model: Decoder, tokens: Int[Array | np.ndarray, "B T"], *, weights: boo
         ValueError: tokens outside the vocabulary, or more than the encoding has positions.
     """
     model.check_tokens(tokens)
-    x, arguments = _enter(*nnx.split(model), tokens)
+    x, arguments = _embed(*nnx.split(model), tokens)
     yield Inside(0, x, None)
     for index in range(model.config.num_layers):
         structure, state = nnx.split(model.layer(index))
@@ -53,8 +53,8 @@ def walk(model: Decoder, tokens: Int[Array | np.ndarray, "B T"], *, weights: boo
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _enter(structure: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"]) -> tuple:
-    return nnx.merge(structure, state).enter(tokens)
+def _embed(structure: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"]) -> tuple:
+    return nnx.merge(structure, state).embed(tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -137,7 +137,7 @@ def _plan(options: EvalArguments) -> list[Grid]:
 def _measure_all(grids: Sequence[Grid], out: Path) -> None:
     """Fills in the grid of every run, and keeps passkey.csv up to date with them."""
     mesh = make_mesh(MeshConfig())
-    ways = mesh.shape["data"]
+    num_shards = mesh.shape["data"]
     with progress_bar() as progress:
         per_length = grids[0].settings.depths * grids[0].settings.keys
         bar = progress.add_task("", total=per_length * sum(sum(grid.run.possible) for grid in grids))
@@ -152,7 +152,7 @@ def _measure_all(grids: Sequence[Grid], out: Path) -> None:
                     length,
                     depths(grid.settings),
                     draw_keys(grid.settings, length),
-                    batch_size=-(-grid.settings.batch_size // ways) * ways,
+                    batch_size=-(-grid.settings.batch_size // num_shards) * num_shards,
                     place=functools.partial(place_batch, mesh=mesh),
                     advance=functools.partial(progress.advance, bar),
                 )

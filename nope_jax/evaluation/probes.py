@@ -67,7 +67,7 @@ HEADER = (
     "tokens off there",
 )
 
-Place = Callable[[tuple], tuple]
+ProcessSpec = Callable[[tuple], tuple]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def fit_probes(
     ridge: float,
     start: int = 0,
     batch_size: int = 8,
-    place: Place = jax.device_put,
+    place: ProcessSpec = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[Probe]:
     """Fits a probe for the position to every layer's hidden states: [L + 1] of them, the first before layer 0.
@@ -197,7 +197,7 @@ def score_probes(
     *,
     start: int = 0,
     batch_size: int = 8,
-    place: Place = jax.device_put,
+    place: ProcessSpec = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[Score]]:
     """Scores sets of probes on documents that they have not seen.
@@ -222,7 +222,7 @@ def score_probes(
 
 
 def _hidden_states(
-    model: Decoder, documents: Sequence[np.ndarray], length: int, batch_size: int, place: Place, advance: Callable
+    model: Decoder, documents: Sequence[np.ndarray], length: int, batch_size: int, place: ProcessSpec, advance: Callable
 ) -> Iterator[tuple[int, Float[np.ndarray, "B T D"]]]:
     """The residual stream of every document: (layer, states) for one batch and one layer after the other."""
     for first in range(0, len(documents), batch_size):

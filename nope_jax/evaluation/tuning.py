@@ -54,7 +54,7 @@ from nope_jax.evaluation.protocol import choose_documents
 from nope_jax.evaluation.run import encoding_name, newest_step, result_identity
 from nope_jax.evaluation.tuned import Learned, Outcome, Tuning
 from nope_jax.locks import held
-from nope_jax.models import Decoder, adopt_weights
+from nope_jax.models import Decoder, transfer_weights
 from nope_jax.sharding import make_mesh, place_batch, state_shardings
 
 LEARNED = {"head": "head_scale", "ssmax": "ssmax"}
@@ -161,7 +161,7 @@ def _find_and_write(job: Job, command: str) -> None:
     try:
         with tuner.progress:
             tuned_config = tuner.find(source, model)
-        end = f"Written to {job.out}: a workdir for eval.py, or for train.start_from; see report.html there."
+        end = f"Written to {job.out}: a workdir for eval.py, or for train.init_from; see report.html there."
     except FloatingPointError:
         end = f"Diverged: what was found until then is in {job.out}; other settings take another --out."
         raise
@@ -321,13 +321,13 @@ def _scaled(encoding: Encoding, scaling: RotaryScaling, method: str) -> Encoding
 def _with_encoding(
     config: ModelConfig,
     encoding: EncodingSpec,
-    donor: Decoder,
+    source: Decoder,
     mesh: Mesh,
     factors: Mapping[str, Float[np.ndarray, "L N"]],
 ) -> Decoder:
-    """The donor with another encoding around the same cores; `factors` are what the wrappers have learned, by name."""
+    """The source with another encoding around the same cores; `factors` are what the wrappers have learned, by name."""
     model = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, encoding=encoding), rngs=nnx.Rngs(0)))
-    adopt_weights(model, donor)
+    transfer_weights(model, source)
     for slot, block in enumerate(model.blocks):
         position = block.attention.position
         for name, values in factors.items():
@@ -340,11 +340,11 @@ def _with_encoding(
 # Losses
 
 
-def _row_nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, temperature: Any) -> Float[Array, "B"]:
+def _row_nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, logit_scale: Any) -> Float[Array, "B"]:
     """The mean loss of each row, 0 for one that does not count."""
     tokens, targets, weights = map(jnp.asarray, batch)
     model = nnx.merge(graphdef, state)
-    hidden, _ = model.hidden(tokens, temperature=temperature)
+    hidden, _ = model.hidden(tokens, logit_scale=logit_scale)
     return weights[:, 0] * model.nll(hidden, targets).mean(-1)
 
 
@@ -546,7 +546,7 @@ class _Tuner:
         """Learns a factor per layer and head, from as many updates on as have been made."""
         job, settings, tuning, unit = self.job, self.job.settings, self.tuning, 1.0
         if job.method == "ssmax":
-            # A temperature multiplies s·ln n, so that with s = 1 it takes the place of s.
+            # A logit scale multiplies s·ln n, so that with s = 1 it takes the place of s.
             encoding = _new_encoding(job.config, job.method, job.lengths)
             ones = np.ones((job.config.model.num_layers, job.config.model.num_heads))
             model = _with_encoding(job.config.model, encoding, model, self.mesh, {LEARNED["ssmax"]: ones})

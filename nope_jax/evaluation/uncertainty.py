@@ -8,7 +8,7 @@ by document. A loss per token, L_d summed over the n_d tokens of document d, is 
 (Cochran 1977, Sampling Techniques, 3rd edition, section 6.4: the ratio estimator, linearised). Where all documents have
 as many tokens, that is the standard deviation of their means over √D. It is to first order in 1/D, and too
 small where few documents hold most of the tokens: of 24 to 15,920 tokens each, evenly on a log scale, 16 documents give
-0.82 of the true error, 64 give 0.94 and 400 give 0.99 (the simulation of tests/test_uncertainty.py).
+0.82 of the true error, 64 give 0.94 and 400 give 0.99 (the simulation of tests/evaluation/test_uncertainty.py).
 
 D documents; S any further axes.
 """

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention import AttentionStats, encoded_attention
 from nope_jax.config import ModelConfig
-from nope_jax.encodings import Encoding, Params, Sizes, Wrapper
-from nope_jax.sharding import constrain, gathered, ways
+from nope_jax.encodings import Encoding, ModelDims, Params, Wrapper
+from nope_jax.sharding import gathered, num_shards, with_logical_constraint
 
 RESIDUAL = "batch", "length", None
 """Logical axes of the residual stream: every device has all of the width of its tokens."""
@@ -44,12 +44,12 @@ def _project_backward(axes, residuals, d_out):
     x, weights = residuals
     d_x = _rows(d_out) @ _matrix(x, weights, axes).T
     rows, columns = [axis for axis in axes if axis != "head"]
-    if columns == "embed" and ways("embed") > 1:
+    if columns == "embed" and num_shards("embed") > 1:
         # Summing over devices that each keep a part is one operation of a TPU, but only along a matrix' first axis.
-        d_matrix = constrain(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x)), (columns, rows)).T
+        d_matrix = with_logical_constraint(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x)), (columns, rows)).T
     else:
-        d_matrix = constrain(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out)), (rows, columns))
-    d_weights = constrain(d_matrix.reshape(weights.shape), axes)
+        d_matrix = with_logical_constraint(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out)), (rows, columns))
+    d_weights = with_logical_constraint(d_matrix.reshape(weights.shape), axes)
     return d_x.reshape(x.shape), d_weights.astype(weights.dtype)
 
 
@@ -86,8 +86,8 @@ def encoding_params(params: Params) -> nnx.Dict:
 class Attention(nnx.Module):
     """Grouped-query attention with an encoding."""
 
-    def __init__(self, config: ModelConfig, encoding: Encoding, sizes: Sizes, *, rngs: nnx.Rngs):
-        d, n, h = config.model_dim, sizes.num_heads, sizes.head_dim
+    def __init__(self, config: ModelConfig, encoding: Encoding, dims: ModelDims, *, rngs: nnx.Rngs):
+        d, n, h = config.model_dim, dims.num_heads, dims.head_dim
         k = config.num_kv_heads or n
         self.encoding = encoding
         self.implementation = config.attention
@@ -96,14 +96,14 @@ class Attention(nnx.Module):
         self.value = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
         residual = (2 * config.num_layers) ** -0.5  # as many outputs add up on the residual stream (GPT-2)
         self.out = kernel(rngs, (n, h, d), ("heads", "head", "embed"), inputs=n * h, gain=residual)
-        self.position = encoding_params(encoding.init_layer(rngs.params(), sizes))
+        self.position = encoding_params(encoding.init_layer(rngs.params(), dims))
 
     def __call__(
         self,
         x: Shaped[Array, "B T D"],
         shared: Params,
         *,
-        past: "Past | None" = None,
+        kv_cache: "Past | None" = None,
         start: Int[Array, ""] | int = 0,
         return_stats: bool = False,
         **common: Any,
@@ -119,9 +119,9 @@ class Attention(nnx.Module):
             **common: As `dot_product_attention`.
         """
         params = self.encoding_params(shared)
-        features = self.encoding.features(params, x, None if past is None else past.before(start))
-        now = Past(_to_heads(x, self.key, "kv_heads"), _to_heads(x, self.value, "kv_heads"), features)
-        seen = now if past is None else past.write(now, start)
+        features = self.encoding.features(params, x, None if kv_cache is None else kv_cache.before(start))
+        now = KVCache(_to_heads(x, self.key, "kv_heads"), _to_heads(x, self.value, "kv_heads"), features)
+        seen = now if kv_cache is None else kv_cache.write(now, start)
         out = encoded_attention(
             self.encoding,
             params,
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
         )
         out, stats = out if return_stats else (out, None)
         out = project(out, self.out[...], ("heads", "head", "embed"))
-        return out, stats, None if past is None else seen
+        return out, stats, None if kv_cache is None else seen
 
     def weights(self, x: Shaped[Array, "B T D"], shared: Params, **common: Any) -> Float[Array, "B N T T"]:
         """The attention weights, written out: every row sums to 1. Args as `__call__`."""
@@ -164,14 +164,14 @@ class Attention(nnx.Module):
         """What the encoding's places receive."""
         return {**shared, **{name: param[...] for name, param in self.position.items()}}
 
-    def empty_past(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "Past":
+    def empty_kv_cache(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "KVCache":
         """Room for the keys and values of so many tokens."""
         (d, k, h), room = self.key.shape, (batch_size, length)
         features = jax.eval_shape(
             lambda x: self.encoding.features(self.encoding_params(shared), x, None), jnp.zeros((*room, d), dtype)
         )
         heads = jnp.zeros((*room, k, h), dtype)
-        return Past(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
+        return KVCache(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Weights(Wrapper):
         return None
 
 
-class Past(NamedTuple):
+class KVCache(NamedTuple):
     """What attention remembers of the tokens so far, and room for those to come.
 
     Keys are kept as projected: the query/key place is applied to all of them at every step, as it is in one pass.
@@ -193,7 +193,7 @@ class Past(NamedTuple):
     features: Any
     """The encoding's features of the tokens, [B, S, ...]."""
 
-    def write(self, now: "Past", start: Int[Array, ""] | int) -> "Past":
+    def write(self, now: "KVCache", start: Int[Array, ""] | int) -> "KVCache":
         """With the entries from `start` on replaced."""
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=1), self, now)
 
@@ -205,7 +205,7 @@ class Past(NamedTuple):
 
 
 def _to_heads(x: Shaped[Array, "B T D"], weights: nnx.Param, axis: str) -> Shaped[Array, "B T N H"]:
-    return constrain(project(x, weights[...], ("embed", axis, "head")), ("batch", "length", axis, "head"))
+    return with_logical_constraint(project(x, weights[...], ("embed", axis, "head")), ("batch", "length", axis, "head"))
 
 
 class MLP(nnx.Module):
@@ -229,22 +229,22 @@ class MLP(nnx.Module):
         return project(hidden, self.down[...], ("mlp", "embed"))
 
     def _hidden(self, x: Shaped[Array, "B T D"], weights: nnx.Param) -> Shaped[Array, "B T F"]:
-        return constrain(project(x, weights[...], ("embed", "mlp")), ("batch", "length", "mlp"))
+        return with_logical_constraint(project(x, weights[...], ("embed", "mlp")), ("batch", "length", "mlp"))
 
 
 class Block(nnx.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, config: ModelConfig, encoding: Encoding, sizes: Sizes, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, encoding: Encoding, dims: ModelDims, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.Param(jnp.ones(config.model_dim))
-        self.attention = Attention(config, encoding, sizes, rngs=rngs)
+        self.attention = Attention(config, encoding, dims, rngs=rngs)
         self.mlp_norm = nnx.Param(jnp.ones(config.model_dim))
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
         self, x: Shaped[Array, "B T D"], shared: Params, **common: Any
-    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, Past | None]:
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, KVCache | None]:
         """Args and Returns as `Attention`."""
-        attended, stats, past = self.attention(rms_norm(x, self.attention_norm[...]), shared, **common)
-        x = constrain(x + attended, RESIDUAL)
-        return constrain(x + self.mlp(rms_norm(x, self.mlp_norm[...])), RESIDUAL), stats, past
+        attended, stats, kv_cache = self.attention(rms_norm(x, self.attention_norm[...]), shared, **common)
+        x = with_logical_constraint(x + attended, RESIDUAL)
+        return with_logical_constraint(x + self.mlp(rms_norm(x, self.mlp_norm[...])), RESIDUAL), stats, kv_cache

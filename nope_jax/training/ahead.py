@@ -298,20 +298,22 @@ def _remedies(config: Config, mesh: Mesh | AbstractMesh, error: DoesNotFitError)
     sharing heads communication in every layer.
     """
     model, sizes = config.model, mesh.shape
-    ways = sizes["data"] * sizes["fsdp"]
+    num_shards = sizes["data"] * sizes["fsdp"]
     kinds: list[dict[str, Any]] = [{}]
     if sizes["data"] > 1 or config.mesh.rules != "fsdp":
-        kinds.append({"mesh.data": 1, "mesh.fsdp": ways, "mesh.rules": "fsdp"})
+        kinds.append({"mesh.data": 1, "mesh.fsdp": num_shards, "mesh.rules": "fsdp"})
     if not model.remat:
         kinds.append({"model.remat": True})
-    shared = math.gcd(model.num_heads, model.num_kv_heads or model.num_heads, model.mlp_size, model.vocab_size, ways)
+    shared = math.gcd(
+        model.num_heads, model.num_kv_heads or model.num_heads, model.mlp_size, model.vocab_size, num_shards
+    )
     if sizes["tensor"] == 1 < shared:
-        kinds.append({"mesh.data": 1, "mesh.fsdp": ways // shared, "mesh.tensor": shared})
+        kinds.append({"mesh.data": 1, "mesh.fsdp": num_shards // shared, "mesh.tensor": shared})
 
     settings: dict[str, Any] = {}
     for kind in kinds:
         settings = settings | kind
-        rows = config.data.batch_size * settings.get("mesh.tensor", 1) // ways
+        rows = config.data.batch_size * settings.get("mesh.tensor", 1) // num_shards
         for accumulation in _accumulations(rows, config.optimizer.accumulation, error, alone=not kind):
             changed = settings | {"optimizer.accumulation": accumulation}
             yield {name: value for name, value in changed.items() if operator.attrgetter(name)(config) != value}

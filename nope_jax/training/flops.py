@@ -70,8 +70,8 @@ def model_flops_per_token(config: Config) -> float:
     sizes = jax.tree.map(lambda array, is_matrix: math.prod(array.shape) if is_matrix else 0, params, decays(params))
     weights = sum(jax.tree.leaves(sizes)) - (0 if config.model.tie_embeddings else model.embedding.size)
     period = len(model.encodings)
-    reaches = [model.encodings[layer % period].reach() for layer in range(config.model.num_layers)]
+    reaches = [model.encodings[layer % period].span() for layer in range(config.model.num_layers)]
     positions = jnp.arange(config.data.context_length)
-    keys = sum(float(np.asarray(keys_seen(positions, reach)).mean()) for reach in reaches)
+    keys = sum(float(np.asarray(keys_seen(positions, span)).mean()) for span in reaches)
     heads_width = math.prod(model.blocks[0].attention.query.shape[-2:])
     return 6.0 * weights + 12.0 * heads_width * keys

@@ -22,10 +22,10 @@ from nope_jax.data.corpora import Split
 from nope_jax.distributed import agreed_stop, said_by_all
 from nope_jax.errors import is_refusal
 from nope_jax.locks import held
-from nope_jax.models import Decoder, adopt_weights
+from nope_jax.models import Decoder, transfer_weights
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
-from nope_jax.training.metrics import Clock, Record, check_can_record, has_validation
+from nope_jax.training.metrics import GoodputTimer, MetricWriter, check_can_record, has_validation
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, init_state, no_skips
@@ -56,7 +56,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             skipped (`train.on_bad_step`); that state is not saved.
         Interrupted: Ctrl-C, SIGTERM or a hang-up; the state is saved.
     """
-    clock = Clock()
+    clock = GoodputTimer()
     workdir = location(workdir)
     check_reachable(workdir)
     steps = config.train.steps
@@ -77,7 +77,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         ]
         graphdef, abstract = abstract_state(config, optimizer, mesh)
 
-        donor = _donor(config, workdir, mesh)
+        source = _init_source(config, workdir, mesh)
         _make_shared(workdir)
         check_is_ours = stack.enter_context(_held_by_process_0(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir))
@@ -94,12 +94,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             configs.save(config, workdir)
         if state is None:
             state = init_state(config, optimizer, abstract)
-            if donor is not None:
-                state = state._replace(params=_adopted(state.params, graphdef, donor))
+            if source is not None:
+                state = state._replace(params=_initialized_from(state.params, graphdef, source))
 
         batch = place_batch(next(batches), mesh)
         tokens_per_step = batch.targets.size
-        record = stack.enter_context(Record(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
+        record = stack.enter_context(MetricWriter(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
         with clock.during("compile"):
             jitted = jit_train_step(
                 graphdef,
@@ -226,26 +226,26 @@ def _restore(
     return step, TrainState(**trees)
 
 
-def _donor(config: Config, workdir: Location, mesh: Mesh) -> Decoder | None:
+def _init_source(config: Config, workdir: Location, mesh: Mesh) -> Decoder | None:
     """The decoder whose weights a run that has saved nothing yet starts from."""
-    source = config.train.start_from
-    # As process 0 sees the workdir: all must read the donor together, or none.
-    if source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
+    workdir_of_source = config.train.init_from
+    # As process 0 sees the workdir: all must read the source together, or none.
+    if workdir_of_source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
         return None
-    _, donor, _ = load_model(source, mesh)
+    _, source, _ = load_model(workdir_of_source, mesh)
     try:
-        adopt_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), donor)
+        transfer_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), source)
     except ValueError as error:
         if not is_refusal(error):
             raise
-        raise ValueError(f"train.start_from {source}: {error}") from error
-    return donor
+        raise ValueError(f"train.init_from {workdir_of_source}: {error}") from error
+    return source
 
 
-def _adopted(params: nnx.State, graphdef: nnx.GraphDef[Decoder], donor: Decoder) -> nnx.State:
-    """The parameters with the donor's weights, where they were on the mesh."""
+def _initialized_from(params: nnx.State, graphdef: nnx.GraphDef[Decoder], source: Decoder) -> nnx.State:
+    """The parameters with the source's weights, where they were on the mesh."""
     model = nnx.merge(graphdef, params)
-    adopt_weights(model, donor)
+    transfer_weights(model, source)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model), params)
 
 

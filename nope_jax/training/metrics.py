@@ -60,7 +60,7 @@ INPUT_SECONDS = 10.0
 """Over how much of that time, at least, it is judged."""
 
 
-class Clock:
+class GoodputTimer:
     """Where the time of a run goes: from its making on, every moment belongs to one activity."""
 
     def __init__(self) -> None:
@@ -169,14 +169,14 @@ def check_can_record(config: Config, workdir: Location) -> None:
         raise ValueError("train.tensorboard needs a package that is not installed: pip install tensorboardX")
 
 
-class Record:
+class MetricWriter:
     """What a run says of itself as it goes: lines in its `metrics.jsonl`, and a progress bar on a terminal.
 
     Where stdout or stderr is none (a file, a pipe, the log of a job), each logged step is a line on stdout, at once.
     Only the first process says anything.
     """
 
-    def __init__(self, config: Config, workdir: Location, clock: Clock, *, start: int, tokens_per_step: int):
+    def __init__(self, config: Config, workdir: Location, clock: GoodputTimer, *, start: int, tokens_per_step: int):
         is_main = jax.process_index() == 0
         self._config = config.train
         self._workdir = workdir
@@ -219,7 +219,7 @@ class Record:
             self._watcher = stack.enter_context(ThreadPoolExecutor(1))
             self._open = stack.pop_all()
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -42,7 +42,7 @@ Most say how a step is computed (the mesh, microbatches, recomputation, the impl
 its result by rounding alone; or what is measured, written and shown beside it, which changes nothing. Where the data
 lie may change because `DataDigests` hold what they are. Two change the training itself, and are meant to: with another
 `train.steps` the rest of the run follows the cosine of the new length, and what becomes of bad steps may change so that
-a run which one of them stopped can go on without it. `model.dtype` changes more than rounding does. `train.start_from`
+a run which one of them stopped can go on without it. `model.dtype` changes more than rounding does. `train.init_from`
 has had its effect and says where the run comes from."""
 
 DataDigests = dict[str, str]

@@ -76,7 +76,7 @@ def train_step(
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     skips = state.skips
     if skip_bad:
-        good, skips = judge(skips, loss, metrics["grad_norm"], spike_factor)
+        good, skips = detect_bad_step(skips, loss, metrics["grad_norm"], spike_factor)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
@@ -86,7 +86,9 @@ def train_step(
     return TrainState(params, opt_state, skips), metrics
 
 
-def judge(skips: Skips, loss: jax.Array, grad_norm: jax.Array, spike_factor: float | None) -> tuple[jax.Array, Skips]:
+def detect_bad_step(
+    skips: Skips, loss: jax.Array, grad_norm: jax.Array, spike_factor: float | None
+) -> tuple[jax.Array, Skips]:
     """Whether a step is good, given those before it; and `Skips` after it."""
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if spike_factor is not None:

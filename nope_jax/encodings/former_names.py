@@ -1,0 +1,56 @@
+"""What things were called before: for the workdirs and the encodings that were written then.
+
+New names replaced these in November 2026. A config.json and the code that a workdir keeps are read as if they had the
+new ones; no documentation shows the old ones.
+"""
+
+import warnings
+from typing import Any
+
+CONFIG = {
+    "start_from": "init_from",
+    "llama4_temperature": "llama4_scale",
+    "swan_temperature": "swan_scale",
+}
+"""Of fields and encodings in a config.json."""
+
+PUBLIC = {
+    "Sizes": "ModelDims",
+    "Tokens": "TokenInputs",
+    "Reach": "AttentionSpan",
+    "Block": "Tile",
+    "Llama4Temperature": "Llama4Scale",
+    "SwanTemperature": "SwanScale",
+    "temperature_product": "logit_scale_product",
+}
+"""Of `nope_jax.encodings`."""
+
+METHODS = {
+    "temperature": "logit_scale",
+    "with_sizes": "bind",
+    "core": "unwrapped",
+    "reach": "span",
+    "lookback": "input_context",
+}
+"""Of `Encoding`."""
+
+
+def from_config(name: str) -> str:
+    """A name in a config.json by today's name, "wrapper:name" part by part."""
+    return ":".join(CONFIG.get(part, part) for part in name.split(":"))
+
+
+def adopt_methods(cls: type) -> None:
+    """Let a subclass of `Encoding` that overrides a method by its former name override it by today's."""
+    for old, new in METHODS.items():
+        if old in cls.__dict__ and new not in cls.__dict__:
+            warnings.warn(f"{cls.__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=4)
+            setattr(cls, new, cls.__dict__[old])
+
+
+def public(name: str, module: dict[str, Any]) -> Any:
+    """The `__getattr__` of `nope_jax.encodings`."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now called {PUBLIC[name]}", DeprecationWarning, stacklevel=3)
+    return module[PUBLIC[name]]

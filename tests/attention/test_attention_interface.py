@@ -1,0 +1,275 @@
+"""What attention takes: as a part of Flax's own layers, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from nope_jax.attention import (
+    alibi_attention,
+    dot_product_attention,
+    encoded_attention,
+    nope_attention,
+    rope_attention,
+    t5_attention,
+)
+from nope_jax.encodings import DistanceLogit, NoPE
+from tests.support.attention_cases import ATTENTION, LENGTH, assert_close, every_encoding, inputs, parameters, random
+
+# --- Inside Flax's own attention layers
+
+
+def causal_layer_arguments(encoding):
+    x = random(2, 12, 16)
+    return x, nnx.make_causal_mask(np.ones((2, 12))), functools.partial(ATTENTION[encoding], **parameters(encoding))
+
+
+@every_encoding
+def test_it_drops_into_nnx_multi_head_attention(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=True,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    direct = layer.out(attend(layer.query(x), layer.key(x), layer.value(x)))
+    assert_close(layer(x, mask=mask), direct, tolerance=2e-6)
+    assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
+
+
+@every_encoding
+def test_it_drops_into_linen_multi_head_attention(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=True)
+    variables = layer.init(jax.random.key(0), x, mask=mask)
+    weights = variables["params"]
+
+    def project(name):
+        return jnp.einsum("btd,dnh->btnh", x, weights[name]["kernel"]) + weights[name]["bias"]
+
+    direct = attend(project("query"), project("key"), project("value"))
+    direct = jnp.einsum("btnh,nhd->btd", direct, weights["out"]["kernel"]) + weights["out"]["bias"]
+    assert_close(layer.apply(variables, x, mask=mask), direct, tolerance=2e-6)
+
+
+def linen_layer(attend, x, *more, **keywords):
+    """What a linen layer gives of x with this attention, with the same weights as any other's."""
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend)
+    return layer.init_with_output(jax.random.key(0), x, *more, **keywords)[0]
+
+
+TOKENS = {"bool": np.array([[True] * 9 + [False] * 3] * 2), "float32": np.array([[1.0] * 9 + [0.0] * 3] * 2)}
+LAYER_MASKS = {
+    "none": None,
+    "causal": linen.make_causal_mask(np.ones((2, 12))),  # float32
+    "padding": linen.make_attention_mask(TOKENS["float32"], TOKENS["float32"]),
+    "both": linen.combine_masks(
+        linen.make_causal_mask(np.ones((2, 12)), dtype=bool), TOKENS["bool"][:, None, None], dtype=bool
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("mask", LAYER_MASKS)
+def test_linen_layers_mean_what_they_mean_with_flax_s_own_attention(mask, jit):
+    """Without a mask they are bidirectional; masks of floating-point zeros and ones are masks."""
+    x = random(2, 12, 16)
+
+    def run(attend, mask):
+        return linen_layer(attend, x, mask=mask)
+
+    run = jax.jit(run, static_argnums=0) if jit else run
+    kept = slice(None) if mask != "padding" else slice(9)  # rows without a key are another thing in Flax
+    for attend in nope_attention, dot_product_attention, functools.partial(encoded_attention, NoPE(), {}):
+        found, wanted = run(attend, LAYER_MASKS[mask]), run(linen.dot_product_attention, LAYER_MASKS[mask])
+        assert_close(found[:, kept], wanted[:, kept], tolerance=5e-6)
+
+
+def test_linen_cross_attention_is_flax_s():
+    x, memory, seen = random(2, 5, 16), random(2, 12, 16), TOKENS["float32"][:, None, None]
+    for mask in None, seen:
+        found, wanted = (
+            linen_layer(attend, x, memory, mask=mask) for attend in (nope_attention, linen.dot_product_attention)
+        )
+        assert_close(found, wanted, tolerance=5e-6)
+
+
+def test_a_linen_layer_may_be_given_causal_attention():
+    x = random(2, 12, 16)
+    found = linen_layer(functools.partial(nope_attention, is_causal=True), x)
+    wanted = linen_layer(linen.dot_product_attention, x, mask=LAYER_MASKS["causal"])
+    assert_close(found, wanted, tolerance=5e-6)
+
+
+@every_encoding
+def test_linen_decodes_token_by_token_as_in_one_pass(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    wanted = linen_layer(attend, x, mask=mask)
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, decode=True)
+    variables = layer.init(jax.random.key(0), x)
+    step = jax.jit(functools.partial(layer.apply, mutable=["cache"]))
+    for t in range(x.shape[1]):
+        out, cache = step(variables, x[:, t : t + 1])
+        variables = variables | cache
+        assert_close(out[:, 0], wanted[:, t], tolerance=5e-6)
+
+
+@every_encoding
+def test_nnx_decodes_token_by_token_as_in_one_pass(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+    wanted = layer(x, mask=mask)
+    layer.init_cache(x.shape)
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    for t in range(x.shape[1]):
+        assert_close(step(layer, x[:, t : t + 1])[:, 0], wanted[:, t], tolerance=5e-6)
+
+
+@pytest.mark.parametrize("more", [{}, {"is_causal": False}, {"is_causal": True}], ids=["unsaid", "both ways", "causal"])
+@pytest.mark.parametrize("length", [5, 12])
+def test_nnx_layers_mean_what_they_mean_with_flax_s_own_attention(length, more):
+    """Also where lengths differ: Flax's causal mask is aligned at the first tokens."""
+    x, memory, outputs = random(2, length, 16), random(2, 12, 16, seed=1), []
+    for attend in nope_attention, nnx.dot_product_attention:
+        layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+        outputs.append(layer(x, memory, **more))
+    assert_close(*outputs, tolerance=5e-6)
+
+
+def test_additive_masks_are_refused_in_layers_too_where_they_can_be_seen():
+    with pytest.raises(ValueError, match=r"(?m)\Amask must be booleans, or zeros and ones, not -inf$"):
+        linen_layer(nope_attention, random(2, 12, 16), mask=np.where(np.tri(12), 0.0, -np.inf)[None, None])
+
+
+def test_nnx_is_not_causal_unless_it_says_so():
+    x, _, attend = causal_layer_arguments("nope")
+    layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+    direct = attend(layer.query(x), layer.key(x), layer.value(x), is_causal=False)
+    assert_close(layer(x), layer.out(direct), tolerance=2e-6)
+
+
+def test_active_dropout_is_refused_inside_nnx():
+    x, mask, attend = causal_layer_arguments("nope")
+    layer = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=False,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"\A.*dropout_rate.*\Z"):
+        layer(x, mask=mask)
+
+
+def test_active_dropout_is_refused_inside_linen():
+    x, mask, attend = causal_layer_arguments("nope")
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=False)
+    with pytest.raises(ValueError, match=r"\Adropout_rate "):
+        layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, mask=mask)
+
+
+# --- Bad input
+
+
+@every_encoding
+def test_an_unknown_keyword_is_a_type_error(encoding):
+    with pytest.raises(TypeError, match="windw"):
+        ATTENTION[encoding](*inputs(), windw=3, **parameters(encoding))
+
+
+BAD = [
+    ("implementation", "fast"),
+    ("window", 0),
+    ("window", 2.5),
+    ("chunk_size", 0),
+    ("chunk_size", 2.5),
+    ("mask", np.ones((3, 1), bool)),
+    ("mask", np.where(np.tri(LENGTH), 0.0, -np.inf)),
+    ("mask", np.tri(LENGTH, dtype=np.float32)),
+    ("mask", np.where(np.tri(LENGTH), 0, -(10**9))),
+    ("query_positions", np.arange(5)),
+    ("query_positions", np.arange(LENGTH) / 2),
+    ("key_positions", np.zeros((3, LENGTH), int)),
+    ("segment_ids", np.zeros((2, 5), int)),
+    ("logit_scale", np.ones(3)),
+]
+
+
+@every_encoding
+@pytest.mark.parametrize(("name", "bad"), BAD, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BAD)])
+def test_a_bad_argument_is_refused_in_one_line_that_names_it(encoding, name, bad):
+    with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+        ATTENTION[encoding](*inputs(), **{name: bad}, **parameters(encoding))
+
+
+def test_a_mask_of_floating_point_is_refused_by_naming_what_a_bias_is_given_as():
+    with pytest.raises(ValueError, match=r"\Amask must be boolean.*\blogit=.*dot_product_attention"):
+        jax.jit(nope_attention)(*inputs(), mask=np.zeros((LENGTH, LENGTH), np.float32))
+
+
+def test_an_integer_mask_of_zeros_and_ones_is_a_boolean_one():
+    mask = np.tri(LENGTH)[::-1]
+    found, wanted = (nope_attention(*inputs(), mask=mask.astype(dtype)) for dtype in (np.int32, bool))
+    np.testing.assert_array_equal(found, wanted)
+
+
+BAD_SHAPES = [
+    ("query", [(2, 3, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
+    ("key", [(2, 3, 4, 8), (3, 8), (2, 3, 1, 8)]),
+    ("value", [(2, 3, 4, 8), (2, 3, 1, 8), (2, 4, 1, 8)]),
+    ("value", [(2, 3, 4, 8), (2, 3, 2, 8), (2, 3, 1, 8)]),
+    ("key", [(2, 3, 4, 8), (1, 3, 2, 8), (1, 3, 2, 8)]),
+    ("key", [(2, 3, 4, 8), (2, 3, 2, 4), (2, 3, 2, 8)]),
+    ("heads", [(2, 3, 4, 8), (2, 3, 3, 8), (2, 3, 3, 8)]),
+    ("heads", [(2, 3, 4, 8), (2, 3, 8, 8), (2, 3, 8, 8)]),
+]
+
+
+@every_encoding
+@pytest.mark.parametrize(("name", "shapes"), BAD_SHAPES)
+def test_shapes_that_do_not_fit_are_refused_in_one_line_that_names_the_argument(encoding, name, shapes):
+    with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+        ATTENTION[encoding](*(jnp.ones(shape) for shape in shapes), **parameters(encoding))
+
+
+def test_segments_need_a_pair_when_lengths_differ():
+    with pytest.raises(ValueError, match=r"\A.*segment_ids.*pair.*\Z"):
+        nope_attention(inputs(T=3)[0], *inputs(T=5)[1:], segment_ids=np.zeros((2, 3), int))
+
+
+@pytest.mark.parametrize("rotary_dim", [3, 10, 0])
+def test_rope_refuses_a_rotary_dim_that_is_odd_or_larger_than_the_head(rotary_dim):
+    with pytest.raises(ValueError, match=r"\Arotary_dim .*\Z"):
+        rope_attention(*inputs(), rotary_dim=rotary_dim)
+
+
+def test_alibi_and_t5_refuse_parameters_for_another_number_of_heads():
+    with pytest.raises(ValueError, match=r"\A.*\bslopes\b.*\Z"):
+        alibi_attention(*inputs(), slopes=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
+        t5_attention(*inputs(), table=np.ones((32, 3), np.float32))
+    with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
+        t5_attention(*inputs(), table=np.ones(32, np.float32))
+
+
+# --- Outside of jit
+
+
+@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+def test_a_function_of_distance_made_anew_in_every_call_is_compiled_once(implementation, compilations):
+    query, key, value = inputs()
+    slopes = np.linspace(1.0, 2.0, 4)
+
+    def attend(slope):
+        bias = DistanceLogit(lambda slopes, distance: -slope * jnp.multiply.outer(slopes, distance), slopes)
+        return dot_product_attention(query, key, value, logit=bias, implementation=implementation)
+
+    attend(1.0)
+    before = compilations()
+    out = attend(2.0)
+    assert compilations() == before
+    assert_close(out, alibi_attention(query, key, value, slopes=2.0 * slopes, implementation="reference"))
+
+
+def test_temperature_is_called_logit_scale_here():
+    with pytest.raises(TypeError, match="^temperature: .*is logit_scale; above 1, it sharpens"):
+        ATTENTION["alibi"](*inputs(), temperature=2.0)
