@@ -20,6 +20,7 @@ import jax
 import jaxtyping
 import pytest
 
+import tests.support.typechecks  # noqa: F401  which the import hook refers to, before it meets nope_jax
 from nope_jax.attention import dot_product
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import streaming_attention
