@@ -30,7 +30,7 @@ def main() -> None:
     config, workdir, compile_for, place = parse_train(sys.argv[1:])
     # Seconds of imports, which bad arguments need not wait for.
     if compile_for is not None:
-        from nope_jax.training.ahead import report
+        from nope_jax.compile.report import report
 
         print(report(config, compile_for))
         return

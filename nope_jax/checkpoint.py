@@ -312,7 +312,7 @@ def load_model(
 
     Raises:
         ValueError: there is no such run, it has saved no checkpoint that can be read, its config.json is that of a
-            decoder with other parameters, or it comes with code that is not trusted (`nope_jax.own_code`).
+            decoder with other parameters, or it comes with code that is not trusted (`nope_jax.config.own_code`).
     """
     config = configs.load(workdir, trust_code=trust_code)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))

@@ -1,4 +1,4 @@
-"""Where files lie: on a disk, or, for a run, in a bucket of Google Cloud Storage.
+"""Where files lie: on a disk, or, for a run, in a bucket of Google Cloud Storage; and how they are written whole.
 
 pathlib drops a slash of gs://bucket/run, and would write a local folder `gs:` without a word. So every path that a user
 may give comes through here before pathlib sees it.
@@ -69,3 +69,17 @@ def on_disk(path: str, name: str) -> str:
             f"{name} must be on a disk, not {path}; --workdir and train.init_from alone may be in a bucket, gs://..."
         )
     return path
+
+
+def write_whole(path: Location, content: bytes) -> None:
+    """Writes a file, which is the old one or the new one whenever the program is stopped.
+
+    Raises:
+        OSError: it names the file, which a full disk does not.
+    """
+    unfinished = path.with_suffix(f"{path.suffix}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from error

@@ -44,7 +44,7 @@ import jax
 from tqdm import tqdm
 
 from nope_jax.config import Config
-from nope_jax.paths import Location
+from nope_jax.paths import Location, write_whole
 from nope_jax.training.flops import chip_of, model_flops_per_token
 from nope_jax.training.optimizer import learning_rate_schedule
 
@@ -104,9 +104,7 @@ class MetricsLog:
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _is_up_to(line, start)]
             if len(kept) < len(lines):
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text("".join(kept))
-                os.replace(temporary, path)
+                write_whole(path, "".join(kept).encode())
         self._path = path
         self._file = path.open("ab", buffering=0)  # what is logged survives a kill
 

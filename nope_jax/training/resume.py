@@ -12,7 +12,7 @@ from nope_jax.config import HINTS, Config, DataConfig
 from nope_jax.data import Corpus
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.distributed import said_by_all
-from nope_jax.paths import Location
+from nope_jax.paths import Location, write_whole
 
 MAY_CHANGE = frozenset(
     {
@@ -96,9 +96,7 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
 
 def save_digests(data: DataDigests, workdir: Location) -> None:
     """Writes `data.json` into a workdir."""
-    unfinished = workdir / "data.json.tmp"
-    unfinished.write_text(json.dumps(data, indent=2) + "\n")
-    unfinished.replace(workdir / "data.json")
+    write_whole(workdir / "data.json", (json.dumps(data, indent=2) + "\n").encode())
 
 
 def load_digests(workdir: Location) -> DataDigests | None:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from nope_jax.paths import Location
+from nope_jax.paths import Location, write_whole
 
 FOLDER = "code"
 ORIGINS = "origins.json"
@@ -76,23 +76,9 @@ def keep(workdir: Location, classes: Iterable[type]) -> None:
         folder = workdir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         origin = _origin(file)
-        replace(folder / file.name, _text(name))
+        write_whole(folder / file.name, _text(name))
         origins = _origins(folder) | {file.name: str(origin)}
-        replace(folder / ORIGINS, (json.dumps(origins, indent=2) + "\n").encode())
-
-
-def replace(path: Location, content: bytes) -> None:
-    """Writes a file that is the old one or the new one, whenever the program is stopped.
-
-    Raises:
-        OSError: it names the file, which a full disk does not.
-    """
-    unfinished = path.with_suffix(f"{path.suffix}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from error
+        write_whole(folder / ORIGINS, (json.dumps(origins, indent=2) + "\n").encode())
 
 
 def find(workdir: Location, place: str, trust_code: bool) -> types.ModuleType:
@@ -178,11 +164,11 @@ def digest(classes: Iterable[type]) -> str:
 
 @functools.cache
 def _our_digest() -> bytes:
-    """Of this package, but for training, which evaluation does not know."""
-    root = Path(__file__).parent
+    """Of this package, but for what evaluation does not know."""
+    root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if "training" not in path.relative_to(root).parts:
+        if path.relative_to(root).parts[0] not in ("compile", "training"):
             total.update(path.read_bytes() + b"|")
     return total.digest()
 
