@@ -6,7 +6,7 @@
 The logit place takes one of three kinds of term; attention kernels need to know nothing else. A `DistanceLogit` depends
 only on the distance between query and key, so a vector of length T represents a [T, S] matrix. A `BlockLogit` is any
 function of a block's positions, queries and keys. A `ScanLogit` also carries state from block to block. All are
-evaluated block by block, so the full bias is never materialised.
+evaluated block by block, so the full bias is never materialized.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block.

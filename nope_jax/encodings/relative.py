@@ -3,7 +3,7 @@
 Their logits multiply queries or keys by one vector per distance. With consecutive positions, a block has only q + k - 1
 distances: queries or keys are multiplied by those vectors, and the products are skewed into place. Otherwise they are
 multiplied by every row of the table, and each pair picks its product by index. No array of vectors per token pair is
-ever materialised.
+ever materialized.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block, x and y either of them; R rows of a table.
@@ -178,7 +178,7 @@ class TUPE(Encoding):
     """q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + bias[bucket(distance), h]: content and position terms without cross terms.
 
     Ke et al. 2021, arXiv 2006.15595: TUPE-R, or TUPE-A with relative=False. All layers share p, U, V and the bias; p is
-    a learned table, normalised as in the paper's code. The position part is concatenated to queries and keys, so a
+    a learned table, normalized as in the paper's code. The position part is concatenated to queries and keys, so a
     logit scale multiplies it too, but not the relative bias. The paper's separate treatment of an encoder's [CLS] token
     does not apply to a causal decoder.
     """

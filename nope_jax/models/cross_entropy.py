@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over a large vocabulary, computed in chunks so that the full logits are never materialised.
+"""Softmax cross-entropy over a large vocabulary, computed in chunks so that the full logits are never materialized.
 
 B batch, T length, D model width, V vocabulary; R x S devices that shard rows and sequences, n chunks of C tokens each.
 """

@@ -24,7 +24,7 @@ from nope_jax.models.layers import RESIDUAL, Block, KVCache, encoding_params, ke
 from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
 LOGITS_AT_ONCE = 2**26
-"""Maximum number of logits materialised at a time on a device when computing losses: 256 MiB in float32."""
+"""Maximum number of logits materialized at a time on a device when computing losses: 256 MiB in float32."""
 
 
 class DecodeState(NamedTuple):
