@@ -217,8 +217,8 @@ def _find(place: ProcessSpec) -> _Found:
         )
     except Exception as error:  # each environment raises its own
         raise ValueError(
-            f"this looks like a cluster, but which process this is cannot be found out ({error}); give --coordinator, "
-            "--num_processes and --process_id, or --num_processes 1 for one process alone"
+            f"this looks like a cluster, but the number of this process cannot be determined ({error}); give "
+            "--coordinator, --num_processes and --process_id, or --num_processes 1 for one process alone"
         ) from error
     return _Found(coordinator, processes or 1, process or 0, devices)
 
@@ -429,7 +429,9 @@ class _Watch:
 
         def look(workdir: Path) -> None:
             saved = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
-            goes_on.append(f"it goes on from step {max(saved)}" if saved else "nothing is saved yet, it starts anew")
+            goes_on.append(
+                f"it goes on from step {max(saved)}" if saved else "nothing is saved yet, it starts from the beginning"
+            )
 
         if isinstance(self._workdir, Path):  # a bucket might not answer
             looking = threading.Thread(target=look, args=(self._workdir,), daemon=True)

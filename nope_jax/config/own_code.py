@@ -145,7 +145,7 @@ def trust(classes: Iterable[type], *, always: bool) -> None:
                 file.write("".join(f"{digest}\n" for digest in new))
         except OSError as error:
             warnings.warn(
-                f"{path}: {error.strerror}; other processes will want trust_code for the encoding of this run",
+                f"{path}: {error.strerror}; other processes will need trust_code for the encoding of this run",
                 stacklevel=2,
             )
 

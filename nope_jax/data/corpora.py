@@ -111,7 +111,7 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
         if documents.num_bytes > LARGE:
             raise ValueError(
                 f"data.source {config.source} has {documents.num_bytes / 1e9:.1f} GB of text in its {split} split, too "
-                f"many to tokenise at the start of a run, and is not prepared in data.dir {data_dir(config)} for "
+                f"much to tokenize at the start of a run, and is not prepared in data.dir {data_dir(config)} for "
                 f"data.tokenizer {config.tokenizer}: run prepare.py with this config once"
             )
         if isinstance(tokenizer, ByteTokenizer):

@@ -85,8 +85,8 @@ def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
         if indices := sorted(itertools.chain(*undecodable)):
             first = documents.name(indices[0])
             print(
-                f"{config.source}, {split}: {len(indices):,} documents are not UTF-8, {first} the first: each byte of "
-                "theirs that is no UTF-8 is read as U+FFFD",
+                f"{config.source}, {split}: {len(indices):,} documents are not UTF-8, {first} the first: each "
+                "invalid byte is read as U+FFFD",
                 file=sys.stderr,
             )
         dtype = token_dtype(load_tokenizer(config.tokenizer))
@@ -224,7 +224,7 @@ def _tokenize_part(
 ) -> list[int]:
     documents = find_documents(config, split)  # per part, to keep few of its files open at a time
     if documents.fingerprint != task.fingerprint:
-        raise ValueError(f"data.source {config.source} has changed while it was prepared: start again")
+        raise ValueError(f"data.source {config.source} has changed during preparation: start again")
     with _replaced(task.file) as unfinished, unfinished.open("wb") as file:
         offsets, undecodable = tokenize(documents, task.indices, config, file, advance)
     with _replaced(task.file.with_suffix(".npy")) as unfinished, unfinished.open("wb") as file:

@@ -64,7 +64,9 @@ def _prepared_dataset(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         raise ValueError(f"data.source tfds:{name} {says}")
     builder = tfds.builder_from_directory(found[0])
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(f"data.source tfds:{name} is no ArrayRecord; prepare it with file_format='array_record'")
+        raise ValueError(
+            f"data.source tfds:{name} is not stored as ArrayRecord; prepare it with file_format='array_record'"
+        )
     features: Any = builder.info.features
     if not set(TEXT_FEATURES) & set(features):
         raise ValueError(

@@ -123,7 +123,7 @@ def task_documents(
     """
     if name != "passkey":
         near = difflib.get_close_matches(name, ["passkey"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "the one there is is 'passkey'"
+        hint = f"did you mean {near[0]!r}?" if near else "the only task is 'passkey'"
         raise ValueError(f"data.source: unknown task {name!r}: {hint}")
     task = Passkey(tokenizer)
     rng = np.random.default_rng((seed, 0) if split == "train" else (0, 1))

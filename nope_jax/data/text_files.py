@@ -277,7 +277,7 @@ def _decompressed(file: BinaryIO, path: str | Path) -> Any:
     head = file.read(6)
     file.seek(0)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise ValueError(f"{path} is compressed with Zstandard, which is not read here: decompress it first (zstd -d)")
+        raise ValueError(f"{path} is compressed with Zstandard, which is not supported: decompress it first (zstd -d)")
     return next((opened(file) for magic, opened in COMPRESSIONS.items() if head.startswith(magic)), file)
 
 

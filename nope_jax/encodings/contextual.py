@@ -129,9 +129,7 @@ class Forgetting(Encoding):
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         if query_features is None or key_features is None:
-            raise ValueError(
-                "query_features and key_features must be given: what Forgetting.features makes of the inputs"
-            )
+            raise ValueError("query_features and key_features must be given: the outputs of Forgetting.features")
         return BlockLogit(_forgotten, None, query_features, key_features, heads=(2, 2, 2, 2))
 
 

@@ -66,7 +66,7 @@ class LogN(Wrapper):
 
     def logit_scale(self, params: Params, query_positions, key_positions):
         if self.length is None:
-            raise ValueError("length must be given where no model's training length is known, such as LogN(length=512)")
+            raise ValueError("length must be given if the model's training length is unknown, as in LogN(length=512)")
         seen = keys_seen(query_positions, self.span()).astype(jnp.float32)
         factor = jnp.maximum(jnp.log(seen) / math.log(self.length), 1.0)[:, None]
         return logit_scale_product(factor, self.encoding.logit_scale(params, query_positions, key_positions))
@@ -202,5 +202,5 @@ class SwanScale(Wrapper):
 
 def _joined(params: Params, name: str, value: Any) -> Params:
     if name in params:
-        raise ValueError(f"encoding must not have a {name} of its own: one wrapper of a kind is enough")
+        raise ValueError(f"encoding must not have a {name} of its own: apply this wrapper only once")
     return {**params, name: value}

@@ -177,7 +177,7 @@ class LongRoPEScaling(RotaryScaling):
             object.__setattr__(self, name, tuple(map(float, factors)))
         if len(self.short_factors) != len(self.long_factors):
             raise ValueError(
-                f"long_factors must be as many as short_factors, {len(self.short_factors)}, "
+                f"long_factors must have as many entries as short_factors, {len(self.short_factors)}, "
                 f"not {len(self.long_factors)}"
             )
         integer_at_least(1, original_length=self.original_length)
@@ -185,7 +185,7 @@ class LongRoPEScaling(RotaryScaling):
         at_least(1, factor=self.factor)
         if self.attention_factor is None:
             if self.factor is None:
-                raise ValueError("factor must be given where attention_factor is not: it decides it")
+                raise ValueError("factor must be given if attention_factor is not")
             integer_at_least(2, original_length=self.original_length)  # amplitude divides by its logarithm
 
     @property
@@ -195,8 +195,8 @@ class LongRoPEScaling(RotaryScaling):
     def frequencies(self, frequencies, *, base, length):
         if len(self.short_factors) != len(frequencies):
             raise ValueError(
-                f"short_factors and long_factors must have {len(frequencies)} entries, one per pair of dimensions "
-                f"that turn, not {len(self.short_factors)}"
+                f"short_factors and long_factors must have {len(frequencies)} entries, one per rotated pair of "
+                f"dimensions, not {len(self.short_factors)}"
             )
         short, long = frequencies / np.array(self.short_factors), frequencies / np.array(self.long_factors)
         return jnp.where(_known(length, self) > self.original_length, long, short)

@@ -191,8 +191,8 @@ def _make_shared(workdir: Location) -> None:
         probe.unlink()
     if blind.size:
         raise ValueError(
-            f"process {blind[0]} does not see what process 0 writes to {workdir}: the workdir must lie on a file "
-            "system that all hosts share"
+            f"process {blind[0]} does not see what process 0 writes to {workdir}: the workdir must be on a file "
+            "system shared by all hosts"
         )
 
 

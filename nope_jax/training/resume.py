@@ -86,7 +86,9 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
         if was != is_now and name not in may_change:
             differences.append(f"{name} was {was!r}, not {is_now!r}")
     if differences:
-        raise ValueError(f"{workdir} holds a run of another config: {'; '.join(differences)}; choose another workdir")
+        raise ValueError(
+            f"{workdir} holds a run with a different config: {'; '.join(differences)}; choose another workdir"
+        )
     if then is not None and then != data:
         raise ValueError(
             f"{workdir} holds a run on other data: {_difference(data, then, config.data)}; choose another workdir"
