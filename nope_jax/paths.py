@@ -72,10 +72,10 @@ def on_disk(path: str, name: str) -> str:
 
 
 def write_whole(path: Location, content: bytes) -> None:
-    """Writes a file, which is the old one or the new one whenever the program is stopped.
+    """Write a file atomically: if the program is stopped, the old or the new content remains.
 
     Raises:
-        OSError: it names the file, which a full disk does not.
+        OSError: with the file name, which the error of a full disk lacks.
     """
     unfinished = path.with_suffix(f"{path.suffix}.tmp")
     try:
