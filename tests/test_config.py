@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from nope_jax import cli, own_code
+from nope_jax import cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.cli import parse_eval, parse_train
@@ -23,6 +23,7 @@ from nope_jax.config import (
     OptimizerConfig,
     TrainConfig,
     override,
+    own_code,
 )
 from nope_jax.encodings import (
     ENCODINGS,

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from nope_jax import Decoder
 from nope_jax.attention import ring
-from nope_jax.collectives import Collective, collectives
+from nope_jax.compile.collectives import Collective, collectives
 from nope_jax.config import HINTS, MeshConfig, wanted
 from nope_jax.sharding import (
     AXES,

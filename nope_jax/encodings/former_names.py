@@ -1,7 +1,7 @@
-"""What things were called before: for the workdirs and the encodings that were written then.
+"""Former names, for the workdirs and encodings written with them.
 
-New names replaced these in November 2026. A config.json and the code that a workdir keeps are read as if they had the
-new ones; no documentation shows the old ones.
+These names were replaced in November 2026. A config.json and the code stored in a workdir are read as if they used the
+new names; the documentation shows only the new ones.
 """
 
 import warnings
@@ -12,7 +12,7 @@ CONFIG = {
     "llama4_temperature": "llama4_scale",
     "swan_temperature": "swan_scale",
 }
-"""Of fields and encodings in a config.json."""
+"""Former names of fields and encodings in a config.json."""
 
 PUBLIC = {
     "Sizes": "ModelDims",
@@ -23,7 +23,7 @@ PUBLIC = {
     "SwanTemperature": "SwanScale",
     "temperature_product": "logit_scale_product",
 }
-"""Of `nope_jax.encodings`."""
+"""Former names in `nope_jax.encodings`."""
 
 METHODS = {
     "temperature": "logit_scale",
@@ -32,16 +32,16 @@ METHODS = {
     "reach": "span",
     "lookback": "input_context",
 }
-"""Of `Encoding`."""
+"""Former names of methods of `Encoding`."""
 
 
 def from_config(name: str) -> str:
-    """A name in a config.json by today's name, "wrapper:name" part by part."""
+    """Translate a name in a config.json to the current one, each part of "wrapper:name" separately."""
     return ":".join(CONFIG.get(part, part) for part in name.split(":"))
 
 
 def adopt_methods(cls: type) -> None:
-    """Let a subclass of `Encoding` that overrides a method by its former name override it by today's."""
+    """Let a subclass of `Encoding` override a method by its former name."""
     for old, new in METHODS.items():
         if old in cls.__dict__ and new not in cls.__dict__:
             warnings.warn(f"{cls.__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=4)

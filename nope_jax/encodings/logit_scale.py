@@ -1,8 +1,7 @@
-"""Logit scale: wrappers that multiply the content logit q·k/√H of the encoding within by a factor.
+"""Logit scale: wrappers that multiply the content logit q·k/√H of the inner encoding by a factor.
 
-With more keys to choose from, a softmax spreads over more of them; a factor that grows with their number keeps it
-sharp. The factor acts on the content logit alone, not on what the logit place adds, and beside the logit scale of the
-encoding within.
+With more keys, a softmax spreads out; a factor that grows with the number of keys keeps it sharp. The factor multiplies
+the content logit only, not the term of the logit place, and combines with the logit scale of the inner encoding.
 
 Shapes: B batch, T query length, S key length, N query heads.
 """
@@ -20,20 +19,20 @@ from nope_jax.encodings.wrapper import Wrapper
 
 
 def keys_seen(positions: Int[Array, "*shape"], span: AttentionSpan | None = None) -> Int[Array, "*shape"]:
-    """How many keys causal queries see that stand at these positions, all those before them being there.
+    """Number of keys that causal queries at these positions see, if all earlier positions have a key.
 
     Args:
-        positions: Of the queries.
-        reach: Of the layer; None for all keys.
+        positions: Positions of the queries.
+        span: Attention span of the layer; None for all keys.
     """
     span = span or AttentionSpan()
     number = positions + 1 if span.chunk_size is None else positions % span.chunk_size + 1
-    # A query before position 0 (padding) sees none, and no logarithm should know.
+    # A query before position 0 (padding) sees no keys; clip it so that the logarithm is defined.
     return jnp.clip(number, 1, span.window)
 
 
 def logit_scale_product(first: Any, second: Any) -> Any:
-    """Product of two logit scales, each None (which is 1), a number, [N] or [B or 1, N or 1, T]."""
+    """Product of two logit scales, each None (meaning 1), a number, [N] or [B or 1, N or 1, T]."""
     if first is None or second is None:
         return second if first is None else first
     first, second = jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)
@@ -44,14 +43,14 @@ def logit_scale_product(first: Any, second: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LogN(Wrapper):
-    """max(1, log_L n) · q·k/√H, with n the keys that a query sees and L the training length: 1 within L.
+    """max(1, log_L n) · q·k/√H, with n the number of keys a query sees and L the training length; 1 within L.
 
     It keeps the entropy of attention from growing with length. It multiplies the logit; it does not divide it. Su 2021,
-    https://kexue.fm/archives/8823. n is counted as `keys_seen` does: for a causal query, from its position, within the
-    window or chunk of the encoding inside.
+    https://kexue.fm/archives/8823. `keys_seen` computes n from the position of a causal query, within the window or
+    chunk of the inner encoding.
 
     Raises:
-        ValueError: length is below 2, or it is None and the model's training length is not known either.
+        ValueError: length is below 2, or it is None and the model's training length is unknown.
     """
 
     length: int | None = None
@@ -67,7 +66,7 @@ class LogN(Wrapper):
 
     def logit_scale(self, params: Params, query_positions, key_positions):
         if self.length is None:
-            raise ValueError("length must be given where no model's training length is known, such as LogN(length=512)")
+            raise ValueError("length must be given if the model's training length is unknown, as in LogN(length=512)")
         seen = keys_seen(query_positions, self.span()).astype(jnp.float32)
         factor = jnp.maximum(jnp.log(seen) / math.log(self.length), 1.0)[:, None]
         return logit_scale_product(factor, self.encoding.logit_scale(params, query_positions, key_positions))
@@ -78,7 +77,7 @@ class UniformScale(Wrapper):
     """λ · q·k/√H, one λ for all layers, heads and positions (Wang et al. 2024, arXiv 2404.12224).
 
     For a model trained at L and used at s·L they find λ of about 1.2, 1.5 and 1.8 at s = 2, 4 and 8, and fit
-    1 + 0.397·ln s; DroPE uses 1 + 0.412·ln s. It is for NoPE: RoPE, which breaks otherwise, it does not help.
+    1 + 0.397·ln s; DroPE uses 1 + 0.412·ln s. It helps NoPE but not RoPE, which fails for other reasons.
 
     Raises:
         ValueError: factor is not positive.
@@ -96,17 +95,17 @@ class UniformScale(Wrapper):
 
 @dataclasses.dataclass(frozen=True)
 class HeadScale(Wrapper):
-    """λ_h · q·k/√H with a learned λ for each layer and head (Wang et al. 2024, arXiv 2404.12224).
+    """λ_h · q·k/√H with a learned λ per layer and head (Wang et al. 2024, arXiv 2404.12224).
 
-    They learn nothing else, on a trained NoPE model at the longer length, from the best uniform scale on, and keep
-    every λ at 1 or above ("focus constraint"); that is left to training, here a λ can take any value.
+    The authors train only λ, on a trained NoPE model at the longer length, starting from the best uniform scale, and
+    keep every λ at 1 or above ("focus constraint"). The constraint is left to training; here λ can take any value.
 
     Raises:
         ValueError: start is not positive.
     """
 
     start: float = 1.0
-    """Where every λ begins."""
+    """Initial value of every λ."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,17 +122,17 @@ class HeadScale(Wrapper):
 
 @dataclasses.dataclass(frozen=True)
 class SSMax(Wrapper):
-    """s_h · ln n · q·k/√H: scalable softmax, with n the keys that a query sees and s learned for each layer and head.
+    """s_h · ln n · q·k/√H: scalable softmax, with n the number of keys a query sees and s learned per layer and head.
 
-    The same as n^(s·q·k/√H) in place of e^(q·k/√H) (Nakanishi 2025, arXiv 2501.19399). The first query, which sees
-    itself alone, has the factor 0. n is counted as in `LogN`.
+    Equivalent to n^(s·q·k/√H) in place of e^(q·k/√H) (Nakanishi 2025, arXiv 2501.19399). The first query, which sees
+    only itself, has the factor 0. n is computed as in `LogN`.
 
     Raises:
         ValueError: start is not positive.
     """
 
     start: float = 0.168
-    """Where every s begins. The default makes s·ln n equal to 1 on average over the lengths up to 1,024."""
+    """Initial value of every s. The default makes s·ln n equal to 1 on average over the lengths up to 1,024."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,9 +176,9 @@ class Llama4Scale(Wrapper):
 class SwanScale(Wrapper):
     """log_a(a + position) · q·k/√H, as on SWAN-GPT's NoPE layers at inference (Puvvada et al. 2025, arXiv 2504.08719).
 
-    It is 1 at the first token and grows from there on, within the training length too; training goes without. The
-    paper fits a to the factors that are best for each stretch of a text, and finds about 362 for a model trained at
-    1,024 tokens.
+    The factor is 1 at the first token and grows from there, also within the training length; it is not used in
+    training. The paper fits a to the factors that work best for each segment of a text: about 362 for a model trained
+    at 1,024 tokens.
 
     Raises:
         ValueError: offset is not above 1.
@@ -203,5 +202,5 @@ class SwanScale(Wrapper):
 
 def _joined(params: Params, name: str, value: Any) -> Params:
     if name in params:
-        raise ValueError(f"encoding must not have a {name} of its own: one wrapper of a kind is enough")
+        raise ValueError(f"encoding must not have a {name} of its own: apply this wrapper only once")
     return {**params, name: value}

@@ -1,4 +1,4 @@
-"""What names stand for: encodings, wrappers around them, and schedules over layers."""
+"""The registry: encodings, wrappers and schedules by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -53,18 +53,18 @@ ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
         "chunked": Chunked,
     }
 )
-"""Every encoding that a name stands for; called without arguments it has its paper's settings."""
+"""All encodings by name; called without arguments, each has its paper's settings."""
 
 
 def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding, ...]:
-    """The encodings of one period of layers.
+    """Return the encodings of one period of layers.
 
     Args:
-        spec: An encoding, a name in ENCODINGS or SCHEDULES, "wrapper:name" for a wrapper around what the name stands
-            for ("log_n:rope", "head_scale:smollm3"), or a tuple of these.
+        spec: An encoding, a name in ENCODINGS or SCHEDULES, "wrapper:name" for a wrapper around the named encoding or
+            schedule ("log_n:rope", "head_scale:smollm3"), or a tuple of these.
 
     Raises:
-        ValueError: A name that is none, a prefix that is not a wrapper's, or an empty tuple.
+        ValueError: An unknown name, a prefix that is not a wrapper, or an empty tuple.
     """
     if isinstance(spec, Encoding):
         return (spec,)
@@ -84,7 +84,7 @@ def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding
 
 
 def _find(name: str) -> tuple[Encoding, ...]:
-    """What a single name stands for."""
+    """The encodings for a single name."""
     if name in ENCODINGS:
         return (ENCODINGS[name](),)
     if name in SCHEDULES:

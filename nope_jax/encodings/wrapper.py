@@ -1,4 +1,4 @@
-"""Encodings that change one thing about another."""
+"""The base class of encodings that modify another encoding."""
 
 import dataclasses
 from typing import Any
@@ -11,9 +11,9 @@ _NOPE = NoPE()
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper(Encoding):
-    """Base of wrappers: does at every place what the encoding within does. A subclass overrides what it changes.
+    """Base class of wrappers: forwards every place to the inner encoding. A subclass overrides what it changes.
 
-    Its own parameters, if any, are those of a layer, under names that the encoding within does not use.
+    Its own parameters, if any, are per layer, under names that the inner encoding does not use.
     """
 
     encoding: Encoding = _NOPE

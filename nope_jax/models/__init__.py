@@ -1,4 +1,4 @@
-"""The Flax NNX decoder, text from it, and its weights under another encoding."""
+"""The Flax NNX decoder, text generation, and weight transfer between encodings."""
 
 from nope_jax.models.decoder import Decoder, DecodeState
 from nope_jax.models.generation import generate

@@ -1,6 +1,6 @@
-"""Softmax cross-entropy of hidden states against a large vocabulary, whose logits are never all there at once.
+"""Softmax cross-entropy over a large vocabulary, computed in chunks so that the full logits are never materialized.
 
-B batch, T length, D model width, V vocabulary; R x S devices that share rows and sequences, n chunks of C tokens each.
+B batch, T length, D model width, V vocabulary; R x S devices that shard rows and sequences, n chunks of C tokens each.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from nope_jax.sharding import num_shards, with_logical_constraint
 
 CHUNK = "batch", "length", None
-"""Logical axes of what belongs to one chunk, [R, S, C]: each device takes tokens of its own at a time."""
+"""Logical axes of one chunk, [R, S, C]: each device processes its own tokens."""
 
 
 def nll_in_chunks(
@@ -20,10 +20,10 @@ def nll_in_chunks(
     targets: Integer[Array | np.ndarray, "B T"],
     chunks: int,
 ) -> Float[Array, "B T"]:
-    """Negative log-likelihood of each target, nats, from so many chunks of the tokens, one after another.
+    """Negative log-likelihood of each target, nats, computed in `chunks` sequential chunks of tokens.
 
-    Differentiable; the logits of a chunk are computed again for it. The gradient of the weights is summed in float32,
-    on each device over its own tokens, and over devices once.
+    Differentiable: the backward pass recomputes the logits of each chunk. The gradient of the weights is accumulated in
+    float32 on each device and summed over devices once.
     """
     batch, length = targets.shape
     rows, spans = num_shards("batch", batch), num_shards("length", length)
@@ -57,7 +57,7 @@ def _logits(hidden: Shaped[Array, "R S C D"], weights: Shaped[Array, "D V"]) -> 
 
 
 def _is_target(logits: Float[Array, "R S C V"], targets: Int[Array, "R S C"]) -> Bool[Array, "R S C V"]:
-    # Compared rather than gathered, so that devices that share the vocabulary only add up one number per token.
+    # A comparison, not a gather: devices that shard the vocabulary then only sum one number per token.
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
@@ -90,7 +90,7 @@ def _backward(kept, gradient):
     of_weights, of_hidden = jax.lax.scan(chunk, zeros, (hidden, targets, logsumexp, gradient))
     of_weights = with_logical_constraint(
         of_weights.sum((0, 1)), ("embed", "vocab")
-    )  # each device keeps the sum of its own part
+    )  # each device keeps the sum of its own shard
     return of_hidden, of_weights.astype(weights.dtype), None
 
 

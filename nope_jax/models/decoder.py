@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers stacked on a leading axis and scanned, head.
+"""The decoder: token embedding, layers stacked on a leading axis and scanned, and head.
 
 Shapes: B batch, T length, L layers, N query heads, D model width, V vocabulary; P the encodings' period.
 """
@@ -24,24 +24,24 @@ from nope_jax.models.layers import RESIDUAL, Block, KVCache, encoding_params, ke
 from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
 LOGITS_AT_ONCE = 2**26
-"""At most so many logits exist at a time on a device where only losses are asked for: 256 MiB."""
+"""Maximum number of logits materialized at a time on a device when computing losses: 256 MiB in float32."""
 
 
 class DecodeState(NamedTuple):
-    """What `Decoder.decode_step` remembers."""
+    """The state of autoregressive decoding."""
 
     length: Int[Array, ""]
-    """Tokens so far."""
+    """Number of tokens so far."""
     inputs: list[Shaped[Array, "B context D"]]
-    """The last embeddings before each encoding's input place, as many as it looks back."""
+    """The last embeddings before each encoding's input place, `input_context` of them."""
     kv_caches: list[KVCache]
-    """Per place in the encodings' period, layers on a leading axis: [layers, B, S, ...]."""
+    """One per place in the encodings' period, with layers on a leading axis: [layers, B, S, ...]."""
 
 
 def _compiled(method: Callable) -> Callable:
-    """A method of the decoder as one program: outside of jit too, it is compiled once for all decoders of a structure.
+    """Compile a method of the decoder, also outside jit, once for all decoders with the same structure.
 
-    jit keeps the structure, and none of the parameters.
+    jit caches on the structure and holds none of the parameters.
     """
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "return_stats"))
@@ -56,18 +56,18 @@ def _compiled(method: Callable) -> Callable:
 
 
 class Decoder(nnx.Module):
-    """A pre-norm causal transformer whose way of knowing positions is its config's `encoding`.
+    """A pre-norm causal transformer; its config's `encoding` sets the positional encoding.
 
     Args:
-        config: The shape of the model.
+        config: Architecture of the model.
         rngs: Keys for the initial parameters.
 
     Raises:
-        ValueError: An unknown encoding, more encodings than layers, or heads that do not divide.
+        ValueError: The encoding is unknown, there are more encodings than layers, or numbers of heads do not divide.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        Config(model=config)  # refuses what cannot be
+        Config(model=config)  # validates the fields
         self.config = config
         dims = ModelDims(
             num_heads=config.num_heads,
@@ -90,7 +90,7 @@ class Decoder(nnx.Module):
         self.positions = nnx.List([encoding_params(e.init_shared(rngs.params(), dims)) for e in self.base_encodings])
 
         def stack(slot: int) -> Block:
-            """All layers of one place in the period, their parameters stacked on a leading axis."""
+            """Create all layers at one place in the period, with parameters stacked on a leading axis."""
             count = len(range(slot, config.num_layers, period))
 
             @nnx.split_rngs(splits=count)
@@ -116,23 +116,23 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         return_stats: bool = False,
     ) -> Any:
-        """Logits of the next token at every position.
+        """Compute the logits of the next token at every position.
 
         Args:
-            tokens: Token ids below V; one outside gives NaN where jit hides it from the check.
-            positions: Where the tokens stand; None for 0..T-1. Where jit hides them, encodings that compute a table of
-                positions (recursive, floater) take them to be below T or the training length, and give NaN past it.
+            tokens: Token ids below V; traced under jit, an id outside the vocabulary gives NaN instead of an error.
+            positions: Positions of the tokens; None for 0..T-1. Traced under jit, encodings that compute a table of
+                positions (recursive, floater) assume them to be below T or the training length, and give NaN beyond.
             segment_ids: Tokens attend only within their segment.
-            logit_scale: Factor of every content logit, beside the encoding's own: a number, [N], [L, N] or
+            logit_scale: Factor of every content logit, in addition to the encoding's own: a number, [N], [L, N] or
                 [B or 1, N or 1, T].
-            key: In training, what random encodings draw from; None for what they do outside of training.
+            key: Random key of a training step, for randomized encodings; None outside training.
             return_stats: Also return entropy and logsumexp, [L, B, N, T] each.
 
         Returns:
             Logits [B, T, V] in float32, or a pair (logits, AttentionStats).
 
         Raises:
-            ValueError: Tokens outside the vocabulary, positions the encoding does not have, or a shape that cannot be.
+            ValueError: Tokens outside the vocabulary, positions that the encoding does not support, or invalid shapes.
         """
         hidden, stats = self.hidden(
             tokens,
@@ -156,7 +156,10 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         return_stats: bool = False,
     ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
-        """What the head reads: the normed output of the last layer; and the statistics. Args as `__call__`."""
+        """Return the input of the head, which is the normalized output of the last layer, and the statistics.
+
+        Args as `__call__`.
+        """
         x, arguments = self.embed(tokens, positions=positions, segment_ids=segment_ids, key=key)
         x, stats, _ = self._layers(x, arguments, logit_scale=logit_scale, return_stats=return_stats)
         return x, stats
@@ -169,13 +172,14 @@ class Decoder(nnx.Module):
         segment_ids: Any = None,
         key: Array | None = None,
     ) -> tuple[Shaped[Array, "B T D"], list[tuple[Params, dict[str, Any]]]]:
-        """What the first layer reads, and what the layers of each place in the period are called with beside it.
+        """Return the input of the first layer, and the other arguments of the layers at each place in the period.
 
-        With `layer`, to look inside: `x, _, _ = model.layer(i)(x, shared, **keywords)`. Args as `__call__`.
+        Use it with `layer` to inspect activations: `x, _, _ = model.layer(i)(x, shared, **keywords)`. Args as
+        `__call__`.
 
         Returns:
-            The embeddings after the input places, and for each place in the period the shared parameters of its
-            encoding and the keywords of attention.
+            The embeddings after the input places and, for each place in the period, the shared parameters of its
+            encoding and the keyword arguments of attention.
         """
         tokens = jnp.asarray(tokens)
         self.check_tokens(tokens, positions)
@@ -198,23 +202,23 @@ class Decoder(nnx.Module):
         arguments: list[tuple[Params, dict[str, Any]]] = []
         for encoding in self.encodings:
             at: Array | None = encoding.positions(where, seen.length, key)
-            # Positions that run on are not spelled out: attention is faster when it knows.
+            # Leave consecutive positions implicit, because attention is faster when it knows they are.
             at = None if positions is None and at is where else at
             keywords = {"query_positions": at, "key_positions": at, "segment_ids": segment_ids}
             arguments.append((shared[encoding.unwrapped], keywords))
         return x, arguments
 
     def layer(self, index: int) -> Block:
-        """One layer, taken out of the stack that it is kept in."""
+        """Return one layer, sliced from its stack."""
         period = len(self.encodings)
         structure, state = nnx.split(self.blocks[index % period])
         return nnx.merge(structure, jax.tree.map(lambda x: x[index // period], state))
 
     def init_cache(self, batch_size: int, length: int) -> DecodeState:
-        """An empty cache for `decode_step` with room for `length` tokens per row.
+        """Create an empty cache for `decode_step`, with capacity for `length` tokens per row.
 
         Raises:
-            ValueError: A size below 1, or more tokens than the encoding has positions.
+            ValueError: A size is below 1, or length exceeds the positions that the encoding supports.
         """
         for name, number in {"batch_size": batch_size, "length": length}.items():
             if number < 1:
@@ -249,24 +253,24 @@ class Decoder(nnx.Module):
         logit_scale: Any = None,
         return_stats: bool = False,
     ) -> Any:
-        """Logits after more tokens, given those before: one, or a whole prompt at once.
+        """Compute the logits of one more token, or of a whole prompt, given the tokens in the cache.
 
-        They are those of one pass over the same tokens. A few encodings depend on how many tokens there are in all
-        (dynamic scalings of RoPE, randomized positions); while decoding that is the cache's room, so that a cache with
-        room for T tokens gives the logits of one pass over T tokens.
+        They equal those of one pass over the same tokens. A few encodings depend on the total length (dynamic scalings
+        of RoPE, randomized positions). In decoding, that is the capacity of the cache: a cache with capacity T gives
+        the logits of one pass over T tokens.
 
         Args:
             tokens: The next tokens of every row.
-            cache: What `init_cache` or the last step returned.
+            cache: The result of `init_cache` or of the previous step.
             logit_scale: As `__call__`.
             return_stats: Also return the statistics, [L, B, N, T] each.
 
         Returns:
-            Logits [B, T, V] in float32 and the new cache; with return_stats (logits, stats, cache). Past the cache's
-            room logits are NaN where jit hides it from the check.
+            Logits [B, T, V] in float32 and the new cache; with return_stats (logits, stats, cache). If the length is
+            traced under jit, tokens beyond the cache's capacity give NaN.
 
         Raises:
-            ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache has room for.
+            ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache can hold.
         """
         self.check_tokens(tokens, np.zeros(1, int))
         (batch, steps), (_, rows, room) = tokens.shape, cache.kv_caches[0].key.shape[:3]
@@ -307,7 +311,7 @@ class Decoder(nnx.Module):
         return (logits, stats, cache) if return_stats else (logits, cache)
 
     def _bound(self, tokens, positions) -> int:
-        """What all positions are below; where they cannot be seen, they are taken to be a training batch's."""
+        """Upper bound (exclusive) of the positions; traced positions are assumed to be those of a training batch."""
         if positions is None:
             return tokens.shape[1]
         known = _values(positions)
@@ -315,22 +319,22 @@ class Decoder(nnx.Module):
         return max(tokens.shape[1], seen)
 
     def _shared(self) -> dict[Encoding, Params]:
-        """The parameters that layers share, by the encoding they belong to."""
+        """The shared parameters by encoding."""
         return {
             e: {k: p[...] for k, p in params.items()}
             for e, params in zip(self.base_encodings, self.positions, strict=True)
         }
 
     def _token_embeddings(self, tokens) -> Shaped[Array, "B T D"]:
-        # Held once more: so is its gradient, which sums over rows before it is split along the width.
+        # Constrained again so that its gradient is too: it is summed over rows before it is split along the width.
         table = with_logical_constraint(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
         rows = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        # The scale of a sinusoid, as in Vaswani et al. 2017.
+        # Scaled to the size of a sinusoid, as in Vaswani et al. 2017.
         return with_logical_constraint((rows * self.config.model_dim**0.5).astype(self.config.dtype), RESIDUAL)
 
     @_compiled
     def _layers(self, x, arguments, *, logit_scale, return_stats, kv_caches=None, start=0):
-        """All layers and the last norm: output, statistics [L, B, N, T], and the pasts with these tokens in them.
+        """Run all layers and the final norm; return output, statistics [L, B, N, T] and updated KV caches.
 
         `arguments` are those of `embed`.
         """
@@ -369,19 +373,19 @@ class Decoder(nnx.Module):
         x, (stats, new) = jax.lax.scan(period, x, jax.tree.map(lambda a: a[:whole], layers))
         x, (rest, rest_new) = period(x, jax.tree.map(lambda a: a[whole], layers[: config.num_layers % slots]))
         if decodes:
-            for slot, kv_cache in enumerate(rest_new):  # layers of an unfinished last period
+            for slot, kv_cache in enumerate(rest_new):  # layers of an incomplete last period
                 new[slot] = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), new[slot], kv_cache)
 
         x = rms_norm(x, self.norm[...])
         if not return_stats:
             return x, None, new
-        # From [periods, ...] per slot to one axis of layers in their order, then those of an unfinished last period.
+        # From [periods, ...] per slot to one axis of layers in order, followed by those of an incomplete last period.
         stats = jax.tree.map(lambda *s: jnp.stack(s, axis=1).reshape(-1, *s[0].shape[1:]), *stats)
         return x, jax.tree.map(lambda *s: jnp.concatenate([s[0], *(r[None] for r in s[1:])]), stats, *rest), new
 
     @auto_axes
     def logits(self, hidden: Shaped[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The head: logits in float32."""
+        """The head: compute logits in float32."""
         logits = jnp.einsum("btd,dv->btv", hidden, self._head(hidden.dtype), preferred_element_type=jnp.float32)
         return with_logical_constraint(logits, ("batch", "length", "vocab"))
 
@@ -389,12 +393,12 @@ class Decoder(nnx.Module):
     def nll(self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T"]:
         """Negative log-likelihood of each target, nats: the loss of training, validation and evaluation.
 
-        Differentiable. Where there are many logits only those of some tokens exist at a time (`LOGITS_AT_ONCE`).
+        Differentiable. Large logits are computed in chunks of tokens (`LOGITS_AT_ONCE`).
         """
         axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.vocab_size), strict=True)
         logits = math.prod(size // num_shards(name, size) for name, size in axes)
         chunks = 1
-        while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which mostly divides the tokens of a device
+        while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
             chunks *= 2
         if chunks > 1:
             return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks)
@@ -405,10 +409,10 @@ class Decoder(nnx.Module):
         return gathered(weights.astype(dtype), ("embed", "vocab"))
 
     def check_tokens(self, tokens: Any, positions: Any = None) -> None:
-        """Refuse what can be seen to be wrong; values under jit cannot.
+        """Check tokens and positions; values traced under jit are not checked.
 
         Raises:
-            ValueError: Tokens that are not [B, T] or outside the vocabulary, or positions that the encoding lacks.
+            ValueError: tokens are not [B, T] or outside the vocabulary, or positions are not supported by the encoding.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape [batch, length], not {list(tokens.shape)}")
@@ -428,14 +432,14 @@ class Decoder(nnx.Module):
 
 
 def _values(x: Any) -> np.ndarray | None:
-    """What an array holds, where that can be seen: not under jit, nor on other hosts."""
+    """The values of an array, or None if they are traced under jit or on other hosts."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
 def _per_layer(logit_scale: Any, num_layers: int) -> Array:
-    """A logit scale as one entry per layer."""
+    """Expand a logit scale to one entry per layer."""
     logit_scale = jnp.asarray(1.0 if logit_scale is None else logit_scale, jnp.float32)
     if logit_scale.ndim == 2:
         if logit_scale.shape[0] != num_layers:

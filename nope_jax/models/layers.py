@@ -1,4 +1,4 @@
-"""The layers of a decoder. Flax holds the parameters; what is computed are plain functions.
+"""The layers of a decoder. Flax modules hold the parameters; the computations are plain functions.
 
 Shapes: B batch, T length, N query heads, K key/value heads, H head dim, D model width, F feed-forward.
 """
@@ -20,17 +20,17 @@ from nope_jax.encodings import Encoding, ModelDims, Params, Wrapper
 from nope_jax.sharding import gathered, num_shards, with_logical_constraint
 
 RESIDUAL = "batch", "length", None
-"""Logical axes of the residual stream: every device has all of the width of its tokens."""
+"""Logical axes of the residual stream: the width is not sharded."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(
     x: Shaped[Array, "B T *inputs"], weights: Float[Array, "..."], axes: tuple[str, ...]
 ) -> Shaped[Array, "B T *outputs"]:
-    """x times weights [*inputs, *outputs], whose logical axes are given, in the dtype of x.
+    """Multiply x by weights [*inputs, *outputs] with the given logical axes, in the dtype of x.
 
-    For the gradient it keeps the weights as they are, where autodiff would keep a copy that is cast and gathered from
-    all devices; and it does not transpose the cotangent in memory, as autodiff would on a CPU.
+    The custom gradient saves the weights as they are, whereas autodiff would save a copy that is cast and gathered from
+    all devices. It also avoids the transpose of the cotangent in memory that autodiff would make on a CPU.
     """
     outputs = weights.shape[x.ndim - 2 :]
     return (_rows(x) @ _matrix(x, weights, axes)).reshape(*x.shape[:2], *outputs)
@@ -45,7 +45,7 @@ def _project_backward(axes, residuals, d_out):
     d_x = _rows(d_out) @ _matrix(x, weights, axes).T
     rows, columns = [axis for axis in axes if axis != "head"]
     if columns == "embed" and num_shards("embed") > 1:
-        # Summing over devices that each keep a part is one operation of a TPU, but only along a matrix' first axis.
+        # On a TPU, a sum over devices that each keep a shard is one operation, but only along a matrix's first axis.
         d_matrix = with_logical_constraint(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x)), (columns, rows)).T
     else:
         d_matrix = with_logical_constraint(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out)), (rows, columns))
@@ -58,7 +58,7 @@ def _rows(x: Shaped[Array, "B T *features"]) -> Shaped[Array, "B T F"]:
 
 
 def _matrix(x, weights, axes) -> Shaped[Array, "D F"]:
-    """The weights that x is multiplied with, its features in one axis and theirs in another."""
+    """The weights as a matrix, with the features of x in one axis and the outputs in the other."""
     return gathered(weights.astype(x.dtype), axes).reshape(math.prod(x.shape[2:]), -1)
 
 
@@ -66,20 +66,20 @@ project.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: Shaped[Array, "*B D"], scale: Float[Array, "D"]) -> Shaped[Array, "*B D"]:
-    """x over its root mean square, times scale; in float32 inside (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """Divide x by its root mean square and scale it, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
     return (wide * scale).astype(x.dtype)
 
 
 def kernel(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int, gain: float = 1.0) -> nnx.Param:
-    """A weight matrix with its logical axes; `inputs` is how many numbers each output sums."""
+    """Create a weight matrix with its logical axes; `inputs` is the number of terms that each output sums."""
     init = jax.nn.initializers.truncated_normal(gain * inputs**-0.5)
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 def encoding_params(params: Params) -> nnx.Dict:
-    """Parameters of an encoding: replicated over the mesh and not decayed, since they name no axes."""
+    """Parameters of an encoding. They name no axes, so they are replicated over the mesh and not decayed."""
     return nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
 
 
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         self.query = kernel(rngs, (d, n, h), ("embed", "heads", "head"), inputs=d)
         self.key = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
         self.value = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
-        residual = (2 * config.num_layers) ** -0.5  # as many outputs add up on the residual stream (GPT-2)
+        residual = (2 * config.num_layers) ** -0.5  # for the number of outputs added to the residual stream (GPT-2)
         self.out = kernel(rngs, (n, h, d), ("heads", "head", "embed"), inputs=n * h, gain=residual)
         self.position = encoding_params(encoding.init_layer(rngs.params(), dims))
 
@@ -103,18 +103,18 @@ class Attention(nnx.Module):
         x: Shaped[Array, "B T D"],
         shared: Params,
         *,
-        kv_cache: "Past | None" = None,
+        kv_cache: "KVCache | None" = None,
         start: Int[Array, ""] | int = 0,
         return_stats: bool = False,
         **common: Any,
-    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, "Past | None"]:
-        """Attend; returns the output, the statistics and the past with these tokens written into it.
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, "KVCache | None"]:
+        """Apply attention; return the output, the statistics and the KV cache with these tokens written into it.
 
         Args:
             x: The layer's input.
-            shared: The encoding's parameters that all layers share.
-            past: When decoding: what the layer remembers.
-            start: Where in it these tokens go.
+            shared: The encoding's shared parameters.
+            kv_cache: The layer's cache, when decoding.
+            start: Index in the cache at which to write these tokens.
             return_stats: Whether to compute statistics.
             **common: As `dot_product_attention`.
         """
@@ -139,11 +139,11 @@ class Attention(nnx.Module):
         return out, stats, None if kv_cache is None else seen
 
     def weights(self, x: Shaped[Array, "B T D"], shared: Params, **common: Any) -> Float[Array, "B N T T"]:
-        """The attention weights, written out: every row sums to 1. Args as `__call__`."""
+        """Compute the full attention weights; every row sums to 1. Args as `__call__`."""
         params = self.encoding_params(shared)
         features = self.encoding.features(params, x, None)
         query, key = _to_heads(x, self.query, "heads"), _to_heads(x, self.key, "kv_heads")
-        # Attention to values that are the identity returns its weights, whatever the encoding does to them.
+        # With the identity as values, attention returns its weights for any encoding.
         batch, length, heads = key.shape[:3]
         identity = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
         out = encoded_attention(
@@ -161,11 +161,11 @@ class Attention(nnx.Module):
         return jnp.swapaxes(out, 1, 2)
 
     def encoding_params(self, shared: Params) -> Params:
-        """What the encoding's places receive."""
+        """The shared and layer parameters of the encoding, merged."""
         return {**shared, **{name: param[...] for name, param in self.position.items()}}
 
     def empty_kv_cache(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "KVCache":
-        """Room for the keys and values of so many tokens."""
+        """An empty cache for the keys and values of `length` tokens."""
         (d, k, h), room = self.key.shape, (batch_size, length)
         features = jax.eval_shape(
             lambda x: self.encoding.features(self.encoding_params(shared), x, None), jnp.zeros((*room, d), dtype)
@@ -176,16 +176,16 @@ class Attention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Weights(Wrapper):
-    """The encoding within, but for what it adds to the output."""
+    """The inner encoding without its value place."""
 
     def value(self, params: Params) -> None:
         return None
 
 
 class KVCache(NamedTuple):
-    """What attention remembers of the tokens so far, and room for those to come.
+    """The keys and values of the tokens so far, with capacity for more.
 
-    Keys are kept as projected: the query/key place is applied to all of them at every step, as it is in one pass.
+    Keys are stored as projected: every step applies the query/key place to all of them, as a single pass does.
     """
 
     key: Shaped[Array, "B S K H"]
@@ -194,11 +194,11 @@ class KVCache(NamedTuple):
     """The encoding's features of the tokens, [B, S, ...]."""
 
     def write(self, now: "KVCache", start: Int[Array, ""] | int) -> "KVCache":
-        """With the entries from `start` on replaced."""
+        """Return the cache with the entries from `start` on replaced by `now`."""
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=1), self, now)
 
     def before(self, start: Int[Array, ""] | int) -> Any:
-        """The features of the token before `start`; zeros when there is none."""
+        """The features of the token before `start`; zeros if there is none."""
         index = jnp.maximum(start - 1, 0)
         entry = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), self.features)
         return jax.tree.map(lambda x: jnp.where(start > 0, x, 0), entry)
@@ -220,7 +220,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Shaped[Array, "B T D"]) -> Shaped[Array, "B T D"]:
         hidden = self._hidden(x, self.up)
-        # The nonlinearities in float32: their gradients are several times slower in bfloat16 on a CPU, and less exact.
+        # Nonlinearities in float32: on a CPU, their gradients in bfloat16 are several times slower, and less accurate.
         if self.gate is None:
             hidden = jax.nn.gelu(hidden.astype(jnp.float32)).astype(x.dtype)
         else:

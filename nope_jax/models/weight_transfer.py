@@ -1,4 +1,4 @@
-"""Weights of a trained decoder under another encoding: positions can be dropped, scaled or tempered after training."""
+"""Transfer of a trained decoder's weights to another encoding, to drop or scale positions after training."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,17 +21,17 @@ _MUST_AGREE = (
 
 
 def transfer_weights(model: Decoder, source: Decoder) -> None:
-    """Give a model the weights of another that differs in its encoding only.
+    """Give a model the weights of another model that differs only in its encoding.
 
-    What an encoding has learned comes along where both have the same kind of encoding, whatever wraps it; elsewhere the
-    model keeps its own.
+    Learned parameters of an encoding are transferred if both models have the same kind of encoding, under any wrappers;
+    otherwise the model keeps its own.
 
     Args:
         model: The decoder to change.
-        source: The decoder whose weights it takes.
+        source: The decoder to take the weights from.
 
     Raises:
-        ValueError: The two differ in more than their encoding, or in the shape of what an encoding has learned.
+        ValueError: The two differ in more than their encoding, or in the shapes of the encoding's parameters.
     """
     for name in _MUST_AGREE:
         ours, theirs = getattr(model.config, name), getattr(source.config, name)
@@ -40,7 +40,7 @@ def transfer_weights(model: Decoder, source: Decoder) -> None:
     given, taken = (dict(nnx.to_flat_state(nnx.state(decoder))) for decoder in (source, model))
 
     def shared(path: tuple) -> Array | None:
-        """What the source's layers share of the same kind of encoding."""
+        """The shared parameter of the source's encoding of the same kind."""
         _, index, *name = path
         ours = _kind(model.base_encodings[index])
         for theirs in sorted(
@@ -51,7 +51,7 @@ def transfer_weights(model: Decoder, source: Decoder) -> None:
         return None
 
     def stacked(path: tuple) -> Array | None:
-        """What the source's layers have, in the order of the model's layers at one place of its period."""
+        """The layer parameter of the source, for the model's layers at one place of its period, in order."""
         _, slot, *name = path
         encoding, rows = model.encodings[slot], []
         for layer in range(slot, model.config.num_layers, len(model.encodings)):
@@ -82,10 +82,10 @@ def transfer_weights(model: Decoder, source: Decoder) -> None:
 
 
 def _kind(encoding: Encoding) -> type:
-    """What an encoding is, whatever wraps it."""
+    """The class of an encoding without its wrappers."""
     return _kind(encoding.encoding.unwrapped) if isinstance(encoding, Wrapper) else type(encoding)
 
 
 def _learned(params: dict, slot: int) -> set[str]:
-    """The names of what the encoding of a place in the period has learned for each layer."""
+    """Names of the learned layer parameters of the encoding at one place of the period."""
     return {path[-1] for path in params if path[:2] == ("blocks", slot) and "position" in path}

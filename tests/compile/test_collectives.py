@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nope_jax.collectives import Collective, collectives
+from nope_jax.compile.collectives import Collective, collectives
 
 ADD = "%add (x: f32[], y: f32[]) -> f32[] {\n  ROOT %sum = f32[] add(%x, %y)\n}"
 LOOP = """

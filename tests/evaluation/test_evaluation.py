@@ -529,7 +529,7 @@ def test_curves_follow_from_the_code_of_the_encoding_and_from_ours(workdirs, tmp
     edited = evaluate()
     assert measured == [8, 8] and edited != first
     assert edited == evaluate("anew")
-    monkeypatch.setattr("nope_jax.own_code._our_digest", lambda: b"of another version")
+    monkeypatch.setattr("nope_jax.config.own_code._our_digest", lambda: b"of another version")
     assert evaluate() == edited and measured == [8, 8, 8, 8]
 
 

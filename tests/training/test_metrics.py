@@ -86,7 +86,7 @@ VALUES = {"loss": 2.0, "grad_norm": 1.0, "param_norm": 3.0}
 # Floating-point operations
 
 
-def matmul_flops(jaxpr: jax.extend.unwrapped.Jaxpr) -> int:
+def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     """Multiplications and additions of all matrix products of a program, loops counted as often as they turn."""
     flops = 0
     for equation in jaxpr.eqns:

@@ -1,12 +1,12 @@
-"""Code of a user's own that a run needs, the class of an encoding: kept in the workdir, and run only if it is trusted.
+"""User code that a run needs, such as the class of an encoding: copied into the workdir, and run only if trusted.
 
-A class is written down as "WHERE:NAME". WHERE is `code/FILE.py`, a copy in the workdir, for a class that stands in a
-file (a config file, a script, a module beside them); and the name of its module, for one of a package, which is not
-copied and has to be installed wherever the run is used.
+A class is recorded as "WHERE:NAME". If it is defined in a file (a config file, a script, or a module next to them),
+WHERE is `code/FILE.py`, a copy in the workdir. If it is defined in a package, WHERE is the module's name; the package
+is not copied and must be installed wherever the run is used.
 
-Trusted is what train.py has written down on this machine for this user: of a file its digest, of a module its name.
-They are listed in $XDG_STATE_HOME/nope_jax/trusted_code. So one's own runs can be moved and copied, and a workdir that
-comes from elsewhere runs nothing unless it is told to.
+Code is trusted if train.py has recorded it on this machine for this user, in $XDG_STATE_HOME/nope_jax/trusted_code: a
+file by its digest, a module by its name. Your own runs can therefore be moved and copied, while code in a workdir from
+elsewhere runs only if explicitly allowed.
 """
 
 import ast
@@ -23,25 +23,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from nope_jax.paths import Location
+from nope_jax.paths import Location, write_whole
 
 FOLDER = "code"
 ORIGINS = "origins.json"
-"""In FOLDER: where each file was copied from."""
+"""File in FOLDER that records where each file was copied from."""
 
 _executed: dict[str, bytes] = {}
-"""The source of each module that was executed here, by its name, which is its path."""
+"""The source of each module executed here, by module name, which is its path."""
 _trusted: set[str] = set()
-"""What this process trusts beside what is listed."""
+"""Digests that this process trusts in addition to those listed."""
 
 
 def execute(path: Location, text: bytes) -> types.ModuleType:
-    """Runs a file as a module that is named by its path."""
+    """Execute a file as a module named by its path."""
     name = str(path)
     module = types.ModuleType(name)
     module.__file__ = name
     before = sys.modules.pop(name, None)
-    sys.modules[name] = module  # as the last one, see `find`
+    sys.modules[name] = module  # moved to the end, see `find`
     try:
         exec(compile(text, name, "exec"), module.__dict__)
     except BaseException:
@@ -54,16 +54,16 @@ def execute(path: Location, text: bytes) -> types.ModuleType:
 
 
 def where(cls: type) -> str:
-    """The WHERE of a class."""
+    """Return the WHERE of a class."""
     file = _file(cls.__module__)
     return cls.__module__ if file is None else f"{FOLDER}/{file.name}"
 
 
 def keep(workdir: Location, classes: Iterable[type]) -> None:
-    """Copies the files of classes into a workdir.
+    """Copy the files that define classes into a workdir.
 
     Raises:
-        ValueError: two of the files have one name.
+        ValueError: two of the files have the same name.
         OSError: they cannot be written.
     """
     files: dict[str, Path] = {}
@@ -76,35 +76,21 @@ def keep(workdir: Location, classes: Iterable[type]) -> None:
         folder = workdir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         origin = _origin(file)
-        replace(folder / file.name, _text(name))
+        write_whole(folder / file.name, _text(name))
         origins = _origins(folder) | {file.name: str(origin)}
-        replace(folder / ORIGINS, (json.dumps(origins, indent=2) + "\n").encode())
-
-
-def replace(path: Location, content: bytes) -> None:
-    """Writes a file that is the old one or the new one, whenever the program is stopped.
-
-    Raises:
-        OSError: it names the file, which a full disk does not.
-    """
-    unfinished = path.with_suffix(f"{path.suffix}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from error
+        write_whole(folder / ORIGINS, (json.dumps(origins, indent=2) + "\n").encode())
 
 
 def find(workdir: Location, place: str, trust_code: bool) -> types.ModuleType:
-    """The module at a WHERE of a workdir; nothing is run that is not trusted.
+    """Import the module at a WHERE of a workdir, running only trusted code.
 
-    A module that this process has already, and that differs in comments and layout at most, is taken as it is; of
-    several the one that came last.
+    If this process already has a module of that file name that differs at most in comments and layout, return it, or
+    the most recent of several.
 
     Args:
-        workdir: of the run.
-        place: the WHERE. An absolute path too, as earlier versions wrote it.
-        trust_code: trust whatever is found there.
+        workdir: Workdir of the run.
+        place: The WHERE, or an absolute path, as written by earlier versions.
+        trust_code: Trust the code in any case.
 
     Raises:
         ValueError: it is not trusted.
@@ -127,7 +113,7 @@ def find(workdir: Location, place: str, trust_code: bool) -> types.ModuleType:
 
 
 def changed(workdir: Location, classes: Iterable[type]) -> tuple[Path, Location] | None:
-    """A file of these classes that is not what the workdir keeps of it, and what it keeps; None where there is none."""
+    """Return a file of these classes that differs from its copy in the workdir, and the copy; None if there is none."""
     for cls in classes:
         if (file := _file(cls.__module__)) is not None:
             kept = workdir / FOLDER / file.name
@@ -137,7 +123,7 @@ def changed(workdir: Location, classes: Iterable[type]) -> tuple[Path, Location]
 
 
 def same_code(a: bytes, b: bytes) -> bool:
-    """Whether two sources differ in comments and layout at most."""
+    """Whether two sources differ at most in comments and layout."""
     try:
         return a == b or ast.dump(ast.parse(a)) == ast.dump(ast.parse(b))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -145,7 +131,7 @@ def same_code(a: bytes, b: bytes) -> bool:
 
 
 def trust(classes: Iterable[type], *, always: bool) -> None:
-    """Trusts the code of classes, in this process or always: in every process of this user on this machine."""
+    """Trust the code of classes in this process or, with `always`, in every process of this user on this machine."""
     digests = set()
     for name in {cls.__module__ for cls in classes}:
         digests.add(_name_digest(name) if _file(name) is None else _text_digest(_text(name)))
@@ -159,18 +145,18 @@ def trust(classes: Iterable[type], *, always: bool) -> None:
                 file.write("".join(f"{digest}\n" for digest in new))
         except OSError as error:
             warnings.warn(
-                f"{path}: {error.strerror}; other processes will want trust_code for the encoding of this run",
+                f"{path}: {error.strerror}; other processes will need trust_code for the encoding of this run",
                 stacklevel=2,
             )
 
 
 def digest(classes: Iterable[type]) -> str:
-    """Of what a result follows from, as far as it is code: that of classes with what it imports, and ours.
+    """Digest of the code that a result depends on: that of classes and their imports, and this package.
 
-    Of code whose source nobody has kept, as in a notebook, no two digests are the same.
+    For code without a source, as in a notebook, every digest is different.
     """
     total = hashlib.sha256(_our_digest())
-    # Without their names: that of a copy is its path.
+    # Without module names, because that of a copy is its path.
     for text in sorted(_text_digest(text) for _, text in _reached({cls.__module__ for cls in classes})):
         total.update(text.encode())
     return total.hexdigest()
@@ -178,17 +164,17 @@ def digest(classes: Iterable[type]) -> str:
 
 @functools.cache
 def _our_digest() -> bytes:
-    """Of this package, but for training, which evaluation does not know."""
-    root = Path(__file__).parent
+    """Digest of this package except training and compile, which evaluation does not use."""
+    root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if "training" not in path.relative_to(root).parts:
+        if path.relative_to(root).parts[0] not in ("compile", "training"):
             total.update(path.read_bytes() + b"|")
     return total.digest()
 
 
 def _reached(names: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Modules and those of the user's own that they import, with their sources."""
+    """Yield modules and the user modules that they import, with their sources."""
     seen, waiting = set(names), sorted(names)
     while waiting:
         name = waiting.pop()
@@ -222,7 +208,7 @@ def _imported(text: bytes, package: str) -> Iterator[str]:
 
 
 def _file(name: str) -> Path | None:
-    """The file of a module that a run keeps; None for a module of a package, an installed one, one without a file."""
+    """The file to copy for a module; None for a module of a package, an installed one, or one without a file."""
     module = sys.modules.get(name)
     file = None if module is None else vars(module).get("__file__")
     if module is None or file is None or module.__package__ or not file.endswith(".py") or _is_installed(file):
@@ -244,7 +230,7 @@ def _is_installed(file: str) -> bool:
 
 
 def _origin(file: Path) -> Path:
-    """Where a file comes from, which may be a copy itself."""
+    """The original location of a file, which may itself be a copy."""
     origin = _origins(file.parent).get(file.name) if file.parent.name == FOLDER else None
     return file.absolute() if origin is None else Path(origin)
 
@@ -260,7 +246,7 @@ def _warn_of_changes(workdir: Location, path: Location, text: bytes) -> None:
     origin = _origins(path.parent).get(path.name)
     try:
         now = None if origin is None else Path(origin).read_bytes()
-    except OSError:  # the run has moved, or the file has
+    except OSError:  # the run or the file has moved
         return
     if now is not None and not same_code(now, text):
         _warn_once(f"{workdir} is run with the code that it was trained with, {path}; {origin} has changed since")

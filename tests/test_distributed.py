@@ -179,7 +179,7 @@ from pathlib import Path
 from nope_jax import distributed
 distributed.OWN_END = 0.5
 address, number, workdir = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-place = distributed.Place(address, 3, number, join_timeout=20)
+place = distributed.ProcessSpec(address, 3, number, join_timeout=20)
 roll = distributed._call_roll if number == 0 else distributed._answer_roll
 watch = distributed._Watch(place.named(), roll(place.named(), place), workdir)
 print("here", flush=True)
@@ -345,7 +345,7 @@ from nope_jax.checkpoint import Checkpointer
 workdir, _, address, _, processes, _, process = sys.argv[1:]
 
 def run():
-    with distributed.joined(distributed.Place(address, int(processes), int(process)), Path(workdir)):
+    with distributed.joined(distributed.ProcessSpec(address, int(processes), int(process)), Path(workdir)):
         mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec("x"))
 

@@ -1,6 +1,6 @@
-"""Writes docs/study.md and its picture from what `make study` has measured.
+"""Writes docs/study.md and its picture from what `make study` has measured: the last step of the Makefile beside it.
 
-python docs/write_study.py runs/study
+python -m benchmarks.study.write_page runs/study
 """
 
 import csv
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-PAGE = Path(__file__).parent / "study.md"
+PAGE = Path(__file__).parents[2] / "docs/study.md"
 PICTURE = Path("images/study.png")
 STRETCHES = (1, 2, 4, 8)
 
@@ -117,7 +117,7 @@ without positions stop holding, has its attention spread out by then, and does a
 1.1 billion parameters and L = 2,048; this one is a thousand times smaller, and may disagree.
 
 `make study` made this page, its numbers and its verdicts: {_date()}, {_hardware()}.
-The decoder ([configs/study/decoder.py](../configs/study/decoder.py)) has {model["num_layers"]} layers of
+The decoder ([benchmarks/study/decoder.py](../benchmarks/study/decoder.py)) has {model["num_layers"]} layers of
 {model["num_heads"]} heads and width {model["model_dim"]};
 {train["steps"]:,} steps of {data["batch_size"]} x {data["context_length"]} bytes of Python's standard library took
 {min(minutes):.0f} to {max(minutes):.0f} minutes per encoding, two trained at a time. One seed each.

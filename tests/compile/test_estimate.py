@@ -20,15 +20,18 @@ import yaml
 from flax import nnx
 
 from benchmarks import pods
-from nope_jax.attention import streaming
 from nope_jax.cli import parse_train, run
-from nope_jax.collectives import Collective
+from nope_jax.compile import report as reports
+from nope_jax.compile import tpu
+from nope_jax.compile.collectives import Collective
+from nope_jax.compile.estimate import Estimate, estimate_run
+from nope_jax.compile.memory import DoesNotFitError, Memory, compiled, memory_of
+from nope_jax.compile.report import describe
+from nope_jax.compile.tpu import SLICES, cycles, link_shares, slice_devices
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
 from nope_jax.data import Batch
 from nope_jax.models import Decoder
 from nope_jax.sharding import AXES, check_fits, make_mesh
-from nope_jax.training import ahead
-from nope_jax.training.ahead import SLICES, DoesNotFitError, Estimate, Memory, cycles, describe, slice_devices
 from nope_jax.training.flops import CHIPS, model_flops_per_token
 from nope_jax.training.step import total_nll
 
@@ -95,7 +98,7 @@ def test_the_table_has_the_best_mesh_of_each_cell():
 
 
 def test_the_published_peaks_give_plausible_clocks():
-    clocks = {kind: CHIPS[kind].flops / flops / 1e9 for kind, flops in ahead.FLOPS_PER_CYCLE.items()}
+    clocks = {kind: CHIPS[kind].flops / flops / 1e9 for kind, flops in tpu.FLOPS_PER_CYCLE.items()}
     assert clocks.keys() == SLICES.keys()
     assert {kind: round(clock, 2) for kind, clock in clocks.items()} == {
         "v4": 1.05,
@@ -124,9 +127,9 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
 
 
 def test_which_dimensions_are_rings():
-    assert ahead._wraps("v5e:8x16") == (False, True)
-    assert ahead._wraps("v5p:2x2x4") == (False,) * 3
-    assert ahead._wraps("v5p:4x4x8") == (True,) * 3
+    assert tpu._wraps("v5e:8x16") == (False, True)
+    assert tpu._wraps("v5p:2x2x4") == (False,) * 3
+    assert tpu._wraps("v5p:4x4x8") == (True,) * 3
 
 
 # The command line
@@ -160,10 +163,6 @@ def test_bad_slices_end_the_command(given, complaint, monkeypatch, capsys):
 
 
 # The arithmetic
-
-
-def test_blocks_are_those_of_streaming_attention():
-    assert ahead.BLOCK == streaming.BLOCK_SIZE
 
 
 PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=4
@@ -224,7 +223,7 @@ def test_turns_of_the_loop_over_a_diagonal(blocks, diagonals):
     causal = np.tril(np.ones((blocks, blocks)))
     offsets = range(-diagonals, 0) if diagonals < blocks else range(1 - blocks, blocks)
     visited = [np.trace(causal, offset) for offset in offsets]
-    assert ahead._blocks_of_a_diagonal(diagonals, blocks) == pytest.approx(np.mean(visited))
+    assert tpu._blocks_of_a_diagonal(diagonals, blocks) == pytest.approx(np.mean(visited))
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -238,7 +237,7 @@ def test_links_that_a_collective_can_use():
             devices=np.array(chips).reshape(2, -1), shape={"data": 2, "fsdp": size * size // 2}
         )
         each = [Collective(kind, (), 0, tuple(map(tuple, groups)), 1, 0, "") for kind, groups in found]
-        return ahead.link_shares(each, mesh, name)
+        return link_shares(each, mesh, name)
 
     column, everything = [list(range(4))], [list(range(16))]
     assert shares("v5e:4x4", ("all-gather", everything), ("all-gather", column)) == [2 / 4, 1 / 4]
@@ -259,11 +258,17 @@ def test_links_that_a_collective_can_use():
         "by 24.5G.",
     ],
 )
+@pytest.mark.usefixtures("stand_ins")
 def test_what_the_compiler_lacks_is_said_in_numbers(message):
+    def refuse():
+        raise jax.errors.JaxRuntimeError(message)
+
     kept = Memory(parameters=2**30, optimizer=2**31, temporaries=0, other=0)
-    error = ahead._shortage("it does not fit", message, kept)
-    said = "it does not fit: it needs 40.25 GiB of the 15.75 GiB there are (parameters 1.00 GiB, optimizer 2.00 GiB"
-    assert str(error).startswith(said)
+    with pytest.raises(DoesNotFitError) as caught:
+        compiled("the step", types.SimpleNamespace(compile=refuse), kept, "v5e:2x2")
+    error = caught.value
+    said = "the step does not fit a chip of v5e:2x2: it needs 40.25 GiB of the 15.75 GiB there are (parameters 1.00 GiB"
+    assert str(error).startswith(f"{said}, optimizer 2.00 GiB")
     assert (error.needed, error.available, error.kept) == (40.25 * 2**30, 15.75 * 2**30, 3 * 2**30)
 
 
@@ -302,7 +307,7 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
         sizes = mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence
         return jax.sharding.AbstractMesh((8 // math.prod(sizes[1:]), *sizes[1:]), AXES)
 
-    def compile_ahead(config: Config, _) -> None:
+    def estimate_run(config: Config, _) -> None:
         tried.append(config)
         sizes = mesh_of(config.mesh, None).shape
         rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * config.optimizer.accumulation)
@@ -311,11 +316,11 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
         if needed > 15:
             raise DoesNotFitError("too much", needed, 15, kept)
 
-    monkeypatch.setattr(ahead, "compile_ahead", compile_ahead)
-    monkeypatch.setattr(ahead, "make_mesh", mesh_of)
-    monkeypatch.setattr(ahead, "slice_devices", lambda _: None)
+    monkeypatch.setattr(reports, "estimate_run", estimate_run)
+    monkeypatch.setattr(reports, "make_mesh", mesh_of)
+    monkeypatch.setattr(reports, "slice_devices", lambda _: None)
     with pytest.raises(DoesNotFitError, match=f"^too much; .*{says}"):
-        ahead.report(config, "v5e:2x4")
+        reports.report(config, "v5e:2x4")
     assert len(tried) == compiled
     named = {name: value == "True" or int(value) for name, value in re.findall(r"--(\S+) (\w+)", says)}
     assert override(config, named) == tried[-1]
@@ -335,7 +340,7 @@ def test_memory_is_the_peak_and_the_program_itself():
         generated_code_size_in_bytes=1,
     )
     program = types.SimpleNamespace(memory_analysis=lambda: stats)
-    memory = ahead._memory(program, Memory(parameters=3, optimizer=5, temporaries=0, other=0))
+    memory = memory_of(program, Memory(parameters=3, optimizer=5, temporaries=0, other=0))
     assert memory == Memory(parameters=3, optimizer=5, temporaries=7, other=3)
 
 
@@ -515,4 +520,4 @@ def test_every_run_that_the_files_put_on_a_slice_fits_it(runs, file, slice_name)
 
 @functools.cache
 def compiled_once(config: Config, slice_name: str) -> Estimate:
-    return ahead.compile_ahead(config, slice_name)
+    return estimate_run(config, slice_name)

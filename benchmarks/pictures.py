@@ -1,4 +1,4 @@
-"""The pictures of docs/encodings.md: `python docs/images/draw.py [NAME ...]`, all of them where none is named.
+"""The pictures of docs/encodings.md: `python -m benchmarks.pictures [NAME ...]`, all of them where none is named.
 
 What an encoding does within attention is not drawn from its formula but read off the attention itself: where the values
 are the identity, outputs are weights, and ln weight + logsumexp is the logit. Tokens are all alike there, so that only
@@ -27,7 +27,7 @@ import nope_jax.encodings as e
 from nope_jax.attention import encoded_attention
 from nope_jax.evaluation.figures import COLOURS, INK, QUIET
 
-FOLDER = Path(__file__).parent / "encodings"
+FOLDER = Path(__file__).parents[1] / "docs/images/encodings"
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
 CMAP = "cividis"  # even to all eyes
 PALE = "#d8d8d8"
@@ -153,7 +153,7 @@ def by_distance(encoding: e.Encoding, length: int, params: dict | None = None, h
 def entering(encoding: e.Encoding, params: dict, length: int, embedding) -> np.ndarray:
     """[T, D]: what the input place makes of one token at every position."""
     x = jnp.broadcast_to(jnp.asarray(embedding, jnp.float32), (1, length, len(embedding)))
-    tokens = e.Tokens(jnp.zeros((1, length), int), jnp.arange(length)[None], None, length)
+    tokens = e.TokenInputs(jnp.zeros((1, length), int), jnp.arange(length)[None], None, length)
     return np.asarray(encoding.input(params, x, tokens)[0])
 
 
@@ -222,7 +222,7 @@ def _(figure):
 @picture("multiplicative")
 def _(figure):
     # One dimension of three tokens. The rows are smooth, as training would make them.
-    rows = 1 + 0.6 * e.sinusoidal_positions(jnp.arange(64) / 2, 2)[:, :1]
+    rows = 1 + 0.6 * jnp.sin(jnp.arange(64) / 2)[:, None]
     axes = plot(figure, "The larger the token, the more position does", "position", "one dimension of x · P")
     tokens = (2.0, 1.0, -0.5)
     lines(
@@ -665,14 +665,11 @@ def _schedule_picture(name):
     def _(figure):
         layers, titles, colours = [], [], []
         for encoding in e.SCHEDULES[name]:
-            core, reach = encoding, encoding.reach()
-            while isinstance(core, e.Wrapper):
-                core = core.encoding
-            rotary = isinstance(core, e.RoPE)
+            rotary, span = isinstance(encoding.unwrapped, e.RoPE), encoding.span()
             titles.append("RoPE" if rotary else "NoPE")
             colours.append(COLOURS[0] if rotary else COLOURS[1])
             # Windows and chunks in proportion, so that they can be seen.
-            layers.append(e.AttentionSpan(reach.window and 6, reach.chunk_size and 8))
+            layers.append(e.AttentionSpan(span.window and 6, span.chunk_size and 8))
         _layers(figure, layers, titles, colours)
 
 
