@@ -11,13 +11,16 @@ weights of one trained with RoPE, goes without positions, and takes two fifths o
 content logit by 1 + 0.412·ln s, which is `UniformScale(factor=1 + 0.412 * math.log(s))`.
 """
 
-from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pathlib import Path
+
+from nope_jax.config import Config, OptimizerConfig, TrainConfig, load_file
 
 
 def get_config() -> Config:
+    tiny = load_file(Path(__file__).with_name("tiny.py"))
     return Config(
-        model=TINY.model,
-        data=TINY.data,
+        model=tiny.model,
+        data=tiny.data,
         optimizer=OptimizerConfig("muon", learning_rate=1e-2, warmup_steps=10),
         train=TrainConfig(steps=240, log_every=10, checkpoint_every=120, eval_every=60, eval_batches=32),
     )

@@ -20,9 +20,7 @@ TOKENIZER = Path(__file__).with_name("tiny_tokenizer.json")
 def get_config() -> Config:
     return Config(
         model=ModelConfig(vocab_size=1024, num_layers=6, num_heads=4, model_dim=64, encoding="nope"),
-        data=DataConfig(
-            source="python_stdlib", tokenizer=str(TOKENIZER), bos=True, context_length=128, batch_size=16
-        ),
+        data=DataConfig(source="python_stdlib", tokenizer=str(TOKENIZER), bos=True, context_length=128, batch_size=16),
         optimizer=OptimizerConfig("muon", learning_rate=2e-2, warmup_steps=50),
         train=TrainConfig(steps=600, log_every=20, checkpoint_every=300, eval_every=300, eval_batches=32),
     )

@@ -3,8 +3,8 @@
     make study
 
 trains it with six encodings, tunes the logit scale of two of them, measures all and writes docs/study.md, which says
-how long each part took; the Makefile here is the list of what is done. Four times as much text as configs/tiny.py:
-enough for NoPE to have learned to count, and so to lose count past its length.
+how long each part took; the Makefile here is the list of what is done. Four times as many tokens as configs/tiny.py:
+enough for NoPE to learn to count, and so to lose count past its training length.
 """
 
 from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
