@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
 def results(function: str, *arguments: Any) -> Any:
@@ -20,7 +19,8 @@ def results(function: str, *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results")
         path.write_bytes(pickle.dumps((function, arguments)))
-        environment = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
+        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-W", "error", __file__, str(path)], env=environment, stderr=subprocess.PIPE, text=True
         )

@@ -568,7 +568,7 @@ def test_a_resumed_log_drops_later_and_half_written_lines(tmp_path):
 def test_eight_devices_train_as_one(config, finished, tmp_path):
     spread = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     configs.save(spread, tmp_path)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"}
     subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, env=environment, check=True)
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
     # What eight devices saved goes on one.
