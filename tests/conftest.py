@@ -6,10 +6,11 @@ from pathlib import Path
 
 # Tests compile a lot and compute little: LLVM's optimisations cost more than they save here, and so do XLA's emitters
 # for fusions, which 0.10 can do without: it then compiles in a third of the time.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    + ["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10.")
+    + [os.environ.get("XLA_FLAGS", "")]
+)
 # What one process of a run has compiled, the others need not, nor does the next run: four times faster.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -29,6 +30,7 @@ import tests.support.typechecks  # noqa: F401  which the import hook refers to, 
 from nope_jax.attention import dot_product
 from nope_jax.attention.scanning import scanning_attention
 from nope_jax.attention.streaming import streaming_attention
+from tests.support.config_file import CONFIG_FILE
 
 _raises = pytest.raises
 
@@ -51,6 +53,13 @@ def raises(*args, **kwargs):
 
 
 pytest.raises = raises
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG_FILE)
+    return path
 
 
 @pytest.fixture
