@@ -266,9 +266,12 @@ def test_losses_in_chunks_are_the_losses(monkeypatch):
     def whole(state):
         return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, state)(TOKENS), targets)
 
-    np.testing.assert_allclose(chunked(state), whole(state), rtol=1e-5, atol=1e-6)
-    gradients = [jax.grad(lambda s, f=f: f(s).sum())(state) for f in (chunked, whole)]
-    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-5)
+    def losses_and_gradient(losses):
+        return jax.jit(lambda state: (losses(state), jax.grad(lambda s: losses(s).sum())(state)))(state)
+
+    (nll, gradient), (whole_nll, whole_gradient) = losses_and_gradient(chunked), losses_and_gradient(whole)
+    np.testing.assert_allclose(nll, whole_nll, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["nope", "recursive", "t5", "cope"])
