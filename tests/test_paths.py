@@ -1,5 +1,6 @@
 """Paths on a disk and in a bucket. The bucket here is a dict behind fsspec, which gcsfs stands behind elsewhere."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ from nope_jax import cli, config, locks
 from nope_jax.checkpoint import Checkpointer, load_model, saved_steps
 from nope_jax.config import Config, DataConfig, TrainConfig
 from nope_jax.data import load_corpus
-from nope_jax.paths import location
+from nope_jax.paths import location, write_whole
 from nope_jax.training import train
 from nope_jax.training.metrics import BucketMetricsLog, MetricsLog
 
@@ -123,6 +124,21 @@ def test_other_ways_to_name_the_data(monkeypatch):
         load_corpus(DataConfig(source="tfds:c4/en"), "train")
     with pytest.raises(ValueError, match="data.dir must be on a disk"):
         Config(data=DataConfig(dir="gs://b/datasets"))
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "data.json"
+    write_whole(path, b"old")
+
+    def fill_the_disk(self, content):
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_whole(path, b"new")
+    assert error.value.filename == str(path) and path.read_bytes() == b"old"
 
 
 def test_config_in_a_bucket(bucket):

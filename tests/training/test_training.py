@@ -1,7 +1,6 @@
 """Training: the step, the record of a run, and that a run comes to the same bits however often it is stopped."""
 
 import dataclasses
-import errno
 import json
 import os
 import random
@@ -15,7 +14,6 @@ import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, locks
+from nope_jax import Decoder
 from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -377,44 +375,6 @@ with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture
-def leased(tmp_path, monkeypatch) -> Path:
-    """A folder whose file system knows no locks, as buckets do not; its holders beat fast."""
-    refuse = OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-    monkeypatch.setattr(locks.fcntl, "flock", mock.Mock(side_effect=refuse))
-    monkeypatch.setattr(locks, "BEAT", 0.1)
-    monkeypatch.setattr(locks, "SETTLE", 0.01)
-    return tmp_path
-
-
-def test_where_there_are_no_locks_a_living_holder_is_known_by_its_beat(leased):
-    with locks.held(leased) as check:
-        with (
-            pytest.raises(ValueError, match=f"{leased} is being written by process {os.getpid()} on"),
-            locks.held(leased),
-        ):
-            pass
-        check()  # it is still ours
-    assert not list(leased.iterdir())
-
-
-def test_where_there_are_no_locks_a_dead_holder_is_waited_for(leased, monkeypatch, capsys):
-    monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    (leased / "lock").write_text('{"host": "gone", "pid": 7, "lease": "x", "beat": "0"}')
-    with locks.held(leased):
-        assert "names process 7 on gone: waiting" in capsys.readouterr().err
-
-
-def test_a_lease_that_another_took_is_noticed(leased):
-    with locks.held(leased) as check:
-        (leased / "lock").write_text('{"host": "other", "pid": 7, "lease": "x", "beat": "0"}')
-        with pytest.raises(ValueError, match="is being written by process 7 on other"):
-            for _ in range(5000):
-                check()
-                time.sleep(0.01)
-    assert "other" in (leased / "lock").read_text()  # which goes on
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_path, monkeypatch):
