@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nope_jax.attention import encoded_attention
-from nope_jax.attention.streaming import BLOCK_SIZE
+from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.encodings import ENCODINGS, Encoding, ModelDims, Wrapper
 from tests.support.attention_cases import (
     ATTENTION,
