@@ -6,10 +6,10 @@ from pathlib import Path
 
 # Tests compile a lot and compute little: LLVM's optimisations cost more than they save here, and so do XLA's emitters
 # for fusions, which 0.10 can do without: it then compiles in a third of the time.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # What one process of a run has compiled, the others need not, nor does the next run: four times faster.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
