@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 import nope_jax.encodings as e
-from nope_jax.attention import encoded_attention
+from nope_jax.attention import attention_weights, encoded_attention
 from nope_jax.evaluation.figures import COLOURS, INK, QUIET
 
 FOLDER = Path(__file__).parents[1] / "docs/images/encodings"
@@ -103,13 +103,6 @@ def heat(axes: Axes, rows, cmap: str = CMAP, **settings) -> None:
 # --- What the encodings give
 
 
-class _WithoutValue(e.Wrapper):
-    """Shaw's outputs would be weights and more."""
-
-    def value(self, params):
-        return None
-
-
 def dims(heads: int = 3, dim: int = 32, width: int = 64, length: int = 64) -> e.ModelDims:
     return e.ModelDims(heads, dim, width, train_length=length, num_kv_heads=1, vocab_size=8)
 
@@ -126,12 +119,10 @@ def parameters(encoding: e.Encoding, of: e.ModelDims, seed: int = 0, spread: flo
 
 def logits(encoding: e.Encoding, params: dict, query, key, **common) -> np.ndarray:
     """[N, T, S] of queries [T, N, H] and keys [S, K, H]."""
-    encoding = _WithoutValue(encoding)
-    value = jnp.broadcast_to(jnp.eye(len(key))[:, None], (len(key), key.shape[1], len(key)))
-    weights, stats = encoded_attention(
-        encoding, params, query[None], key[None], value[None], return_stats=True, precision="highest", **common
+    weights, stats = attention_weights(
+        encoding, params, query[None], key[None], return_stats=True, precision="highest", **common
     )
-    weights, normaliser = np.asarray(weights[0], np.float64).swapaxes(0, 1), np.asarray(stats.logsumexp[0])
+    weights, normaliser = np.asarray(weights[0], np.float64), np.asarray(stats.logsumexp[0])
     return np.where(weights > 0, np.log(np.maximum(weights, 1e-300)), np.nan) + normaliser[..., None]
 
 

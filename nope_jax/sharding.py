@@ -19,6 +19,8 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nope_jax.explicit_axes import call_with_auto_axes, explicit_mesh
+
 if TYPE_CHECKING:
     from nope_jax.config import Config, MeshConfig
 
@@ -170,26 +172,16 @@ def auto_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves if isinstance(leaf, jax.Array)]
-        meshes = [mesh for mesh in (jax.sharding.get_abstract_mesh(), *meshes) if mesh.explicit_axes]
-        if not meshes:
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if context.explicit_axes else explicit_mesh(*jax.tree.leaves((args, kwargs)))
+        if mesh is None:
             return function(*args, **kwargs)
-        mesh = meshes[0]
-        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
-            leaves = [
-                jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if isinstance(x, jax.Array | np.ndarray) else x
-                for x in leaves
-            ]
-            args, kwargs = jax.tree.unflatten(structure, leaves)
-            results = function(*args, **kwargs)
         sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
 
-        def placed(x: jax.Array) -> jax.Array:
-            spec = _fitting(_RESULTS.get(x.ndim, (None,) * x.ndim), x.shape, sizes)
-            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+        def spec(x: jax.Array) -> PartitionSpec:
+            return _fitting(_RESULTS.get(x.ndim, (None,) * x.ndim), x.shape, sizes)
 
-        return jax.tree.map(placed, results)
+        return call_with_auto_axes(mesh, function, args, kwargs, spec, move=jax.Array | np.ndarray)
 
     return wrapped
 

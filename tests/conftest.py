@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "state")
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -27,9 +28,7 @@ import jaxtyping
 import pytest
 
 import tests.support.typechecks  # noqa: F401  which the import hook refers to, before it meets nope_jax
-from nope_jax.attention import dot_product
-from nope_jax.attention.scanning import scanning_attention
-from nope_jax.attention.streaming import streaming_attention
+from nope_jax.attention import backends
 from tests.support.config_file import CONFIG_FILE
 
 _raises = pytest.raises
@@ -73,8 +72,9 @@ def stand_ins() -> Iterator[None]:
 def small_blocks() -> Iterator[None]:
     """Blocks of 8, so that short sequences have interior, diagonal, padded and skipped ones."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in (scanning_attention, streaming_attention):
-            patch.setattr(dot_product, function.__name__, functools.partial(function, block_size=8))
+        row = backends.BACKENDS["streaming"]
+        row = dataclasses.replace(row, attend=functools.partial(row.attend, block_size=8))
+        patch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "streaming": row})
         jax.clear_caches()
         yield
     jax.clear_caches()

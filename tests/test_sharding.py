@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from nope_jax import Decoder
-from nope_jax.attention import ring
+from nope_jax.attention import mesh as attention_mesh
 from nope_jax.compile.collectives import Collective, collectives
 from nope_jax.config import HINTS, MeshConfig, wanted
 from nope_jax.sharding import (
@@ -107,7 +107,11 @@ def test_the_table_cannot_be_changed():
 
 
 def test_attention_spreads_over_the_same_axes():
-    assert (RULES["batch"], RULES["length"], RULES["heads"]) == (ring.BATCH, ring.LENGTH, ring.HEADS)
+    assert (RULES["batch"], RULES["length"], RULES["heads"]) == (
+        attention_mesh.BATCH,
+        attention_mesh.LENGTH,
+        attention_mesh.HEADS,
+    )
 
 
 def test_a_variable_is_placed_by_its_names_and_anything_else_replicated():

@@ -1,23 +1,28 @@
 """One attention function per encoding, to import into any model: `<name>_attention(query, key, value, ...)`.
 
 Each takes the encoding's own parameters, then every keyword of `dot_product_attention`; returns what that returns; and
-can be given as `attention_fn` to Flax's attention modules.
+can be given as `attention_fn` to Flax's attention modules. Here each says its encoding and parameters, of queries, keys
+and values that have been checked, and `_attention_function` makes of it what is called.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from nope_jax.attention.dot_product import check_arrays, check_span, dot_product_attention, per_token
+from nope_jax.attention.dot_product import check_arrays, dot_product_attention
+from nope_jax.attention.encoded import Encoded, attend_encoded
 from nope_jax.attention.flax_layer import for_flax_layers
-from nope_jax.attention.mask_spec import positions_or_default
-from nope_jax.attention.ring import with_explicit_axes
+from nope_jax.attention.mask_spec import per_token
+from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.encodings import (
     FIRE,
     KERPLE,
@@ -40,95 +45,62 @@ from nope_jax.encodings import (
     forget_sums,
 )
 from nope_jax.encodings.checks import known_values
-from nope_jax.encodings.logit_scale import logit_scale_product
+from nope_jax.encodings.encoding import Logit
 
 
-@with_explicit_axes
-@functools.partial(for_flax_layers, common=dot_product_attention)
-def encoded_attention(
-    encoding: Encoding,
-    params: Params,
-    query: Shaped[Array | np.ndarray, "B T N H"],
-    key: Shaped[Array | np.ndarray, "B S K H"],
-    value: Shaped[Array | np.ndarray, "B S K H2"],
-    *,
-    query_features: Any = None,
-    key_features: Any = None,
-    logit_scale: Any = None,
-    **common: Any,
-) -> Any:
-    """`dot_product_attention` with what an encoding does within a layer.
+@dataclasses.dataclass(frozen=True)
+class _Bias(Encoding):
+    """A bias of parameters as they are, where the encoding learns them in another form."""
 
-    Its input place and its `positions` come before, and are the caller's to apply.
+    of: KERPLE | FIRE
 
-    Args:
-        encoding: The encoding, a user's own included.
-        params: Its parameters: what its `init_shared` and `init_layer` made, merged.
-        query: Queries, before the query/key place.
-        key: Keys, likewise.
-        value: Values.
-        query_features: `encoding.features` of the queries' tokens, where it has any.
-        key_features: The same of the keys' tokens.
-        logit_scale: Times the encoding's own logit scale.
-        **common: As `dot_product_attention`, which also says what is returned.
+    def logit(self, params: Params, query, key, query_features=None, key_features=None) -> Logit:
+        return self.of.bias(**params)
 
-    Raises:
-        ValueError: As `dot_product_attention`; or a chunk_size that does not go with the encoding's own.
+
+_ARRAYS = """\
+    query: Queries [B, T, N, H], as projected; what the encoding does to them is done here.
+    key: Keys [B, S, K, H], likewise.
+    value: Values [B, S, K, H2].
+"""
+_COMMON = """\
+    **common: As `dot_product_attention`, which also says what is returned and raised.
+"""
+
+
+def _attention_function(encoded: Callable[..., Encoded]) -> Callable[..., Any]:
+    """`<name>_attention` of a function (query, key, value, *, parameters) that says its encoding and parameters.
+
+    It checks the arrays first, takes the keywords of `dot_product_attention` too (of which `encoded` may name some),
+    and documents both.
     """
-    check_arrays(query, key, value)
-    params = jax.tree.map(jnp.asarray, params)
-    (batch, query_length), key_length = query.shape[:2], key.shape[1]
-    query_positions, key_positions = positions_or_default(
-        per_token("query_positions", common.get("query_positions"), batch, query_length),
-        per_token("key_positions", common.get("key_positions"), batch, key_length),
-        query_length,
-        key_length,
-    )
-    own, (window, chunk_size) = encoding.span(), check_span(common.get("window"), common.get("chunk_size"))
-    chunks = [n for n in (own.chunk_size, chunk_size) if n is not None]
-    if chunks and max(chunks) % min(chunks):
-        raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
-    windows = [n for n in (own.window, window) if n is not None]
-    common |= {"chunk_size": min(chunks, default=None), "window": min(windows, default=None)}
-    if not (query_length and key_length):  # nothing to encode
-        return dot_product_attention(query, key, value, logit_scale=logit_scale, **common)
-    logit_scale = logit_scale_product(encoding.logit_scale(params, query_positions, key_positions), logit_scale)
-    turned_query, turned_key = encoding.query_key(
-        params, jnp.asarray(query), jnp.asarray(key), query_positions, key_positions
-    )
-    return dot_product_attention(
-        turned_query,
-        turned_key,
-        value,
-        logit=encoding.logit(params, turned_query, turned_key, query_features, key_features),
-        value_term=encoding.value(params),
-        logit_scale=logit_scale,
-        **common,
-    )
+    signature, common = inspect.signature(encoded), inspect.signature(dot_product_attention).parameters
+    own = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
 
-
-def _attention_function(function):
-    """An attention function on any mesh and in Flax's layers, whose arrays are checked before its own parameters."""
-    attend = with_explicit_axes(for_flax_layers(function, common=dot_product_attention))
-
-    @functools.wraps(attend)
-    def checked(query, key, value, **keywords):
+    @functools.wraps(encoded)
+    def attention(query, key, value, **keywords):
         check_arrays(query, key, value)
-        return attend(query, key, value, **keywords)
+        mine = {name: keywords[name] for name in own if name in keywords}
+        rest = {name: x for name, x in keywords.items() if name not in mine or name in common}
+        return attend_encoded(encoded(query, key, value, **mine), query, key, value, **rest)
 
-    return checked
+    parameters = [*signature.parameters.values(), inspect.Parameter("common", inspect.Parameter.VAR_KEYWORD)]
+    attention.__signature__ = signature.replace(parameters=parameters, return_annotation=Any)  # type: ignore[attr-defined]
+    text, _, references = inspect.cleandoc(encoded.__doc__ or "").partition("References:")
+    summary, _, own_args = text.partition("Args:\n")
+    own_args = own_args.strip("\n") + "\n" if own_args else ""
+    attention.__doc__ = f"{summary}Args:\n{_ARRAYS}{own_args}{_COMMON}\nReferences:{references}"
+    return with_auto_axes(for_flax_layers(attention, common=dot_product_attention))
 
 
 @_attention_function
-def nope_attention(query, key, value, **common: Any) -> Any:
+def nope_attention(query, key, value) -> Encoded:
     """Attention without positional encoding: softmax(q·k/√H) under the causal mask.
-
-    Args and Returns: `dot_product_attention`.
 
     References:
         Kazemnejad et al. 2023, arXiv 2305.19466.
     """
-    return encoded_attention(NoPE(), {}, query, key, value, **common)
+    return Encoded(NoPE(), {})
 
 
 @_attention_function
@@ -141,37 +113,27 @@ def rope_attention(
     rotary_dim: int | None = None,
     interleaved: bool = False,
     scaling: RotaryScaling | None = None,
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention with rotary position embedding: queries and keys turned by their positions.
 
     Args:
-        query: Queries [B, T, N, H], not turned yet.
-        key: Keys [B, S, K, H], not turned yet.
-        value: Values [B, S, K, H].
         base: Wavelengths grow from 2π to base·2π.
         rotary_dim: How many leading dimensions turn, an even number up to H; None for all.
         interleaved: Pairs are neighbours (GPT-J, the paper); otherwise halves (Llama, GPT-NeoX).
         scaling: Stretches the frequencies past the training length.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Su et al. 2021, arXiv 2104.09864.
     """
-    encoding = RoPE(base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling)
-    return encoded_attention(encoding, {}, query, key, value, **common)
+    return Encoded(RoPE(base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling), {})
 
 
 @_attention_function
-def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None = None, **common: Any) -> Any:
+def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None = None) -> Encoded:
     """Attention with linear biases: softmax(q·k/√H - slope · distance), the bias outside the division.
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         slopes: One per query head; None for `nope_jax.encodings.alibi_slopes(N)`.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Press et al. 2022, arXiv 2108.12409.
@@ -180,8 +142,7 @@ def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None =
         slopes = jnp.asarray(slopes)
         if slopes.shape != (query.shape[2],):
             raise ValueError(f"slopes must have shape [{query.shape[2]}], one per query head, not {list(slopes.shape)}")
-    params = {} if slopes is None else {"slopes": slopes}
-    return encoded_attention(ALiBi(), params, query, key, value, **common)
+    return Encoded(ALiBi(), {} if slopes is None else {"slopes": slopes})
 
 
 @_attention_function
@@ -194,19 +155,14 @@ def t5_attention(
     max_distance: int = 128,
     bidirectional: bool = False,
     scaled: bool = True,
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention with T5's learned bias: softmax(q·k/√H + table[bucket(distance), head]).
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         table: The bias of each bucket and query head; its gradient is exact in both implementations.
         max_distance: The distance from which on all share the last bucket.
         bidirectional: Half of the buckets are for keys after the query, as in an encoder.
         scaled: Whether q·k is divided by √H; T5's own weights are made for logits that are not.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Raffel et al. 2020, arXiv 1910.10683.
@@ -215,7 +171,7 @@ def t5_attention(
     if table.ndim != 2 or table.shape[1] != query.shape[2]:
         raise ValueError(f"table must have shape [num_buckets, {query.shape[2]}], not {list(table.shape)}")
     encoding = T5(table.shape[0], max_distance=max_distance, bidirectional=bidirectional, scaled=scaled)
-    return encoded_attention(encoding, {"table": table}, query, key, value, **common)
+    return Encoded(encoding, {"table": table})
 
 
 @_attention_function
@@ -227,31 +183,29 @@ def xpos_attention(
     base: float = 10_000.0,
     scale_base: float = 512.0,
     interleaved: bool = True,
-    **common: Any,
-) -> Any:
+    query_positions=None,
+    key_positions=None,
+) -> Encoded:
     """Attention with xPos: RoPE whose pairs of dimensions fade with distance, the fast ones most.
 
+    Positions that differ by more than `XPos.max_length()` allows raise a ValueError, or give NaN where jit hides them.
+
     Args:
-        query: Queries [B, T, N, H], not turned yet; H is even.
-        key: Keys [B, S, K, H], not turned yet.
-        value: Values [B, S, K, H].
         base: Wavelengths grow from 2π to base·2π.
         scale_base: The distance, in positions, over which the first pair fades to 0.4/1.4.
         interleaved: Pairs are neighbours (as in its code); otherwise halves (as in Llama).
-        **common: As `dot_product_attention`, which also says what is returned and raised. Positions that differ by more
-            than `XPos.max_length()` allows raise a ValueError, or give NaN where jit hides them.
 
     References:
         Sun et al. 2022, arXiv 2212.10554.
     """
     encoding = XPos(base=base, scale_base=scale_base, interleaved=interleaved)
-    span = _span(query, key, common.get("query_positions"), common.get("key_positions"))
+    span = _span(query, key, query_positions, key_positions)
     if span is not None and span >= encoding.max_length():
         raise ValueError(
             f"positions must differ by less than {encoding.max_length()}, all that xPos can span in float32 at "
             f"scale_base {scale_base}, not by {span}"
         )
-    return encoded_attention(encoding, {}, query, key, value, **common)
+    return Encoded(encoding, {})
 
 
 def _span(query, key, query_positions, key_positions) -> int | None:
@@ -276,32 +230,21 @@ def _span(query, key, query_positions, key_positions) -> int | None:
 
 @_attention_function
 def kerple_attention(
-    query,
-    key,
-    value,
-    *,
-    r1: Float[ArrayLike, "N"],
-    r2: Float[ArrayLike, "N"],
-    variant: Literal["log", "power"] = "log",
-    **common: Any,
-) -> Any:
+    query, key, value, *, r1: Float[ArrayLike, "N"], r2: Float[ArrayLike, "N"], variant: Literal["log", "power"] = "log"
+) -> Encoded:
     """Attention with KERPLE's biases: softmax(q·k/√H - r1·log(1 + r2·distance)), or - r1·distance^r2.
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         r1: One per query head, positive.
         r2: One per query head, positive; the power is at most 2 in the paper.
         variant: "log" or "power".
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Chi et al. 2022, arXiv 2205.09921.
     """
     r1, r2 = (_shaped(name, x, (query.shape[2],)) for name, x in (("r1", r1), ("r2", r2)))
     known_values("positive", lambda x: x > 0, r1=r1, r2=r2)
-    return dot_product_attention(query, key, value, logit=KERPLE(variant).bias(r1, r2), **common)
+    return Encoded(_Bias(KERPLE(variant)), {"r1": r1, "r2": r2})
 
 
 @_attention_function
@@ -316,23 +259,18 @@ def fire_attention(
     bias: Float[ArrayLike, "N"] | None = None,
     c: Float[ArrayLike, ""] | float = 0.1,
     threshold: Float[ArrayLike, ""] | float = 512.0,
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention with FIRE's biases: softmax(q·k/√H + MLP(log(c·distance + 1) / log(c·max(i, L) + 1))).
 
     The MLP is ReLU(x·hidden_weights + hidden_bias) · weights + bias, i the query's position.
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         hidden_weights: From the distance to the W hidden units.
         hidden_bias: Of the hidden units.
         weights: From the hidden units to the query heads.
         bias: Of the query heads; the softmax forgets it, and None leaves it out.
         c: How fast the logarithm bends, positive.
         threshold: L, in positions, positive.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Li et al. 2024, arXiv 2310.04418.
@@ -341,37 +279,28 @@ def fire_attention(
     known_values("positive", lambda x: x > 0, c=c, threshold=threshold)
     hidden_weights = jnp.asarray(hidden_weights)
     width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
-    logit = FIRE().bias(
-        _shaped("hidden_weights", hidden_weights, (width,)),
-        _shaped("hidden_bias", hidden_bias, (width,)),
-        _shaped("weights", weights, (width, heads)),
-        jnp.zeros(heads) if bias is None else _shaped("bias", bias, (heads,)),
-        _shaped("c", c, ()),
-        _shaped("threshold", threshold, ()),
-    )
-    return dot_product_attention(query, key, value, logit=logit, **common)
+    params = {
+        "hidden_weights": _shaped("hidden_weights", hidden_weights, (width,)),
+        "hidden_bias": _shaped("hidden_bias", hidden_bias, (width,)),
+        "weights": _shaped("weights", weights, (width, heads)),
+        "bias": jnp.zeros(heads) if bias is None else _shaped("bias", bias, (heads,)),
+        "c": _shaped("c", c, ()),
+        "threshold": _shaped("threshold", threshold, ()),
+    }
+    return Encoded(_Bias(FIRE()), params)
 
 
 @_attention_function
 def cope_attention(
-    query,
-    key,
-    value,
-    *,
-    embeddings: Float[ArrayLike, "P H"] | Float[ArrayLike, "N P H"],
-    scaled: bool = False,
-    **common: Any,
-) -> Any:
+    query, key, value, *, embeddings: Float[ArrayLike, "P H"] | Float[ArrayLike, "N P H"], scaled: bool = False
+) -> Encoded:
     """Attention with contextual positions: softmax(q·k/√H + q·e[p]), p the sum of σ(q·k/√H) from the key on.
 
+    Only visible keys count; a logit scale multiplies the queries wherever they are.
+
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         embeddings: Of the positions 0 to P - 1, for all heads or for each query head; p is clipped to P - 1.
         scaled: Whether q·e is divided by √H too.
-        **common: As `dot_product_attention`, which also says what is returned and raised. Only visible keys count; a
-            logit scale multiplies the queries wherever they are.
 
     References:
         Golovneva et al. 2024, arXiv 2405.18719.
@@ -381,31 +310,20 @@ def cope_attention(
     positions = embeddings.shape[-2] if embeddings.ndim > 1 else "P"
     wanted = (positions, head_dim) if embeddings.ndim < 3 else (heads, positions, head_dim)
     _shaped("embeddings", embeddings, wanted)
-    encoding = CoPE(embeddings.shape[-2], scaled=scaled)
-    return encoded_attention(encoding, {"embeddings": embeddings}, query, key, value, **common)
+    return Encoded(CoPE(embeddings.shape[-2], scaled=scaled), {"embeddings": embeddings})
 
 
 @_attention_function
 def forgetting_attention(
-    query,
-    key,
-    value,
-    *,
-    log_forget: Float[ArrayLike, "#B S N"],
-    query_start: Int[ArrayLike, ""] | None = None,
-    **common: Any,
-) -> Any:
+    query, key, value, *, log_forget: Float[ArrayLike, "#B S N"], query_start: Int[ArrayLike, ""] | None = None
+) -> Encoded:
     """Attention with forget gates: softmax(q·k/√H + the sum of log_forget over the tokens after the key).
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         log_forget: The logarithm of each gate, one per key and query head, not above 0: log σ(w·x + b) in the paper.
             The gate of a key's own token does not count for it, that of the query's does.
         query_start: The queries are T of the keys' tokens in a row; which key is the first of them. Default: the last
             T keys. In a cache that is not full yet, give it, and their positions.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Lin et al. 2025, arXiv 2503.02130.
@@ -419,7 +337,7 @@ def forgetting_attention(
     sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
     start = total - length if query_start is None else query_start
     last = RunningSum(*(jax.lax.dynamic_slice_in_dim(part, start, length, axis=1) for part in sums))
-    return encoded_attention(Forgetting(), {}, query, key, value, query_features=last, key_features=sums, **common)
+    return Encoded(Forgetting(), {}, last, sums)
 
 
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
@@ -432,25 +350,16 @@ def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
 
 @_attention_function
 def shaw_attention(
-    query,
-    key,
-    value,
-    *,
-    key_table: Float[ArrayLike, "rows H"],
-    value_table: Float[ArrayLike, "rows H2"],
-    **common: Any,
-) -> Any:
+    query, key, value, *, key_table: Float[ArrayLike, "rows H"], value_table: Float[ArrayLike, "rows H2"]
+) -> Encoded:
     """Attention with learned relative vectors: softmax(q·(k + key_table[c])/√H) · (v + value_table[c]).
 
+    A logit scale multiplies q·key_table as well.
+
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H2].
         key_table: Row clip + c is added to keys at c positions after the query; -clip <= c <= clip, where all farther
             ones share the ends.
         value_table: The same for values.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
-            q·key_table as well.
 
     References:
         Shaw et al. 2018, arXiv 1803.02155.
@@ -460,26 +369,22 @@ def shaw_attention(
     if rows < 3 or rows % 2 == 0:
         raise ValueError(f"key_table must have an odd number of rows, 3 or more (2·clip + 1), not {rows}")
     params = {"keys": key_table, "values": _shaped("value_table", value_table, (rows, value.shape[3]))}
-    return encoded_attention(Shaw(clip=rows // 2), params, query, key, value, **common)
+    return Encoded(Shaw(clip=rows // 2), params)
 
 
 @_attention_function
-def nezha_attention(query, key, value, *, clip: int = 64, **common: Any) -> Any:
+def nezha_attention(query, key, value, *, clip: int = 64) -> Encoded:
     """Attention with the sinusoids of j - i, held within ±clip, added to keys and values.
 
     Args:
-        query: Queries [B, T, N, H]; H is even.
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         clip: The distance from which on all share a vector.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Wei et al. 2019, arXiv 1909.00204.
     """
     if query.shape[3] % 2 or value.shape[3] != query.shape[3]:
         raise ValueError(f"value must have the head dim of query, an even one: {value.shape[3]} and {query.shape[3]}")
-    return encoded_attention(NEZHA(clip=clip), {}, query, key, value, **common)
+    return Encoded(NEZHA(clip=clip), {})
 
 
 @_attention_function
@@ -491,19 +396,15 @@ def transformer_xl_attention(
     content_bias: Float[ArrayLike, "N H"],
     position_bias: Float[ArrayLike, "N H"],
     position_kernel: Float[ArrayLike, "D N H"],
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention of Transformer-XL and XLNet: softmax(((q+u)·k + (q+v)·W r)/√H), r the sinusoids of the distance.
 
+    Queries come without u and v. A logit scale multiplies all of the logit.
+
     Args:
-        query: Queries [B, T, N, H], without u and v.
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         content_bias: u.
         position_bias: v.
         position_kernel: W; D is even, and r has D/2 sines before its D/2 cosines.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
-            all of the logit.
 
     References:
         Dai et al. 2019, arXiv 1901.02860; Yang et al. 2019, arXiv 1906.08237.
@@ -517,7 +418,7 @@ def transformer_xl_attention(
     width = len(params["position_kernel"])
     if width < 2 or width % 2:
         raise ValueError(f"position_kernel must have a positive even number of rows (sines, cosines), not {width}")
-    return encoded_attention(TransformerXL(), params, query, key, value, **common)
+    return Encoded(TransformerXL(), params)
 
 
 @_attention_function
@@ -534,14 +435,15 @@ def tupe_attention(
     table: Float[ArrayLike, "num_buckets N"] | None = None,
     max_distance: int = 128,
     bidirectional: bool = False,
-    **common: Any,
-) -> Any:
+    query_positions=None,
+    key_positions=None,
+    is_causal: bool = True,
+) -> Encoded:
     """Attention with untied positions: softmax(q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + table[bucket(distance), head]).
 
+    A logit scale multiplies both products, not the table.
+
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         positions: A vector per position, normalised to p; a position past it gives NaN.
         query_kernel: U.
         key_kernel: V.
@@ -550,8 +452,6 @@ def tupe_attention(
         table: T5's bias (TUPE-R); None for none (TUPE-A).
         max_distance: As `t5_attention`.
         bidirectional: As `t5_attention`.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
-            both products, not the table.
 
     References:
         Ke et al. 2021, arXiv 2006.15595.
@@ -559,11 +459,13 @@ def tupe_attention(
     positions = _shaped("positions", positions, ("length", "D"))
     length, width = positions.shape
     total, first = key.shape[1], key.shape[1] - query.shape[1]
-    if common.get("is_causal", True):
+    if is_causal:
         first = max(first, 0)  # queries before the first key see none, and need no position
-    for name, default in ("query_positions", np.arange(first, total)), ("key_positions", np.arange(total)):
-        where = default if common.get(name) is None else common[name]
-        known_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **{name: where})
+    where = {
+        "query_positions": np.arange(first, total) if query_positions is None else query_positions,
+        "key_positions": np.arange(total) if key_positions is None else key_positions,
+    }
+    known_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **where)
     params = {
         "positions": positions,
         "query_kernel": _shaped("query_kernel", query_kernel, (width, *query.shape[2:])),
@@ -578,7 +480,7 @@ def tupe_attention(
         encoding = TUPE(
             length=length, num_buckets=len(params["bias"]), max_distance=max_distance, bidirectional=bidirectional
         )
-    return encoded_attention(encoding, params, query, key, value, **common)
+    return Encoded(encoding, params)
 
 
 @_attention_function
@@ -592,22 +494,18 @@ def deberta_attention(
     query_kernel: Float[ArrayLike, "D N H"],
     max_distance: int | None = None,
     released: bool = False,
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Disentangled attention: softmax((q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H)), δ(i,j) = i - j + rows, held.
 
+    In the enhanced mask decoder queries have the absolute positions in them. A logit scale multiplies all of the logit.
+
     Args:
-        query: Queries [B, T, N, H]; of the enhanced mask decoder, with the absolute positions in them.
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         relative: A vector for each of the relative positions -rows..rows-1, [2·rows, D].
         key_kernel: Projects them to K.
         query_kernel: Projects them to Q.
         max_distance: None: a row is a distance. Otherwise rows are buckets, logarithmic far away, of which the last
             begins at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
         released: Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A logit scale multiplies
-            all of the logit.
 
     References:
         He et al. 2021, arXiv 2006.03654.
@@ -625,4 +523,4 @@ def deberta_attention(
         encoding = DeBERTa(max_distance=rows // 2, released=released)
     else:
         encoding = DeBERTa(max_distance=max_distance, buckets=rows // 2, released=released)
-    return encoded_attention(encoding, params, query, key, value, **common)
+    return Encoded(encoding, params)

@@ -4,28 +4,19 @@ Shapes: B batch, T query length, S key length, N query heads.
 """
 
 import dataclasses
+import operator
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
+
+from nope_jax.encodings.checks import known_values
 
 Leaf: TypeAlias = Any
 """While JAX takes a pytree apart and puts it together its leaves are anything; and kernels cut them into blocks."""
-
-
-def positions_or_default(
-    query_positions: Int[Array, "#B T"] | None,
-    key_positions: Int[Array, "#B S"] | None,
-    query_length: int,
-    key_length: int,
-) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
-    """The positions given; where none are, keys run on from 0 and queries end where the keys end."""
-    if query_positions is None:
-        query_positions = jnp.arange(key_length - query_length, key_length, dtype=jnp.int32)[None]
-    if key_positions is None:
-        key_positions = jnp.arange(key_length, dtype=jnp.int32)[None]
-    return query_positions, key_positions
 
 
 @jax.tree_util.register_dataclass
@@ -47,8 +38,12 @@ class MaskSpec:
     """Of such a part: how much farther after the keys the queries stand than aligned at their end. None: not at all."""
 
     def positions(self, query_length: int, key_length: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
-        """Explicit positions of all queries and keys."""
-        query, key = positions_or_default(self.query_positions, self.key_positions, query_length, key_length)
+        """Explicit positions of all queries and keys: where none are given, queries end where the keys end."""
+        query, key = self.query_positions, self.key_positions
+        if query is None:
+            query = _run_on(key_length - query_length, query_length)
+        if key is None:
+            key = _run_on(0, key_length)
         if self.start is None or not self.contiguous:
             return query, key
         return query + self.start + self.query_offset_or_0, key + self.start
@@ -82,3 +77,101 @@ class MaskSpec:
         if self.query_segments is not None and self.key_segments is not None:
             visible &= self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
         return visible if self.mask is None else visible & self.mask
+
+
+def _run_on(start: int, length: int) -> Int[Array, "1 length"]:
+    positions = lax.broadcasted_iota(jnp.int32, (1, length), 1)  # in one operation, as outside of jit each costs a call
+    return positions + start if start else positions
+
+
+def make_mask_spec(
+    query: Shaped[Array | np.ndarray, "B T N H"],
+    key: Shaped[Array | np.ndarray, "B S K H"],
+    *,
+    query_positions: Integer[ArrayLike, "..."] | None = None,
+    key_positions: Integer[ArrayLike, "..."] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
+    chunk_size: int | None = None,
+    segment_ids: Any = None,
+) -> MaskSpec:
+    """The rule that these keywords of `dot_product_attention` make.
+
+    Raises:
+        ValueError: One that cannot be right, named with what it should be.
+    """
+    (batch, query_length, num_heads, _), key_length = query.shape, key.shape[1]
+    window, chunk_size = _span(window, chunk_size)
+    query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
+    return MaskSpec(
+        query_positions=per_token("query_positions", query_positions, batch, query_length),
+        key_positions=per_token("key_positions", key_positions, batch, key_length),
+        query_segments=query_segments,
+        key_segments=key_segments,
+        mask=_mask(mask, (batch, num_heads, query_length, key_length)),
+        is_causal=is_causal,
+        window=window,
+        chunk_size=chunk_size,
+    )
+
+
+def _span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
+    """A window and chunks as Python's integers; refused where they would not hold the query itself."""
+    span = {"window": window, "chunk_size": chunk_size}
+    for name, number in span.items():
+        if number is None:
+            continue
+        try:
+            span[name] = operator.index(number)
+        except TypeError:
+            span[name] = 0
+        if span[name] < 1 or isinstance(number, bool):
+            raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number!r}")
+    return span["window"], span["chunk_size"]
+
+
+def per_token(name: str, x, batch: int, length: int) -> Array | None:
+    """Integers [T] or [B, T] as [1, T] or [B, T]."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if x.shape not in ((length,), (1, length), (batch, length)):
+        raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {x.dtype}")
+    return x.astype(jnp.int32).reshape(-1, length)  # unsigned ones would wrap around when subtracted
+
+
+def _segments(segment_ids, batch: int, query_length: int, key_length: int):
+    if segment_ids is None:
+        return None, None
+    if not isinstance(segment_ids, tuple):
+        if query_length != key_length:
+            lengths = f"{query_length} and {key_length}"
+            raise ValueError(f"segment_ids must be a pair (of queries, of keys) when their lengths differ: {lengths}")
+        segment_ids = segment_ids, segment_ids
+    query_segments, key_segments = segment_ids
+    return (
+        per_token("segment_ids", query_segments, batch, query_length),
+        per_token("segment_ids", key_segments, batch, key_length),
+    )
+
+
+def _mask(mask, shape: tuple[int, ...]) -> Array | None:
+    if mask is None:
+        return None
+    if not hasattr(mask, "dtype"):
+        mask = np.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.inexact):
+        raise ValueError(
+            f"mask must be boolean, True where a query may attend, not {mask.dtype}: of zeros and ones, mask != 0 is "
+            "one; what is to be added to the logits is given as logit= to dot_product_attention (a DistanceLogit or "
+            "BlockLogit)"
+        )
+    if mask.dtype != bool:
+        known_values("booleans, or zeros and ones", lambda x: (x == 0) | (x == 1), mask=mask)
+    mask = jnp.asarray(mask)
+    if mask.ndim > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"mask must broadcast to [B, N, T, S] = {list(shape)}, not shape {list(mask.shape)}")
+    return mask.astype(bool).reshape((1,) * (4 - mask.ndim) + mask.shape)

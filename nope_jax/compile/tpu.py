@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from nope_jax.attention.streaming import BLOCK_SIZE
+from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.compile.collectives import Collective
 from nope_jax.compile.program import called_computations, loop_turns, parse_program
 from nope_jax.training.flops import CHIPS, Chip

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
-from nope_jax.attention.dot_product import per_token
+from nope_jax.attention.mask_spec import per_token
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
 from nope_jax.models.cross_entropy import nll_in_chunks

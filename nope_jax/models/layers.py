@@ -3,7 +3,6 @@
 Shapes: B batch, T length, N query heads, K key/value heads, H head dim, D model width, F feed-forward.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -14,9 +13,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from nope_jax.attention import AttentionStats, encoded_attention
+from nope_jax.attention import AttentionStats, attention_weights, encoded_attention
 from nope_jax.config import ModelConfig
-from nope_jax.encodings import Encoding, ModelDims, Params, Wrapper
+from nope_jax.encodings import Encoding, ModelDims, Params
 from nope_jax.sharding import gathered, num_shards, with_logical_constraint
 
 RESIDUAL = "batch", "length", None
@@ -143,22 +142,16 @@ class Attention(nnx.Module):
         params = self.encoding_params(shared)
         features = self.encoding.features(params, x, None)
         query, key = _to_heads(x, self.query, "heads"), _to_heads(x, self.key, "kv_heads")
-        # With the identity as values, attention returns its weights for any encoding.
-        batch, length, heads = key.shape[:3]
-        identity = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
-        out = encoded_attention(
-            _Weights(self.encoding),
+        return attention_weights(
+            self.encoding,
             params,
             query,
             key,
-            identity,
             query_features=features,
             key_features=features,
-            implementation="reference",
             precision="highest",
             **common,
         )
-        return jnp.swapaxes(out, 1, 2)
 
     def encoding_params(self, shared: Params) -> Params:
         """The shared and layer parameters of the encoding, merged."""
@@ -172,14 +165,6 @@ class Attention(nnx.Module):
         )
         heads = jnp.zeros((*room, k, h), dtype)
         return KVCache(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weights(Wrapper):
-    """The inner encoding without its value place."""
-
-    def value(self, params: Params) -> None:
-        return None
 
 
 class KVCache(NamedTuple):

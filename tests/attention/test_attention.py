@@ -454,7 +454,10 @@ def test_gradients_agree_with_finite_differences_in_float64_and_streaming_with_r
     jax.tree.map(assert_close, streamed, (gradient, results))
 
 
-def check_streaming_is_reference(data):
+@pytest.mark.slow  # each example is a compilation
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=100, derandomize=True, deadline=None)
+def test_streaming_is_reference_for_any_shapes(data):
     """In value, statistics and every gradient, for shapes and keywords drawn at random."""
     encoding = data.draw(st.sampled_from(list(ATTENTION)))
     B, K, groups = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)))
@@ -473,20 +476,6 @@ def check_streaming_is_reference(data):
     arguments = settings | keywords, arrays, *inputs(B=B, T=T, S=S, N=groups * K, K=K, H=4)
     actual, wanted = (gradients_of(encoding, name, *arguments) for name in ("streaming", "reference"))
     jax.tree.map(assert_close, actual, wanted)
-
-
-# Each example is a compilation, hence the few.
-@hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=5, derandomize=True, deadline=None)
-def test_streaming_is_reference_for_any_shapes(data):
-    check_streaming_is_reference(data)
-
-
-@pytest.mark.slow
-@hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=100, derandomize=True, deadline=None)
-def test_streaming_is_reference_for_many_more_shapes(data):
-    check_streaming_is_reference(data)
 
 
 @hypothesis.given(seed=st.integers(0, 2**16))

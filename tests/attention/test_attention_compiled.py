@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from nope_jax.attention import encoded_attention
-from nope_jax.attention.streaming import BLOCK_SIZE
+from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.encodings import ENCODINGS, Encoding, ModelDims, Wrapper
 from tests.support.attention_cases import (
     ATTENTION,
@@ -21,11 +22,15 @@ from tests.support.attention_cases import (
     parameters,
 )
 
+OPTIMISED: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+if "fusion_emitters" in os.environ["XLA_FLAGS"]:
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+
 
 def optimised(encoding, query, key, value, **keywords):
     """Output and statistics; the other tests are compiled quickly instead (conftest.py), and round differently."""
     attend = functools.partial(ATTENTION[encoding], return_stats=True, **keywords)
-    return jax.jit(attend, compiler_options={"xla_backend_optimization_level": 3})(query, key, value)
+    return jax.jit(attend, compiler_options=OPTIMISED)(query, key, value)
 
 
 @every_implementation

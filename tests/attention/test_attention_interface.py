@@ -1,6 +1,8 @@
 """What attention takes: as a part of Flax's own layers, and what it refuses."""
 
+import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,18 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+from nope_jax import attention
 from nope_jax.attention import (
     alibi_attention,
+    attention_weights,
+    backends,
     dot_product_attention,
     encoded_attention,
     nope_attention,
     rope_attention,
     t5_attention,
 )
-from nope_jax.encodings import DistanceLogit, NoPE
+from nope_jax.encodings import ALiBi, CoPE, DistanceLogit, Encoding, NoPE, Shaw
 from tests.support.attention_cases import ATTENTION, LENGTH, assert_close, every_encoding, inputs, parameters, random
 
 # --- Inside Flax's own attention layers
@@ -178,6 +183,8 @@ def test_an_unknown_keyword_is_a_type_error(encoding):
 
 BAD = [
     ("implementation", "fast"),
+    ("implementation", ("streaming", "fast")),
+    ("implementation", ()),
     ("window", 0),
     ("window", 2.5),
     ("chunk_size", 0),
@@ -249,6 +256,108 @@ def test_alibi_and_t5_refuse_parameters_for_another_number_of_heads():
         t5_attention(*inputs(), table=np.ones((32, 3), np.float32))
     with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
         t5_attention(*inputs(), table=np.ones(32, np.float32))
+
+
+# --- Every function
+
+COMMON = inspect.signature(dot_product_attention).parameters
+FUNCTIONS = [name for name in attention.__all__ if name.endswith("_attention")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_takes_and_documents_what_all_of_them_do(name):
+    function = getattr(attention, name)
+    parameters, doc = inspect.signature(function).parameters, inspect.getdoc(function)
+    missing = COMMON.keys() - parameters.keys()
+    assert missing == (set() if name == "dot_product_attention" else {"logit", "value_term"})
+    named = [p for p in parameters if p in ("query", "key", "value") or p not in COMMON]
+    assert all(f"    {p}: " in doc for p in named)
+    assert doc.count("Args:") == 1 and function.__name__ == name
+
+
+def test_what_a_call_is_given_is_checked_once(monkeypatch):
+    checked = []
+    original = attention.mask_spec.per_token
+    monkeypatch.setattr(
+        attention.mask_spec, "per_token", lambda name, *rest: checked.append(name) or original(name, *rest)
+    )
+    at = np.arange(LENGTH)
+    alibi_attention(*inputs(), query_positions=at, key_positions=at)
+    assert sorted(checked) == ["key_positions", "query_positions"]
+
+
+# --- Backends
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A backend that serves some calls alone, and whose output is the queries."""
+
+    def attend(query, factor, key, value, *rest):
+        return query, *backends.BACKENDS["reference"].attend(query, factor, key, value, *rest)[1:]
+
+    def supports(query, factor, key, value, logit, *rest):
+        return None if logit is None else f"logit must be None, not a {type(logit).__name__}"
+
+    table = {**backends.BACKENDS, "picky": backends.Backend(attend, supports)}
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+@pytest.mark.usefixtures("picky")
+def test_of_several_backends_the_first_that_can_serve_a_call_does():
+    query, key, value = inputs()
+    for implementation in "picky", ["picky", "reference"]:
+        np.testing.assert_array_equal(nope_attention(query, key, value, implementation=implementation), query)
+    for implementation in ("picky", "reference"), ("reference", "picky"):
+        found = alibi_attention(query, key, value, implementation=implementation)
+        np.testing.assert_array_equal(found, alibi_attention(query, key, value, implementation="reference"))
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize("implementation", ["picky", ("picky",)])
+def test_a_backend_that_cannot_serve_a_call_says_why(implementation):
+    with pytest.raises(
+        ValueError, match=r'\Aimplementation "picky" cannot serve this call: logit must be None, not a DistanceLogit\Z'
+    ):
+        alibi_attention(*inputs(), implementation=implementation)
+
+
+# --- Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ShawKeys(Shaw):
+    """Without what it adds to the output."""
+
+    def value(self, params):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "params", "same"),
+    [
+        (ALiBi(), {}, ALiBi()),
+        (CoPE(5), {"embeddings": random(5, 8)}, CoPE(5)),
+        (Shaw(2), {"keys": random(5, 8), "values": random(5, 8)}, ShawKeys(2)),
+    ],
+    ids=["distance", "scan", "value term"],
+)
+def test_the_weights_are_what_attention_multiplies_values_with(encoding, params, same: Encoding):
+    query, key, _ = inputs(T=9, S=13)
+    identity = np.broadcast_to(np.eye(13, dtype=np.float32)[:, None], (2, 13, 2, 13))
+    common = {"window": 7, "segment_ids": (np.ones((2, 9), int), np.minimum(np.arange(13), 1) + np.zeros((2, 1), int))}
+    weights, stats = attention_weights(encoding, params, query, key, return_stats=True, **common)
+    assert weights.shape == (2, 4, 9, 13)
+    out, wanted = encoded_attention(
+        same, params, query, key, identity, return_stats=True, implementation="reference", **common
+    )
+    np.testing.assert_array_equal(weights, np.swapaxes(out, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, stats, wanted)
+
+
+def test_a_row_that_sees_no_key_weighs_none():
+    weights = attention_weights(NoPE(), {}, *inputs()[:2], mask=np.arange(LENGTH) > 3)
+    assert_close(weights.sum(-1), np.broadcast_to(np.arange(LENGTH) > 3, (2, 4, LENGTH)))
 
 
 # --- Outside of jit

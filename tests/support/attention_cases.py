@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nope_jax.attention import alibi_attention, nope_attention, rope_attention, t5_attention
+from nope_jax.encodings import ENCODINGS, Encoding, Wrapper
 from tests.support import oracles
 
 ATTENTION = {"nope": nope_attention, "rope": rope_attention, "alibi": alibi_attention, "t5": t5_attention}
@@ -77,11 +78,24 @@ def assert_agrees(encoding, implementation, query, key, value, **keywords):
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
+WITHIN = ("query_key", "logit", "value", "logit_scale", "span", "features", "positions")
+
+
+def changes_attention(name):
+    """Whether an encoding does anything within a layer."""
+    cls = ENCODINGS[name]
+    base = Wrapper if issubclass(cls, Wrapper) else Encoding
+    return any(getattr(cls, place) is not getattr(base, place) for place in WITHIN)
+
+
+IN_ATTENTION = [name for name in ENCODINGS if changes_attention(name)]
+
 ONE_OF_EACH = ["nope", "learned", "recursive", "convolution", "rope", "t5", "fire", "shaw", "transformer_xl", "cope"]
 ONE_OF_EACH += ["forgetting", "log_n"]
 """An encoding for every way of working: what holds for these in minutes holds for all of them in `make test-all`."""
 
 
-def others_slow(names):
-    """Parameters of which only one of each way of working is quick."""
-    return [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def others_slow(names, but=()):
+    """Parameters of which only one of each way of working is quick, but for some that another test stands for."""
+    quick = set(ONE_OF_EACH) - set(but)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from test_every_encoding import IN_ATTENTION
 
 from nope_jax import Decoder, ModelConfig, attention
 from nope_jax.attention import dot_product_attention, encoded_attention
@@ -19,7 +18,7 @@ from nope_jax.encodings import ENCODINGS, BlockLogit, LogN, ModelDims, Windowed
 from nope_jax.evaluation.curves import evaluation_step, measure
 from nope_jax.evaluation.placement import evaluation_mesh, on_mesh
 from nope_jax.sharding import make_mesh, place_batch
-from tests.support.attention_cases import assert_close
+from tests.support.attention_cases import IN_ATTENTION, assert_close
 
 B, T, N, K, H, D = 4, 128, 4, 2, 8, 16
 SIZES = ModelDims(num_heads=N, head_dim=H, model_dim=D, train_length=T, num_kv_heads=K, vocab_size=32)
@@ -107,7 +106,8 @@ def test_a_ring_is_one_device(name):
     assert exchanged(text) == {"collective-permute", "all-reduce"}  # the latter of the parameters' gradients
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("shaw", marks=slow), pytest.param("cope", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["t5", "shaw", "cope"])
 def test_dtypes_may_be_mixed_in_a_ring(name):
     """And a key that no query sees may be NaN."""
     encoding, last = ENCODINGS[name]().bind(SIZES), np.tile(np.arange(T) == T - 1, (B, 1))

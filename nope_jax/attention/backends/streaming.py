@@ -1,13 +1,8 @@
 """Attention in one pass over blocks of keys: output, entropy and logsumexp together, in memory that grows with T.
 
-A row's state after some keys is m (the largest logit s), l (Σ e^(s-m)), w (Σ (s-m)·e^(s-m)) and acc (Σ e^(s-m)·v).
-A new block of keys multiplies it by a = e^(m_old - m_new) and adds its own; w also moves by (m_old - m_new)·l. At the
-end output = acc/l, logsumexp = m + ln l, entropy = ln l - w/l. The backward pass computes each block again from the
-logsumexp (Dao et al. 2022, arXiv 2205.14135); the entropy's gradient by a logit is -p·(s - logsumexp + entropy).
-
-Blocks are visited diagonal by diagonal: the pairs (i, j) of query and key blocks with the same i - j. What depends on
-distance alone (a bias, the causal mask, a window) is the same for a whole diagonal, so it is made once for all its
-blocks, and diagonals that hold nothing visible are never visited.
+The forward pass keeps of each row what `softmax_state.py` says, and its output. The backward pass computes each block
+again from the logsumexp (Dao et al. 2022, arXiv 2205.14135); the entropy's gradient by a logit is
+-p·(s - logsumexp + entropy). Blocks are visited diagonal by diagonal (`diagonals.py`).
 
 Matrix products are fastest when neither side has to be transposed and the right one is small. So the forward pass holds
 a block's logits as [queries, keys], for logits · values, and the backward pass as [keys, queries], for the gradients of
@@ -24,15 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
+from nope_jax.attention.backends.diagonals import Tiling, along, merge_heads, shear, split_heads, sweep, unshear
+from nope_jax.attention.backends.scanning import scanning_attention
+from nope_jax.attention.blocks import BLOCK_SIZE, at, cut, cut_mask, put, summed, zero_sums
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite, weighted_sum
-from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, Tile, skew, unskew
-from nope_jax.encodings.encoding import MASKED
-
-BLOCK_SIZE = 256
-"""Queries and keys per block: on a CPU faster than 128 and 512."""
+from nope_jax.attention.softmax_state import SoftmaxState
+from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, ScanLogit, Tile
+from nope_jax.encodings.encoding import MASKED, Logit
 
 
 def streaming_attention(
@@ -40,23 +36,24 @@ def streaming_attention(
     factor: Float[Array, "#B #N T"],
     key: Shaped[Array, "B S K H"],
     value: Shaped[Array, "B S K H2"],
-    logit: DistanceLogit | BlockLogit | None,
+    logit: Logit | None,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
-    *,
     with_entropy: bool = True,
+    *,
     block_size: int = BLOCK_SIZE,
     final_rows: tuple[Array, Array, Array] | None = None,
-) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
-    """Same arguments and results as `reference_attention`; differentiable in reverse mode.
+    carry: Float[Array, "B N T"] | None = None,
+) -> tuple[Array, ...]:
+    """Arguments and results of a backend that sees keys in parts; differentiable in reverse mode.
 
     Args:
-        with_entropy: Whether to carry w; without it the entropy returned is 0.
         block_size: At most so many queries and keys per block.
-        whole: Where these keys are some of those that the rows see: the results over all of them. They are returned,
-            and the gradient is what these keys contribute to theirs.
     """
+    if isinstance(logit, ScanLogit):
+        call = query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy
+        return scanning_attention(*call, block_size=block_size, carry=carry)
     batch, query_length, num_heads, _ = query.shape
     key_length, kv_heads = key.shape[1:3]
     largest = max(query_length, key_length)
@@ -64,7 +61,7 @@ def streaming_attention(
     size = min(-(-size // 8) * 8, max(block_size, 1))
 
     contiguous = mask_spec.contiguous
-    tiling = _Tiling(
+    tiling = Tiling(
         query_length=query_length,
         key_length=key_length,
         size=size,
@@ -126,68 +123,6 @@ def streaming_attention(
     return out, entropy, logsumexp
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-    """The static side of a call: how queries and keys fall into blocks."""
-
-    query_length: int
-    key_length: int
-    size: int
-    groups: int
-    contiguous: bool
-    """Positions run on, so that the distance between two blocks follows from their indices."""
-    per_block: bool
-    """What is visible is not decided by distance alone, and is worked out for every block."""
-    with_entropy: bool
-    precision: Any
-
-    @property
-    def query_blocks(self) -> int:
-        return -(-self.query_length // self.size)
-
-    @property
-    def key_blocks(self) -> int:
-        return -(-self.key_length // self.size)
-
-    def distance_range(self, diagonal: Any) -> tuple[Any, Any]:
-        """Smallest and largest distance within the blocks of a diagonal, when positions are contiguous.
-
-        Those of a part that stands apart are larger by that.
-        """
-        middle = diagonal * self.size + self.key_length - self.query_length
-        return middle - (self.size - 1), middle + (self.size - 1)
-
-    def distances(self, mask_spec: MaskSpec) -> Array:
-        """Every distance between a query and a key of the grid, in order: what `distance_values` holds a value of."""
-        first, last = self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1]
-        return jnp.arange(first, last + 1, dtype=jnp.int32) + mask_spec.query_offset_or_0
-
-    def distance_start(self, diagonal) -> Any:
-        """Where the values of a diagonal's distances, 2·size - 1 of them, start among those of `distances`."""
-        return (diagonal + self.key_blocks - 1) * self.size
-
-    def diagonals(self, mask_spec: MaskSpec) -> list[tuple[int, int, bool]]:
-        """Ranges (start, stop, masked) of neighbouring diagonals that hold something visible and are treated alike."""
-        first, last = 1 - self.key_blocks, self.query_blocks - 1
-        if not self.contiguous or mask_spec.query_offset is not None:
-            return [(first, last + 1, False)]
-        kinds = []
-        for diagonal in range(first, last + 1):
-            low, high = self.distance_range(diagonal)
-            nearest = 0 if low <= 0 <= high else min(abs(low), abs(high))
-            span = [n for n in (mask_spec.window, mask_spec.chunk_size) if n is not None]
-            window = min(span, default=max(abs(low), abs(high)) + 1)
-            if not (mask_spec.is_causal and high < 0) and nearest < window:
-                kinds.append((diagonal, (mask_spec.is_causal and low < 0) or max(abs(low), abs(high)) >= window))
-        ranges: list[tuple[int, int, bool]] = []
-        for diagonal, masked in kinds:
-            if ranges and ranges[-1][2] == masked:
-                ranges[-1] = (ranges[-1][0], diagonal + 1, masked)
-            else:
-                ranges.append((diagonal, diagonal + 1, masked))
-        return ranges
-
-
 class _Operands(NamedTuple):
     """The differentiable side of a call, cut into blocks."""
 
@@ -218,71 +153,23 @@ class _Operands(NamedTuple):
         return self.query.astype(jnp.float32) * self.factor[..., None]
 
 
-class _Rows(NamedTuple):
-    """What is known of each row after the blocks visited so far: m, l, w and acc."""
-
-    largest: Float[Array, "*n B K G q"]
-    normaliser: Float[Array, "*n B K G q"]
-    weighted: Float[Array, "*n B K G q"] | None
-    output: Float[Array, "*n B K G q H2"]
-
-
 def _distance_block(logit: DistanceLogit, block: Tile) -> Array:
     return logit.block(block)
 
 
-def cut(x: Array, size: int, axis: int) -> Array:
-    """Cut an axis into blocks of a size, the last one padded by its edge, and move their index to the front."""
-    blocks = -(-x.shape[axis] // size)
-    if blocks * size != x.shape[axis]:
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, blocks * size - x.shape[axis])
-        x = jnp.pad(x, padding, mode="edge")
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+def _tile(tiling: Tiling, operands: _Operands, diagonal):
+    """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
+    if operands.distance_values is None:
+        return None
+    start, size = tiling.distance_start(diagonal), tiling.size
+    tile = shear(lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1))
+    return tile[None] if len(tile) == 1 else tile.reshape(-1, tiling.groups, size, size)
 
 
 def _heads_first(x: Shaped[Array, "B T N H"], kv_heads: int, size: int) -> Shaped[Array, "n B K G q H"]:
     x = cut(x, size, 1)
     n, batch, c, heads, dim = x.shape
     return x.reshape(n, batch, c, kv_heads, heads // kv_heads, dim).transpose(0, 1, 3, 4, 2, 5)
-
-
-def cut_mask(mask: Bool[Array, "#B #N #T #S"], size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
-    """A mask in blocks; an axis along which it is broadcast stays one entry."""
-    for axis in (2, 4):
-        mask = mask[None] if mask.shape[axis] == 1 else cut(mask, size, axis)
-    return mask
-
-
-def mask_at(mask: Bool[Array, "#m #n #B #N #q #k"], i, j) -> Bool[Array, "#B #N #q #k"]:
-    """What `cut_mask` made of query block i and key block j."""
-    keys, queries = mask.shape[:2]
-    return mask[jnp.minimum(j, keys - 1), jnp.minimum(i, queries - 1)]
-
-
-def _zeros(shape: tuple[int, ...]) -> Array:
-    return jnp.zeros(shape, jnp.float32)
-
-
-def _at(x: Any, index) -> Any:
-    """Entry `index` of every leaf."""
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), x)
-
-
-def _put(x: Any, entry: Any, index) -> Any:
-    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, index, 0), x, entry)
-
-
-def _shear(values: Float[Array, "N span"]) -> Float[Array, "N c c"]:
-    """A block whose entry (x, y) is the value of distance x - y, from the values of -(c-1)..c-1."""
-    heads, span = values.shape
-    size = (span + 1) // 2
-    return skew(jnp.broadcast_to(values[:, None], (heads, size, span)), size)
-
-
-def _unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2*c-1"]:
-    """The transpose of `_shear`: sums of a block along its diagonals."""
-    return unskew(block).sum(1)
 
 
 class _LogitArrays(NamedTuple):
@@ -300,91 +187,20 @@ class _LogitArrays(NamedTuple):
             return None
         return cls(logit.parameters, logit.query_features, logit.key_features, operands.by_distance)
 
-    def at(self, tiling: _Tiling, i, j) -> "_LogitArrays":
+    def at(self, tiling: Tiling, i, j) -> "_LogitArrays":
         """Cut to query block i and key block j."""
         start, span = tiling.distance_start(i - j), 2 * tiling.size - 1
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, span), self.by_distance)
-        return _LogitArrays(self.parameters, _at(self.query_features, i), _at(self.key_features, j), here)
+        return _LogitArrays(self.parameters, at(self.query_features, i), at(self.key_features, j), here)
 
-    def put(self, tiling: _Tiling, entry: "_LogitArrays", i, j) -> "_LogitArrays":
+    def put(self, tiling: Tiling, entry: "_LogitArrays", i, j) -> "_LogitArrays":
         """With what `at` cut out replaced."""
         start = tiling.distance_start(i - j)
         by_distance = jax.tree.map(
             lambda x, new: lax.dynamic_update_slice_in_dim(x, new, start, 0), self.by_distance, entry.by_distance
         )
-        features = _put(self.query_features, entry.query_features, i), _put(self.key_features, entry.key_features, j)
+        features = put(self.query_features, entry.query_features, i), put(self.key_features, entry.key_features, j)
         return _LogitArrays(entry.parameters, *features, by_distance)
-
-
-def _tile(tiling: _Tiling, operands: _Operands, diagonal):
-    """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
-    if operands.distance_values is None:
-        return None
-    start, size = tiling.distance_start(diagonal), tiling.size
-    tile = _shear(lax.dynamic_slice_in_dim(operands.distance_values, start, 2 * size - 1, axis=1))
-    return tile[None] if len(tile) == 1 else tile.reshape(-1, tiling.groups, size, size)
-
-
-def _visible_on(tiling: _Tiling, mask_spec: MaskSpec, diagonal) -> Bool[Array, "1 1 1 q k"]:
-    """What the queries of every block of a diagonal see of its keys, where distance alone decides it."""
-    middle = diagonal * tiling.size + tiling.key_length - tiling.query_length
-    index = jnp.arange(tiling.size, dtype=jnp.int32)
-    return mask_spec.by_distance(middle + index[:, None] - index)[None, None, None]
-
-
-def _visible(tiling: _Tiling, mask_spec: MaskSpec, i, j):
-    """What the queries of block i see of the keys of block j, [B or 1, K or 1, G or 1, q, k]."""
-    rule = dataclasses.replace(
-        mask_spec,
-        query_positions=_at(mask_spec.query_positions, i),
-        key_positions=_at(mask_spec.key_positions, j),
-        query_segments=_at(mask_spec.query_segments, i),
-        key_segments=_at(mask_spec.key_segments, j),
-        mask=None,
-    )
-    visible = rule.matrix(tiling.size, tiling.size)
-    if mask_spec.mask is not None:
-        visible = visible & mask_at(mask_spec.mask, i, j)
-    visible = visible & (j * tiling.size + jnp.arange(tiling.size, dtype=jnp.int32) < tiling.key_length)
-    return _split_heads(visible, 1 if visible.shape[1] == 1 else tiling.groups)
-
-
-def _sweep(tiling: _Tiling, mask_spec: MaskSpec, visit_diagonal, state):
-    """Fold visit_diagonal(diagonal, masked, state) over the diagonals that hold something visible."""
-    for start, stop, masked in tiling.diagonals(mask_spec):
-        state = lax.fori_loop(start, stop, lambda diagonal, s, m=masked: visit_diagonal(diagonal, m, s), state)
-    return state
-
-
-def _along(tiling: _Tiling, mask_spec: MaskSpec, diagonal, masked: bool, state, take, update, put):
-    """Visit the blocks (i, j) of a diagonal: entries = take(state, i, j), state = put(state, update(...), i, j).
-
-    Only the entries pass through the branch that skips a block with nothing visible, and barriers part them from the
-    state: XLA would otherwise copy the whole state for every block.
-    """
-
-    on_all = _visible_on(tiling, mask_spec, diagonal) if masked else None
-
-    def visit(i, state):
-        j = i - diagonal
-        entries = take(state, i, j)
-        if tiling.per_block:
-            visible = _visible(tiling, mask_spec, i, j)
-            entries = lax.cond(visible.any(), lambda e: update(i, j, visible, e), lambda e: e, entries)
-        else:
-            entries = update(i, j, on_all, entries)
-        return put(state, entries, i, j)
-
-    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(tiling.query_blocks, tiling.key_blocks + diagonal)
-    return lax.fori_loop(first, stop, visit, state)
-
-
-def _split_heads(x: Shaped[Array, "B N q k"], groups: int) -> Shaped[Array, "B K G q k"]:
-    return x.reshape(x.shape[0], -1, groups, *x.shape[2:])
-
-
-def _merge_heads(x: Shaped[Array, "#B K G *shape"]) -> Shaped[Array, "#B N *shape"]:
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _keys_first(x: Shaped[Array, "*B K G q k"]) -> Shaped[Array, "*B K k G q"]:
@@ -398,12 +214,12 @@ def _queries_first(x: Shaped[Array, "*B K k G q"]) -> Shaped[Array, "*B K G q k"
 class _Pair:
     """Query block i and key block j: what the forward and the backward pass both compute of them."""
 
-    def __init__(self, tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec, scaled, i, j, visible):
+    def __init__(self, tiling: Tiling, operands: _Operands, mask_spec: MaskSpec, scaled, i, j, visible):
         self.tiling, self.operands, self.mask_spec, self.i, self.j = tiling, operands, mask_spec, i, j
         # Where all is seen, a query and a key have part in every row and column, finite or not.
         self.seen_only = finite if visible is not None else lambda x: x
-        self.scaled, self.factor = self.seen_only(_at(scaled, i)), _at(operands.factor, i)
-        self.key, self.value = self.seen_only(_at(operands.key, j)), _at(operands.value, j)
+        self.scaled, self.factor = self.seen_only(at(scaled, i)), at(operands.factor, i)
+        self.key, self.value = self.seen_only(at(operands.key, j)), at(operands.value, j)
 
     def product(self, subscripts: str, *arrays):
         return jnp.einsum(subscripts, *arrays, precision=self.tiling.precision, preferred_element_type=jnp.float32)
@@ -429,24 +245,22 @@ class _Pair:
         assert logit is not None  # as there are arrays of it
         added = dataclasses.replace(logit, parameters=arrays.parameters).block(self.block(arrays, query, key, factor))
         added = jnp.broadcast_to(added, (added.shape[0], self.tiling.groups * key.shape[1], *added.shape[2:]))
-        return _split_heads(added, self.tiling.groups)
+        return split_heads(added, self.tiling.groups)
 
     def value_added(self, term: BlockValue, weights, arrays, query, key, factor) -> Float[Array, "B K G q H2"]:
         """What a `BlockValue` adds."""
-        return _split_heads(
-            term.block(_merge_heads(weights), self.block(arrays, query, key, factor)), self.tiling.groups
-        )
+        return split_heads(term.block(merge_heads(weights), self.block(arrays, query, key, factor)), self.tiling.groups)
 
     def block(self, arrays: _LogitArrays | None, query, key, factor) -> Tile:
         """The pair as an encoding's function sees it."""
         first, _ = self.tiling.distance_range(self.i - self.j)
         distances = first + self.mask_spec.query_offset_or_0 + jnp.arange(2 * self.tiling.size - 1, dtype=jnp.int32)
         return Tile(
-            query=_merge_heads(query),
-            factor=_merge_heads(factor),
+            query=merge_heads(query),
+            factor=merge_heads(factor),
             key=jnp.repeat(key, self.tiling.groups, axis=1),
-            query_positions=_at(self.mask_spec.query_positions, self.i),
-            key_positions=_at(self.mask_spec.key_positions, self.j),
+            query_positions=at(self.mask_spec.query_positions, self.i),
+            key_positions=at(self.mask_spec.key_positions, self.j),
             query_features=arrays and arrays.query_features,
             key_features=arrays and arrays.key_features,
             distances=distances if self.tiling.contiguous else None,
@@ -454,27 +268,20 @@ class _Pair:
         )
 
 
-def _forward(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
+def _forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     scaled = operands.scaled()
     queries = scaled if operands.scaled_first else operands.query
     keys_t = lax.optimization_barrier(jnp.moveaxis(operands.key, -1, -2))  # once, not within the loop
 
-    def update(tile, i, j, visible, rows: _Rows) -> _Rows:
+    def update(tile, i, j, visible, rows):
+        softmax, output = rows
         pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)
-        content = pair.product("bkgqh,bkhs->bkgqs", _at(queries, i), _at(keys_t, j))
+        content = pair.product("bkgqh,bkhs->bkgqs", at(queries, i), at(keys_t, j))
         logits = pair.logits(content, tile)
         if visible is not None:
             logits = jnp.where(visible, logits, MASKED)
-        largest = jnp.maximum(rows.largest, logits.max(-1))
-        weights = jnp.exp(logits - largest[..., None])
-        moved = rows.largest - largest
-        decay = jnp.exp(moved)
-        weighted = rows.weighted
-        if weighted is not None:
-            # Behind the barrier the difference is computed again, which is cheaper than keeping it for two uses.
-            relative = lax.optimization_barrier(logits) - largest[..., None]
-            weighted = decay * (weighted + moved * rows.normaliser) + (weights * relative).sum(-1)
-        output = decay[..., None] * rows.output
+        softmax, weights, decay = softmax.over_more(logits)
+        output = decay[..., None] * output
         if visible is None:
             output += pair.product("bkgqs,bksh->bkgqh", weights.astype(pair.value.dtype), pair.value)
         else:
@@ -482,46 +289,35 @@ def _forward(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
         if operands.value_term is not None:
             arrays = pair.logit_arrays()
             output += pair.value_added(operands.value_term, weights, arrays, pair.scaled, pair.key, pair.factor)
-        return _Rows(largest, decay * rows.normaliser + weights.sum(-1), weighted, output)
+        return softmax, output
 
     def visit_diagonal(diagonal, masked, rows):
-        return _along(
+        return along(
             tiling,
             mask_spec,
             diagonal,
             masked,
             rows,
-            take=lambda rows, i, j: _Rows(*lax.optimization_barrier(_at(rows[:3], i)), _at(rows.output, i)),
+            take=lambda rows, i, j: (lax.optimization_barrier(at(rows[0], i)), at(rows[1], i)),
             update=functools.partial(update, _tile(tiling, operands, diagonal)),
-            put=lambda rows, entry, i, j: _put(rows, entry, i),
+            put=lambda rows, entry, i, j: put(rows, entry, i),
         )
 
     shape = operands.query.shape[:-1]
-    rows = _Rows(
-        largest=jnp.full(shape, MASKED / 2, jnp.float32),  # above what is masked: its weight is 0 in every row
-        normaliser=_zeros(shape),
-        weighted=_zeros(shape) if tiling.with_entropy else None,
-        output=_zeros((*shape, operands.value.shape[-1])),
-    )
-    rows = _sweep(tiling, mask_spec, visit_diagonal, rows)
-
-    seen = ~(rows.largest <= MASKED / 2)  # true of NaN, which is to be seen
-    normaliser = jnp.where(seen, rows.normaliser, 1.0)
-    output = jnp.where(seen, 1 / normaliser, 0.0)[..., None] * rows.output
-    logsumexp = jnp.where(seen, rows.largest + jnp.log(normaliser), -jnp.inf)
-    if rows.weighted is None:
-        entropy = _zeros(shape)
-    else:
-        entropy = jnp.where(seen, jnp.log(normaliser) - rows.weighted / normaliser, 0.0)
+    output = jnp.zeros((*shape, operands.value.shape[-1]), jnp.float32)
+    rows = SoftmaxState.over_no_keys(shape, tiling.with_entropy), output
+    softmax, output = sweep(tiling, mask_spec, visit_diagonal, rows)
+    normaliser, entropy, logsumexp = softmax.end()
+    output = (1 / normaliser)[..., None] * output
     return output.astype(operands.value.dtype), entropy, logsumexp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
+def _attend(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     return _forward(tiling, operands, mask_spec)
 
 
-def _attend_forward(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec):
+def _attend_forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     results = _forward(tiling, operands, mask_spec)
     return results, (operands, mask_spec, results)
 
@@ -539,7 +335,7 @@ class _Gradients(NamedTuple):
     value_term: Any
 
 
-def _attend_backward(tiling: _Tiling, residuals, cotangents):
+def _attend_backward(tiling: Tiling, residuals, cotangents):
     operands, mask_spec, (output, entropy, logsumexp) = residuals
     d_output, d_entropy, d_logsumexp = cotangents
     scaled = operands.scaled()
@@ -559,14 +355,14 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
 
     def update(tile, i, j, visible, sums: _Gradients) -> _Gradients:
         pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)
-        d_out, d_out_t, row, lse = _at((d_output, d_output_t, row_term, logsumexp), i)
+        d_out, d_out_t, row, lse = at((d_output, d_output_t, row_term, logsumexp), i)
         d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term = sums
 
         def hidden(x):
             """With 0 for what is not seen, whatever its logit."""
             return x if visible is None else jnp.where(_keys_first(visible), x, 0.0)
 
-        content = pair.product("bksh,bkhgq->bksgq", _at(operands.key, j), _at(queries_t, i))
+        content = pair.product("bksh,bkhgq->bksgq", at(operands.key, j), at(queries_t, i))
         logits = pair.logits(content, tile, layout=_keys_first)
         weights = hidden(jnp.exp(logits - lse[:, :, None]))
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
@@ -575,17 +371,17 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
             of = operands.value_term, natural, pair.logit_arrays(), pair.scaled, pair.key, pair.factor
             _, pull = jax.vjp(pair.value_added, *of)
             added, d_weights_added, *rest = pull(d_out.astype(jnp.float32))
-            d_value_term = _summed(d_value_term, added)
+            d_value_term = summed(d_value_term, added)
             d_weights += _keys_first(d_weights_added)
             d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
         d_logits = d_weights + row[:, :, None]
         if tiling.with_entropy:
-            d_logits -= _at(d_entropy, i)[:, :, None] * logits
+            d_logits -= at(d_entropy, i)[:, :, None] * logits
         d_logits = hidden(d_logits * weights)
 
         low = d_logits.astype(operands.product_dtype)
-        d_query_t += pair.product("bkhs,bksgq->bkhgq", pair.seen_only(_at(keys_t, j)), low)
-        d_key += pair.product("bksgq,bkgqh->bksh", low, pair.seen_only(_at(low_scaled, i)))
+        d_query_t += pair.product("bkhs,bksgq->bkhgq", pair.seen_only(at(keys_t, j)), low)
+        d_key += pair.product("bksgq,bkgqh->bksh", low, pair.seen_only(at(low_scaled, i)))
         d_value += pair.product("bksgq,bkgqh->bksh", weights.astype(d_out.dtype), d_out)
         if d_tile is not None:
             d_tile += d_logits.sum(0)
@@ -597,20 +393,21 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
 
     def take(sums: _Gradients, i, j) -> _Gradients:
         logit = sums.logit and sums.logit.at(tiling, i, j)
-        (query_t, factor), (key, value) = _at((sums.query_t, sums.factor), i), _at((sums.key, sums.value), j)
+        (query_t, factor), (key, value) = at((sums.query_t, sums.factor), i), at((sums.key, sums.value), j)
         return sums._replace(query_t=query_t, factor=factor, key=key, value=value, logit=logit)
 
-    def put(sums: _Gradients, entry: _Gradients, i, j) -> _Gradients:
+    def put_back(sums: _Gradients, entry: _Gradients, i, j) -> _Gradients:
         logit = entry.logit and sums.logit and sums.logit.put(tiling, entry.logit, i, j)
-        query_t, factor = _put((sums.query_t, sums.factor), (entry.query_t, entry.factor), i)
-        key, value = _put((sums.key, sums.value), (entry.key, entry.value), j)
+        query_t, factor = put((sums.query_t, sums.factor), (entry.query_t, entry.factor), i)
+        key, value = put((sums.key, sums.value), (entry.key, entry.value), j)
         return entry._replace(query_t=query_t, factor=factor, key=key, value=value, logit=logit)
 
     def visit_diagonal(diagonal, masked, state):
         sums, d_values = state
         if d_values is not None:
-            sums = sums._replace(tile=_zeros((scaled.shape[2], tiling.size, tiling.groups, tiling.size)))
-        sums = _along(
+            shape = scaled.shape[2], tiling.size, tiling.groups, tiling.size
+            sums = sums._replace(tile=jnp.zeros(shape, jnp.float32))
+        sums = along(
             tiling,
             mask_spec,
             diagonal,
@@ -618,11 +415,11 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
             sums,
             take=take,
             update=functools.partial(update, _tile(tiling, operands, diagonal)),
-            put=put,
+            put=put_back,
         )
         if d_values is not None:
             start = tiling.distance_start(diagonal)
-            added = _unshear(_queries_first(sums.tile).reshape(-1, tiling.size, tiling.size))
+            added = unshear(_queries_first(sums.tile).reshape(-1, tiling.size, tiling.size))
             here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
             d_values = lax.dynamic_update_slice_in_dim(d_values, here + _sum_to(added, here.shape), start, axis=1)
         return sums._replace(tile=None), d_values
@@ -636,8 +433,8 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
         logit=_LogitArrays.of(operands),
         value_term=operands.value_term,
     )
-    zeros = jax.tree.map(lambda x: _zeros(x.shape), (sums, operands.distance_values))
-    sums, d_values = _sweep(tiling, mask_spec, visit_diagonal, zeros)
+    nothing = zero_sums((sums, operands.distance_values))
+    sums, d_values = sweep(tiling, mask_spec, visit_diagonal, nothing)
 
     d_scaled, logit = _queries_first(sums.query_t), operands.logit
     if logit is not None:
@@ -662,7 +459,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_part(tiling: _Tiling, operands: _Operands, mask_spec: MaskSpec, final_rows):
+def _attend_part(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec, final_rows):
     """The results of the rows over all their keys, as given; backward, these keys' part of the gradient.
 
     It needs no more than they: a key's gradient follows from its logit and the row's logsumexp, entropy and output.
@@ -676,7 +473,7 @@ _attend_part.defvjp(
 )
 
 
-def _cut_final_rows(tiling: _Tiling, kv_heads: int, output, entropy, logsumexp):
+def _cut_final_rows(tiling: Tiling, kv_heads: int, output, entropy, logsumexp):
     """Results as `streaming_attention` returns them in blocks, as `_attend` does."""
     padding = [(0, 0), (0, 0), (0, -output.shape[1] % tiling.size)]
     logsumexp = jnp.pad(logsumexp, padding, constant_values=-jnp.inf)  # rows of padding see nothing
@@ -689,13 +486,8 @@ def _cut_final_rows(tiling: _Tiling, kv_heads: int, output, entropy, logsumexp):
 def _add(d_logit, d_query_t, d_key, d_factor, more):
     """Sums with what an encoding's function adds to the gradients of its arrays, queries, keys and factor."""
     of_arrays, of_query, of_key, of_factor = more
-    d_logit = _summed(d_logit, of_arrays)
+    d_logit = summed(d_logit, of_arrays)
     return d_logit, d_query_t + _keys_first(of_query), d_key + of_key, d_factor + of_factor
-
-
-def _summed(sums: Any, more: Any) -> Any:
-    """Float32 sums with more, of whatever dtype an encoding's arrays have."""
-    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, more)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:

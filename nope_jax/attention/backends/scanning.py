@@ -1,8 +1,9 @@
 """Attention whose logits sum over keys (`ScanLogit`), in memory that grows with T.
 
 For each block of queries the blocks of keys are visited from the last to the first, as the sums run. A row's state is
-that of `streaming.py` and the logit's carry. Gradients are JAX's own: the inner and the outer loop are recomputed in
-the backward pass, so that at any time one block of queries keeps its states, of [S / block, block] numbers.
+that of `softmax_state.py`, its output and the logit's carry. Gradients are JAX's own: the inner and the outer loop are
+recomputed in the backward pass, so that at any time one block of queries keeps its states, of [S / block, block]
+numbers.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim;
 n and m the numbers of query and key blocks, q = k the size of both.
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
+from nope_jax.attention.blocks import BLOCK_SIZE, cut, cut_mask, mask_at
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
-from nope_jax.attention.streaming import BLOCK_SIZE, cut, cut_mask, mask_at
+from nope_jax.attention.softmax_state import SoftmaxState
 from nope_jax.encodings import BlockValue, ScanLogit, Tile
-from nope_jax.encodings.encoding import MASKED
 
 
 def scanning_attention(
@@ -32,16 +33,12 @@ def scanning_attention(
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
+    with_entropy: bool = True,
     *,
     block_size: int = BLOCK_SIZE,
     carry: Float[Array, "B N T"] | None = None,
 ) -> tuple[Array, ...]:
-    """Same arguments and results as `reference_attention`, for a `ScanLogit`; differentiable in reverse mode.
-
-    Args:
-        carry: Where these keys are some of those that the rows see: what later ones handed on. What these hand on is
-            then a fourth result.
-    """
+    """Arguments and results of a backend that sees keys in parts, for a `ScanLogit`; differentiable in reverse mode."""
     (batch, query_length, num_heads, _), (key_length, kv_heads) = query.shape, key.shape[1:3]
     size = min(block_size, max(query_length, key_length))
     query_positions, key_positions = mask_spec.positions(query_length, key_length)
@@ -82,7 +79,7 @@ def scanning_attention(
         scaled = jnp.swapaxes(rows["query"], 1, 2).astype(jnp.float32) * rows["factor"][..., None]
 
         def visit(columns, seen, state):
-            largest, normaliser, weighted, output, carry = state
+            softmax, output, carry = state
             key, value = (jnp.repeat(columns[x], num_heads // kv_heads, axis=2) for x in ("key", "value"))
             key = jnp.swapaxes(key, 1, 2)
             block = Tile(
@@ -96,14 +93,11 @@ def scanning_attention(
             )
             content = content_logits("bnqh,bnkh->bnqk", scaled, key.astype(jnp.float32), precision)
             logits, carry = logit.block(block, content, seen, carry)
-            new = jnp.maximum(largest, lax.stop_gradient(logits).max(-1))
-            moved, relative = largest - new, logits - new[..., None]
-            decay, weights = jnp.exp(moved), jnp.where(seen, jnp.exp(relative), 0.0)
-            weighted = decay * (weighted + moved * normaliser) + (weights * relative).sum(-1)
+            softmax, weights, decay = softmax.over_more(logits, seen)
             output = decay[..., None] * output + weighted_sum("bnqk,bknh->bnqh", weights, value, precision)
             if value_term is not None:
                 output += value_term.block(weights, block)
-            return new, decay * normaliser + weights.sum(-1), weighted, output, carry
+            return softmax, output, carry
 
         @jax.checkpoint
         def key_block(state, columns):
@@ -112,14 +106,9 @@ def scanning_attention(
             return state, None
 
         shape = (batch, num_heads, size)
-        # Above what is masked, so that its weight is 0 in every row.
-        of_rows = jnp.full(shape, MASKED / 2, jnp.float32), zeros(shape), zeros(shape)
-        state = *of_rows, zeros((*shape, value.shape[-1])), rows["carry"]
-        (largest, normaliser, weighted, output, handed_on), _ = lax.scan(key_block, state, keys, reverse=True)
-        some = ~(largest <= MASKED / 2)  # true of NaN, which is to be seen
-        normaliser = jnp.where(some, normaliser, 1.0)
-        entropy = jnp.where(some, jnp.log(normaliser) - weighted / normaliser, 0.0)
-        logsumexp = jnp.where(some, largest + jnp.log(normaliser), -jnp.inf)
+        state = SoftmaxState.over_no_keys(shape, with_entropy), zeros((*shape, value.shape[-1])), rows["carry"]
+        (softmax, output, handed_on), _ = lax.scan(key_block, state, keys, reverse=True)
+        normaliser, entropy, logsumexp = softmax.end()
         return output / normaliser[..., None], entropy, logsumexp, handed_on
 
     _, (output, *of_rows) = lax.scan(jax.checkpoint(lambda _, rows: (None, query_block(rows))), None, queries)
