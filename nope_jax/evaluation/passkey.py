@@ -25,7 +25,7 @@ from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
 from nope_jax.evaluation.common.placement import over_devices
-from nope_jax.evaluation.common.plots import INK, QUIET
+from nope_jax.evaluation.common.plots import QUIET
 from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs
 from nope_jax.evaluation.common.uncertainty import wilson_interval
@@ -201,32 +201,27 @@ def draw(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> Figure:
     size = (across * width + 1.2, down * height + 0.5)
     drawing = plots.new_figure(size[0], size[1] + 2.6)
     figure, below = drawing.subfigures(2, 1, height_ratios=(size[1], 2.6), squeeze=False)[:, 0]
-    all_axes = figure.subplots(down, across, squeeze=False)
-    for axes in all_axes.flat[len(runs) :]:
-        axes.set_visible(False)
-    for run, axes in zip(runs, all_axes.flat, strict=False):
+    axes_of_runs = plots.panels(figure, len(runs), across)
+    for run, axes in zip(runs, axes_of_runs, strict=True):
         values = np.full((len(where), len(lengths)), np.nan)
         for column, length in enumerate(lengths):
             if length in run.results:
-                values[:, column] = accuracy = run.results[length] / settings.keys
-                for row, value in enumerate(accuracy) if len(lengths) <= CELL_LABELS else ():
-                    ink = "white" if value < 0.6 else INK
-                    axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=7)
+                values[:, column] = run.results[length] / settings.keys
             else:
                 reason = "cannot" if length in run.refused else "not measured"
                 middle = (len(where) - 1) / 2
                 axes.text(column, middle, reason, ha="center", va="center", color=QUIET, fontsize=8, rotation=90)
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        shares = np.ndenumerate(values) if len(lengths) <= CELL_LABELS else ()
+        labels = {cell: f"{100 * share:.0f}" for cell, share in shares if np.isfinite(share)}
+        title = f"{run.name} (trained at {run.train_length:,}, orange)"
+        image = plots.draw_map(axes, values, 0, 1, title, labels)
         inside = sum(length <= run.train_length for length in lengths)
         axes.axvline(inside - 0.5, color="#D55E00", linewidth=2.5, clip_on=False)
-        axes.set_title(f"{run.name} (trained at {run.train_length:,}, orange)", fontsize=9, color=INK)
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
-        axes.set_yticks(range(len(where)), [f"{depth:.0%}" for depth in where], fontsize=8)
-        axes.tick_params(length=0, colors=QUIET)
-        axes.spines[:].set_visible(False)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(where)), [f"{depth:.0%}" for depth in where])
     figure.supxlabel("Length of prompt and answer (tokens)", fontsize=9)
     figure.supylabel("Depth of the key in the filler", fontsize=9)
-    figure.colorbar(image, ax=all_axes, label="Share of right answers", shrink=0.8)
+    figure.colorbar(image, ax=axes_of_runs, label="Share of right answers", shrink=0.8)
     _draw_shares(below.subplots(), runs, settings)
     return drawing
 

@@ -376,10 +376,10 @@ def draw(scores: Sequence[tuple[Run, Scores]]) -> Figure:
     columns = math.ceil(math.sqrt(len(runs)))
     lines = -(-len(runs) // columns)
     drawing = plots.new_figure(2.6 + 2.6 * columns, 1.2 + 2.6 * lines)
-    panels = drawing.subplots(lines, columns, sharey=True, squeeze=False)
+    panels = plots.panels(drawing, len(runs), columns, sharey=True)
     colours = {n: colormaps["viridis"](0.85 * i / max(1, len(lengths) - 1)) for i, n in enumerate(lengths)}
     named: dict[tuple[int, str], tuple[Line2D, str]] = {}
-    for axes, run in zip(panels.flat, runs, strict=False):
+    for axes, run in zip(panels, runs, strict=True):
         for one in (one for other, one in scores if other is run):
             past = one.length > run.train_length
             style = ":" if one.probe == "own" else "--" if past else "-"
@@ -398,8 +398,6 @@ def draw(scores: Sequence[tuple[Run, Scores]]) -> Figure:
         axes.set_ylim(_FLOOR, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plots.finish(axes)
-    for axes in panels.flat[len(runs) :]:
-        axes.set_visible(False)
     drawing.supylabel("R² of the position", fontsize=10)
     plots.note(
         drawing,

@@ -272,13 +272,10 @@ def draw(comparison: Similarity) -> Figure:
     means = comparison.mean_distances
     axes.axhline(math.log(2), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
     axes.text(layers[-1], math.log(2) - 0.01, "ceiling: ln 2", ha="right", va="top", color=QUIET, fontsize=9)
-    for values, error, marker, colour, name in (
-        (means.value, means.stderr, "s--", QUIET, "mean of all pairs"),
-        (distances, errors, "o-", COLOURS[0], "closest heads"),
-    ):
-        axes.errorbar(
-            layers, values, np.nan_to_num(error), fmt=marker, color=colour, markersize=5, capsize=3, label=name
-        )
+    pairs, closest = (means.value, means.stderr, "s--", QUIET), (distances, errors, "o-", COLOURS[0])
+    for name, (values, error, marker, colour) in {"mean of all pairs": pairs, "closest heads": closest}.items():
+        error = np.nan_to_num(error)
+        axes.errorbar(layers, values, error, fmt=marker, color=colour, markersize=5, capsize=3, label=name)
     axes.set_ylim(0, 1.05 * math.log(2))
     plots.finish(axes, "Layer", "Distance of attention (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -303,15 +300,14 @@ def _draw_bands(axes: Axes, name: str, weights: Float[np.ndarray, "L N T"], brig
     """A map of heads (down, layer by layer) by bands of distance (across)."""
     layers, heads, length = weights.shape
     share = share_by_band(weights).reshape(layers * heads, -1)
-    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=brightest, interpolation="nearest")
+    image = plots.draw_map(axes, share, 0, brightest, name)
     bands = [(int(start), int(end) - 1) for start, end in itertools.pairwise(distance_bands(length))]
     names = [str(start) if start == end else f"{start}-{end}" for start, end in bands]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     shown = range(0, layers, -(-layers // 16))
-    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown], fontsize=8)
+    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown])
     for layer in range(1, layers):
         axes.axhline(heads * layer - 0.5, color="white", linewidth=1)
     axes.set_xlabel("Distance (tokens)")
     axes.set_ylabel("Layer, and the heads in it")
-    axes.set_title(name, fontsize=10, color=INK)
     return image

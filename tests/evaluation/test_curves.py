@@ -75,7 +75,7 @@ def test_a_bucket_without_text_has_no_bits_per_byte(tmp_path):
     columns = ("text_bytes", "bits_per_byte", "bits_per_byte_stderr")
     assert [rows[5][name] for name in columns] == ["", "", ""]
     assert [rows[6][name] for name in columns] == ["8", "1.4427", "0"]  # 2 nats per token of 2 bytes, 4 documents
-    figures.draw_curves([run], Units(bits_per_byte=True))  # warns of nothing
+    figures.draw([run], Units(bits_per_byte=True), figures.scores, figures.entropy)  # warns of nothing
 
 
 def test_table_and_figure_are_in_bits_per_byte_where_tokenizers_differ(capsys):
@@ -89,7 +89,7 @@ def test_table_and_figure_are_in_bits_per_byte_where_tokenizers_differ(capsys):
     printed = capsys.readouterr().out
     assert "Bits per byte by position, protocol: from start" in printed and "erplexity" not in printed
 
-    (axes,) = figures.draw_perplexity([run], units).axes
+    (axes,) = figures.draw([run], units, figures.scores).axes
     assert axes.get_ylabel() == "Bits per byte" and axes.get_yscale() == "linear"
     assert axes.get_xlabel() == "Position in the document (tokens of each run's own tokenizer), log scale"
     np.testing.assert_allclose(np.unique(axes.lines[0].get_ydata().round(9)), [inside, past])
@@ -101,8 +101,8 @@ def test_table_and_figure_are_in_bits_per_byte_where_tokenizers_differ(capsys):
 @pytest.mark.parametrize(("stride", "protocol"), [(None, "from start"), (64, "stride 64")])
 def test_every_output_names_its_protocol(stride, protocol, tmp_path, capsys):
     run, units = synthetic_run(lengths=(128, 256)), Units(stride)
-    for drawn in (figures.draw_perplexity, figures.draw_entropy, figures.draw_curves):
-        assert f"Protocol: {protocol}." in drawn([run], units).get_supxlabel()
+    for panels in ([figures.scores], [figures.entropy], [figures.scores, figures.entropy]):
+        assert f"Protocol: {protocol}." in figures.draw([run], units, *panels).get_supxlabel()
     write(tmp_path, [run], units)
     for name in ("curves.csv", "heads.csv"):
         with (tmp_path / name).open() as file:
@@ -114,7 +114,8 @@ def test_every_output_names_its_protocol(stride, protocol, tmp_path, capsys):
 
 def test_entropy_in_bits_is_shown_and_not_written(tmp_path):
     run = synthetic_run()
-    drawn = [figures.draw_curves([run], Units(entropy_unit=unit)) for unit in ("nats", "bits")]
+    panels = figures.scores, figures.entropy
+    drawn = [figures.draw([run], Units(entropy_unit=unit), *panels) for unit in ("nats", "bits")]
     in_nats, in_bits = (figure.axes[1] for figure in drawn)
     for of_nats, of_bits in zip(in_nats.lines[:2], in_bits.lines[:2], strict=True):  # the ceiling and the run
         np.testing.assert_allclose(of_bits.get_ydata(), of_nats.get_ydata() / math.log(2))

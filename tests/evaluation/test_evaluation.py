@@ -310,7 +310,7 @@ def test_report_is_one_self_contained_page(tmp_path):
         synthetic_run("rope", lambda p: 2.0 + 1e4 * (p >= 128)),
         synthetic_run("table", max_length=128),
     ]
-    save(tmp_path / "curves.png", figures.draw_curves(runs, Units()))
+    save(tmp_path / "curves.png", figures.draw(runs, Units(), figures.scores, figures.entropy))
     text = page(tmp_path, runs, command="python eval.py --out 'a <b'")
 
     loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", text)
@@ -327,7 +327,7 @@ def test_report_is_one_self_contained_page(tmp_path):
 
 def test_figures_name_what_leaves_their_axis():
     runs = [synthetic_run(), synthetic_run("rope", lambda p: 2.0 + 8 * (p >= 128)), synthetic_run("t", max_length=128)]
-    (axes,) = figures.draw_perplexity(runs, Units()).axes
+    (axes,) = figures.draw(runs, Units(), figures.scores).axes
     texts = {text.get_text() for text in axes.texts}
     assert texts == {"nope", "rope ↑ 22,026", "t ends: 128 positions", "trained at 128"}
     assert axes.get_ylim()[1] < 300 and axes.get_xlim()[1] == 2048

@@ -54,7 +54,7 @@ def synthetic_run(name="nope", nll=lambda p: 2.0, *, lengths=(128, 256, 512, 102
     """A run trained at 128 whose loss is a function of position, the same in every document, of two bytes per token."""
     encoding = "learned" if max_length else name if name in ENCODINGS else "nope"
     config = Config(ModelConfig(encoding=encoding, train_length=128))
-    run = Run(Path(name), name, config, max_length, lengths, step=0)
+    run = Run(Path(name), name, config, max_length, lengths)
     for length in run.possible:
         edges = bucket_edges(length)
         tokens = np.tile(np.diff(edges), (documents, 1))

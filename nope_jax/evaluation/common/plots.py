@@ -1,11 +1,14 @@
 """How the figures of all evaluations look."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 
 from nope_jax.evaluation.common.files import replace_file
 
@@ -27,6 +30,28 @@ def new_figure(width: float, height: float) -> Figure:
 def save(path: Path, figure: Figure) -> None:
     with replace_file(path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white")
+
+
+def panels(figure: Figure | SubFigure, count: int, across: int, **keywords: Any) -> list[Axes]:
+    """So many axes, `across` of them beside each other."""
+    axes = figure.subplots(-(-count // across), across, squeeze=False, **keywords)
+    for empty in axes.flat[count:]:
+        empty.set_visible(False)
+    return list(axes.flat[:count])
+
+
+def draw_map(
+    axes: Axes, values: np.ndarray, low: float, high: float, title: str, labels: Mapping[tuple[int, int], str] = {}
+) -> AxesImage:
+    """Draws a matrix, rows down and columns across, some cells with a label; what is not finite is left out."""
+    image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
+    for (row, column), label in labels.items():
+        ink = "white" if values[row, column] < low + 0.6 * (high - low) else INK
+        axes.text(column, row, label, ha="center", va="center", color=ink, fontsize=7)
+    axes.set_title(title, fontsize=9, color=INK)
+    axes.tick_params(which="both", length=0, colors=QUIET, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return image
 
 
 def line_style(index: int) -> dict[str, Any]:

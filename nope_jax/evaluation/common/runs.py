@@ -36,7 +36,7 @@ class Run(Generic[Result]):
     lengths: tuple[int, ...] = ()
     """The lengths asked for, ascending."""
     results: dict[int, Result] = dataclasses.field(default_factory=dict)
-    step: int | None = None
+    step: int = 0
     """Of the checkpoint that is measured."""
 
     @property

@@ -18,7 +18,8 @@ from nope_jax.evaluation.common.files import Csv, store, stored
 from nope_jax.evaluation.common.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.common.report import Section
 from nope_jax.evaluation.common.runs import Run, find_runs, newest_step, result_identity
-from nope_jax.evaluation.perplexity import dispersion, figures, table
+from nope_jax.evaluation.perplexity import dispersion, table
+from nope_jax.evaluation.perplexity.figures import draw, entropy, scores
 from nope_jax.evaluation.perplexity.measure import Curve, Sums, measure
 from nope_jax.evaluation.perplexity.units import Units
 from nope_jax.evaluation.registry import Options
@@ -100,9 +101,9 @@ class Perplexity(Evaluation):
         }
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        yield "perplexity.png", figures.draw_perplexity(self.measured, self.units)
-        yield "entropy.png", figures.draw_entropy(self.measured, self.units)
-        yield "curves.png", figures.draw_curves(self.measured, self.units)
+        yield "perplexity.png", draw(self.measured, self.units, scores)
+        yield "entropy.png", draw(self.measured, self.units, entropy)
+        yield "curves.png", draw(self.measured, self.units, scores, entropy)
         if dispersion.past_training(self.measured):
             yield "dispersion.png", dispersion.draw(self.measured)
 

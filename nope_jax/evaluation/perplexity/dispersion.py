@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from nope_jax.evaluation.common.plots import INK, QUIET, new_figure, note
+from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.report import Section, paragraph, table_of
 from nope_jax.evaluation.common.runs import Run
 from nope_jax.evaluation.perplexity.measure import Curve
@@ -136,18 +136,16 @@ def draw(runs: Sequence[Run[Curve]]) -> Figure:
     height, width = (max(1.5, min(0.5 * most, max(4, 0.16 * most))) for most in np.max(shapes, axis=0)[:2])
     across = min(len(runs), max(1, int(12 / (width + 0.8))))
     down = -(-len(runs) // across)
-    figure = new_figure(across * (width + 0.7) + 1.2, down * (height + 0.5) + 0.6)
-    panels = figure.subplots(down, across, squeeze=False)
-    for axes in panels.flat[len(runs) :]:
-        axes.set_visible(False)
+    figure = plots.new_figure(across * (width + 0.7) + 1.2, down * (height + 0.5) + 0.6)
+    panels = plots.panels(figure, len(runs), across)
     doublings = max(math.log2(max(run.results) / run.train_length) for run in runs)
-    images = [_draw_map(axes, run, doublings) for axes, run in zip(panels.flat, runs, strict=False)]
+    images = [_draw_map(axes, run, doublings) for axes, run in zip(panels, runs, strict=True)]
     ticks = range(math.floor(doublings) + 1)
     bar = figure.colorbar(images[0], ax=panels, ticks=ticks, shrink=0.9)
     bar.ax.set_yticklabels([f"{2**tick:,} L" if tick else "L" for tick in ticks], fontsize=8)
     bar.set_label("Spreads out from\n(L: training length)", fontsize=9)
     figure.supylabel("Layer", fontsize=9)
-    note(figure, "Head\nHatched: spreads out at no position that was read.")
+    plots.note(figure, "Head\nHatched: spreads out at no position that was read.")
     return figure
 
 
@@ -158,20 +156,16 @@ def _draw_map(axes: Axes, run: Run[Curve], doublings: float) -> AxesImage:
         if head.position is not None:
             position[head.layer, head.head] = head.position
     colour = np.log2(position / run.train_length)
+    labels = np.ndenumerate(position) if position.shape[1] <= CELL_LABELS else ()
+    of_cells = {cell: f"{value:,.0f}" for cell, value in labels if np.isfinite(value)}
+    image = plots.draw_map(axes, colour, 0, doublings, f"{run.name}, trained at {run.train_length:,}", of_cells)
     # The cells of heads that never do are left out, so that the ground shows.
     axes.patch.set(facecolor="#f2f2f2", edgecolor="#b8b8b8", hatch="//////", linewidth=0)
-    image = axes.imshow(colour, aspect="auto", cmap="viridis", vmin=0, vmax=doublings, interpolation="nearest")
-    for (layer, head), value in np.ndenumerate(colour) if position.shape[1] <= CELL_LABELS else ():
-        if np.isfinite(value):
-            ink = "white" if value < 0.6 * doublings else INK
-            axes.text(head, layer, f"{position[layer, head]:,.0f}", ha="center", va="center", color=ink, fontsize=7)
     for axis, count in zip((axes.yaxis, axes.xaxis), position.shape, strict=True):
         axis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
         axis.set_minor_locator(FixedLocator([i + 0.5 for i in range(count - 1)]))
     axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0, colors=QUIET, labelsize=8)
-    axes.spines[:].set_visible(False)
-    axes.set_title(f"{run.name}, trained at {run.train_length:,}", fontsize=9, color=INK)
+    axes.tick_params(which="minor", length=0)
     return image
 
 
@@ -207,18 +201,12 @@ def _every_head(run: Run[Curve], units: Units) -> str:
         return paragraph(f"{run.name}: no length past its training length was measured.", quiet=True)
     unit = units.entropy_unit
     header = ("layer", "head", "spreads out from", "share in window", "share at end")
-    rows = [
-        (
-            str(head.layer),
-            str(head.head),
-            "never" if head.position is None else f"{head.position:,}",
-            f"{head.share_in_window:.1%}",
-            f"{head.share_at_end:.1%}",
-            f"{units.entropy(head.entropy_in_window):.2f}",
-            f"{units.entropy(head.entropy_at_end):.2f}",
-        )
-        for head in dispersion(run)
-    ]
+    rows = []
+    for head in dispersion(run):
+        where = (str(head.layer), str(head.head), "never" if head.position is None else f"{head.position:,}")
+        shares = (f"{share:.1%}" for share in (head.share_in_window, head.share_at_end))
+        values = (f"{units.entropy(nats):.2f}" for nats in (head.entropy_in_window, head.entropy_at_end))
+        rows.append((*where, *shares, *values))
     every = table_of((*header, f"{unit} in window", f"{unit} at end"), rows)
     return f"<details><summary>{html.escape(remark(run, first=0))}</summary>{every}</details>"
 

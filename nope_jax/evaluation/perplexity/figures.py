@@ -41,26 +41,15 @@ class _Panel(NamedTuple):
     lines: list[_Line]
 
 
-def draw_perplexity(runs: Sequence[Run[Curve]], units: Units) -> Figure:
-    """Perplexity, or bits per byte, by position with its standard error, each run at its longest length."""
-    figure = new_figure(7.5, 4.5)
-    return _finish(figure, [_draw_scores(figure.add_subplot(), runs, units)], units)
+def draw(runs: Sequence[Run[Curve]], units: Units, *panels: Callable[..., _Panel]) -> Figure:
+    """Panels (`scores`, `entropy`) above one position axis, of each run at its longest length."""
+    figure = new_figure(7.5, 1.5 + 3 * len(panels))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    return _finish(figure, [panel(one, runs, units) for panel, one in zip(panels, axes, strict=True)], units)
 
 
-def draw_entropy(runs: Sequence[Run[Curve]], units: Units) -> Figure:
-    """The mean attention entropy by position below its ceiling, each run at its longest length."""
-    figure = new_figure(7.5, 4.5)
-    return _finish(figure, [_draw_entropy(figure.add_subplot(), runs, units)], units)
-
-
-def draw_curves(runs: Sequence[Run[Curve]], units: Units) -> Figure:
-    """Both above one position axis, so that one sees what the loss does where the entropy leaves its course."""
-    figure = new_figure(7.5, 7.5)
-    above, below = figure.subplots(2, sharex=True)
-    return _finish(figure, [_draw_scores(above, runs, units), _draw_entropy(below, runs, units)], units)
-
-
-def _draw_scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
+def scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
+    """Perplexity, or bits per byte, by position with its standard error."""
     lines = _lines(runs, lambda curve: units.score(curve).value)
     finite = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
     if units.bits_per_byte:
@@ -79,7 +68,8 @@ def _draw_scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel
     return _Panel(axes, lines)
 
 
-def _draw_entropy(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
+def entropy(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
+    """The mean attention entropy by position below its ceiling."""
     axes.set_ylabel(f"Attention entropy\n({units.entropy_unit}, mean over heads)")
     lines = _lines(runs, lambda curve: units.entropy(curve.entropy.value))
     _draw_bands(axes, lines, units.entropy_band)

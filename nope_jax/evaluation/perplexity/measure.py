@@ -211,16 +211,9 @@ def measure(
             keep(sums)
             last_kept = time.monotonic()
 
-    return Curve(
-        edges,
-        sums.nll,
-        sums.tokens,
-        sums.entropy,
-        (sums.heads / sums.position_tokens).astype(np.float32),
-        sums.text_bytes,
-        step_bytes,
-        peak_memory(),
-    )
+    heads = (sums.heads / sums.position_tokens).astype(np.float32)
+    totals = (sums.nll, sums.tokens, sums.entropy, heads, sums.text_bytes)
+    return Curve(edges, *totals, step_bytes, peak_memory())
 
 
 def program_memory(step: jax.stages.Compiled) -> int:

@@ -36,6 +36,7 @@ from nope_jax.encodings import (
 )
 from nope_jax.errors import is_refusal
 from nope_jax.evaluation.common.runs import encoding_name
+from nope_jax.evaluation.registry import EVALUATIONS
 from nope_jax.models import Decoder, transfer_weights
 from nope_jax.sharding import state_shardings
 
@@ -118,7 +119,7 @@ def _scaling(method: str, factor: float, train_length: int) -> RotaryScaling:
             return DynamicNTKScaling(1.0, original_length=train_length)  # grows as n/L, whatever the longest
         case "yarn":
             return YaRNScaling(factor, original_length=train_length)
-    raise ValueError(f"--method {method} is none of uniform, head, log-n, ssmax, linear, ntk, dynamic, yarn")
+    raise ValueError(f"--method {method} is none of {', '.join(EVALUATIONS['tune'].methods)}")
 
 
 def _scaled(encoding: Encoding, scaling: RotaryScaling, method: str) -> Encoding:

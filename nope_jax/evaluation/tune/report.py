@@ -169,7 +169,7 @@ def _draw_best(axes: Axes, tuning: Tuning) -> None:
 
 def _draw_factors(figure: Figure, axes: Axes, method: str, factors: Float[np.ndarray, "L N"]) -> None:
     """A map of layers (down) by heads (across)."""
-    image = axes.imshow(factors, aspect="auto", cmap="viridis", interpolation="nearest")
+    image = plots.draw_map(axes, factors, factors.min(), factors.max(), "")
     figure.colorbar(image, ax=axes, label="s in s ln n" if method == "ssmax" else "Factor")
     for axis in axes.xaxis, axes.yaxis:
         axis.set_major_locator(MaxNLocator(integer=True))

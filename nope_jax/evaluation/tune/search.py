@@ -76,7 +76,7 @@ class Job:
             content=self.content(),
             lengths=[Outcome(length, len(self.documents[length])) for length in self.run.lengths],
             command=command,
-            step=self.run.step or 0,
+            step=self.run.step,
         )
 
     def content(self) -> str:
