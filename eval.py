@@ -17,15 +17,18 @@ import shlex
 import sys
 
 from nope_jax.cli import parse_eval, run
+from nope_jax.evaluation.registry import EVALUATIONS
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "curves"
-    options = parse_eval(arguments, name)
-    from nope_jax import evaluation  # seconds of imports, which bad arguments need not wait for
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else next(iter(EVALUATIONS))
+    options = parse_eval(arguments, name)._replace(command=shlex.join(["python", "eval.py", *sys.argv[1:]]))
+    from nope_jax.evaluation.common.evaluation import (
+        evaluate,  # seconds of imports, which bad arguments need not wait for
+    )
 
-    getattr(evaluation, name)(options, command=shlex.join(["python", "eval.py", *sys.argv[1:]]))
+    evaluate(name, options)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL import Image
 
 import nope_jax.encodings as e
 from nope_jax.attention import attention_weights, encoded_attention
-from nope_jax.evaluation.figures import COLOURS, INK, QUIET
+from nope_jax.evaluation.common.plots import COLOURS, INK, QUIET
 
 FOLDER = Path(__file__).parents[1] / "docs/images/encodings"
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))

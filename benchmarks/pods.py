@@ -23,7 +23,7 @@ from pathlib import Path
 from nope_jax.compile.estimate import estimate_run
 from nope_jax.compile.memory import GIB, DoesNotFitError
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
-from nope_jax.evaluation.files import replace_file
+from nope_jax.evaluation.common.files import replace_file
 from nope_jax.models.decoder import LOGITS_AT_ONCE
 from nope_jax.training.flops import CHIPS
 

@@ -26,10 +26,6 @@ from nope_jax.config import (
     DataConfig,
     EncodingSpec,
     EvalConfig,
-    PasskeyConfig,
-    ProbeConfig,
-    SimilarityConfig,
-    TuneConfig,
     load,
     load_file,
     override,
@@ -39,6 +35,7 @@ from nope_jax.config import (
 )
 from nope_jax.distributed import DIVERGED, ProcessSpec
 from nope_jax.errors import is_refusal
+from nope_jax.evaluation.registry import EVALUATIONS, Options
 from nope_jax.paths import Location, location, on_disk
 
 
@@ -109,55 +106,6 @@ _TRUST_CODE: tuple[Any, str] = (
 )
 
 
-class EvalArguments(NamedTuple):
-    """The command line of eval.py, after the name of the evaluation."""
-
-    workdirs: tuple[Path, ...]
-    lengths: tuple[int, ...]
-    """In tokens; empty for an evaluation that takes none."""
-    out: Path
-    overrides: dict[str, Any]
-    """The data.* and eval.* fields that were given, by dotted name: `override` puts them on the config of each run."""
-    settings: Any = None
-    """The evaluation's own settings."""
-    method: str | None = None
-    """What eval.py tune searches for."""
-
-
-class Evaluation(NamedTuple):
-    """One of eval.py's evaluations, as the command line knows it."""
-
-    description: str
-    settings: Any = None
-    takes_lengths: bool = True
-    methods: tuple[str, ...] = ()
-    out: str = "Where the report is written."
-    takes_eval: tuple[str, ...] = ()
-    """The fields of eval.* that it goes by."""
-
-
-EVALUATIONS = {
-    "curves": Evaluation(
-        "Measures perplexity and attention entropy by position.",
-        takes_eval=tuple(field.name for field in dataclasses.fields(EvalConfig)),
-    ),
-    "tune": Evaluation(
-        "Finds the factors or the scaling with which a run holds further, and writes a run that has them.",
-        TuneConfig(),
-        methods=("uniform", "head", "log-n", "ssmax", "linear", "ntk", "dynamic", "yarn"),
-        out="The workdir of the tuned run.",
-    ),
-    "passkey": Evaluation("Measures how often a number hidden in filler text is found again.", PasskeyConfig()),
-    "similarity": Evaluation(
-        "Compares the attention of two runs.", SimilarityConfig(), takes_lengths=False, takes_eval=("seed",)
-    ),
-    "probe": Evaluation(
-        "Reads positions out of the hidden states of each layer.", ProbeConfig(), takes_eval=("batch_size", "seed")
-    ),
-}
-"""By the word that follows eval.py; without one it is curves."""
-
-
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """The command line of train.py: `--config`, `--workdir` or `--compile_for`, and any field over the config file's.
 
@@ -226,7 +174,7 @@ def parse_prepare(arguments: Sequence[str]) -> DataConfig:
     return override(config, overrides).data
 
 
-def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
+def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
     """The command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
 
     Args:
@@ -274,7 +222,7 @@ def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
     for workdir in values.workdirs if values.trust_code else ():
         load(workdir, trust_code=True)  # and from then on this process does
     settings = getattr(values, name, None)
-    return EvalArguments(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
+    return Options(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
 
 
 def _parse(

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "locks": {"paths"},
     "config": {"encodings", "errors", "paths"},
     "distributed": {"errors", "paths"},
-    "cli": {"config", "distributed", "errors", "paths"},
+    "cli": {"config", "distributed", "errors", "evaluation", "paths"},
     "sharding": {"config", "explicit_axes"},
     "data": {"config", "paths"},
     "models": {"encodings", "attention", "config", "sharding"},
@@ -50,7 +50,6 @@ MAY_IMPORT = {
         "encodings",
         "errors",
         "config",
-        "cli",
         "data",
         "locks",
         "models",
@@ -131,8 +130,16 @@ def test_evaluation_knows_nothing_of_training():
     assert not [name for name in names if name == "train" or name.startswith("nope_jax.training")]
 
 
+def test_the_list_of_evaluations_is_all_that_a_command_line_imports_of_them():
+    assert {name for name in imported(ROOT / "nope_jax/cli.py") if "evaluation" in name} == {
+        "nope_jax.evaluation.registry"
+    }
+    code = "import nope_jax.cli, sys; sys.exit(bool({'flax', 'matplotlib', 'orbax'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_tensorflow_is_nowhere():
-    code = "import nope_jax.training, nope_jax.evaluation, sys; sys.exit('tensorflow' in sys.modules)"
+    code = "import nope_jax.training, nope_jax.evaluation.common.evaluation, sys; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

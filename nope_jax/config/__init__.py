@@ -21,11 +21,7 @@ from nope_jax.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    PasskeyConfig,
-    ProbeConfig,
-    SimilarityConfig,
     TrainConfig,
-    TuneConfig,
     override,
 )
 from nope_jax.config.validation import takes_several, unknown, wanted
@@ -40,11 +36,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "PasskeyConfig",
-    "ProbeConfig",
-    "SimilarityConfig",
     "TrainConfig",
-    "TuneConfig",
     "code_digest",
     "load",
     "load_file",

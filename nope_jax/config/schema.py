@@ -156,54 +156,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig:
-    """How eval.py tune searches (defaults: Wang et al. 2024, arXiv 2404.12224, appendix)."""
-
-    documents: int = 16
-    """Training documents per length that a factor is judged by."""
-    steps: int = 200
-    """Updates of the learned factors (head, ssmax)."""
-    warmup_steps: int = 20
-    batch_size: int = 8
-    learning_rate: float = 0.1
-    start: Literal["uniform", "one"] = "uniform"
-    """Where learned factors begin: at the best uniform one, or at 1."""
-    focus: bool = True
-    """Whether every factor is kept at 1 or above (head)."""
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class PasskeyConfig:
-    """The grid of eval.py passkey (Wang et al. 2024, arXiv 2404.12224)."""
-
-    depths: int = 10
-    keys: int = 10
-    """Keys per depth and length."""
-    batch_size: int = 8
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class SimilarityConfig:
-    """What eval.py similarity reads."""
-
-    length: int | None = None
-    """Tokens per document. None: the training length, the shorter one of the two runs."""
-    documents: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-    """How eval.py probe reads positions out of hidden states."""
-
-    documents: int = 32
-    """Half of them train the probe, half test it."""
-    ridge: float = 1e-3
-    """Weight of the squared norm of the probe, relative to the variance of the hidden states."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """All there is to say of a run: what config.json holds."""
 

@@ -4,53 +4,43 @@ Shapes: T length (queries and keys), L layers, N heads of the one run, M heads o
 Layers and heads are counted from 0.
 """
 
-import csv
 import dataclasses
 import itertools
 import math
-import operator
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from nope_jax.checkpoint import load_model
-from nope_jax.cli import EvalArguments
 from nope_jax.data import load_corpus
 from nope_jax.encodings import unskew
-from nope_jax.evaluation.console import plural, print_table, progress_bar
-from nope_jax.evaluation.figures import COLOURS, INK, QUIET
-from nope_jax.evaluation.files import replace_file
-from nope_jax.evaluation.inside import Subject, find_subjects, walk
-from nope_jax.evaluation.protocol import choose_documents
-from nope_jax.evaluation.report import add_section, command_line, download, figure, paragraph, table_of
-from nope_jax.evaluation.uncertainty import Estimate, mean, number, plus_minus
+from nope_jax.evaluation.common import plots
+from nope_jax.evaluation.common.activations import walk
+from nope_jax.evaluation.common.console import Bar, plural
+from nope_jax.evaluation.common.documents import choose_documents
+from nope_jax.evaluation.common.evaluation import Evaluation
+from nope_jax.evaluation.common.files import Csv
+from nope_jax.evaluation.common.plots import COLOURS, INK, QUIET
+from nope_jax.evaluation.common.report import Section, Table
+from nope_jax.evaluation.common.runs import Run, find_runs, refuse_differing, refuse_length
+from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
+from nope_jax.evaluation.registry import Options
 from nope_jax.models import Decoder
 
-COLUMNS = (
-    "layer",
-    "distance",
-    "head_a",
-    "head_b",
-    "distance_stderr",
-    "mean_distance",
-    "mean_distance_stderr",
-    "documents",
-)
+COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_distance_stderr documents"
 """Of similarity.csv: one row per layer that both runs have; distances in nats, means over queries and documents.
 
 `distance` is that of the two heads that are closest, `mean_distance` that of all pairs of heads. A column `..._stderr`
-is the standard error of another over documents (`nope_jax.evaluation.uncertainty`), empty where there is one. The two
-heads are chosen by the same documents: their distance on others is somewhat larger."""
+is the standard error of another over documents (`nope_jax.evaluation.common.uncertainty`), empty where there is one.
+The two heads are chosen by the same documents: their distance on others is somewhat larger."""
 HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
 
 
@@ -111,12 +101,38 @@ def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... 
     return np.add.reduceat(share, distance_bands(length)[:-1], axis=-1)
 
 
+def plan(options: Options) -> "Similarity":
+    """Two runs compared layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
+
+    Raises:
+        ValueError: not two runs, runs that cannot be compared, or a length that documents or encodings do not have.
+    """
+    if len(options.workdirs) != 2:
+        raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
+    a, b = runs = find_runs(options, ("data.source", "eval.seed"))
+    why = ": only runs that read the same tokens can be compared"
+    refuse_differing(runs, ["data.tokenizer"], why, _content)
+    refuse_differing(runs, ["data.bos", "model.vocab_size"], why)
+    length = options.settings.length or min(a.train_length, b.train_length)
+    refuse_length(runs, length, "--similarity.length")
+    corpus = load_corpus(a.config.data, "validation")
+    count, seed = options.settings.documents, a.config.eval.seed
+    chosen = choose_documents(corpus.lengths, [length], count, seed, option="--similarity.length")
+    return Similarity(runs, length, [corpus[int(index)][:length] for index in chosen[length]])
+
+
+def _content(tokenizer: str) -> str | bytes:
+    """What tells a tokenizer from others: two may be copies of one file."""
+    return tokenizer if tokenizer == "bytes" else Path(tokenizer).expanduser().read_bytes()
+
+
 @dataclasses.dataclass
-class Comparison:
+class Similarity(Evaluation):
     """The attention of two runs on the documents read so far."""
 
-    runs: tuple[Subject, Subject]
+    runs: Sequence[Run[Any]]
     length: int
+    to_read: Sequence[Int[np.ndarray, "T"]] = ()
     of_documents: list[Float[np.ndarray, "L N M"]] = dataclasses.field(default_factory=list)
     """The distances on each document, of the layers that both have."""
     weight_sums: tuple[Float[np.ndarray, "L N T"] | float, ...] = (0.0, 0.0)
@@ -127,8 +143,8 @@ class Comparison:
         distances: list[np.ndarray] = []
         by_distance: tuple[list[np.ndarray], ...] = ([], [])
         walks = [walk(model, document[None], weights=True) for model in models]
-        for insides in itertools.zip_longest(*walks):
-            weights = [None if inside is None else inside.weights for inside in insides]
+        for layer in itertools.zip_longest(*walks):
+            weights = [None if one is None else one.weights for one in layer]
             for means, one in zip(by_distance, weights, strict=True):
                 if one is not None:
                     means.append(np.asarray(weight_by_distance(one[0]), np.float64))
@@ -199,109 +215,56 @@ class Comparison:
             for layer, (distance, error, a, b) in enumerate(self.closest())
         ]
 
+    def measure(self, out: Path, bar: Bar) -> Iterator[None]:
+        bar.total(len(self.to_read))
+        models = []
+        for run in self.runs:
+            bar.describe(f"{run.name}: loading")
+            models.append(run.load())
+        for i, document in enumerate(self.to_read):
+            bar.describe(f"document {i + 1} of {len(self.to_read)}")
+            self.add(models, document)
+            bar.advance()
+            yield
 
-def similarity(options: EvalArguments, *, command: str) -> None:
-    """Compares the attention of two runs layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
+    def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:
+        """similarity.csv, and similarity.npz: `distances` [L, N, M] of all pairs of heads, their `distances_stderr`,
+        and `<run>/weight_by_distance` [L, N, T]."""
+        distances, pairs = self.distances, self.mean_distances
+        rows = [
+            (layer, distance, a, b, error, float(pairs.value[layer]), float(pairs.stderr[layer]), self.documents)
+            for layer, (distance, error, a, b) in enumerate(self.closest())
+        ]
+        arrays = {"distances": distances.value, "distances_stderr": distances.stderr}
+        for run, weights in zip(self.runs, self.weights, strict=True):
+            arrays[f"{run.name}/weight_by_distance"] = weights
+        singles = {name: array.astype(np.float32) for name, array in arrays.items()}
+        return {"similarity.csv": Csv(COLUMNS, rows), "similarity.npz": singles}
 
-    Writes similarity.csv (per layer the distance of the two heads that are closest), similarity.npz (`distances`
-    [L, N, M] of all pairs of heads, their `distances_stderr`, and `<run>/weight_by_distance` [L, N, T]), similarity.png
-    and a section of the report, and prints a table. What has been read is written even if the rest fails or is
-    interrupted.
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        yield "similarity.png", draw(self)
 
-    Args:
-        options: the command line: two workdirs, where to write, and settings (`SimilarityConfig`).
-        command: what the user typed, for the report.
-
-    Raises:
-        ValueError: not two runs, runs that cannot be compared, or a length that documents or encodings do not have.
-        OSError: the results cannot be written.
-    """
-    runs, documents = _plan(options)
-    out, length = options.out, len(documents[0])
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-    comparison = Comparison(runs, length)
-    try:
-        with progress_bar() as progress:
-            bar = progress.add_task("", total=len(documents))
-            models = []
-            for run in runs:
-                progress.update(bar, description=f"{run.name}: loading")
-                models.append(load_model(run.workdir)[1])
-            for i, document in enumerate(documents):
-                progress.update(bar, description=f"document {i + 1} of {len(documents)}")
-                comparison.add(models, document)
-                _write_numbers(out, comparison)
-                progress.advance(bar)
-            progress.update(bar, description="compared")
-    finally:
-        if comparison.documents:
-            plot(out / "similarity.png", comparison)
-            add_section(out, "similarity", _section(out, comparison, command), options.workdirs)
-            title = f"Attention of {runs[0].name} and {runs[1].name}"
-            print_table(
-                title, HEADER, comparison.rows(), *comparison.notes(), f"Written to {out}: see report.html there."
-            )
-
-
-def _plan(options: EvalArguments) -> tuple[tuple[Subject, Subject], list[np.ndarray]]:
-    """Finds out all that can be wrong before anything large is loaded; returns the runs and what they read."""
-    if len(options.workdirs) != 2:
-        raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
-    a, b = find_subjects(options.workdirs, options.overrides)
-    for field in ("data.tokenizer", "data.bos", "model.vocab_size"):
-        ours, theirs = (operator.attrgetter(field)(run.config) for run in (a, b))
-        if ours != theirs and not (field == "data.tokenizer" and _same_file(ours, theirs)):
-            raise ValueError(
-                f"{field} differs between the runs ({a.name}: {ours}, {b.name}: {theirs}): "
-                "only runs that read the same tokens can be compared"
-            )
-    length = options.settings.length or min(a.train_length, b.train_length)
-    for run in (a, b):
-        if not run.takes(length):
-            raise ValueError(
-                f"--similarity.length must be at most {run.max_length}, all the positions that the {run.encoding} "
-                f"encoding of {run.name} has, not {length}"
-            )
-    corpus = load_corpus(a.config.data, "validation")
-    count, seed = options.settings.documents, a.config.eval.seed
-    chosen = choose_documents(corpus.lengths, [length], count, seed, option="--similarity.length")
-    return (a, b), [corpus[int(index)][:length] for index in chosen[length]]
+    def sections(self) -> list[Section]:
+        a, b = (run.name for run in self.runs)
+        section = Section(
+            "Attention of two runs",
+            f"How alike {a} and {b} attend, layer by layer (Kazemnejad et al. 2023, Figure 4), and how far heads look.",
+            Table(f"Attention of {a} and {b}", HEADER, self.rows()),
+            self.notes(),
+            figures={
+                "similarity.png": f"Distance of the attention of {a} and {b} by layer, and the reach of their heads"
+            },
+            files={
+                "similarity.csv": "per layer the two heads that are closest; distances in nats.",
+                "similarity.npz": "all pairs of heads, and the mean weight of every head by distance in tokens.",
+            },
+        )
+        return [section]
 
 
-def _same_file(first: str, second: str) -> bool:
-    """Whether two tokenizers are copies of one file."""
-    if "bytes" in (first, second):
-        return False
-    return Path(first).expanduser().read_bytes() == Path(second).expanduser().read_bytes()
-
-
-def _write_numbers(out: Path, comparison: Comparison) -> None:
-    with replace_file(out / "similarity.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for layer, (distance, error, a, b) in enumerate(comparison.closest()):
-            numbers = (
-                error,
-                float(comparison.mean_distances.value[layer]),
-                float(comparison.mean_distances.stderr[layer]),
-            )
-            writer.writerow((layer, number(distance), a, b, *map(number, numbers), comparison.documents))
-    distances = comparison.distances
-    arrays = {
-        "distances": distances.value.astype(np.float32),
-        "distances_stderr": distances.stderr.astype(np.float32),
-    }
-    for run, weights in zip(comparison.runs, comparison.weights, strict=True):
-        arrays[f"{run.name}/weight_by_distance"] = weights.astype(np.float32)
-    with replace_file(out / "similarity.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def plot(path: Path, comparison: Comparison) -> None:
+def draw(comparison: Similarity) -> Figure:
     """Draws the distance by layer under its ceiling, and for both runs where the weight of every head falls."""
-    drawing = Figure(figsize=(7.5, 8), dpi=160, layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = plots.new_figure(7.5, 8)
     grid = drawing.add_gridspec(2, 2, height_ratios=(2, 3))
     axes = drawing.add_subplot(grid[0, :])
     distances, errors, _, _ = np.transpose(comparison.closest())
@@ -309,20 +272,14 @@ def plot(path: Path, comparison: Comparison) -> None:
     means = comparison.mean_distances
     axes.axhline(math.log(2), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
     axes.text(layers[-1], math.log(2) - 0.01, "ceiling: ln 2", ha="right", va="top", color=QUIET, fontsize=9)
-    for values, error, marker, colour, name in (
-        (means.value, means.stderr, "s--", QUIET, "mean of all pairs"),
-        (distances, errors, "o-", COLOURS[0], "closest heads"),
-    ):
-        axes.errorbar(
-            layers, values, np.nan_to_num(error), fmt=marker, color=colour, markersize=5, capsize=3, label=name
-        )
+    pairs, closest = (means.value, means.stderr, "s--", QUIET), (distances, errors, "o-", COLOURS[0])
+    for name, (values, error, marker, colour) in {"mean of all pairs": pairs, "closest heads": closest}.items():
+        error = np.nan_to_num(error)
+        axes.errorbar(layers, values, error, fmt=marker, color=colour, markersize=5, capsize=3, label=name)
     axes.set_ylim(0, 1.05 * math.log(2))
-    axes.set_xlabel("Layer")
-    axes.set_ylabel("Distance of attention (nats)")
+    plots.finish(axes, "Layer", "Distance of attention (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"Attention of {comparison.runs[0].name} and {comparison.runs[1].name}", fontsize=11, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.legend(frameon=False, fontsize=9)
     maps = [drawing.add_subplot(grid[1, i]) for i in range(2)]
     brightest = max(share_by_band(weights).max() for weights in comparison.weights)
@@ -331,50 +288,26 @@ def plot(path: Path, comparison: Comparison) -> None:
         for axes, run, weights in zip(maps, comparison.runs, comparison.weights, strict=True)
     ]
     drawing.colorbar(images[0], ax=maps, label="Share of the head's weight", shrink=0.7)
-    drawing.supxlabel(
+    plots.note(
+        drawing,
         f"{plural(comparison.documents, 'validation document')}, {comparison.length:,} tokens each."
         + " Bars: one standard error over documents." * (comparison.documents > 1),
-        fontsize=8,
-        color=QUIET,
     )
-    with replace_file(path) as temporary:
-        drawing.savefig(temporary, format="png", facecolor="white")
+    return drawing
 
 
 def _draw_bands(axes: Axes, name: str, weights: Float[np.ndarray, "L N T"], brightest: float) -> AxesImage:
     """A map of heads (down, layer by layer) by bands of distance (across)."""
     layers, heads, length = weights.shape
     share = share_by_band(weights).reshape(layers * heads, -1)
-    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=brightest, interpolation="nearest")
+    image = plots.draw_map(axes, share, 0, brightest, name)
     bands = [(int(start), int(end) - 1) for start, end in itertools.pairwise(distance_bands(length))]
     names = [str(start) if start == end else f"{start}-{end}" for start, end in bands]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     shown = range(0, layers, -(-layers // 16))
-    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown], fontsize=8)
+    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown])
     for layer in range(1, layers):
         axes.axhline(heads * layer - 0.5, color="white", linewidth=1)
     axes.set_xlabel("Distance (tokens)")
     axes.set_ylabel("Layer, and the heads in it")
-    axes.set_title(name, fontsize=10, color=INK)
     return image
-
-
-def _section(out: Path, comparison: Comparison, command: str) -> str:
-    notes = "".join(paragraph(note, quiet=True) for note in comparison.notes())
-    a, b = (run.name for run in comparison.runs)
-    say = f"How alike {a} and {b} attend, layer by layer (Kazemnejad et al. 2023, Figure 4), and how far heads look."
-    picture = figure(
-        out / "similarity.png", f"Distance of the attention of {a} and {b} by layer, and the reach of their heads"
-    )
-    numbers = download(out / "similarity.csv", "per layer the two heads that are closest; distances in nats.")
-    numbers += download(
-        out / "similarity.npz", "all pairs of heads, and the mean weight of every head by distance in tokens."
-    )
-    return f"""<h2>Attention of two runs</h2>
-{paragraph(say)}
-{table_of(HEADER, comparison.rows())}
-{notes}
-{picture}
-{numbers}
-{command_line(command)}
-"""

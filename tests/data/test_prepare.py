@@ -28,7 +28,7 @@ from nope_jax.cli import parse_prepare
 from nope_jax.config import Config, DataConfig
 from nope_jax.data import corpora, load_corpus, load_tokenizer, prepare, train_batches
 from nope_jax.data.windows import Windows
-from nope_jax.evaluation import compare
+from tests.support.evaluation_cases import compare
 
 ROOT = Path(__file__).parents[2]
 BOOKS = {
@@ -180,7 +180,7 @@ def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_part
             checkpointer.save(0, {"params": nnx.state(Decoder(model, rngs=nnx.Rngs(0)))})
     found = {}
     for folder in (copy, config):  # the text that comes later is not passed over for what was measured without it
-        compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir}, command="")
+        compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir})
         with (tmp_path / "out" / "curves.csv").open() as file:
             found[folder.dir] = list(csv.DictReader(file))[-1]
         said = "Bits per byte are not known" in " ".join(capsys.readouterr().out.split())
@@ -191,7 +191,7 @@ def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_part
     prepare.prepare(dataclasses.replace(config, tokenizer="bytes"), workers=1)
     shutil.copytree(tokens(config), Path(copy.dir, "tokens"), dirs_exist_ok=True)
     with pytest.raises(ValueError, match="data.source tfds:books has no text in data.dir, only tokens, which the runs"):
-        compare([tmp_path / "run", tmp_path / "of_bytes"], [2], tmp_path / "b", {"data.dir": copy.dir}, command="")
+        compare([tmp_path / "run", tmp_path / "of_bytes"], [2], tmp_path / "b", {"data.dir": copy.dir})
 
 
 @pytest.mark.parametrize("stopped_in", ["a part", "the join", "the offsets"])

@@ -14,22 +14,26 @@ from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
 from nope_jax.cli import parse_eval
-from nope_jax.evaluation import figures, table
-from nope_jax.evaluation.curves import Curve, Sums, evaluation_step, measure, peak_memory, program_memory
-from nope_jax.evaluation.files import HEAD_COLUMNS, store, stored, write_curves, write_spreading
-from nope_jax.evaluation.protocol import plan_windows
-from nope_jax.evaluation.report import curves_section
-from nope_jax.evaluation.spreading import RISE, spreading
-from nope_jax.evaluation.view import View
+from nope_jax.evaluation.common.console import print_sections
+from nope_jax.evaluation.common.documents import plan_windows
+from nope_jax.evaluation.common.files import store, stored
+from nope_jax.evaluation.common.plots import save
+from nope_jax.evaluation.perplexity import figures, table
+from nope_jax.evaluation.perplexity.dispersion import COLUMNS, RISE, dispersion, draw, remark
+from nope_jax.evaluation.perplexity.measure import Curve, Sums, evaluation_step, measure, peak_memory, program_memory
+from nope_jax.evaluation.perplexity.units import Units
 from nope_jax.models import decoder
 from tests.support.evaluation_cases import (
     HEADS,
     LAYERS,
     Bigram,
     expected_nll,
+    page,
+    show,
     some_documents,
     synthetic_run,
     without_errors,
+    write,
 )
 
 # Bits per byte
@@ -62,33 +66,30 @@ def test_bits_per_byte_are_those_of_a_direct_computation(stride):
 
 def test_a_bucket_without_text_has_no_bits_per_byte(tmp_path):
     run = synthetic_run(lengths=(128,))
-    run.curves[128].text_bytes[:, 5] = 0
-    assert np.flatnonzero(np.isnan(run.curves[128].bits_per_byte.value)).tolist() == [5]
-    assert np.flatnonzero(np.isnan(run.curves[128].bits_per_byte.stderr)).tolist() == [5]
-    write_curves(tmp_path / "curves.csv", [run], None)
+    run.results[128].text_bytes[:, 5] = 0
+    assert np.flatnonzero(np.isnan(run.results[128].bits_per_byte.value)).tolist() == [5]
+    assert np.flatnonzero(np.isnan(run.results[128].bits_per_byte.stderr)).tolist() == [5]
+    write(tmp_path, [run])
     with (tmp_path / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = ("text_bytes", "bits_per_byte", "bits_per_byte_stderr")
     assert [rows[5][name] for name in columns] == ["", "", ""]
     assert [rows[6][name] for name in columns] == ["8", "1.4427", "0"]  # 2 nats per token of 2 bytes, 4 documents
-    figures.plot_curves(tmp_path / "curves.png", [run], View(bits_per_byte=True))  # warns of nothing
+    figures.draw([run], Units(bits_per_byte=True), figures.scores, figures.entropy)  # warns of nothing
 
 
-def test_table_and_figure_are_in_bits_per_byte_where_tokenizers_differ(tmp_path, monkeypatch, capsys):
+def test_table_and_figure_are_in_bits_per_byte_where_tokenizers_differ(capsys):
     run = synthetic_run("rope", lambda p: 2.0 + 8 * (p >= 512))
-    view = View(bits_per_byte=True)
-    row = dict(zip(table.header(view), without_errors(table.rows([run], view)[0]), strict=True))
+    units = Units(bits_per_byte=True)
+    row = dict(zip(table.header(units), without_errors(table.rows([run], units)[0]), strict=True))
     inside, past = 2 / 2 / math.log(2), 10 / 2 / math.log(2)
     assert (row["bits/byte in-window"], row["2x"], row["16x"]) == (f"{inside:.3f}", f"{inside:.3f}", f"{past:.3f}")
     assert row["within 10 % up to"] == "512"
-    table.print_table([run], view)
+    print_sections([table.section([run], units, corpus="")])
     printed = capsys.readouterr().out
     assert "Bits per byte by position, protocol: from start" in printed and "erplexity" not in printed
 
-    drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
-    figures.plot_perplexity(tmp_path / "perplexity.png", [run], view)
-    (axes,) = drawn[0].axes
+    (axes,) = figures.draw([run], units, figures.scores).axes
     assert axes.get_ylabel() == "Bits per byte" and axes.get_yscale() == "linear"
     assert axes.get_xlabel() == "Position in the document (tokens of each run's own tokenizer), log scale"
     np.testing.assert_allclose(np.unique(axes.lines[0].get_ydata().round(9)), [inside, past])
@@ -98,30 +99,23 @@ def test_table_and_figure_are_in_bits_per_byte_where_tokenizers_differ(tmp_path,
 
 
 @pytest.mark.parametrize(("stride", "protocol"), [(None, "from start"), (64, "stride 64")])
-def test_every_output_names_its_protocol(stride, protocol, tmp_path, monkeypatch, capsys):
-    drawn, run, view = [], synthetic_run(lengths=(128, 256)), View(stride)
-    with monkeypatch.context() as patch:
-        patch.setattr(figures.Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
-        for plot in (figures.plot_perplexity, figures.plot_entropy, figures.plot_curves):
-            plot(tmp_path / "curves.png", [run], view)
-    assert all(f"Protocol: {protocol}." in figure.get_supxlabel() for figure in drawn) and len(drawn) == 3
-    write_curves(tmp_path / "curves.csv", [run], stride)
-    write_spreading(tmp_path / "heads.csv", [run], stride)
+def test_every_output_names_its_protocol(stride, protocol, tmp_path, capsys):
+    run, units = synthetic_run(lengths=(128, 256)), Units(stride)
+    for panels in ([figures.scores], [figures.entropy], [figures.scores, figures.entropy]):
+        assert f"Protocol: {protocol}." in figures.draw([run], units, *panels).get_supxlabel()
+    write(tmp_path, [run], units)
     for name in ("curves.csv", "heads.csv"):
         with (tmp_path / name).open() as file:
             assert {row["protocol"] for row in csv.DictReader(file)} == {protocol}
-    assert f"Protocol: {protocol}." in curves_section(tmp_path, [run], view, command="", corpus="")
-    table.print_table([run], view)
+    assert f"Protocol: {protocol}." in page(tmp_path, [run], units)
+    show([run], units)
     assert f"protocol: {protocol}" in capsys.readouterr().out
 
 
-def test_entropy_in_bits_is_shown_and_not_written(tmp_path, monkeypatch):
+def test_entropy_in_bits_is_shown_and_not_written(tmp_path):
     run = synthetic_run()
-    drawn = []
-    with monkeypatch.context() as patch:
-        patch.setattr(figures.Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
-        for unit in ("nats", "bits"):
-            figures.plot_curves(tmp_path / "curves.png", [run], View(entropy_unit=unit))
+    panels = figures.scores, figures.entropy
+    drawn = [figures.draw([run], Units(entropy_unit=unit), *panels) for unit in ("nats", "bits")]
     in_nats, in_bits = (figure.axes[1] for figure in drawn)
     for of_nats, of_bits in zip(in_nats.lines[:2], in_bits.lines[:2], strict=True):  # the ceiling and the run
         np.testing.assert_allclose(of_bits.get_ydata(), of_nats.get_ydata() / math.log(2))
@@ -129,10 +123,8 @@ def test_entropy_in_bits_is_shown_and_not_written(tmp_path, monkeypatch):
     assert "log2(position + 1)" in in_bits.texts[0].get_text() and "ln(position" in in_nats.texts[0].get_text()
     assert [axes.get_xlim() for axes in drawn[0].axes] == [(in_nats.lines[1].get_xdata()[0], 2048)] * 2
 
-    write_curves(tmp_path / "curves.csv", [run], None)
-    write_spreading(tmp_path / "heads.csv", [run], None)
-    pages = {u: curves_section(tmp_path, [run], View(entropy_unit=u), command="", corpus="") for u in ("nats", "bits")}
-    entropy = {u: float(re.search(rf"layer 0, head 0: ([\d.]+) {u}", page)[1]) for u, page in pages.items()}
+    pages = {unit: page(tmp_path, [run], Units(entropy_unit=unit)) for unit in ("nats", "bits")}
+    entropy = {unit: float(re.search(rf"layer 0, head 0: ([\d.]+) {unit}", text)[1]) for unit, text in pages.items()}
     assert entropy["bits"] == pytest.approx(entropy["nats"] / math.log(2), abs=0.02)
     assert "bits at end" in pages["bits"] and "log2(position + 1)" in pages["bits"]
 
@@ -151,9 +143,9 @@ def hand_made_run(shares):
     """A run trained at 128 and read at 1,024: for each head its share of the ceiling at every position."""
     run = synthetic_run(lengths=(128, 1024))
     ceiling = np.log1p(np.arange(1024))
-    long = run.curves[1024]
+    long = run.results[1024]
     heads = np.stack([ceiling * share for share in shares]).reshape(1, len(shares), -1)
-    run.curves[1024] = Curve(long.edges, long.nll_sum, long.tokens, long.entropy_sum, heads, long.text_bytes)
+    run.results[1024] = Curve(long.edges, long.nll_sum, long.tokens, long.entropy_sum, heads, long.text_bytes)
     return run
 
 
@@ -170,7 +162,7 @@ def test_heads_are_ordered_by_where_they_spread_out(tmp_path, capsys):
         0.5 * (position < 64) + 0.3 + 0.08 * (position >= 200),  # 7: not asked before L/2; risen in half of 192 to 208
     ]
     run = hand_made_run(shares)
-    heads = spreading(run)
+    heads = dispersion(run)
     assert [(head.head, head.position) for head in heads[:4]] == [(2, 128), (7, 208), (4, 512), (1, 512)]
     assert {head.head for head in heads[4:]} == {0, 3, 5, 6} and {head.position for head in heads[4:]} == {None}
     by_head = {head.head: head for head in heads}
@@ -178,16 +170,30 @@ def test_heads_are_ordered_by_where_they_spread_out(tmp_path, capsys):
     assert by_head[2].entropy_in_window == pytest.approx(0.3 * np.log1p(np.arange(64, 128)).mean())
     assert by_head[1].entropy_at_end == pytest.approx(0.8 * np.log1p(np.arange(512, 1024)).mean())
 
-    write_spreading(tmp_path / "heads.csv", [run, synthetic_run("short", lengths=(128,))], None)
+    short = synthetic_run("short", lengths=(128,))
+    figure = draw([run, short])
+    (axes,) = [axes for axes in figure.axes if axes.images]  # nothing is to be drawn of the other run
+    assert axes.get_title() == "nope, trained at 128"
+    shown = axes.images[0].get_array().filled(np.nan)  # in doublings of the training length
+    np.testing.assert_allclose(shown, np.log2([[np.nan, 512, 128, np.nan, 512, np.nan, np.nan, 208]]) - 7)
+    assert {(text.get_text(), *text.get_position()) for text in axes.texts} == {
+        *(("512", 1, 0), ("128", 2, 0), ("512", 4, 0), ("208", 7, 0))
+    }
+    assert axes.patch.get_hatch() and "Hatched: spreads out at no position" in figure.get_supxlabel()
+    scale = next(axes for axes in figure.axes if not axes.images)
+    assert [label.get_text() for label in scale.get_yticklabels()] == ["L", "2 L", "4 L", "8 L"]
+    save(tmp_path / "dispersion.png", draw([synthetic_run(lengths=(256,))]))  # no head spreads out: warns of nothing
+
+    write(tmp_path, [run, short])
     with (tmp_path / "heads.csv").open() as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    assert reader.fieldnames == list(HEAD_COLUMNS) and len(rows) == 8
+    assert reader.fieldnames == COLUMNS.split() and len(rows) == 8
     names = ("run", "train_length", "length", "rank", "layer", "head", "spreads_from", "share_in_window")
     assert [rows[0][name] for name in names] == ["nope", "128", "1024", "1", "0", "2", "128", "0.3"]
     assert [row["spreads_from"] for row in rows] == ["128", "208", "512", "512", *[""] * 4]
 
-    table.print_table([run], View())
+    show([run])
     printed = " ".join(capsys.readouterr().out.split())
     assert "nope: 4 of its 8 heads spread out, first layer 0 head 2 from 128 (30% of the ceiling in the" in printed
     assert "more than 0.05 above the highest share of any bucket in L/2 to L" in printed
@@ -195,10 +201,10 @@ def test_heads_are_ordered_by_where_they_spread_out(tmp_path, capsys):
 
 
 def test_no_head_spreads_out_where_nothing_longer_was_read(capsys):
-    assert spreading(synthetic_run(lengths=(64, 128))) == []
-    table.print_table([synthetic_run(lengths=(128,))], View())
+    assert dispersion(synthetic_run(lengths=(64, 128))) == []
+    show([synthetic_run(lengths=(128,))], Units())
     assert "spread" not in capsys.readouterr().out
-    assert table.spreading_remark(synthetic_run()) == "nope: none of its 6 heads spreads out."
+    assert remark(synthetic_run()) == "nope: none of its 6 heads spreads out."
 
 
 # Memory
@@ -230,12 +236,12 @@ def test_memory_is_stated_for_each_length(tmp_path, capsys):
     before = peak_memory()
     short, long = (measure(Bigram(), some_documents(5000), length, batch_size=1) for length in (500, 4000))
     run = synthetic_run("table", lengths=(128, 256), max_length=128)
-    run.curves[256] = short
+    run.results[256] = short
     assert short.step_bytes > 500 * LAYERS * HEADS * 4 and 4 * short.step_bytes < long.step_bytes
     assert 10e6 < before <= short.peak_bytes <= long.peak_bytes < 1e12
     (row,) = table.memory_rows([run])
     assert row[-1] == f"{short.step_bytes / 1e6:,.1f} / {short.peak_bytes / 1e6:,.0f}"
-    table.print_table([run], View())
+    show([run])
     printed = " ".join(capsys.readouterr().out.split())
     assert row[-1] in printed and "the most that this process had taken when the length was done" in printed
 

@@ -23,29 +23,24 @@ from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, EvalConfig
 from nope_jax.data import load_corpus, load_tokenizer
 from nope_jax.encodings import NoPE, RoPE, UniformScale, Windowed, YaRNScaling
-from nope_jax.evaluation import compare, figures, table
-from nope_jax.evaluation.curves import Curve, bucket_edges, measure
-from nope_jax.evaluation.files import (
-    COLUMNS,
-    replace_file,
-    store,
-    write_curves,
-    write_differences,
-    write_heads,
-    write_spreading,
-)
-from nope_jax.evaluation.protocol import Window, choose_documents, plan_windows
-from nope_jax.evaluation.report import add_section, curves_section
-from nope_jax.evaluation.run import encoding_name, run_names
-from nope_jax.evaluation.view import View
+from nope_jax.evaluation.common.documents import Window, choose_documents, plan_windows
+from nope_jax.evaluation.common.files import replace_file, store
+from nope_jax.evaluation.common.plots import save
+from nope_jax.evaluation.common.runs import encoding_name, run_names
+from nope_jax.evaluation.perplexity import figures, table
+from nope_jax.evaluation.perplexity.measure import Curve, bucket_edges, measure
+from nope_jax.evaluation.perplexity.units import Units
 from tests.support.evaluation_cases import (
     HEADS,
     LAYERS,
     Bigram,
+    compare,
     expected_nll,
+    page,
     some_documents,
     synthetic_run,
     without_errors,
+    write,
 )
 
 
@@ -183,8 +178,8 @@ def test_encoding_names():
 
 
 def cells(run, stride=None):
-    view = View(stride)
-    return dict(zip(table.header(view), without_errors(table.rows([run], view)[0]), strict=True))
+    units = Units(stride)
+    return dict(zip(table.header(units), without_errors(table.rows([run], units)[0]), strict=True))
 
 
 def test_table_of_a_flat_run_holds_to_the_end():
@@ -211,9 +206,9 @@ def test_table_reads_the_last_half_of_each_length():
 def test_a_run_holds_up_to_the_octave_that_leaves_ten_percent():
     # Over [p/2, p) the mean excess is 1 - 512/p past 512: above ln 1.1 from p = 576 on, the next bucket edge.
     step = synthetic_run("rope", lambda p: 2.0 + (p >= 512))
-    assert table.extent(step, View()) == table.Extent(512, 128, 2048)
+    assert table.effective_length(step, Units()) == table.EffectiveLength(512, 128, 2048)
     gentle = synthetic_run("t5", lambda p: 2.0 + 0.1 * (p >= 512))
-    assert table.extent(gentle, View()) == table.Extent(
+    assert table.effective_length(gentle, Units()) == table.EffectiveLength(
         960, 128, 2048
     )  # 0.1 (1 - 512/p) passes ln 1.1 between 960, 1024
     assert cells(gentle)["within 10 % up to"] == "960"
@@ -221,25 +216,25 @@ def test_a_run_holds_up_to_the_octave_that_leaves_ten_percent():
 
 def test_a_run_that_returns_does_not_hold():
     bump = synthetic_run("rope", lambda p: 2.0 + (256 <= p < 512))
-    assert table.extent(bump, View()) == table.Extent(256, 128, 2048)
+    assert table.effective_length(bump, Units()) == table.EffectiveLength(256, 128, 2048)
 
 
 def test_a_run_that_never_holds_says_so():
     at_length = synthetic_run()
-    at_length.curves[2048] = synthetic_run(nll=lambda p: 9.0).curves[2048]
+    at_length.results[2048] = synthetic_run(nll=lambda p: 9.0).results[2048]
     assert cells(at_length)["within 10 % up to"] == "< 128"
 
 
 def test_the_extent_compares_the_same_documents():
     run = synthetic_run()
-    long, short = run.curves[2048], run.curves[128]
+    long, short = run.results[2048], run.results[128]
     # One hard document is all that reaches 2,048; at 128, easy ones follow it.
-    run.curves[2048] = Curve(
+    run.results[2048] = Curve(
         long.edges, long.nll_sum[:1] * 2, long.tokens[:1], long.entropy_sum[:1], long.heads, long.text_bytes[:1]
     )
     hard_first = short.nll_sum * np.array([[2.0], [1], [1], [1]])
-    run.curves[128] = Curve(short.edges, hard_first, short.tokens, short.entropy_sum, short.heads, short.text_bytes)
-    assert table.extent(run, View()) == table.Extent(2048, 128, 2048)
+    run.results[128] = Curve(short.edges, hard_first, short.tokens, short.entropy_sum, short.heads, short.text_bytes)
+    assert table.effective_length(run, Units()) == table.EffectiveLength(2048, 128, 2048)
 
 
 def test_table_of_lengths_not_asked_for():
@@ -259,27 +254,27 @@ def test_table_of_sliding_windows_takes_all_tokens():
     run = synthetic_run(nll=lambda p: 2.0 + 0.5 * (p >= 512), lengths=(128, 256, 512, 1024))
     row = cells(run, stride=64)
     assert (row["4x"], row["8x"]) == ("7.39", f"{math.exp(2.25):.2f}")
-    assert table.extent(run, View(64)) == table.Extent(512, 128, 1024)
+    assert table.effective_length(run, Units(64)) == table.EffectiveLength(512, 128, 1024)
 
 
 def test_refused_lengths_are_said_and_not_measured():
     run = synthetic_run("table", max_length=128)
-    assert run.refused == (256, 512, 1024, 2048) and list(run.curves) == [128]
+    assert run.refused == (256, 512, 1024, 2048) and list(run.results) == [128]
     row = cells(run)
     assert (row["in-window"], row["2x"], row["16x"]) == ("7.39", "cannot", "cannot")
     assert row["within 10 % up to"] == "128 (all it has)"
-    assert table.notes([run], View())[0].startswith("table cannot read 256, 512, 1,024, 2,048 tokens")
+    assert table.notes([run], Units())[0].startswith("table cannot read 256, 512, 1,024, 2,048 tokens")
 
 
 def test_csv_has_the_promised_columns_and_one_row_per_bucket(tmp_path):
     runs = [synthetic_run(), synthetic_run("table", max_length=128), synthetic_run("one", lengths=(128,), documents=1)]
-    write_curves(tmp_path / "curves.csv", runs, None)
+    write(tmp_path, runs, only="curves.csv")
     with (tmp_path / "curves.csv").open() as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     promised = "run encoding train_length length position_start position_end tokens nll nll_stderr perplexity entropy"
-    assert reader.fieldnames == list(COLUMNS) and list(COLUMNS[:11]) == promised.split()
-    assert len(rows) == sum(len(curve.edges) - 1 for run in runs for curve in run.curves.values())
+    assert reader.fieldnames == table.COLUMNS.split() and reader.fieldnames[:11] == promised.split()
+    assert len(rows) == sum(len(curve.edges) - 1 for run in runs for curve in run.results.values())
     assert {row["length"] for row in rows if row["run"] == "table"} == {"128"}
     assert {row["nll_stderr"] for row in rows if row["run"] == "one"} == {""}
     assert {row["nll_stderr"] for row in rows if row["run"] == "nope"} == {"0"}
@@ -289,7 +284,7 @@ def test_csv_has_the_promised_columns_and_one_row_per_bucket(tmp_path):
 
 
 def test_heads_of_the_longest_length(tmp_path):
-    write_heads(tmp_path / "heads.npz", [synthetic_run(), synthetic_run("table", max_length=128)])
+    write(tmp_path, [synthetic_run(), synthetic_run("table", max_length=128)])
     with np.load(tmp_path / "heads.npz") as heads:
         assert {name: heads[name].shape for name in heads} == {
             "nope/entropy": (LAYERS, HEADS, 2048),
@@ -315,32 +310,24 @@ def test_report_is_one_self_contained_page(tmp_path):
         synthetic_run("rope", lambda p: 2.0 + 1e4 * (p >= 128)),
         synthetic_run("table", max_length=128),
     ]
-    figures.plot_curves(tmp_path / "curves.png", runs, View())
-    write_curves(tmp_path / "curves.csv", runs, None)
-    write_differences(tmp_path / "differences.csv", runs, View())
-    write_spreading(tmp_path / "heads.csv", runs, None)
-    command = "python eval.py --out 'a <b'"
-    add_section(tmp_path, "curves", curves_section(tmp_path, runs, View(), command=command, corpus="words"))
-    page = (tmp_path / "report.html").read_text()
+    save(tmp_path / "curves.png", figures.draw(runs, Units(), figures.scores, figures.entropy))
+    text = page(tmp_path, runs, command="python eval.py --out 'a <b'")
 
-    loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", page)
-    assert len(loads) == 4 and all(load.startswith("data:") for load in loads)
-    assert "<script" not in page and "//" not in re.sub(r"data:[^\"]*", "", page)
-    names = ("curves.png", "differences.csv", "curves.csv", "heads.csv")
+    loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", text)
+    assert len(loads) == 5 and all(load.startswith("data:") for load in loads)
+    assert "<script" not in text and "//" not in re.sub(r"data:[^\"]*", "", text)
+    names = ("curves.png", "curves.csv", "differences.csv", "dispersion.png", "heads.csv")
     embedded = [base64.b64decode(load.partition("base64,")[2]) for load in loads]
     assert embedded == [(tmp_path / name).read_bytes() for name in names]
     assert all(image.startswith(b"\x89PNG") for image in embedded[:1])
-    assert "&lt;b&gt;nope" in page and "<b>" not in page and "a &lt;b" in page
-    assert "prefers-color-scheme: dark" in page and "read from its start" in page
-    assert page.count("<rect") == 3 * LAYERS * HEADS
+    assert "&lt;b&gt;nope" in text and "<b>" not in text and "a &lt;b" in text
+    assert "prefers-color-scheme: dark" in text and "read from its start" in text
+    assert text.count("<rect") == 3 * LAYERS * HEADS
 
 
-def test_figures_name_what_leaves_their_axis(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
+def test_figures_name_what_leaves_their_axis():
     runs = [synthetic_run(), synthetic_run("rope", lambda p: 2.0 + 8 * (p >= 128)), synthetic_run("t", max_length=128)]
-    figures.plot_perplexity(tmp_path / "perplexity.png", runs, View())
-    axes = drawn[0].axes[0]
+    (axes,) = figures.draw(runs, Units(), figures.scores).axes
     texts = {text.get_text() for text in axes.texts}
     assert texts == {"nope", "rope ↑ 22,026", "t ends: 128 positions", "trained at 128"}
     assert axes.get_ylim()[1] < 300 and axes.get_xlim()[1] == 2048
@@ -370,8 +357,9 @@ def workdirs(tmp_path_factory):
 @pytest.mark.parametrize("overrides", [{}, pytest.param({"data.bos": True}, marks=pytest.mark.slow)])
 def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys, overrides):
     folders = [workdirs / "alibi", workdirs / "learned"]
-    compare(folders, (16, 8, 8), tmp_path / "a" / "b", overrides, command="python eval.py")
-    files = "curves.csv differences.csv heads.csv heads.npz curves.png perplexity.png entropy.png report.html"
+    compare(folders, (16, 8, 8), tmp_path / "a" / "b", overrides)
+    files = "curves.csv differences.csv heads.csv heads.npz"
+    files += " curves.png dispersion.png perplexity.png entropy.png report.html"
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {*files.split(), "sections", "measured"}
     with (tmp_path / "a" / "b" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -404,9 +392,9 @@ def test_compare_keeps_what_was_measured_before_it_stopped(workdirs, tmp_path, m
             raise stop
         return load_model(workdir, mesh)
 
-    monkeypatch.setattr("nope_jax.evaluation.comparison.load_model", load)
+    monkeypatch.setattr("nope_jax.evaluation.common.runs.load_model", load)
     with pytest.raises(stop):
-        compare([workdirs / "alibi", workdirs / "learned"], (8,), tmp_path / "out", {}, command="")
+        compare([workdirs / "alibi", workdirs / "learned"], (8,), tmp_path / "out", {})
     assert "alibi,alibi,8,8," in (tmp_path / "out" / "curves.csv").read_text()
     assert (tmp_path / "out" / "report.html").exists()
 
@@ -449,13 +437,13 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(workdirs, t
     shutil.copy(workdirs / "alibi" / "config.json", tmp_path / "empty")
     folders = [workdirs / run if (workdirs / run).exists() else tmp_path / run for run in runs]
     with pytest.raises(ValueError, match=message) as error:
-        compare(folders, lengths, tmp_path / "out", overrides, command="")
+        compare(folders, lengths, tmp_path / "out", overrides)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_what_has_been_measured_is_not_measured_again(workdirs, tmp_path, monkeypatch):
     folders = [workdirs / "alibi", workdirs / "learned"]
-    compare(folders, (8,), tmp_path, {}, command="")
+    compare(folders, (8,), tmp_path, {})
     first = (tmp_path / "curves.csv").read_text()
     measured = []
 
@@ -463,13 +451,13 @@ def test_what_has_been_measured_is_not_measured_again(workdirs, tmp_path, monkey
         measured.append(length)
         return measure(model, documents, length, **settings)
 
-    monkeypatch.setattr("nope_jax.evaluation.comparison.measure", spy)
-    compare(folders, (8,), tmp_path, {}, command="")
+    monkeypatch.setattr("nope_jax.evaluation.perplexity.measure", spy)
+    compare(folders, (8,), tmp_path, {})
     assert measured == [] and (tmp_path / "curves.csv").read_text() == first
     (tmp_path / "measured" / "alibi-8.npz").write_bytes(b"half of a file")
-    compare(folders, (8,), tmp_path, {}, command="")
+    compare(folders, (8,), tmp_path, {})
     assert measured == [8]
-    compare(folders, (8,), tmp_path, {"eval.documents": 3}, command="")  # other documents: nothing fits any more
+    compare(folders, (8,), tmp_path, {"eval.documents": 3})  # other documents: nothing fits any more
     assert measured == [8, 8, 8]
     assert (tmp_path / "curves.csv").read_text() != first
 
@@ -515,10 +503,10 @@ def test_curves_follow_from_the_code_of_the_encoding_and_from_ours(workdirs, tmp
         return measure(*arguments, **settings)
 
     def evaluate(out="out"):
-        compare([run], (8,), tmp_path / out, {}, command="")
+        compare([run], (8,), tmp_path / out, {})
         return (tmp_path / out / "curves.csv").read_text()
 
-    monkeypatch.setattr("nope_jax.evaluation.comparison.measure", spy)
+    monkeypatch.setattr("nope_jax.evaluation.perplexity.measure", spy)
     run = own_run(tmp_path, workdirs / "text")
     first = evaluate()
     (tmp_path / "own.py").write_text(OWN.replace("-1.0", "-0.1"))
@@ -537,11 +525,11 @@ def test_a_mistake_in_an_own_encoding_is_no_bad_input(workdirs, tmp_path, monkey
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
     run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance.reshape(3, 5)"))
     with pytest.raises(TypeError, match="reshape") as error:
-        cli.run(lambda: compare([run], (8,), tmp_path / "out", {}, command=""))
+        cli.run(lambda: compare([run], (8,), tmp_path / "out", {}))
     assert any(entry.name == "fade" for entry in error.traceback)
     run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance[None] + int('x')"))
     with pytest.raises(ValueError, match="invalid literal"):
-        cli.run(lambda: compare([run], (8,), tmp_path / "out", {}, command=""))
+        cli.run(lambda: compare([run], (8,), tmp_path / "out", {}))
 
 
 def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypatch, capsys):
@@ -554,23 +542,23 @@ def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypa
             training.save(5, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(5)))})
         return load_model(workdir, mesh)
 
-    compare([run], (8,), tmp_path / "out", {}, command="")
+    compare([run], (8,), tmp_path / "out", {})
     before = (tmp_path / "out" / "curves.csv").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("nope_jax.evaluation.comparison.load_model", load_late)
-        compare([run], (8, 16), tmp_path / "out", {}, command="")
+        patch.setattr("nope_jax.evaluation.common.runs.load_model", load_late)
+        compare([run], (8, 16), tmp_path / "out", {})
     assert "Checkpoints, by step: alibi at 5." in " ".join(capsys.readouterr().out.split())
     after = (tmp_path / "out" / "curves.csv").read_text()
     assert before.splitlines()[1] not in after  # all lengths are of one step
-    monkeypatch.setattr("nope_jax.evaluation.comparison.load_model", None)  # all of step 5 is kept
-    compare([run], (8, 16), tmp_path / "out", {}, command="")
+    monkeypatch.setattr("nope_jax.evaluation.common.runs.load_model", None)  # all of step 5 is kept
+    compare([run], (8, 16), tmp_path / "out", {})
     assert (tmp_path / "out" / "curves.csv").read_text() == after
 
 
 @pytest.mark.slow
 def test_a_length_that_was_not_finished_goes_on(workdirs, tmp_path, monkeypatch):
     overrides = {"eval.batch_size": 1}
-    compare([workdirs / "alibi"], (8,), tmp_path / "whole", overrides, command="")
+    compare([workdirs / "alibi"], (8,), tmp_path / "whole", overrides)
     monkeypatch.setattr(sys.modules[measure.__module__], "KEEP_EVERY", 0.0)
     seen = []
 
@@ -582,12 +570,12 @@ def test_a_length_that_was_not_finished_goes_on(workdirs, tmp_path, monkeypatch)
         seen.append(done and done.windows)
         return measure(*arguments, done=done, **settings)
 
-    monkeypatch.setattr("nope_jax.evaluation.comparison.measure", spy)
+    monkeypatch.setattr("nope_jax.evaluation.perplexity.measure", spy)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nope_jax.evaluation.comparison.store", stop)
-        compare([workdirs / "alibi"], (8,), tmp_path / "out", overrides, command="")
+        patch.setattr("nope_jax.evaluation.perplexity.store", stop)
+        compare([workdirs / "alibi"], (8,), tmp_path / "out", overrides)
     assert [path.name for path in (tmp_path / "out" / "measured").iterdir()] == ["unfinished-alibi-8.npz"]
-    compare([workdirs / "alibi"], (8,), tmp_path / "out", overrides, command="")
+    compare([workdirs / "alibi"], (8,), tmp_path / "out", overrides)
     assert seen == [None, 1]
     assert [path.name for path in (tmp_path / "out" / "measured").iterdir()] == ["alibi-8.npz"]
     assert (tmp_path / "out" / "curves.csv").read_text() == (tmp_path / "whole" / "curves.csv").read_text()
@@ -608,7 +596,7 @@ def pairs(workdirs, tmp_path):
 
 
 def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(workdirs, pairs, tmp_path, capsys):
-    compare([workdirs / "alibi", pairs], (8,), tmp_path / "out", {"eval.stride": 8}, command="")
+    compare([workdirs / "alibi", pairs], (8,), tmp_path / "out", {"eval.stride": 8})
     printed = " ".join(capsys.readouterr().out.split())
     assert "Bits per byte by position, protocol: stride 8" in printed and "bits/byte in-window" in printed
     with (tmp_path / "out" / "curves.csv").open() as file:
@@ -639,7 +627,7 @@ def test_a_document_must_be_long_enough_in_every_tokenizer(workdirs, pairs, tmp_
     )
     length = int(np.sort(tokens)[len(tokens) // 2])
     assert (tokens > length).sum() < (sizes > length).sum()
-    compare([pairs, workdirs / "alibi"], (length,), tmp_path / "out", {}, command="")
+    compare([pairs, workdirs / "alibi"], (length,), tmp_path / "out", {})
     assert f"Read: {(tokens > length).sum()} document" in capsys.readouterr().out
     with (tmp_path / "out" / "curves.csv").open() as file:
         assert {row["documents"] for row in csv.DictReader(file)} == {str((tokens > length).sum())}

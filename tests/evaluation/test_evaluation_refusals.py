@@ -143,7 +143,7 @@ WORDS = {
     ),
     "similarity past all positions": (
         "similarity --workdirs {0}/nope {0}/learned --similarity.length 17",
-        "--similarity.length must be at most 16, all the positions that the learned encoding of learned has, not 17",
+        "--similarity.length: learned cannot read 17 tokens, its learned encoding has 16 positions",
     ),
     "similarity of two vocabularies": (
         "similarity --workdirs {0}/nope {0}/larger",

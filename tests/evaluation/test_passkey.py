@@ -1,10 +1,9 @@
 """Passkeys: the prompt, the corpus made of them, and how many of them a model finds."""
 
 import csv
-import importlib.util
 import itertools
+import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -13,22 +12,23 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
-from matplotlib.figure import Figure
 
-from nope_jax import Decoder, ModelConfig, cli
+from nope_jax import Decoder, ModelConfig
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
-from nope_jax.config import Config, DataConfig, PasskeyConfig
+from nope_jax.config import Config, DataConfig
 from nope_jax.data import load_corpus, load_tokenizer, train_batches
 from nope_jax.data.tasks import DOCUMENTS, FILLER, KEYS, NEEDLE, QUESTION, TASK, Passkey
 from nope_jax.data.tokenizers import ByteTokenizer
-from nope_jax.evaluation import passkey
-from nope_jax.evaluation.passkey import COLUMNS, Grid, draw_keys, measure, notes, plot, rows
-from nope_jax.evaluation.run import Run
-from nope_jax.evaluation.uncertainty import wilson_interval
+from nope_jax.evaluation.common import evaluation, runs
+from nope_jax.evaluation.common.plots import save
+from nope_jax.evaluation.common.runs import Run
+from nope_jax.evaluation.common.uncertainty import wilson_interval
+from nope_jax.evaluation.passkey import COLUMNS, draw, draw_keys, measure, notes, rows
+from nope_jax.evaluation.registry import Options, PasskeyConfig
+from tests.support.tiny_runs import call_eval
 
 ROOT = Path(__file__).parents[2]
-MODULE = sys.modules["nope_jax.evaluation.passkey"]  # the package has the function by that name
 BYTES = Passkey(ByteTokenizer())
 SHORTEST = len(TASK) + len(NEEDLE.format(key=12345)) + len(QUESTION) + len(" 12345")
 
@@ -320,40 +320,41 @@ def test_progress_counts_every_token():
 # What is written
 
 
-def some_grids():
-    settings = PasskeyConfig(depths=3, keys=4)
-    nope = Grid(Path("nope"), Run("nope", "nope", 300, None, (300, 600)), BYTES, settings)
-    table = Grid(Path("table"), Run("table", "learned", 300, 300, (300, 600)), BYTES, settings)
-    nope.correct.update({300: np.array([4, 4, 2]), 600: np.array([0, 1, 2])})
-    table.correct[300] = np.array([4, 4, 4])
+SETTINGS = PasskeyConfig(depths=3, keys=4)
+
+
+def some_runs():
+    of = {encoding: Config(ModelConfig(encoding=encoding, train_length=300)) for encoding in ("nope", "learned")}
+    nope = Run(Path("nope"), "nope", of["nope"], None, (300, 600))
+    table = Run(Path("table"), "table", of["learned"], 300, (300, 600))
+    nope.results.update({300: np.array([4, 4, 2]), 600: np.array([0, 1, 2])})
+    table.results[300] = np.array([4, 4, 4])
     return [nope, table]
 
 
 def test_table_gives_mean_and_worst_depth():
-    assert rows(some_grids()) == [
+    assert rows(some_runs(), SETTINGS) == [
         ("nope", "nope", "300", "83 [55, 95] (50)", "25 [9, 53] (0)"),
         ("table", "learned", "300", "100 [76, 100] (100)", "cannot"),
     ]
-    assert notes(some_grids())[0] == "table cannot read 600 tokens: its learned encoding has 300 positions."
-    unfinished = some_grids()
-    del unfinished[0].correct[600]
-    assert rows(unfinished)[0][-1] == "-"
+    assert notes(some_runs(), SETTINGS)[0] == "table cannot read 600 tokens: its learned encoding has 300 positions."
+    unfinished = some_runs()
+    del unfinished[0].results[600]
+    assert rows(unfinished, SETTINGS)[0][-1] == "-"
 
 
-def test_picture_shows_depth_down_length_across_and_the_training_length(tmp_path, monkeypatch):
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    plot(tmp_path / "passkey.png", some_grids())
+def test_picture_shows_depth_down_length_across_and_the_training_length(tmp_path):
+    figure = draw(some_runs(), SETTINGS)
+    save(tmp_path / "passkey.png", figure)
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    nope, table = drawn[0].axes[:2]
+    nope, table = figure.axes[:2]
     np.testing.assert_allclose(nope.images[0].get_array(), np.array([[4, 0], [4, 1], [2, 2]]) / 4)
     assert [tick.get_text() for tick in nope.get_yticklabels()] == ["0%", "50%", "100%"]
     assert [tick.get_text() for tick in nope.get_xticklabels()] == ["300", "600"]
     assert nope.lines[0].get_xdata() == [0.5, 0.5]
     assert "cannot" in {text.get_text() for text in table.texts}
     assert np.ma.getmaskarray(table.images[0].get_array())[:, 1].all()
-    shares = drawn[0].axes[-1]
+    shares = figure.axes[-1]
     (line, _, (bars,)), (_, _, (one_bar,)) = shares.containers
     np.testing.assert_allclose(line.get_ydata(), [10 / 12, 3 / 12])
     intervals = [segment[:, 1] for segment in bars.get_segments()]
@@ -383,15 +384,7 @@ def workdirs(tmp_path_factory):
 @pytest.fixture
 def evaluate(monkeypatch):
     """Runs eval.py with some words; returns its exit status."""
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-        return cli.run(script.main)
-
-    return run
+    return lambda *words: call_eval(monkeypatch, shlex.join(map(str, words)))
 
 
 SMALL = ("--passkey.depths", 2, "--passkey.keys", 3, "--passkey.batch_size", 4)
@@ -404,7 +397,7 @@ def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evalua
     assert {path.name for path in out.iterdir()} == {"passkey.csv", "passkey.png", "report.html", "sections"}
     with (out / "passkey.csv").open() as file:
         table = list(csv.reader(file))
-    assert tuple(table[0]) == COLUMNS
+    assert table[0] == COLUMNS.split()
     measured = [("alibi", "260"), ("alibi", "300"), ("learned", "260")]
     assert [tuple(np.array(row)[[0, 3, 4]]) for row in table[1:]] == [
         (*run, depth) for run, depth in itertools.product(measured, "01")
@@ -418,8 +411,9 @@ def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evalua
     assert "Passkeys found" in page and "eval.py passkey --workdirs" in page and 'download="passkey.csv"' in page
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_a_model_that_knows_is_found_to_know(workdirs, tmp_path, evaluate, monkeypatch):
-    monkeypatch.setattr(MODULE, "load_model", lambda workdir, mesh: (None, Oracle(), 0))
+    monkeypatch.setattr(runs, "load_model", lambda workdir, mesh: (None, Oracle(), 0))
     words = ("--workdirs", workdirs / "alibi", "--lengths", 260, "--out", tmp_path, *SMALL)
     assert evaluate("passkey", *words) == 0
     lines = (tmp_path / "passkey.csv").read_text().splitlines()[1:]
@@ -433,12 +427,10 @@ def test_what_was_measured_before_it_stopped_is_kept(workdirs, tmp_path, monkeyp
             raise stop
         return load_model(workdir, mesh)
 
-    monkeypatch.setattr(MODULE, "load_model", load)
-    options = cli.EvalArguments(
-        (workdirs / "alibi", workdirs / "learned"), (260,), tmp_path / "out", {}, PasskeyConfig(2, 2)
-    )
+    monkeypatch.setattr(runs, "load_model", load)
+    folders = workdirs / "alibi", workdirs / "learned"
     with pytest.raises(stop):
-        passkey(options, command="")
+        evaluation.evaluate("passkey", Options(folders, (260,), tmp_path / "out", {}, PasskeyConfig(2, 2)))
     assert "alibi,alibi,260,260,0,0,2,0" in (tmp_path / "out" / "passkey.csv").read_text()
     assert "alibi" in (tmp_path / "out" / "report.html").read_text()
 
@@ -463,12 +455,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(workdirs, tmp_path, evaluate, capsys, message):
-    runs, lengths, more = REFUSED[message]
+    names, lengths, more = REFUSED[message]
     shutil.copytree(workdirs / "alibi", tmp_path / "small")
     configs.save(configs.override(configs.load(tmp_path / "small"), {"model.vocab_size": 99}), tmp_path / "small")
     (tmp_path / "empty").mkdir()
     shutil.copy(workdirs / "alibi" / "config.json", tmp_path / "empty")
-    folders = [workdirs / run if (workdirs / run).exists() else tmp_path / run for run in runs]
+    folders = [workdirs / run if (workdirs / run).exists() else tmp_path / run for run in names]
     words = ("--workdirs", *folders, "--lengths", *lengths, "--out", tmp_path / "out", *more)
     assert evaluate("passkey", *words) == 2
     error = capsys.readouterr().err

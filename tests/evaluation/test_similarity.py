@@ -1,11 +1,10 @@
-"""The inside of a decoder, layer by layer, and the comparison of two runs' attention."""
+"""The activations of a decoder, layer by layer, and the comparison of two runs' attention."""
 
 import csv
 import dataclasses
 import itertools
 import math
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,12 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.checkpoint import load_model
 from nope_jax.data import load_corpus
 from nope_jax.encodings import DistanceLogit, Encoding
-from nope_jax.evaluation import inside
-from nope_jax.evaluation.inside import Inside, walk
+from nope_jax.evaluation import similarity
+from nope_jax.evaluation.common import activations
+from nope_jax.evaluation.common.activations import Activations, walk
 from nope_jax.evaluation.similarity import (
     COLUMNS,
-    Comparison,
+    Similarity,
     distance_bands,
     head_distances,
     share_by_band,
@@ -30,7 +30,6 @@ from nope_jax.evaluation.similarity import (
 from nope_jax.models.layers import rms_norm
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
 
-MODULE = sys.modules["nope_jax.evaluation.similarity"]  # the package exports the function of that name
 TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48, train_length=24)
 TOKENS = np.random.default_rng(1).integers(0, 32, (2, 24)).astype(np.int32)
 
@@ -105,9 +104,9 @@ def test_layers_in_bfloat16_have_weights_in_float32():
 
 
 def test_layers_of_one_kind_compile_once():
-    before = inside._pass_layer._cache_size()
+    before = activations._pass_layer._cache_size()
     list(walk(decoder(num_layers=6, encoding=("rope", "nope"), mlp_dim=40), TOKENS))
-    assert inside._pass_layer._cache_size() == before + 2
+    assert activations._pass_layer._cache_size() == before + 2
 
 
 def test_layers_are_those_of_the_schedule():
@@ -218,12 +217,12 @@ def test_the_closest_heads_are_found_over_all_pairs_and_documents(monkeypatch):
     def constructed(model, tokens, *, weights):
         assert weights
         document = int(tokens[0, 0])
-        yield Inside(0, None, None)
+        yield Activations(0, None, None)
         for layer in range(layers):
-            yield Inside(layer + 1, None, jnp.asarray(streams[model][layers * document + layer])[None])
+            yield Activations(layer + 1, None, jnp.asarray(streams[model][layers * document + layer])[None])
 
-    monkeypatch.setattr(MODULE, "walk", constructed)
-    comparison = Comparison(("a", "b"), length)
+    monkeypatch.setattr(similarity, "walk", constructed)
+    comparison = Similarity(("a", "b"), length)
     for document in range(2):
         comparison.add(["a", "b"], np.full(length, document))
 
@@ -278,7 +277,7 @@ def test_two_copies_of_one_run_are_at_distance_0(workdirs, tmp_path, monkeypatch
     ]
     assert (arrays["distances"][:, [0, 1], [0, 1]] == 0).all() and (arrays["distances"][:, 0, 1] > 0).all()
     np.testing.assert_array_equal(arrays["nope/weight_by_distance"], arrays["same/weight_by_distance"])
-    assert list(rows[0]) == list(COLUMNS) and {row["documents"] for row in rows} == {"3"}
+    assert list(rows[0]) == COLUMNS.split() and {row["documents"] for row in rows} == {"3"}
     assert all(float(row["distance_stderr"]) == 0 < float(row["mean_distance_stderr"]) for row in rows)
     printed = " ".join(capsys.readouterr().out.split())
     assert "±: standard error over documents" in printed
@@ -320,14 +319,14 @@ def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp
 
 
 def test_what_was_read_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch):
-    add = Comparison.add
+    add = Similarity.add
 
     def stop(self, models, document):
         if self.documents == 2:
             raise KeyboardInterrupt
         add(self, models, document)
 
-    monkeypatch.setattr(Comparison, "add", stop)
+    monkeypatch.setattr(Similarity, "add", stop)
     words = f"similarity --workdirs {workdirs}/nope {workdirs}/alibi --out {tmp_path} --similarity.length 8"
     assert call_eval(monkeypatch, words) == 130
     assert len(read(tmp_path)[0]) == 2
@@ -342,7 +341,7 @@ BAD = {
     "model.vocab_size differs between the runs (nope: 256, small: 300)": ("nope small", ""),
     "data.tokenizer differs between the runs (nope: bytes, ": ("nope words", ""),
     "data.source differs between the runs (nope: ": ("nope other", ""),
-    "--similarity.length must be at most 12, all the positions that the learned encoding of deep has": (
+    "--similarity.length: deep cannot read 13 tokens, its learned encoding has 12 positions": (
         "nope deep",
         "--similarity.length 13",
     ),

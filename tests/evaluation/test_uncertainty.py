@@ -6,12 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
-from nope_jax.evaluation import table
-from nope_jax.evaluation.curves import Curve, bucket_edges
-from nope_jax.evaluation.files import COLUMNS, DIFFERENCE_COLUMNS, write_curves, write_differences
-from nope_jax.evaluation.uncertainty import mean, plus_minus, ratio, wilson_interval
-from nope_jax.evaluation.view import View
-from tests.support.evaluation_cases import HEADS, LAYERS, synthetic_run
+from nope_jax.evaluation.common.uncertainty import mean, plus_minus, ratio, wilson_interval
+from nope_jax.evaluation.perplexity.measure import Curve, bucket_edges
+from nope_jax.evaluation.perplexity.table import COLUMNS, DIFFERENCE_COLUMNS
+from nope_jax.evaluation.perplexity.units import Units
+from tests.support.evaluation_cases import HEADS, LAYERS, show, synthetic_run, write
 
 
 def sampled(documents, resamplings, seed=0):
@@ -101,13 +100,13 @@ def test_an_error_is_written_with_a_digit_that_is_not_0():
 def uneven_run(name, shift=0.0, documents=9):
     """A run whose documents, of lengths that differ, are as hard for it as for any other but for `shift` nats."""
     run, rng = synthetic_run(name, lengths=(128, 256), documents=documents), np.random.default_rng(5)
-    for length, curve in run.curves.items():
+    for length, curve in run.results.items():
         shape, edges = (documents, len(curve.edges) - 1), bucket_edges(length)
         tokens = rng.integers(1, 50, (documents, 1)) * np.diff(edges)
         hardness = rng.normal(2, 0.5, (documents, 1))
         losses = tokens * (hardness + shift + (shift != 0) * rng.normal(0, 0.01, shape))
         heads = np.zeros((LAYERS, HEADS, length))
-        run.curves[length] = Curve(edges, losses, tokens, tokens * hardness, heads, 2 * tokens)
+        run.results[length] = Curve(edges, losses, tokens, tokens * hardness, heads, 2 * tokens)
     return run
 
 
@@ -119,10 +118,10 @@ def read(path):
 
 def test_curves_have_a_column_for_the_error_of_every_mean(tmp_path):
     run = uneven_run("nope")
-    write_curves(tmp_path / "curves.csv", [run, synthetic_run("one", lengths=(128,), documents=1)], None)
+    write(tmp_path, [run, synthetic_run("one", lengths=(128,), documents=1)], only="curves.csv")
     names, rows = read(tmp_path / "curves.csv")
-    assert names == list(COLUMNS)
-    curve, last = run.curves[128], next(row for row in rows if row["position_end"] == "128")
+    assert names == COLUMNS.split()
+    curve, last = run.results[128], next(row for row in rows if row["position_end"] == "128")
     per_token = curve.nll_sum[:, -1] - curve.nll_sum[:, -1].sum() / curve.tokens[:, -1].sum() * curve.tokens[:, -1]
     error = np.sqrt(9 / 8 * (per_token**2).sum()) / curve.tokens[:, -1].sum()
     expected = {"nll": error, "perplexity": error * float(last["perplexity"]), "bits_per_byte": error / 2 / np.log(2)}
@@ -135,18 +134,18 @@ def test_curves_have_a_column_for_the_error_of_every_mean(tmp_path):
 
 @pytest.mark.parametrize("stride", [None, 64])
 def test_runs_are_compared_document_by_document(tmp_path, stride, capsys):
-    runs, view = [uneven_run("nope"), uneven_run("rope", -0.1), uneven_run("t5", 0.2)], View(stride)
-    write_differences(tmp_path / "differences.csv", runs, view)
+    runs, units = [uneven_run("nope"), uneven_run("rope", -0.1), uneven_run("t5", 0.2)], Units(stride)
+    write(tmp_path, runs, units)
     names, rows = read(tmp_path / "differences.csv")
-    assert names == list(DIFFERENCE_COLUMNS)
+    assert names == DIFFERENCE_COLUMNS.split()
     pairs = itertools.product([("rope", "nope"), ("t5", "nope"), ("t5", "rope")], ["128", "256"])
     assert [((row["run"], row["reference"]), row["length"]) for row in rows] == list(pairs)
     assert {row["position_start"] for row in rows} == ({"64", "128"} if stride is None else {"0"})
     for row, shift in zip(rows, np.repeat([-0.1, 0.2, 0.3], 2), strict=True):
-        error, alone = float(row["difference_stderr"]), runs[0].curves[128].between(64, 128).nll.stderr[0]
+        error, alone = float(row["difference_stderr"]), runs[0].results[128].between(64, 128).nll.stderr[0]
         assert abs(float(row["difference"]) - shift) < 4 * error < 0.4 * alone
-        assert (row["unit"], row["documents"], row["protocol"]) == ("nats per token", "9", view.protocol)
-    table.print_table(runs, view)
+        assert (row["unit"], row["documents"], row["protocol"]) == ("nats per token", "9", units.protocol)
+    show(runs, units)
     printed = " ".join(capsys.readouterr().out.split())
     assert "Loss less that of nope, nats per token" in printed and "paired by document" in printed
     shown = plus_minus(f"{float(rows[0]['difference']):+.3f}", float(rows[0]["difference_stderr"]), 3)
@@ -156,8 +155,8 @@ def test_runs_are_compared_document_by_document(tmp_path, stride, capsys):
 
 def test_one_document_has_no_error_and_the_table_says_so(tmp_path, capsys):
     runs = [synthetic_run("nope", documents=1), synthetic_run("rope", documents=1)]
-    write_differences(tmp_path / "differences.csv", runs, View())
+    write(tmp_path, runs)
     assert {row["difference_stderr"] for row in read(tmp_path / "differences.csv")[1]} == {""}
-    table.print_table(runs, View())
+    show(runs)
     printed = " ".join(capsys.readouterr().out.split())
     assert "One document has none." in printed and "7.39 7.39" in printed and "+0.000 +0.000" in printed

@@ -15,8 +15,8 @@ from nope_jax import Decoder, ModelConfig, attention
 from nope_jax.attention import dot_product_attention, encoded_attention
 from nope_jax.config import MeshConfig
 from nope_jax.encodings import ENCODINGS, BlockLogit, LogN, ModelDims, Windowed
-from nope_jax.evaluation.curves import evaluation_step, measure
-from nope_jax.evaluation.placement import evaluation_mesh, on_mesh
+from nope_jax.evaluation.common.placement import evaluation_mesh, on_mesh
+from nope_jax.evaluation.perplexity.measure import evaluation_step, measure
 from nope_jax.sharding import make_mesh, place_batch
 from tests.support.attention_cases import IN_ATTENTION, assert_close
 

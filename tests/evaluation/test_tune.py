@@ -7,13 +7,11 @@ divided by known factors. No factors can then have a lower expected loss than th
 import csv
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
-import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +23,7 @@ from matplotlib.figure import Figure
 from nope_jax import Decoder, ModelConfig, cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
-from nope_jax.cli import EvalArguments
-from nope_jax.config import Config, DataConfig, MeshConfig, TuneConfig
+from nope_jax.config import Config, DataConfig
 from nope_jax.data import load_corpus
 from nope_jax.encodings import (
     ALiBi,
@@ -43,10 +40,19 @@ from nope_jax.encodings import (
     YaRNScaling,
 )
 from nope_jax.encodings.rotary import rope_frequencies
-from nope_jax.evaluation import report, tuned, tuning
-from nope_jax.evaluation.tuning import best_factor, golden_section, tune
+from nope_jax.evaluation.common.console import progress_bar
+from nope_jax.evaluation.common.evaluation import evaluate
+from nope_jax.evaluation.common.placement import over_devices
+from nope_jax.evaluation.common.plots import save
+from nope_jax.evaluation.common.report import Section, add_sections
+from nope_jax.evaluation.registry import Options, TuneConfig
+from nope_jax.evaluation.tune import plan as plan_tune
+from nope_jax.evaluation.tune import report, search
+from nope_jax.evaluation.tune.methods import new_encoding
+from nope_jax.evaluation.tune.search import best_factor, golden_section
+from nope_jax.evaluation.tune.state import Learned, Outcome, Tuning, read_updates
 from nope_jax.locks import held
-from nope_jax.sharding import make_mesh
+from tests.support.tiny_runs import call_eval
 
 LONG, SHORT, TRAINED = 48, 24, 12
 UNIFORM = np.full((3, 2), 1.6, np.float32)
@@ -101,8 +107,8 @@ def folder(tmp_path_factory):
 def run(workdir, out, method, lengths=(SHORT, LONG), settings=EVERY, **overrides):
     """Calls tune; what tune.json then says, and the tuned config and decoder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuned, "plot", lambda path, *_: path.touch())  # pictures have tests of their own
-        tune(EvalArguments((workdir,), lengths, out, overrides, settings, method), command="python eval.py tune")
+        patch.setattr(report, "draw", lambda *_: Figure())  # pictures have tests of their own
+        evaluate("tune", Options((workdir,), lengths, out, overrides, settings, method, "python eval.py tune"))
     config, model, step = load_model(out)
     assert step == 7
     return json.loads((out / "tune.json").read_text()), config, model
@@ -177,12 +183,10 @@ def test_a_factor_that_was_tried_is_not_tried_again():
 
 @pytest.mark.parametrize("least", [-1.0, 0.9, 3.9, 5.0])
 def test_a_best_factor_at_the_edge_of_what_was_tried_is_remarked_on(least):
-    outcome = tuned.Outcome(LONG, 3)
+    outcome = Outcome(LONG, 3)
     outcome.factor, outcome.loss_at_factor = best_factor(lambda factor: abs(factor - least), outcome.tried)
-    made = tuned.Tuning(
-        "uniform", "runs/nope", "python_stdlib", TRAINED, {}, "", [outcome], "", 0, factor=outcome.factor
-    )
-    remarks = [note for note in tuned.notes(made) if "edge" in note]
+    made = Tuning("uniform", "runs/nope", "python_stdlib", TRAINED, {}, "", [outcome], "", 0, factor=outcome.factor)
+    remarks = [note for note in report.notes(made) if "edge" in note]
     # The grid is 0.2 to 4.0, and its ends are searched to 0.2 on either side.
     assert len(remarks) == (least in (-1.0, 5.0))
     for remark in remarks:
@@ -192,7 +196,7 @@ def test_a_best_factor_at_the_edge_of_what_was_tried_is_remarked_on(least):
 
 def test_the_fit_is_that_of_the_paper():
     # Their best factors at 2, 4 and 8 times the training length are about 1.2, 1.5 and 1.8 (arXiv 2404.12224).
-    assert [round(tuned.wang_fit(stretch), 1) for stretch in (1, 2, 4, 8)] == [1.0, 1.3, 1.6, 1.8]
+    assert [round(report.wang_fit(stretch), 1) for stretch in (1, 2, 4, 8)] == [1.0, 1.3, 1.6, 1.8]
 
 
 # Methods
@@ -248,7 +252,7 @@ def test_uniform_finds_the_factor_that_brute_force_finds(folder, tmp_path, capsy
 
 
 def plan(workdir, out, method, lengths=(SHORT, LONG), settings=EVERY):
-    return tuning._plan(EvalArguments((workdir,), lengths, out, {}, settings, method))
+    return plan_tune(Options((workdir,), lengths, out, {}, settings, method)).job
 
 
 def test_documents_are_chosen_from_the_training_split_by_the_seed(folder, tmp_path):
@@ -268,7 +272,8 @@ def test_batches_are_windows_anywhere_in_documents_that_reach_the_length(folder,
     texts = [bytes(corpus[i].tolist()) for i in range(len(corpus)) if corpus.lengths[i] > 30]
     settings = TuneConfig(batch_size=4)
     job = plan(folder / "uniform", tmp_path / "out", "head", settings=settings)
-    tuner = tuning._Tuner(job, tuning._begin(job, 0, ""), make_mesh(MeshConfig()))
+    with progress_bar() as bar:
+        tuner = search.Tuner(job, job.begin(""), *over_devices(4), bar)
     starts = set()
     for step in range(30):
         batch = tuner._draw(step, 30)
@@ -424,7 +429,7 @@ SCALINGS = {
 def test_scalings_are_put_on_rope_wherever_it_is(method):
     def changed(encoding):
         model = dataclasses.replace(MODEL, encoding=encoding)
-        return tuning._new_encoding(Config(model), method, (SHORT, LONG))
+        return new_encoding(Config(model), method, (SHORT, LONG))
 
     scaling = SCALINGS[method]
     assert changed(ROPE) == (NoPE(), HeadScale(Windowed(RoPE(base=500.0, scaling=scaling), 9)))
@@ -437,7 +442,7 @@ def test_scalings_are_put_on_rope_wherever_it_is(method):
 
 
 def test_dynamic_scaling_is_ntk_by_the_length_over_the_training_length():
-    scaling = tuning._new_encoding(Config(dataclasses.replace(MODEL, encoding="rope")), "dynamic", (SHORT, 99)).scaling
+    scaling = new_encoding(Config(dataclasses.replace(MODEL, encoding="rope")), "dynamic", (SHORT, 99)).scaling
     for length in (TRAINED // 2, TRAINED, SHORT, LONG, 99):
         base = 10_000 * max(1, length / TRAINED) ** (8 / 6)
         expected = base ** (-np.arange(4) / 4)
@@ -463,7 +468,7 @@ def test_a_scaled_run_is_the_source_with_another_encoding(folder, tmp_path):
 def stopped(folder, tmp_path_factory):
     """A tuning of 14 updates, and what it had left when it was killed within the 13th."""
     whole = tmp_path_factory.mktemp("stopped")
-    half, calls, update = whole / "half", [], tuning._update
+    half, calls, update = whole / "half", [], search._update
 
     def copied(*arguments):
         calls.append(arguments)
@@ -472,7 +477,7 @@ def stopped(folder, tmp_path_factory):
         return update(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "_update", copied)
+        patch.setattr(search, "_update", copied)
         run(folder / "heads", whole / "out", "head", settings=STOPPED)
     return whole / "out", half
 
@@ -484,15 +489,15 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(folder, stopped, tmp_path, m
     whole, out = stopped[0], tmp_path / "out"
     shutil.copytree(stopped[1], out, ignore=shutil.ignore_patterns("lock"))  # taken while it ran
     kept = json.loads((out / "tune.json").read_text())
-    assert kept["learned"]["updates"] == 10 and len(tuned.read_updates(out)) == 12
+    assert kept["learned"]["updates"] == 10 and len(read_updates(out)) == 12
     assert not (out / "config.json").exists()
     with (out / "tune.jsonl").open("a") as file:
         file.write('{"step": 13, "le')  # cut off by the kill
 
     losses, updates = [], []
-    judge, update = tuning._Tuner.losses, tuning._update
-    monkeypatch.setattr(tuning._Tuner, "losses", lambda *arguments: losses.append(arguments) or judge(*arguments))
-    monkeypatch.setattr(tuning, "_update", lambda *arguments: updates.append(arguments) or update(*arguments))
+    judge, update = search.Tuner.losses, search._update
+    monkeypatch.setattr(search.Tuner, "losses", lambda *arguments: losses.append(arguments) or judge(*arguments))
+    monkeypatch.setattr(search, "_update", lambda *arguments: updates.append(arguments) or update(*arguments))
     _, _, model = run(folder / "heads", out, "head", settings=STOPPED)
     assert len(updates) == 4 and len(losses) == 2  # those after it, at either length
     for name in "tune.json", "tune.jsonl", "tune.csv":
@@ -531,21 +536,21 @@ def test_it_goes_on_only_with_the_same(folder, stopped, tmp_path, message):
     if "removed" in case:
         (out / case["removed"]).write_text("")
     before = {path: path.read_bytes() for path in out.iterdir()}
-    options = EvalArguments((workdir,), case["lengths"], out, {}, case["settings"], case["method"])
+    options = Options((workdir,), case["lengths"], out, {}, case["settings"], case["method"])
     with pytest.raises(ValueError, match=message):
-        tune(options, command="python eval.py tune")
+        evaluate("tune", options)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_of_two_that_write_to_one_folder_the_second_is_refused(folder, tmp_path):
-    options = EvalArguments((folder / "uniform",), (SHORT,), tmp_path, {}, LEARN, "uniform")
+    options = Options((folder / "uniform",), (SHORT,), tmp_path, {}, LEARN, "uniform")
     with held(tmp_path), pytest.raises(ValueError, match=f"{tmp_path} is being written by process {os.getpid()} on"):
-        tune(options, command="python eval.py tune")
+        evaluate("tune", options)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_was_found_is_shown_when_it_is_interrupted(folder, tmp_path, monkeypatch, capsys):
-    update, calls = tuning._update, []
+    update, calls = search._update, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -553,7 +558,7 @@ def test_what_was_found_is_shown_when_it_is_interrupted(folder, tmp_path, monkey
             raise KeyboardInterrupt
         return update(*arguments)
 
-    monkeypatch.setattr(tuning, "_update", interrupted)
+    monkeypatch.setattr(search, "_update", interrupted)
     settings, out = dataclasses.replace(LEARN, start="one", documents=4), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(folder / "heads", out, "head", (LONG,), settings)
@@ -582,13 +587,7 @@ def test_a_loss_that_is_not_finite_stops_it(folder, tmp_path):
 
 def command(monkeypatch, *words):
     """Exit status of `python eval.py ...`."""
-    path = Path(__file__).parents[2] / "eval.py"
-    specification = importlib.util.spec_from_file_location("eval_command", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which run() sets
-    return cli.run(module.main)
+    return call_eval(monkeypatch, shlex.join(map(str, words)))
 
 
 def test_the_command_writes_a_run(folder, tmp_path, monkeypatch, capsys):
@@ -604,19 +603,12 @@ def test_the_command_writes_a_run(folder, tmp_path, monkeypatch, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
-def drawn(monkeypatch, path, tuning, updates=()):
+def drawn(path, tuning, updates=()):
     """The axes of the picture of a tuning, which is also written."""
-    figures = []
-
-    class Kept(Figure):
-        def __init__(self, *arguments, **keywords):
-            super().__init__(*arguments, **keywords)
-            figures.append(self)
-
-    monkeypatch.setattr(tuned, "Figure", Kept)
-    tuned.plot(path, tuning, updates)
+    figure = report.draw(tuning, updates)
+    save(path, figure)
     assert path.read_bytes().startswith(b"\x89PNG")
-    return figures[0].axes
+    return figure.axes
 
 
 def lines_of(axes):
@@ -628,15 +620,15 @@ def lines_of(axes):
 
 
 def made(method, outcomes, **values):
-    return tuned.Tuning(method, "runs/nope", "python_stdlib", TRAINED, {"steps": 4}, "", outcomes, "", 0, **values)
+    return Tuning(method, "runs/nope", "python_stdlib", TRAINED, {"steps": 4}, "", outcomes, "", 0, **values)
 
 
-def test_the_picture_of_uniform_factors(tmp_path, monkeypatch):
+def test_the_picture_of_uniform_factors(tmp_path):
     outcomes = []
     for length, factor in {SHORT: 1.2, LONG: 1.6}.items():
         tried = {1.0: 3.0, factor: 2.5, 0.8: math.inf, 2.0: 2.75}
-        outcomes.append(tuned.Outcome(length, 3, 3.0, tried, factor, 2.5))
-    left, right = drawn(monkeypatch, tmp_path / "tune.png", made("uniform", outcomes))
+        outcomes.append(Outcome(length, 3, 3.0, tried, factor, 2.5))
+    left, right = drawn(tmp_path / "tune.png", made("uniform", outcomes))
     named, best = lines_of(left)
     assert named == {
         f"{SHORT} tokens": [[1.0, 3.0], [1.2, 2.5], [2.0, 2.75]],
@@ -650,18 +642,18 @@ def test_the_picture_of_uniform_factors(tmp_path, monkeypatch):
     np.testing.assert_allclose(fit[:, 1], 1 + 0.397 * np.log(fit[:, 0]))
 
 
-def test_the_picture_of_learned_factors(tmp_path, monkeypatch):
-    learned = tuned.Learned(4, HEADS.tolist(), None)
+def test_the_picture_of_learned_factors(tmp_path):
+    learned = Learned(4, HEADS.tolist(), None)
     updates = [{"step": step, "length": (SHORT, LONG)[step % 2], "loss": 3 - step / 4} for step in (1, 2, 3, 4)]
-    outcomes = [tuned.Outcome(length, 3, 3.0) for length in (SHORT, LONG)]
-    left, right, *_ = drawn(monkeypatch, tmp_path / "tune.png", made("head", outcomes, learned=learned), updates)
+    outcomes = [Outcome(length, 3, 3.0) for length in (SHORT, LONG)]
+    left, right, *_ = drawn(tmp_path / "tune.png", made("head", outcomes, learned=learned), updates)
     np.testing.assert_array_equal(left.get_images()[0].get_array(), HEADS.astype(np.float64))
     assert lines_of(right)[0] == {f"{SHORT} tokens": [[2, 2.5], [4, 2.0]], f"{LONG} tokens": [[1, 2.75], [3, 2.25]]}
 
 
-def test_the_picture_of_a_scaling(tmp_path, monkeypatch):
-    outcomes = [tuned.Outcome(SHORT, 3, 3.0, loss_after=2.5), tuned.Outcome(LONG, 3, 4.0)]
-    (axes,) = drawn(monkeypatch, tmp_path / "tune.png", made("yarn", outcomes))
+def test_the_picture_of_a_scaling(tmp_path):
+    outcomes = [Outcome(SHORT, 3, 3.0, loss_after=2.5), Outcome(LONG, 3, 4.0)]
+    (axes,) = drawn(tmp_path / "tune.png", made("yarn", outcomes))
     assert lines_of(axes)[0] == {"before": [[SHORT, 3.0], [LONG, 4.0]], "after": [[SHORT, 2.5]]}
 
 
@@ -670,14 +662,14 @@ def test_a_report_takes_in_how_its_runs_were_tuned(tmp_path):
     for name in "a/head", "b/head", "c":
         (tmp_path / name).mkdir(parents=True)
         if name != "c":  # was not tuned
-            report.add_section(tmp_path / name, "tune", f"<h2>of {name}</h2>")
+            add_sections(tmp_path / name, "tune", [Section(f"of {name}")], "", [])
     workdirs = [tmp_path / name for name in ("a/head", "b/head", "c")]
     for _ in range(2):  # the second time changes nothing
-        report.add_section(out, "curves", "<h2>Curves</h2>", workdirs)
+        add_sections(out, "curves", [Section("Curves")], "", workdirs)
         page = (out / "report.html").read_text()
         assert [page.count(f"<h2>{name}</h2>") for name in ("Curves", "of a/head", "of b/head")] == [1, 1, 1]
         assert page.index("Curves") < page.index("of a/head")
-    report.add_section(tmp_path / "a/head", "curves", "<h2>Curves</h2>", workdirs[:1])
+    add_sections(tmp_path / "a/head", "curves", [Section("Curves")], "", workdirs[:1])
     page = (tmp_path / "a/head/report.html").read_text()
     assert page.count("<h2>of a/head</h2>") == 1 and "b/head" not in page
 

@@ -128,8 +128,3 @@ def plus_minus(value: str, stderr: float, digits: int) -> str:
     if stderr and not float(error):
         error = f"{stderr:.0e}" if stderr < 1e-6 else f"{stderr:.{-math.floor(math.log10(stderr))}f}"
     return f"{value} ± {error}"
-
-
-def number(value: float) -> str:
-    """How a CSV holds a number: six digits, empty where there is none."""
-    return "" if math.isnan(value) else f"{value:.6g}"

@@ -49,3 +49,9 @@ def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
     """The model with its parameters spread over a mesh."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.device_put(state, state_shardings(state, mesh)))
+
+
+def over_devices(batch_size: int) -> tuple[Mesh, int]:
+    """A mesh of all devices for the rows of a batch, and its size, rounded up to what divides over them."""
+    mesh = make_mesh(MeshConfig())
+    return mesh, -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]

@@ -1,4 +1,4 @@
-"""How a model reads documents when it is judged: which documents, in which windows, and which of their tokens count.
+"""What a model reads when it is judged: which documents, in which windows, and which of their tokens count.
 
 Two protocols, named in every output. From the start (`stride=None`): a document's first tokens, each scored given all
 before it. Sliding window (Wang et al. 2024): a window of the evaluated length slid over the whole document by `stride`
@@ -6,9 +6,13 @@ tokens, scoring only those that no earlier window scored.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from nope_jax.config import Config
+from nope_jax.data import Corpus, load_corpus
+from nope_jax.evaluation.common.runs import Run
 
 
 class Window(NamedTuple):
@@ -97,3 +101,69 @@ def plan_windows(document_lengths: Sequence[int], length: int, stride: int | Non
             windows.append(Window(document, start, scored - start))
             scored = start + length
     return windows
+
+
+class Document(NamedTuple):
+    tokens: np.ndarray
+    byte_lengths: np.ndarray
+    """The bytes of text that belong to each token; zeros where it is not made from text, or that is not there."""
+
+
+Documents = dict[int, list[Document]]
+"""For each length, the documents that are read at it."""
+
+
+def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
+    """For each run what it reads: the same documents, whatever the tokenizer, those that are long enough in every one.
+
+    Raises:
+        ValueError: a corpus that cannot be had, or corpora that are not of the same documents.
+    """
+    loaded, lengths = [run.config for run in runs], runs[0].lengths
+    corpora: dict[tuple, Corpus] = {}
+    for config in loaded:
+        if (key := corpus_key(config)) not in corpora:
+            corpora[key] = load_corpus(config.data, "validation")
+    first, *others = corpora.values()
+    if any(len(first) != len(other) for other in others):
+        sizes = ", ".join(f"{key[0] or 'the default'}: {len(corpus)}" for key, corpus in corpora.items())
+        raise ValueError(f"data.dir: the runs find different numbers of validation documents there ({sizes})")
+    has_text = all(map(_has_text, corpora.values()))
+    if len({config.data.tokenizer for config in loaded}) > 1 and not has_text:
+        why = "is made of tokens" if first.byte_lengths is None else "has no text in data.dir, only tokens"
+        raise ValueError(
+            f"data.source {loaded[0].data.source} {why}, which the runs do not share (data.tokenizer differs); compare "
+            "them on text with --data.source"
+        )
+    token_counts = np.min([corpus.lengths for corpus in corpora.values()], axis=0)
+    settings = loaded[0].eval
+    chosen = choose_documents(token_counts, lengths, settings.documents, settings.seed)
+    # Of a document that is read from its start, no more is kept than is read.
+    end = max(lengths) + 1 if settings.stride is None else None
+    read = {}
+    for key, corpus in corpora.items():
+        documents = {}
+        for i in {int(i) for indices in chosen.values() for i in indices}:
+            tokens = corpus[i][:end]
+            byte_lengths = np.zeros(len(tokens), np.int64)
+            if has_text and corpus.byte_lengths:
+                byte_lengths = corpus.byte_lengths(i)[:end]
+            documents[i] = Document(tokens, byte_lengths)
+        read[key] = {length: [documents[int(i)] for i in indices] for length, indices in chosen.items()}
+    return [read[corpus_key(config)] for config in loaded]
+
+
+def _has_text(corpus: Corpus) -> bool:
+    """Whether the bytes of its tokens can be known; of a prepared corpus the tokens alone may have been copied here."""
+    if corpus.byte_lengths is None:
+        return False
+    try:
+        corpus.byte_lengths(0)
+    except OSError:
+        return False
+    return True
+
+
+def corpus_key(config: Config) -> tuple[str | None, str, bool]:
+    """What tells the corpora of runs of one source apart."""
+    return config.data.dir, config.data.tokenizer, config.data.bos

@@ -1,195 +1,34 @@
-"""What eval.py tune has found: the file that it goes on from, and the table, picture and section that show it.
+"""What eval.py tune shows of what it has found: the rows of its file, its table, picture and section.
 
 Shapes: L layers, N query heads. Losses in nats per token.
 """
 
-import csv
-import dataclasses
-import html
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from nope_jax.evaluation import report
-from nope_jax.evaluation.figures import COLOURS, INK, MARKERS, QUIET
-from nope_jax.evaluation.files import replace_file
-from nope_jax.evaluation.uncertainty import Estimate, mean, number, plus_minus
+from nope_jax.evaluation.common import plots
+from nope_jax.evaluation.common.plots import COLOURS, INK, MARKERS, QUIET
+from nope_jax.evaluation.common.report import Section, Table
+from nope_jax.evaluation.common.uncertainty import Estimate, plus_minus
+from nope_jax.evaluation.tune.state import Tuning
 
 COLUMNS = (
-    "run",
-    "method",
-    "train_length",
-    "length",
-    "documents",
-    "loss_before",
-    "best_factor",
-    "loss_at_best_factor",
-    "loss_after",
-    "loss_before_stderr",
-    "loss_at_best_factor_stderr",
-    "loss_after_stderr",
-    "gain",
-    "gain_stderr",
+    "run method train_length length documents loss_before best_factor loss_at_best_factor loss_after "
+    "loss_before_stderr loss_at_best_factor_stderr loss_after_stderr gain gain_stderr"
 )
 """Of tune.csv: one row per length, losses in nats per token; what was not computed is empty.
 
 `gain` is `loss_before` less `loss_after`: above 0 where the new run is better. A column `..._stderr` is the standard
-error of another over documents (`nope_jax.evaluation.uncertainty`), that of the gain paired by document; empty where
-there is one document."""
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What was found at one length; None where it has not been computed or the method has no such thing."""
-
-    length: int
-    documents: int
-    loss_before: float | None = None
-    tried: dict[float, float] = dataclasses.field(default_factory=dict)
-    """The loss at each factor for all layers and heads that was tried; of ssmax in units of 1 / ln L."""
-    factor: float | None = None
-    """The best of them."""
-    loss_at_factor: float | None = None
-    loss_after: float | None = None
-    """Of the run that is written."""
-    of_documents: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """The loss of each document `before`, `after`, and at each factor in `tried`, under its decimal digits."""
-
-    def keep(self, when: str, losses: Float[np.ndarray, "documents"]) -> float:
-        """Takes in the losses of all documents, and returns their mean."""
-        self.of_documents[when] = losses.tolist()
-        return float(losses.mean())
-
-    def estimate(self, when: str) -> Estimate | None:
-        """The mean of what was kept under a name, with its error over documents; None where nothing was."""
-        losses = self.of_documents.get(when)
-        return mean(np.array(losses, np.float64)) if losses else None
-
-    def gain(self, when: str = "after") -> Estimate | None:
-        """By how much the loss of the same documents is lower than before."""
-        before, then = self.estimate("before"), self.estimate(when)
-        return before - then if before and then else None
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best factor is the least or the greatest that was tried."""
-        return self.factor is not None and self.factor in (min(self.tried), max(self.tried))
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned:
-    """Where the learning of factors stands."""
-
-    updates: int
-    """So many have been made."""
-    factors: list[list[float]]
-    """[L, N]."""
-    optimizer: list[Any] | None
-    """The leaves of its state; None once all updates have been made."""
-
-
-@dataclasses.dataclass
-class Tuning:
-    """A tuning as far as it has come. tune.json holds it; what is None has not been computed."""
-
-    method: str
-    source: str
-    """The workdir of the run."""
-    data: str
-    train_length: int
-    settings: dict[str, Any]
-    content: str
-    """A digest of the run's checkpoint, of the code that was run, and of the documents."""
-    lengths: list[Outcome]
-    """Ascending."""
-    command: str
-    step: int
-    """Of the run's checkpoint."""
-    factor: float | None = None
-    """For all layers and heads, of the method uniform."""
-    start: float | None = None
-    """Where learned factors began."""
-    learned: Learned | None = None
-    encoding: str | None = None
-    """Of the run that is written."""
-
-    def keep(self, out: Path) -> None:
-        """Writes tune.json."""
-        text = json.dumps(_finite(dataclasses.asdict(self)), indent=2)
-        with replace_file(out / "tune.json") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-    def or_continued(self, out: Path) -> "Tuning":
-        """Itself; or where `out` holds what the same tuning has found before it was interrupted, that.
-
-        Raises:
-            ValueError: `out` holds another one that was interrupted.
-        """
-        path = out / "tune.json"
-        if not path.exists():
-            return self
-        otherwise = "choose another --out, or remove that one"
-        try:
-            kept = self._load(path)
-            unlike = {name: value for name, value in self._asked().items() if kept._asked().get(name) != value}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not what an interrupted tune leaves; {otherwise}") from error
-        for name, value in unlike.items():
-            theirs = kept._asked().get(name)
-            raise ValueError(
-                f"{name}: --out {out} holds a tuning that was interrupted, with {theirs}, not {value}; to go on give "
-                f"that, otherwise {otherwise}"
-            )
-        if kept.content != self.content:
-            raise ValueError(
-                f"--out {out} holds a tuning that was interrupted, of another checkpoint of {self.source}, of "
-                f"other documents or by other code; {otherwise}"
-            )
-        if kept.learned is not None and len(read_updates(out)) < kept.learned.updates:
-            raise ValueError(f"{out}/tune.jsonl lacks some of the updates that tune.json tells of; {otherwise}")
-        return dataclasses.replace(kept, command=self.command)
-
-    def _asked(self) -> dict[str, Any]:
-        """What was asked for, by the option that says it."""
-        return {
-            "--workdirs": str(Path(self.source).resolve()),
-            "--method": self.method,
-            "--lengths": " ".join(str(outcome.length) for outcome in self.lengths),
-            "--data.source": self.data,
-            **{f"--tune.{name}": value for name, value in self.settings.items()},
-        }
-
-    def _load(self, path: Path) -> "Tuning":
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        for outcome in fields["lengths"]:
-            # JSON has no infinity, which is what a loss counts as that is not finite.
-            outcome["tried"] = {float(k): math.inf if v is None else v for k, v in outcome["tried"].items()}
-        learned = None if fields["learned"] is None else Learned(**fields["learned"])
-        return type(self)(**fields | {"lengths": [Outcome(**o) for o in fields["lengths"]], "learned": learned})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_updates(out: Path) -> list[dict[str, Any]]:
-    """The updates in tune.jsonl, a last line that was cut off left out."""
-    path = out / "tune.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+error of another over documents (`nope_jax.evaluation.common.uncertainty`), that of the gain paired by document; empty
+where there is one document."""
 
 
 def wang_fit(stretch: float) -> float:
@@ -200,29 +39,15 @@ def wang_fit(stretch: float) -> float:
 # Table
 
 
-def write_table(path: Path, tuning: Tuning) -> None:
-    """Writes one CSV row per length."""
-
-    def errors(outcome: Outcome) -> list[str]:
-        estimates = [outcome.estimate(when) for when in ("before", str(outcome.factor), "after")]
-        gain = outcome.gain()
-        numbers = [e and e.stderr for e in estimates] + [gain and gain.value, gain and gain.stderr]
-        return [cell(value) for value in numbers]
-
-    def cell(value: Any) -> str:
-        return "" if value is None else number(float(value))
-
-    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for o in tuning.lengths:
-            what = (_name(tuning), tuning.method, tuning.train_length, o.length, o.documents)
-            losses = (o.loss_before, o.factor, o.loss_at_factor, o.loss_after)
-            writer.writerow((*what, *map(cell, losses), *errors(o)))
-
-
-def title(tuning: Tuning) -> str:
-    return f"Loss of {_name(tuning)} in nats per token, tuned by {tuning.method}"
+def csv_rows(tuning: Tuning) -> Iterator[tuple]:
+    """The rows of COLUMNS."""
+    for o in tuning.lengths:
+        estimates = [o.estimate(when) for when in ("before", str(o.factor), "after")]
+        gain = o.gain()
+        errors = [float(e.stderr) if e else None for e in estimates]
+        what = (_name(tuning), tuning.method, tuning.train_length, o.length, o.documents)
+        losses = (o.loss_before, o.factor, o.loss_at_factor, o.loss_after)
+        yield (*what, *losses, *errors, *((float(gain.value), float(gain.stderr)) if gain else (None, None)))
 
 
 def header(tuning: Tuning) -> list[str]:
@@ -292,16 +117,14 @@ def _name(tuning: Tuning) -> str:
 # Picture
 
 
-def plot(path: Path, tuning: Tuning, updates: Sequence[dict[str, Any]]) -> None:
+def draw(tuning: Tuning, updates: Sequence[dict[str, Any]]) -> Figure:
     """Draws what the method has to show: losses over factors, learned factors, or the losses before and after.
 
     Args:
-        path: of the PNG.
         tuning: what was found.
         updates: the lines of tune.jsonl.
     """
-    figure = Figure(figsize=(9.5, 4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(9.5, 4)
     if tuning.learned is not None:
         left, right = figure.subplots(1, 2)
         _draw_factors(figure, left, tuning.method, np.array(tuning.learned.factors))
@@ -314,8 +137,7 @@ def plot(path: Path, tuning: Tuning, updates: Sequence[dict[str, Any]]) -> None:
         figure.set_size_inches(6, 4)
         _draw_losses(figure.subplots(), tuning)
     figure.suptitle(f"{_name(tuning)}, trained at {tuning.train_length:,}: {tuning.method}", fontsize=11, color=INK)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor="white")
+    return figure
 
 
 def _draw_search(axes: Axes, tuning: Tuning) -> None:
@@ -347,7 +169,7 @@ def _draw_best(axes: Axes, tuning: Tuning) -> None:
 
 def _draw_factors(figure: Figure, axes: Axes, method: str, factors: Float[np.ndarray, "L N"]) -> None:
     """A map of layers (down) by heads (across)."""
-    image = axes.imshow(factors, aspect="auto", cmap="viridis", interpolation="nearest")
+    image = plots.draw_map(axes, factors, factors.min(), factors.max(), "")
     figure.colorbar(image, ax=axes, label="s in s ln n" if method == "ssmax" else "Factor")
     for axis in axes.xaxis, axes.yaxis:
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -394,10 +216,7 @@ def _mark(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _finish(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.7)
+    plots.finish(axes, x_label, y_label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
 
@@ -419,16 +238,21 @@ _SAY = {
 }
 
 
-def section(out: Path, tuning: Tuning) -> str:
-    """The section of the report, from tune.csv and tune.png in `out`."""
-    heading = f"{out.resolve().name}: {_name(tuning)} tuned by {tuning.method}"
-    quiet = "".join(report.paragraph(note, quiet=True) for note in notes(tuning))
-    return f"""<h2>{html.escape(heading)}</h2>
-{report.paragraph(_SAY[tuning.method])}
-{report.table_of(header(tuning), rows(tuning))}
-{quiet}
-{report.figure(out / "tune.png", f"What tuning by {tuning.method} found")}
-{report.download(out / "tune.csv", "one row per length; losses in nats per token.")}
-{report.download(out / "tune.json", "all factors that were tried or learned.")}
-{report.command_line(tuning.command)}
-"""
+def section(out: Path, tuning: Tuning) -> Section:
+    """The section of the report, whose files are in `out`."""
+    return Section(
+        f"{out.resolve().name}: {_name(tuning)} tuned by {tuning.method}",
+        _SAY[tuning.method],
+        Table(
+            f"Loss of {_name(tuning)} in nats per token, tuned by {tuning.method}",
+            header(tuning),
+            rows(tuning),
+            names=0,
+        ),
+        notes(tuning),
+        figures={"tune.png": f"What tuning by {tuning.method} found"},
+        files={
+            "tune.csv": "one row per length; losses in nats per token.",
+            "tune.json": "all factors that were tried or learned.",
+        },
+    )

@@ -1,4 +1,4 @@
-"""In what the curves are shown, the same in the table, the pictures and the report. P position buckets."""
+"""The units of the curves, the same in the table, the pictures and the report. P position buckets."""
 
 import dataclasses
 import math
@@ -7,17 +7,17 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from nope_jax.evaluation.curves import Curve
-from nope_jax.evaluation.protocol import protocol_name
-from nope_jax.evaluation.uncertainty import Estimate
+from nope_jax.evaluation.common.documents import protocol_name
+from nope_jax.evaluation.common.uncertainty import Estimate
+from nope_jax.evaluation.perplexity.measure import Curve
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class Units:
     """The protocol and the units of what is shown."""
 
     stride: int | None = None
-    """The protocol (see `nope_jax.evaluation.protocol`)."""
+    """The protocol (see `nope_jax.evaluation.common.documents`)."""
     bits_per_byte: bool = False
     """Show the loss in bits per byte of text, for runs whose tokens differ, instead of as perplexity per token."""
     entropy_unit: Literal["nats", "bits"] = "nats"

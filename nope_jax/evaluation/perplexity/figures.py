@@ -5,27 +5,18 @@ The two panels with one axis are those of Figure 1 of Wang et al. 2024 (arXiv 24
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nope_jax.evaluation.curves import Curve
-from nope_jax.evaluation.files import replace_file
-from nope_jax.evaluation.run import Run
-from nope_jax.evaluation.view import View
-
-# The colours of Okabe and Ito (2008), without the yellow that vanishes on white. Dashes and markers repeat at another
-# pace, so that runs differ in print as well, and the eighth is not the first again.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-DASHES = ("-", (0, (6, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-INK, QUIET = "#222222", "#707070"
+from nope_jax.evaluation.common.plots import INK, QUIET, finish, line_style, new_figure, note
+from nope_jax.evaluation.common.runs import Run
+from nope_jax.evaluation.perplexity.measure import Curve
+from nope_jax.evaluation.perplexity.units import Units
 
 FIRST_POSITION = 16
 """Where the position axis begins, on curves of four times that at least: earlier positions are few and noisy."""
@@ -38,7 +29,7 @@ DIRECT_LABELS = 10
 
 
 class _Line(NamedTuple):
-    run: Run
+    run: Run[Curve]
     x: np.ndarray
     y: np.ndarray
     colour: str
@@ -50,35 +41,18 @@ class _Panel(NamedTuple):
     lines: list[_Line]
 
 
-def plot_perplexity(path: Path, runs: Sequence[Run], view: View) -> None:
-    """Draws perplexity, or bits per byte, by position with its standard error, each run at its longest length."""
-    figure = _figure(4.5)
-    _finish(path, figure, [_draw_scores(figure.add_subplot(), runs, view)], runs, view)
+def draw(runs: Sequence[Run[Curve]], units: Units, *panels: Callable[..., _Panel]) -> Figure:
+    """Panels (`scores`, `entropy`) above one position axis, of each run at its longest length."""
+    figure = new_figure(7.5, 1.5 + 3 * len(panels))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    return _finish(figure, [panel(one, runs, units) for panel, one in zip(panels, axes, strict=True)], units)
 
 
-def plot_entropy(path: Path, runs: Sequence[Run], view: View) -> None:
-    """Draws the mean attention entropy by position below its ceiling, each run at its longest length."""
-    figure = _figure(4.5)
-    _finish(path, figure, [_draw_entropy(figure.add_subplot(), runs, view)], runs, view)
-
-
-def plot_curves(path: Path, runs: Sequence[Run], view: View) -> None:
-    """Draws both above one position axis, so that one sees what the loss does where the entropy leaves its course."""
-    figure = _figure(7.5)
-    above, below = figure.subplots(2, sharex=True)
-    _finish(path, figure, [_draw_scores(above, runs, view), _draw_entropy(below, runs, view)], runs, view)
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(7.5, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _draw_scores(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
-    lines = _lines(runs, lambda curve: view.score(curve).value)
+def scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
+    """Perplexity, or bits per byte, by position with its standard error."""
+    lines = _lines(runs, lambda curve: units.score(curve).value)
     finite = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
-    if view.bits_per_byte:
+    if units.bits_per_byte:
         axes.set_ylabel("Bits per byte")
         lowest = finite.min(initial=1e300)
         axes.set_ylim(0.9 * lowest, min(finite.max(initial=2 * lowest) * 1.05, lowest + math.log2(HEADROOM)))
@@ -90,27 +64,28 @@ def _draw_scores(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.2g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    _draw_bands(axes, lines, view.score_band)
+    _draw_bands(axes, lines, units.score_band)
     return _Panel(axes, lines)
 
 
-def _draw_entropy(axes: Axes, runs: Sequence[Run], view: View) -> _Panel:
-    axes.set_ylabel(f"Attention entropy\n({view.entropy_unit}, mean over heads)")
-    lines = _lines(runs, lambda curve: view.entropy(curve.entropy.value))
-    _draw_bands(axes, lines, view.entropy_band)
-    first, last = min(line.x[0] for line in lines), max(max(line.run.curves) for line in lines)
+def entropy(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
+    """The mean attention entropy by position below its ceiling."""
+    axes.set_ylabel(f"Attention entropy\n({units.entropy_unit}, mean over heads)")
+    lines = _lines(runs, lambda curve: units.entropy(curve.entropy.value))
+    _draw_bands(axes, lines, units.entropy_band)
+    first, last = min(line.x[0] for line in lines), max(max(line.run.results) for line in lines)
     ends = np.array([first, last])
-    axes.plot(ends, view.entropy(np.log(ends)), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
+    axes.plot(ends, units.entropy(np.log(ends)), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
     x = first * (last / first) ** 0.75
-    top = 1.04 * view.entropy(math.log(last))
+    top = 1.04 * units.entropy(math.log(last))
     axes.text(
         x,
-        view.entropy(math.log(x)) + 0.015 * top,
-        f"ceiling: {view.ceiling_name}",
+        units.entropy(math.log(x)) + 0.015 * top,
+        f"ceiling: {units.ceiling_name}",
         ha="center",
         color=QUIET,
         fontsize=9,
-        rotation=math.degrees(math.atan(view.entropy(1 / x))),
+        rotation=math.degrees(math.atan(units.entropy(1 / x))),
         rotation_mode="anchor",
         transform_rotates_text=True,
     )
@@ -126,42 +101,39 @@ def _draw_bands(axes: Axes, lines: Sequence[_Line], band: Callable[[Curve], tupl
         axes.fill_between(line.x, low, high, color=line.colour, alpha=0.12, linewidth=0)
 
 
-def _drawn(run: Run, values: Callable[[Curve], np.ndarray]) -> np.ndarray:
+def _drawn(run: Run[Curve], values: Callable[[Curve], np.ndarray]) -> np.ndarray:
     """What the figures show of a run's longest curve."""
-    curve = run.curves[max(run.curves)]
+    curve = run.results[max(run.results)]
     first = FIRST_POSITION if curve.length >= 4 * FIRST_POSITION else 0
     return values(curve)[curve.edges[:-1] >= first]
 
 
-def _lines(runs: Sequence[Run], values: Callable[[Curve], np.ndarray]) -> list[_Line]:
+def _lines(runs: Sequence[Run[Curve]], values: Callable[[Curve], np.ndarray]) -> list[_Line]:
     lines = []
     for i, run in enumerate(runs):
-        if run.curves:
+        if run.results:
             # Position p is drawn at p + 1 tokens read, and a bucket at its middle on the logarithmic axis.
             x = _drawn(run, lambda curve: np.sqrt((curve.edges[:-1] + 1.0) * curve.edges[1:]))
-            colour = COLOURS[i % len(COLOURS)]
-            style = {"linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
-            lines.append(_Line(run, x, _drawn(run, values), colour, style))
+            style = line_style(i)
+            lines.append(_Line(run, x, _drawn(run, values), style["color"], style))
     return lines
 
 
-def _finish(path: Path, figure: Figure, panels: Sequence[_Panel], runs: Sequence[Run], view: View) -> None:
+def _finish(figure: Figure, panels: Sequence[_Panel], units: Units) -> Figure:
     """Draws the lines and what all panels share: the position axis, the training lengths, names and the protocol."""
     lines = panels[0].lines
-    last = max(max(line.run.curves) for line in lines)
+    last = max(max(line.run.results) for line in lines)
     trained = sorted({line.run.train_length for line in lines if line.run.train_length <= last})
     for axes, of_panel in panels:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e4e4e4", linewidth=0.7)
+        finish(axes, "", axes.get_ylabel())
         axes.tick_params(which="both", color=QUIET)
         for i, line in enumerate(of_panel):
             where = (0.12 * (i + 0.5) / len(lines), 0.12)
             axes.plot(
                 line.x,
                 line.y,
-                color=line.colour,
                 linewidth=1.8,
                 markersize=4.5,
                 markevery=where,
@@ -174,14 +146,11 @@ def _finish(path: Path, figure: Figure, panels: Sequence[_Panel], runs: Sequence
         if trained:
             axes.axvspan(trained[-1], last, color="#f5f5f2", zorder=-1)
     top, bottom = panels[0].axes, panels[-1].axes
-    bottom.set_xlabel(f"{view.position_name}, log scale")
-    documents = sorted({line.run.curves[max(line.run.curves)].documents for line in lines})
+    bottom.set_xlabel(f"{units.position_name}, log scale")
+    documents = sorted({line.run.results[max(line.run.results)].documents for line in lines})
     counts = " to ".join(str(count) for count in dict.fromkeys((documents[0], documents[-1])))
     remark = " Bands: one standard error over documents." if documents[-1] > 1 else ""
-    plural = "s" * (documents[-1] > 1)
-    figure.supxlabel(
-        f"Protocol: {view.protocol}. {counts} validation document{plural}.{remark}", fontsize=8, color=QUIET
-    )
+    note(figure, f"Protocol: {units.protocol}. {counts} validation document{'s' * (documents[-1] > 1)}.{remark}")
     for length in trained:
         top.annotate(
             f"trained at {length:,}",
@@ -198,10 +167,9 @@ def _finish(path: Path, figure: Figure, panels: Sequence[_Panel], runs: Sequence
         figure.legend(handles, names, loc="outside right upper")
     for axes, of_panel in panels:
         if len(lines) <= DIRECT_LABELS:
-            _label_at_ends(figure, axes, [line for line in of_panel if max(line.run.curves) == last])
-        _mark_ends(axes, [line for line in of_panel if max(line.run.curves) < last])
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor="white")
+            _label_at_ends(figure, axes, [line for line in of_panel if max(line.run.results) == last])
+        _mark_ends(axes, [line for line in of_panel if max(line.run.results) < last])
+    return figure
 
 
 def _name(axes: Axes, line: _Line) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,11 @@ from flax import nnx
 from nope_jax import Decoder, ModelConfig
 from nope_jax.checkpoint import load_model
 from nope_jax.data import load_corpus
-from nope_jax.evaluation.inside import Inside, walk
-from nope_jax.evaluation.probes import Moments, Probe, Score, fit_probes, score_probes
+from nope_jax.evaluation import probe
+from nope_jax.evaluation.common import runs
+from nope_jax.evaluation.common.activations import Activations, walk
+from nope_jax.evaluation.probe import Moments, Probe, Score, fit_probes, score_probes
 from tests.support.tiny_runs import call_eval, write_documents, write_run
-
-MODULE = sys.modules["nope_jax.evaluation.probes"]
 
 
 def samples(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -107,11 +106,11 @@ def constructed(model, tokens):
     for known in (position, np.minimum(position, 15)):
         features.append(known[..., None] * direction + mean + 1e-3 * rng.normal(size=(batch, length, 8)))
     for layer, hidden in enumerate(features):
-        yield Inside(layer, jnp.asarray(hidden, jnp.float32), None)
+        yield Activations(layer, jnp.asarray(hidden, jnp.float32), None)
 
 
 def test_what_carries_the_position_is_read_and_noise_is_not(monkeypatch):
-    monkeypatch.setattr(MODULE, "walk", constructed)
+    monkeypatch.setattr(probe, "walk", constructed)
     documents = [np.full(64, i) for i in range(48)]
     probes = fit_probes(Layers(), documents[::2], 16, ridge=1e-6, batch_size=8)
     (scores,) = score_probes(Layers(), documents[1::2], 16, [(probes, 16)], batch_size=8)
@@ -137,7 +136,7 @@ def test_the_last_batch_is_filled_up_and_counts_once(monkeypatch):
         shapes.append(tokens.shape)
         yield from constructed(model, tokens)
 
-    monkeypatch.setattr(MODULE, "walk", watched)
+    monkeypatch.setattr(probe, "walk", watched)
     documents = [np.full(20, i) for i in range(5)]
     (scores,) = score_probes(
         Layers(), documents, 16, [([Probe(np.zeros(8), 0.5)] * 3, 16)], batch_size=4, advance=read.append
@@ -233,7 +232,7 @@ def test_what_was_measured_is_kept_when_interrupted(workdirs, tmp_path, monkeypa
             raise KeyboardInterrupt
         return load_model(workdir, mesh)
 
-    monkeypatch.setattr(MODULE, "load_model", stop)
+    monkeypatch.setattr(runs, "load_model", stop)
     words = f"probe --workdirs {workdirs}/alibi {workdirs}/learned --lengths 16 --out {tmp_path} --probe.documents 2"
     assert call_eval(monkeypatch, words) == 130
     assert {row["run"] for row in read(tmp_path)} == {"alibi"} and (tmp_path / "report.html").exists()

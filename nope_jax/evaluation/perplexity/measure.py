@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nope_jax.evaluation.protocol import Window, plan_windows
-from nope_jax.evaluation.uncertainty import Estimate, ratio
+from nope_jax.evaluation.common.documents import Window, plan_windows
+from nope_jax.evaluation.common.uncertainty import Estimate, ratio
 
 KEEP_EVERY = 60.0
 """Seconds between two times that the sums of an unfinished curve are kept."""
@@ -158,7 +158,7 @@ def measure(
         documents: token ids, each more than `length` of them.
         length: tokens the model reads at once.
         byte_lengths: the bytes of text that belong to each token of the documents; None: not known.
-        stride: None, or the step of a sliding window (see `nope_jax.evaluation.protocol`).
+        stride: None, or the step of a sliding window (see `nope_jax.evaluation.common.documents`).
         bos: whether the first token of a document is to begin every window of it.
         batch_size: windows per call of the model.
         place: puts a tuple of arrays [B, T] on the devices.
@@ -211,16 +211,9 @@ def measure(
             keep(sums)
             last_kept = time.monotonic()
 
-    return Curve(
-        edges,
-        sums.nll,
-        sums.tokens,
-        sums.entropy,
-        (sums.heads / sums.position_tokens).astype(np.float32),
-        sums.text_bytes,
-        step_bytes,
-        peak_memory(),
-    )
+    heads = (sums.heads / sums.position_tokens).astype(np.float32)
+    totals = (sums.nll, sums.tokens, sums.entropy, heads, sums.text_bytes)
+    return Curve(edges, *totals, step_bytes, peak_memory())
 
 
 def program_memory(step: jax.stages.Compiled) -> int:
