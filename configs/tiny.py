@@ -5,8 +5,8 @@
 @@NUMBERS@@
 
 A decoder without positional encoding learns more slowly than one with. This recipe, the same for every encoding, keeps
-the gap small: each row begins with a BOS token, which NoPE can count by (Kazemnejad et al. 2023, theorem 1); Muon updates
-the layers; and tokens are byte-level BPE (1,024, learned from the training split by the code in docs/data.md).
+the gap small: each row begins with a BOS token, which NoPE can count by (Kazemnejad et al. 2023, theorem 1); Muon
+updates the layers; and tokens are byte-level BPE (1,024, learned from the training split by the code in docs/data.md).
 """
 
 from pathlib import Path
