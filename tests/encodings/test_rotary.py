@@ -337,7 +337,7 @@ def test_a_decoder_with_xpos_has_as_many_positions_as_float32_allows():
 
 
 def test_xpos_has_the_number_of_positions_its_docstring_says():
-    assert f"{XPos().max_length():,} positions at scale_base 512" in " ".join(XPos.__doc__.split())
+    assert f"{XPos().max_length():,} at scale_base 512" in " ".join(XPos.__doc__.split())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
