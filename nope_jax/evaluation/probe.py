@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib import colormaps
@@ -208,7 +207,7 @@ def _hidden_states(
         padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # one shape: compiled once
         tokens = np.stack([document[:length] for document in padded]).astype(np.int32)
         for step in walk(model, place((tokens,))[0]):
-            yield step.layer, np.asarray(step.stream[: len(batch)].astype(jnp.float32), np.float64)
+            yield step.layer, np.asarray(step.stream).astype(np.float64)[: len(batch)]
         advance(tokens[: len(batch)].size)
 
 

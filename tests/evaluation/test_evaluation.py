@@ -357,7 +357,7 @@ def workdirs(tmp_path_factory):
 @pytest.mark.parametrize("overrides", [{}, pytest.param({"data.bos": True}, marks=pytest.mark.slow)])
 def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys, overrides):
     folders = [workdirs / "alibi", workdirs / "learned"]
-    compare(folders, (16, 8, 8), tmp_path / "a" / "b", overrides)
+    compare(folders, (16, 8, 8), tmp_path / "a" / "b", overrides, pictures=True)
     files = "curves.csv differences.csv heads.csv heads.npz"
     files += " curves.png dispersion.png perplexity.png entropy.png report.html"
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {*files.split(), "sections", "measured"}

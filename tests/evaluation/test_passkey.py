@@ -420,7 +420,7 @@ def test_a_model_that_knows_is_found_to_know(workdirs, tmp_path, evaluate, monke
     assert lines == ["alibi,alibi,260,260,0,3,3,1,0.438503,1", "alibi,alibi,260,260,1,3,3,1,0.438503,1"]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("stop", [pytest.param(KeyboardInterrupt, marks=pytest.mark.slow), ValueError])
 def test_what_was_measured_before_it_stopped_is_kept(workdirs, tmp_path, monkeypatch, stop):
     def load(workdir, mesh):
         if workdir.name == "learned":

@@ -226,6 +226,7 @@ def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, 
     assert "Positions in the hidden states" in page and page.count("data:image/png") == 1 and "eval.py probe" in page
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch):
     def stop(workdir, mesh):
         if workdir.name == "learned":

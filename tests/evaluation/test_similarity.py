@@ -117,6 +117,7 @@ def test_layers_are_those_of_the_schedule():
     assert [np.array_equal(w, np.broadcast_to(looks_back, w.shape)) for w in weights] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_layers_called_in_turn_are_the_decoder():
     model = decoder(encoding=("t5", "nope"))
     x, arguments = model.embed(TOKENS)
@@ -318,6 +319,7 @@ def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp
     assert "Attention of two runs" in page and page.count("data:image/png") == 1 and "eval.py similarity" in page
 
 
+@pytest.mark.slow
 def test_what_was_read_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch):
     add = Similarity.add
 

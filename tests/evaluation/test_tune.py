@@ -211,7 +211,7 @@ def test_uniform_finds_the_factor_that_brute_force_finds(folder, tmp_path, capsy
         def loss(factor, rows=rows):
             return full_nll(source, rows, factor)
 
-        grid = np.arange(1.4, 1.9, 0.01)
+        grid = np.arange(1.48, 1.75, 0.01)
         losses = [loss(float(factor)) for factor in grid]
         assert 0 < np.argmin(losses) < len(grid) - 1
         assert abs(outcome["factor"] - grid[np.argmin(losses)]) <= 0.02
@@ -449,6 +449,7 @@ def test_dynamic_scaling_is_ntk_by_the_length_over_the_training_length():
         np.testing.assert_allclose(rope_frequencies(8, scaling=scaling, length=length), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_scaled_run_is_the_source_with_another_encoding(folder, tmp_path):
     model = dataclasses.replace(MODEL, encoding=ROPE)
     workdir = write_run(tmp_path / "run", 0 * UNIFORM + 0.2, f"text:{folder}/text", model)
@@ -538,7 +539,10 @@ def test_it_goes_on_only_with_the_same(folder, stopped, tmp_path, message):
     before = {path: path.read_bytes() for path in out.iterdir()}
     options = Options((workdir,), case["lengths"], out, {}, case["settings"], case["method"])
     with pytest.raises(ValueError, match=message):
-        evaluate("tune", options)
+        if case["settings"] is STOPPED:  # the model need not be loaded to see it
+            plan_tune(options).job.begin("").or_continued(out)
+        else:
+            evaluate("tune", options)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 

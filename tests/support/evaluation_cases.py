@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
+from matplotlib.figure import Figure
 
 from nope_jax import ModelConfig
 from nope_jax.config import Config
@@ -70,9 +72,13 @@ def without_errors(cells):
     return [cell.removesuffix(" ± 0.00").removesuffix(" ± 0.000") for cell in cells]
 
 
-def compare(workdirs, lengths, out, overrides):
-    """`eval.py` without a further word."""
-    evaluate("curves", Options(tuple(workdirs), lengths, out, overrides))
+def compare(workdirs, lengths, out, overrides, pictures=False):
+    """`eval.py` without a further word, but for what its pictures show, which have tests of their own."""
+    names = ("perplexity.png", "entropy.png", "curves.png", "dispersion.png")
+    with pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setattr(Perplexity, "figures", lambda self: [(name, Figure()) for name in names])
+        evaluate("curves", Options(tuple(workdirs), lengths, out, overrides))
 
 
 def write(out, runs, units=None, only=""):
