@@ -104,7 +104,7 @@ def joined(place: ProcessSpec, workdir: Location) -> Iterator[None]:
     if found.num_processes == 1:
         yield
         return
-    connections = (_call_roll if found.process_id == 0 else _answer_roll)(found, place)
+    connections = (_host_rendezvous if found.process_id == 0 else _join_rendezvous)(found, place)
     watch = _Watch(found, connections, workdir)
     import jax
 
@@ -223,7 +223,7 @@ def _find(place: ProcessSpec) -> _Found:
     return _Found(coordinator, processes or 1, process or 0, devices)
 
 
-def _call_roll(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
+def _host_rendezvous(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
     """Wait for all other processes and return the connection to each."""
     _, port = _address(found)
     deadline = time.monotonic() + place.join_timeout
@@ -270,7 +270,7 @@ def _call_roll(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
     return came
 
 
-def _answer_roll(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
+def _join_rendezvous(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
     """Join process 0 and return the connection to it, once all processes have joined."""
     host, port = _address(found)
     deadline = time.monotonic() + place.join_timeout
