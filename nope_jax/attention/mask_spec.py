@@ -92,8 +92,8 @@ def make_mask_spec(
     key_positions: Integer[ArrayLike, "..."] | None = None,
     mask: Shaped[ArrayLike, "..."] | None = None,
     is_causal: bool = True,
-    window: int | None = None,
-    chunk_size: int | None = None,
+    window: Any = None,
+    chunk_size: Any = None,
     segment_ids: Any = None,
 ) -> MaskSpec:
     """The rule that these keywords of `dot_product_attention` make.

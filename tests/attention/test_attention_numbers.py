@@ -131,7 +131,7 @@ def test_narrow_keys_and_values_cost_a_float32_query_nothing():
 
 
 @every_function
-@pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=pytest.mark.slow), F32, jnp.float64])
+@pytest.mark.parametrize("dtype", [F32, *(pytest.param(x, marks=pytest.mark.slow) for x in (BF16, jnp.float64))])
 def test_all_can_be_traced_with_64_bits(dtype, name):
     function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
     with jax.enable_x64(True):

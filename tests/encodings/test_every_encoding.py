@@ -246,7 +246,7 @@ def largest_array(jaxpr):
     return max([0, *dims, *inner])
 
 
-@every_kind
+@pytest.mark.parametrize("name", others_slow(KINDS, but={"rope"}))
 def test_no_array_of_queries_times_keys_exists(name):
     """In the program of value and gradient, whatever the compiler makes of it, for positions given or not."""
     encoding = ENCODINGS[name]().bind(ModelDims(N, H, D, 4096, K, V))
