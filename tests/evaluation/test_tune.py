@@ -292,8 +292,10 @@ LEARN = TuneConfig(documents=1000, steps=50, warmup_steps=5, learning_rate=0.1)
 
 @pytest.fixture(scope="module")
 def head(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("head") / "out"
-    return out, *run(folder / "heads", out, "head", settings=LEARN)
+    out, before = tmp_path_factory.mktemp("head") / "out", search._update._cache_size()
+    found = run(folder / "heads", out, "head", settings=LEARN)
+    assert search._update._cache_size() <= before + 2  # a program for each length
+    return out, *found
 
 
 def test_head_lowers_the_loss_below_that_of_any_uniform_factor(folder, head):
