@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 

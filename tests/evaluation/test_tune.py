@@ -292,8 +292,10 @@ LEARN = TuneConfig(documents=1000, steps=50, warmup_steps=5, learning_rate=0.1)
 
 @pytest.fixture(scope="module")
 def head(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("head") / "out"
-    return out, *run(folder / "heads", out, "head", settings=LEARN)
+    out, before = tmp_path_factory.mktemp("head") / "out", search._update._cache_size()
+    found = run(folder / "heads", out, "head", settings=LEARN)
+    assert search._update._cache_size() <= before + 2  # a program for each length
+    return out, *found
 
 
 def test_head_lowers_the_loss_below_that_of_any_uniform_factor(folder, head):
@@ -351,11 +353,11 @@ def test_lengths_take_turns_and_the_longest_is_last(head):
 
 @pytest.mark.slow
 def test_updates_are_those_of_clipped_adam(folder, tmp_path):
-    # With one document, no longer than the window, every batch is known.
+    # With one document to train on, no longer than the window, every batch is known; the other one is for validation.
     texts = tmp_path / "text"
     texts.mkdir()
-    for name in "ab":
-        shutil.copy(folder / "text" / "1.txt", texts / name)
+    for name in "12":
+        shutil.copy(folder / "text" / f"{name}.txt", texts / name)
     workdir = write_run(tmp_path / "run", HEADS, f"text:{texts}", head=4.0)  # of large gradients
     settings = TuneConfig(steps=4, warmup_steps=2, batch_size=2, learning_rate=0.3, start="one", focus=False)
     found, *_ = run(workdir, tmp_path / "out", "head", (LONG,), settings)

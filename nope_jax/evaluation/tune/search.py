@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from nope_jax.checkpoint import Checkpointer
@@ -322,6 +322,8 @@ class Tuner:
             leaves, structure = jax.tree.flatten(opt_state)
             kept = zip(tuning.learned.optimizer or leaves, leaves, strict=True)
             opt_state = jax.tree.unflatten(structure, [jnp.asarray(value, leaf.dtype) for value, leaf in kept])
+        # Where an update leaves them: otherwise the first would be a program of its own.
+        factors, opt_state = jax.device_put((factors, opt_state), NamedSharding(self.mesh, PartitionSpec()))
         self.bar.advance(sum(map(self._cost, range(done))))
         with _reopened(job.out / "tune.jsonl", done) as file:
             for step in range(done, settings.steps):
