@@ -103,7 +103,7 @@ def answer(address: str, processes: int, number: int, timeout: int = 5) -> tuple
     def run() -> None:
         try:
             found = distributed._Found(address, processes, number, None)
-            results.append(distributed._answer_roll(found, ProcessSpec(join_timeout=timeout)))
+            results.append(distributed._join_rendezvous(found, ProcessSpec(join_timeout=timeout)))
         except OSError as error:
             results.append(error)
 
@@ -114,7 +114,7 @@ def answer(address: str, processes: int, number: int, timeout: int = 5) -> tuple
 
 def call(address: str, processes: int, timeout: int) -> dict:
     found = distributed._Found(address, processes, 0, None)
-    return distributed._call_roll(found, ProcessSpec(join_timeout=timeout))
+    return distributed._host_rendezvous(found, ProcessSpec(join_timeout=timeout))
 
 
 def test_all_come_whoever_else_knocks(address):
@@ -180,7 +180,7 @@ from nope_jax import distributed
 distributed.OWN_END = 0.5
 address, number, workdir = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 place = distributed.ProcessSpec(address, 3, number, join_timeout=20)
-roll = distributed._call_roll if number == 0 else distributed._answer_roll
+roll = distributed._host_rendezvous if number == 0 else distributed._join_rendezvous
 watch = distributed._Watch(place.named(), roll(place.named(), place), workdir)
 print("here", flush=True)
 order = sys.stdin.readline().strip()
