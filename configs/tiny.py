@@ -1,4 +1,4 @@
-"""The demo: a decoder of 0.5 M parameters that reads 128 tokens of Python's standard library at a time.
+"""The demo: a decoder of a third of a million parameters that reads 128 tokens of Python's standard library at a time.
 
     python train.py --config configs/tiny.py --workdir runs/nope --model.encoding nope
 
@@ -18,7 +18,7 @@ TOKENIZER = Path(__file__).with_name("tiny_tokenizer.json")
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(vocab_size=1024, num_layers=6, num_heads=4, model_dim=64, encoding="nope"),
+        model=ModelConfig(vocab_size=1024, num_layers=4, num_heads=4, model_dim=64, encoding="nope"),
         data=DataConfig(source="python_stdlib", tokenizer=str(TOKENIZER), bos=True, context_length=128, batch_size=16),
         optimizer=OptimizerConfig("muon", learning_rate=2e-2, warmup_steps=50),
         train=TrainConfig(steps=600, log_every=20, checkpoint_every=300, eval_every=300, eval_batches=32),
