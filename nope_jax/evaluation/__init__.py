@@ -1,1 +1,1 @@
-"""What eval.py does with trained models; `nope_jax.evaluation.registry` lists it, and says how to add to it."""
+"""The evaluations of eval.py. `nope_jax.evaluation.registry` lists them and says how to add one."""

@@ -1,15 +1,15 @@
-"""The evaluations of eval.py: the one list, which the command line, the report and the documents read.
+"""The registry of evaluations, read by the command line, the report and the documentation.
 
 To add an evaluation:
 
-1. Write a module with a function `plan(options: Options)` that refuses what cannot be had, and returns an `Evaluation`
-   (`nope_jax.evaluation.common.evaluation`): the `runs` that it is about; `measure()`, which yields whenever there is
-   more to keep; `numbers()`, `figures()` and `sections()`, which say what is written and shown of it.
+1. Write a module with a function `plan(options: Options)` that validates the options and returns an `Evaluation`
+   (`nope_jax.evaluation.common.evaluation`): its `runs`; `measure()`, which yields after each new result; and
+   `numbers()`, `figures()` and `sections()`, which return the output.
 2. Add an entry to EVALUATIONS, and a dataclass for its settings if it has any.
 
-`eval.py NAME`, its `--help`, progress bar, tables, files, figures and part of the report follow from these two, and so
-does that what has been measured is written when the rest fails or is interrupted. This module imports nothing large, so
-that bad arguments are refused at once: therefore the settings of an evaluation stand here, not beside its code.
+These two steps provide `eval.py NAME` with `--help`, a progress bar, tables, files, figures and a part of the report.
+If the evaluation fails or is interrupted, the results so far are written. This module imports nothing large, so that
+bad arguments are rejected at once; that is why the settings of an evaluation are here and not next to its code.
 """
 
 import dataclasses
@@ -21,68 +21,68 @@ from nope_jax.config import EvalConfig
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """How eval.py tune searches (defaults: Wang et al. 2024, arXiv 2404.12224, appendix)."""
+    """Settings of eval.py tune (defaults: Wang et al. 2024, arXiv 2404.12224, appendix)."""
 
     documents: int = 16
-    """Training documents per length that a factor is judged by."""
+    """Number of training documents per length on which factors are evaluated."""
     steps: int = 200
-    """Updates of the learned factors (head, ssmax)."""
+    """Number of updates of the learned factors (head, ssmax)."""
     warmup_steps: int = 20
     batch_size: int = 8
     learning_rate: float = 0.1
     start: Literal["uniform", "one"] = "uniform"
-    """Where learned factors begin: at the best uniform one, or at 1."""
+    """Initial value of learned factors: the best uniform factor, or 1."""
     focus: bool = True
-    """Whether every factor is kept at 1 or above (head)."""
+    """Whether to keep every factor at 1 or above (head)."""
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyConfig:
-    """The grid of eval.py passkey (Wang et al. 2024, arXiv 2404.12224)."""
+    """Settings of eval.py passkey (Wang et al. 2024, arXiv 2404.12224)."""
 
     depths: int = 10
     keys: int = 10
-    """Keys per depth and length."""
+    """Number of keys per depth and length."""
     batch_size: int = 8
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class SimilarityConfig:
-    """What eval.py similarity reads."""
+    """Settings of eval.py similarity."""
 
     length: int | None = None
-    """Tokens per document. None: the training length, the shorter one of the two runs."""
+    """Tokens per document. None: the shorter training length of the two runs."""
     documents: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-    """How eval.py probe reads positions out of hidden states."""
+    """Settings of eval.py probe."""
 
     documents: int = 32
-    """Half of them train the probe, half test it."""
+    """Number of documents: half to train the probe, half to test it."""
     ridge: float = 1e-3
-    """Weight of the squared norm of the probe, relative to the variance of the hidden states."""
+    """Ridge penalty: weight of the squared norm of the probe, relative to the variance of the hidden states."""
 
 
 class Entry(NamedTuple):
-    """What the command line knows of an evaluation."""
+    """Registry entry of an evaluation."""
 
     description: str
     module: str
-    """Where its `plan` is."""
+    """Module that defines `plan`."""
     settings: Any = None
-    """A dataclass of settings of its own, with their defaults; each is an option, `--NAME.FIELD`."""
+    """An instance of its settings dataclass, with the defaults; each field is an option, `--NAME.FIELD`."""
     takes_lengths: bool = True
-    """Whether `--lengths` must be given."""
+    """Whether `--lengths` is required."""
     takes_eval: tuple[str, ...] = ()
-    """The fields of eval.* that it goes by."""
+    """The eval.* fields that it uses."""
     methods: tuple[str, ...] = ()
-    """What `--method` may be; empty: there is no such option."""
-    out: str = "Where the report is written."
-    """What `--out` is, for --help."""
+    """Choices of `--method`; empty: no such option."""
+    out: str = "Directory for the report."
+    """Help text of `--out`."""
 
 
 EVALUATIONS = {
@@ -92,14 +92,14 @@ EVALUATIONS = {
         takes_eval=tuple(field.name for field in dataclasses.fields(EvalConfig)),
     ),
     "tune": Entry(
-        "Finds the factors or the scaling with which a run holds further, and writes a run that has them.",
+        "Finds logit factors or a RoPE scaling that extend the context of a run, and writes the tuned run.",
         "nope_jax.evaluation.tune",
         TuneConfig(),
         methods=("uniform", "head", "log-n", "ssmax", "linear", "ntk", "dynamic", "yarn"),
-        out="The workdir of the tuned run.",
+        out="Workdir of the tuned run.",
     ),
     "passkey": Entry(
-        "Measures how often a number hidden in filler text is found again.",
+        "Measures how often a model retrieves a number hidden in filler text.",
         "nope_jax.evaluation.passkey",
         PasskeyConfig(),
     ),
@@ -111,27 +111,27 @@ EVALUATIONS = {
         takes_eval=("seed",),
     ),
     "probe": Entry(
-        "Reads positions out of the hidden states of each layer.",
+        "Measures how well a linear probe decodes positions from the hidden states of each layer.",
         "nope_jax.evaluation.probe",
         ProbeConfig(),
         takes_eval=("batch_size", "seed"),
     ),
 }
-"""By the word that follows eval.py, in the order of the report; without a word it is the first."""
+"""Evaluations by name, in the order of the report. Without a name, eval.py runs the first."""
 
 
 class Options(NamedTuple):
-    """The command line of eval.py, after the name of the evaluation."""
+    """The parsed command line of eval.py, without the name of the evaluation."""
 
     workdirs: tuple[Path, ...]
     lengths: tuple[int, ...]
-    """In tokens, ascending, each once; empty for an evaluation that takes none."""
+    """In tokens, ascending, without duplicates; empty for an evaluation that takes no lengths."""
     out: Path
     overrides: dict[str, Any]
-    """The data.* and eval.* fields that were given, by dotted name: `override` puts them on the config of each run."""
+    """The given data.* and eval.* fields, by dotted name; `override` applies them to the config of each run."""
     settings: Any = None
-    """The evaluation's own settings."""
+    """An instance of the evaluation's settings dataclass."""
     method: str | None = None
-    """One of its methods."""
+    """One of `Entry.methods`."""
     command: str = ""
-    """What the user typed, for the report."""
+    """The command as typed, for the report."""

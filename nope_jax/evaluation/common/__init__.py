@@ -1,1 +1,1 @@
-"""What evaluations share."""
+"""Code shared by the evaluations."""

@@ -1,4 +1,4 @@
-"""The activations of a decoder, layer by layer: the residual stream and the attention weights.
+"""Activations of a decoder, layer by layer: the residual stream and the attention weights.
 
 Shapes: B batch, T length, N query heads, D model width.
 """
@@ -17,26 +17,26 @@ from nope_jax.models.layers import rms_norm
 
 
 class Activations(NamedTuple):
-    """Of a decoder, between two of its layers."""
+    """Activations of a decoder between two layers."""
 
     layer: int
-    """How many layers have been passed: 0 is what enters the first."""
+    """Number of layers applied so far; 0 is the input of the first layer."""
     stream: Shaped[Array, "B T D"]
-    """The residual stream, before any norm."""
+    """The residual stream, before any normalization."""
     weights: Float[Array, "B N T T"] | None
-    """The attention weights of the layer just passed, where they were asked for: query by key, rows sum to 1."""
+    """Attention weights of the layer just applied, if requested: query by key, rows sum to 1."""
 
 
 def walk(model: Decoder, tokens: Int[Array | np.ndarray, "B T"], *, weights: bool = False) -> Iterator[Activations]:
-    """Runs a decoder one layer at a time, so that no more than one layer's activations exist at once.
+    """Runs a decoder one layer at a time, so that only one layer's activations exist at once.
 
     Args:
         model: the decoder.
         tokens: token ids, at positions 0..T-1.
-        weights: whether to write out the attention weights, [B, N, T, T] of every layer.
+        weights: whether to return the attention weights of every layer, [B, N, T, T].
 
     Raises:
-        ValueError: tokens outside the vocabulary, or more than the encoding has positions.
+        ValueError: a token is outside the vocabulary, or there are more tokens than the encoding has positions.
     """
     model.check_tokens(tokens)
     x, arguments = _embed(*nnx.split(model), tokens)

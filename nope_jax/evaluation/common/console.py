@@ -1,4 +1,4 @@
-"""What every evaluation shows in a terminal: how far it has come, and what it found."""
+"""Terminal output of the evaluations: the progress bar and the result tables."""
 
 import contextlib
 import sys
@@ -13,27 +13,27 @@ from nope_jax.evaluation.common.report import Section
 
 
 class Bar:
-    """How far an evaluation has come, and how long it will take."""
+    """Progress of an evaluation, with the time left."""
 
     def __init__(self, progress: Progress):
         self._progress, self._task = progress, progress.add_task("", total=None)
 
     def total(self, amount: float) -> None:
-        """Says how much there is to do, in any unit."""
+        """Sets the total amount of work, in any unit."""
         self._progress.update(self._task, total=amount)
 
     def describe(self, words: str) -> None:
-        """Says what is being done."""
+        """Sets the description of the current step."""
         self._progress.update(self._task, description=words)
 
     def advance(self, amount: float = 1) -> None:
-        """Says that so much more has been done."""
+        """Advances the bar by `amount` of work."""
         self._progress.advance(self._task, amount)
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Bar]:
-    """A bar with the time left, on stderr."""
+    """Shows a progress bar with the time left on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = Bar(progress)
@@ -42,8 +42,8 @@ def progress_bar() -> Iterator[Bar]:
 
 
 def print_sections(sections: Sequence[Section], *remarks: str) -> None:
-    """Prints the tables of the sections on stdout, what a reader must know of each below it, and then the remarks."""
-    # Without a terminal rich would fold the table into 80 columns.
+    """Prints the tables of the sections to stdout, each followed by its notes, and then the remarks."""
+    # Without a terminal, rich would wrap the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     for section in sections:
         if table := section.table:
@@ -60,5 +60,5 @@ def print_sections(sections: Sequence[Section], *remarks: str) -> None:
 
 
 def plural(count: int, what: str) -> str:
-    """`2 documents`, but `1 document`."""
+    """Formats a count with its noun: `2 documents`, `1 document`."""
     return f"{count:,} {what}{'s' * (count != 1)}"

@@ -1,8 +1,8 @@
-"""What a model reads when it is judged: which documents, in which windows, and which of their tokens count.
+"""Evaluation protocols: which documents a model reads, in which windows, and which tokens are scored.
 
-Two protocols, named in every output. From the start (`stride=None`): a document's first tokens, each scored given all
-before it. Sliding window (Wang et al. 2024): a window of the evaluated length slid over the whole document by `stride`
-tokens, scoring only those that no earlier window scored.
+There are two protocols; every output names the one used. From the start (`stride=None`): reads the first tokens of a
+document and scores each given all tokens before it. Sliding window (Wang et al. 2024): slides a window of the evaluated
+length over the whole document by `stride` tokens and scores only the tokens that no earlier window scored.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from nope_jax.evaluation.common.runs import Run
 
 class Window(NamedTuple):
     document: int
-    """Index among the documents read."""
+    """Index into the documents read."""
     start: int
-    """Its first token in the document."""
+    """Position of its first token in the document."""
     scored_from: int
-    """The first position in the window that counts; the ones before it were scored by an earlier window."""
+    """The first scored position in the window; an earlier window scored the ones before it."""
 
 
 def protocol_name(stride: int | None) -> str:
@@ -49,24 +49,25 @@ def choose_documents(
     split: str = "validation",
     option: str = "--lengths",
 ) -> dict[int, np.ndarray]:
-    """Chooses the documents read at each length, so that like is compared with like.
+    """Chooses the documents read at each length, as far as possible the same at all lengths.
 
-    In a seeded order, documents that reach more of the lengths come first. Each length takes the first `count` that
-    reach it, so the choices are nested, and the same at every length as soon as `count` documents reach the longest.
+    Documents are shuffled by `seed` and sorted by how many of the lengths they reach, most first. Each length takes the
+    first `count` documents that reach it. The choices are therefore nested, and identical at every length if `count`
+    documents reach the longest.
 
     Args:
-        document_lengths: tokens of each document.
-        lengths: the evaluated lengths; to reach one, a document needs one token more, the last one's target.
-        count: most documents per length.
-        seed: of the order.
-        split: what the documents are of, and
-        option: what gave the lengths, both for the error.
+        document_lengths: number of tokens of each document.
+        lengths: the evaluated lengths; a document reaches a length if it has at least one token more, the last target.
+        count: maximum number of documents per length.
+        seed: of the shuffle.
+        split: the split of the documents, for the error message.
+        option: the option that set the lengths, for the error message.
 
     Returns:
         For each length, indices into `document_lengths`.
 
     Raises:
-        ValueError: a length that no document reaches.
+        ValueError: no document reaches one of the lengths.
     """
     reaches = {length: document_lengths > length for length in lengths}
     for length in lengths:
@@ -85,13 +86,13 @@ def choose_documents(
 def plan_windows(document_lengths: Sequence[int], length: int, stride: int | None) -> list[Window]:
     """Lists the windows of `length` inputs to read, document by document.
 
-    Under a stride, a document's last window ends at its last token, so that every token after the first is scored
+    With a stride, the last window of a document ends at its last token, so that every token after the first is scored
     exactly once.
 
     Args:
-        document_lengths: tokens of each document read, each more than `length`.
-        length: inputs per window.
-        stride: None for the start of each document only.
+        document_lengths: number of tokens of each document, more than `length`.
+        length: input tokens per window.
+        stride: step of the window; None reads only the start of each document.
     """
     windows = []
     for document, tokens in enumerate(document_lengths):
@@ -106,18 +107,18 @@ def plan_windows(document_lengths: Sequence[int], length: int, stride: int | Non
 class Document(NamedTuple):
     tokens: np.ndarray
     byte_lengths: np.ndarray
-    """The bytes of text that belong to each token; zeros where it is not made from text, or that is not there."""
+    """Number of bytes of text per token; zeros if the text is unavailable or the tokens are not made from text."""
 
 
 Documents = dict[int, list[Document]]
-"""For each length, the documents that are read at it."""
+"""The documents read at each length."""
 
 
 def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
-    """For each run what it reads: the same documents, whatever the tokenizer, those that are long enough in every one.
+    """Reads the documents of each run: the same ones for every tokenizer, chosen to be long enough under all of them.
 
     Raises:
-        ValueError: a corpus that cannot be had, or corpora that are not of the same documents.
+        ValueError: a corpus is unavailable, or the corpora do not hold the same documents.
     """
     loaded, lengths = [run.config for run in runs], runs[0].lengths
     corpora: dict[tuple, Corpus] = {}
@@ -138,7 +139,7 @@ def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
     token_counts = np.min([corpus.lengths for corpus in corpora.values()], axis=0)
     settings = loaded[0].eval
     chosen = choose_documents(token_counts, lengths, settings.documents, settings.seed)
-    # Of a document that is read from its start, no more is kept than is read.
+    # When documents are read from their start, keep only the tokens that are read.
     end = max(lengths) + 1 if settings.stride is None else None
     read = {}
     for key, corpus in corpora.items():
@@ -154,7 +155,7 @@ def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
 
 
 def _has_text(corpus: Corpus) -> bool:
-    """Whether the bytes of its tokens can be known; of a prepared corpus the tokens alone may have been copied here."""
+    """Whether the byte lengths of its tokens are available; a prepared corpus may have been copied without its text."""
     if corpus.byte_lengths is None:
         return False
     try:
@@ -165,5 +166,5 @@ def _has_text(corpus: Corpus) -> bool:
 
 
 def corpus_key(config: Config) -> tuple[str | None, str, bool]:
-    """What tells the corpora of runs of one source apart."""
+    """Key that distinguishes the corpora of runs with the same source."""
     return config.data.dir, config.data.tokenizer, config.data.bos

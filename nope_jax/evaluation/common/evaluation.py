@@ -1,4 +1,4 @@
-"""What an evaluation is, and the one driver of all: plan, measure, keep, show."""
+"""The evaluation interface and the driver shared by all evaluations: plan, measure, write, print."""
 
 import contextlib
 import importlib
@@ -20,60 +20,60 @@ from nope_jax.locks import held
 
 
 class Evaluation:
-    """An evaluation that is under way: what it measures, and what it has to show of what it has measured so far.
+    """An evaluation in progress: it measures runs and reports the results so far.
 
-    The function `plan(options)` of its module makes one, and refuses all that can be found out to be wrong before
-    anything large is loaded or computed.
+    The `plan(options)` function of its module creates it, and rejects bad input before anything large is loaded or
+    computed.
     """
 
     runs: Sequence[Run[Any]]
-    """What it is about."""
+    """The runs evaluated."""
     remark: str | None = None
-    """What is printed last; None: where the report is."""
+    """The last line printed; None: the location of the report."""
     writes_run: ClassVar[bool] = False
-    """Whether --out becomes a workdir, which one process at a time may write."""
+    """Whether --out becomes a workdir, which only one process at a time may write."""
 
     @property
     def measured(self) -> list[Run[Any]]:
-        """The runs of which there are results."""
+        """The runs that have results."""
         return [run for run in self.runs if run.results]
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
-        """Measures, and yields whenever there is more than before that is worth keeping.
+        """Measures the runs, and yields after each new result worth writing.
 
         Args:
-            out: the directory of the report, where it may keep what it needs to go on when started again.
-            bar: to be told the `total`, of any unit, what is being done and how far it has come.
+            out: the report directory, where the evaluation may store state to resume from.
+            bar: progress bar to update: `total` (any unit), `describe` and `advance`.
         """
         raise NotImplementedError
 
     def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:
-        """The files of numbers, by name: columns and rows of a .csv, or arrays of a .npz."""
+        """Files of numbers by name: the columns and rows of a .csv, or the arrays of a .npz."""
         return {}
 
     def figures(self) -> Iterable[tuple[str, Figure]]:
-        """The pictures, each with the name of its .png."""
+        """The figures, each with the name of its .png."""
         return ()
 
     def sections(self) -> Sequence[Section]:
-        """What is shown in the terminal and the report."""
+        """The sections shown in the terminal and the report."""
         return ()
 
     def finish(self, out: Path) -> None:
-        """Does what must come last, when all has been measured and written."""
+        """Runs last, after all results have been measured and written."""
 
 
 def evaluate(name: str, options: Options) -> None:
-    """What `eval.py NAME` does: measures, writes files, figures and a part of the report, and prints the tables.
+    """Runs `eval.py NAME`: measures, writes files, figures and a part of the report, and prints the tables.
 
-    What has been measured is written even if the rest fails or is interrupted.
+    If the evaluation fails or is interrupted, the results so far are written.
 
     Args:
         name: one of EVALUATIONS.
-        options: of the command line.
+        options: the parsed command line.
 
     Raises:
-        ValueError: what cannot be evaluated.
+        ValueError: the options or the runs are invalid.
         OSError: `options.out` cannot be written.
     """
     plan = importlib.import_module(EVALUATIONS[name].module).plan
@@ -95,7 +95,7 @@ def evaluate(name: str, options: Options) -> None:
 
 
 def _show(name: str, evaluation: Evaluation, options: Options) -> None:
-    """Writes and prints all there is."""
+    """Writes and prints all results so far."""
     out = options.out
     write_numbers(out, evaluation.numbers())
     for file, figure in evaluation.figures():

@@ -1,4 +1,4 @@
-"""The files of an evaluation that hold numbers; each is the old one or the new one, whenever the program is stopped."""
+"""Files of numbers, written atomically: if the program is stopped, each file is either the old or the new one."""
 
 import contextlib
 import csv
@@ -15,7 +15,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, and moves it onto `path` when the block ends without an error."""
+    """Yields a temporary path next to `path`, and moves it to `path` if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -25,16 +25,16 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 class Csv(NamedTuple):
-    """The rows of a .csv under the names of its columns."""
+    """Column names and rows of a .csv file."""
 
     columns: str
     """Separated by spaces."""
     rows: Iterable[Sequence[Any]]
-    """Numbers that are no integers are written with six digits; None and NaN leave a cell empty."""
+    """Floats are written with six significant digits; None and NaN leave a cell empty."""
 
 
 def write_numbers(out: Path, files: Mapping[str, Csv | Mapping[str, Any]]) -> None:
-    """Writes the .csv and .npz files of an evaluation, by their names in `out`."""
+    """Writes the .csv and .npz files of an evaluation to `out`, by name."""
     for name, content in files.items():
         with replace_file(out / name) as temporary:
             if isinstance(content, Csv):
@@ -57,14 +57,14 @@ _Stored = TypeVar("_Stored")
 
 
 def store(path: Path, value: Any, identity: str) -> None:
-    """Keeps a dataclass of arrays and numbers, and what it follows from, for an evaluation that is started again."""
+    """Stores a dataclass of arrays and numbers with its identity: what it was computed from."""
     path.parent.mkdir(exist_ok=True)
     with replace_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, identity=np.array(identity), **vars(value))
 
 
 def stored(path: Path, cls: type[_Stored], identity: str) -> _Stored | None:
-    """What is in a file that `store` wrote, if there is one and it follows from the same."""
+    """Loads what `store` wrote; None if the file is missing or unreadable, or its identity differs."""
     try:
         with np.load(path) as arrays:
             if str(arrays["identity"]) != identity:

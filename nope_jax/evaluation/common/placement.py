@@ -1,4 +1,4 @@
-"""Which devices read what: a batch of windows over the devices there are, or one long window over all of them."""
+"""Placement of evaluation batches: windows spread over the devices, or one long window over all of them."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from nope_jax.sharding import make_mesh, state_shardings
 def evaluation_mesh(
     config: ModelConfig, windows: int, length: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh for reading so many windows at once: over as many devices as can be, rather windows apart than heads, and
-    rather heads than the positions of a window.
+    """A mesh for a batch of windows. It uses as many devices as possible; the data axis is preferred to the tensor
+    axis, and the tensor axis to the sequence axis.
 
     Args:
-        config: of the model, whose sizes the devices must divide.
+        config: the model config, whose dimensions the mesh must divide.
         windows: rows of a batch.
-        length: positions of each.
-        devices: all there are, when None.
+        length: positions per window.
+        devices: None: all devices.
     """
     devices = jax.devices() if devices is None else devices
     state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
@@ -39,19 +39,19 @@ def evaluation_mesh(
         mesh = make_mesh(shape, devices[: data * tensor * sequence])
         try:
             state_shardings(state, mesh)
-        except ValueError:  # they do not divide the model
+        except ValueError:  # the mesh does not divide the model
             continue
         return mesh
     raise AssertionError("one device can read anything")
 
 
 def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
-    """The model with its parameters spread over a mesh."""
+    """Returns the model with its parameters sharded over a mesh."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.device_put(state, state_shardings(state, mesh)))
 
 
 def over_devices(batch_size: int) -> tuple[Mesh, int]:
-    """A mesh of all devices for the rows of a batch, and its size, rounded up to what divides over them."""
+    """A mesh of all devices for the rows of a batch, and the batch size rounded up to a multiple of its data axis."""
     mesh = make_mesh(MeshConfig())
     return mesh, -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]

@@ -1,4 +1,4 @@
-"""How the figures of all evaluations look."""
+"""The common style of the figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ from matplotlib.image import AxesImage
 
 from nope_jax.evaluation.common.files import replace_file
 
-# The colours of Okabe and Ito (2008), without the yellow that vanishes on white. Dashes and markers repeat at another
-# pace, so that runs differ in print as well, and the eighth is not the first again.
+# The colours of Okabe and Ito (2008), without yellow, which is hard to see on white. Colours, dashes and markers repeat
+# with different periods, so that runs differ in black and white, and the eighth run differs from the first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (6, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
@@ -21,7 +21,7 @@ INK, QUIET = "#222222", "#707070"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
+    """An empty figure; width and height in inches."""
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -33,7 +33,7 @@ def save(path: Path, figure: Figure) -> None:
 
 
 def panels(figure: Figure | SubFigure, count: int, across: int, **keywords: Any) -> list[Axes]:
-    """So many axes, `across` of them beside each other."""
+    """Creates `count` axes, `across` of them per row."""
     axes = figure.subplots(-(-count // across), across, squeeze=False, **keywords)
     for empty in axes.flat[count:]:
         empty.set_visible(False)
@@ -43,7 +43,7 @@ def panels(figure: Figure | SubFigure, count: int, across: int, **keywords: Any)
 def draw_map(
     axes: Axes, values: np.ndarray, low: float, high: float, title: str, labels: Mapping[tuple[int, int], str] = {}
 ) -> AxesImage:
-    """Draws a matrix, rows down and columns across, some cells with a label; what is not finite is left out."""
+    """Draws a matrix, rows down and columns across, with optional cell labels; non-finite cells stay empty."""
     image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
     for (row, column), label in labels.items():
         ink = "white" if values[row, column] < low + 0.6 * (high - low) else INK
@@ -55,7 +55,7 @@ def draw_map(
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, dashes and marker of the run, or the length, that comes `index`-th."""
+    """Colour, dashes and marker of the `index`-th run or length."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -64,7 +64,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def finish(axes: Axes, x_label: str = "", y_label: str = "") -> None:
-    """Names the axes, and gives them what all have: a grid and no frame."""
+    """Labels the axes and applies the common style: a grid, and no top and right spines."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
@@ -72,5 +72,5 @@ def finish(axes: Axes, x_label: str = "", y_label: str = "") -> None:
 
 
 def note(figure: Figure, text: str) -> None:
-    """Writes what a reader must know below a figure."""
+    """Writes a note below a figure."""
     figure.supxlabel(text, fontsize=8, color=QUIET)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: what was found, the figures, the data, the commands that made them."""
+"""The report: one self-contained HTML page with the tables, figures, data files and commands."""
 
 import base64
 import hashlib
@@ -13,30 +13,30 @@ from nope_jax.evaluation.registry import EVALUATIONS
 
 class Table(NamedTuple):
     title: str
-    """Stands above it in the terminal."""
+    """Printed above the table in the terminal."""
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     names: int = 2
-    """So many columns, from the first on, hold words and are aligned left in the terminal; the others hold numbers."""
+    """Number of leading text columns, left-aligned in the terminal; the other columns hold numbers."""
 
 
 class Section(NamedTuple):
-    """A part of what an evaluation shows: all of it in the report, its table and notes in the terminal as well."""
+    """A section of the report. The terminal shows its table, `notes` and `spoken`."""
 
     heading: str
     about: str = ""
-    """Stands above the table."""
+    """Text above the table."""
     table: Table | None = None
     notes: Sequence[str] = ()
-    """What a reader of the table must know, a paragraph each."""
+    """Notes below the table, one paragraph each."""
     spoken: Sequence[str] = ()
-    """What the report draws and the terminal has to say instead."""
+    """Terminal-only text for what the report shows as a figure."""
     html: str = ""
-    """What else the report shows; it needs no file beside it."""
+    """Additional HTML of the report, without references to other files."""
     figures: Mapping[str, str] = {}
-    """Pictures in the directory of the report, each with what it shows, in words."""
+    """Alternative texts of the images in the report directory, by file name."""
     files: Mapping[str, str] = {}
-    """Files of numbers there, each with what it holds."""
+    """Descriptions of the data files in the report directory, by file name."""
 
 
 _STYLE = """
@@ -71,15 +71,15 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 
 
 def add_sections(out: Path, name: str, sections: Iterable[Section], command: str, workdirs: Sequence[Path]) -> None:
-    """Writes what an evaluation shows, and `report.html` with all that evaluations have written into `out`.
+    """Writes the sections of an evaluation, and `report.html` with the sections of all evaluations in `out`.
 
     Args:
-        out: the directory of the report; what each evaluation shows is kept in its folder `sections`.
-        name: of the evaluation, one of EVALUATIONS, which give the order of the page.
-        sections: what it shows.
-        command: what the user typed.
-        workdirs: the runs that it is about; of those that eval.py tune wrote, the report takes in what it found, which
-            lies in the `sections` of the workdir.
+        out: the report directory; its folder `sections` holds the sections of each evaluation.
+        name: the evaluation, one of EVALUATIONS, which give the order of the page.
+        sections: the sections of this evaluation.
+        command: the command as typed.
+        workdirs: the runs evaluated. If eval.py tune wrote a run, the report includes the section on its tuning from
+            `sections` in that workdir.
     """
     folder = out / "sections"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def add_sections(out: Path, name: str, sections: Iterable[Section], command: str
         temporary.write_text(body, encoding="utf-8")
     for workdir in {workdir.resolve() for workdir in workdirs} - {out.resolve()}:
         if (tuned := workdir / "sections" / "tune.html").exists():
-            mark = hashlib.sha256(bytes(workdir)).hexdigest()[:8]  # several runs may have the name
+            mark = hashlib.sha256(bytes(workdir)).hexdigest()[:8]  # several runs may share a name
             with replace_file(folder / f"tune-{workdir.name}-{mark}.html") as temporary:
                 temporary.write_bytes(tuned.read_bytes())
     patterns = [f"{known}{end}.html" for known in EVALUATIONS for end in ("", "-*")]
@@ -131,20 +131,20 @@ def paragraph(text: str, *, quiet: bool = False) -> str:
 
 
 def table_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, which scrolls where it is too wide; its first two columns hold words."""
+    """An HTML table that scrolls if it is too wide; its first two columns hold text."""
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _figure(image: Path, alternative: str) -> str:
-    """A picture, within the page."""
+    """An image embedded in the page."""
     data = base64.b64encode(image.read_bytes()).decode()
     return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}"></figure>'
 
 
 def _download(file: Path, description: str) -> str:
-    """A link that saves a file, which is within the page."""
+    """A download link to a file embedded in the page."""
     data = base64.b64encode(file.read_bytes()).decode()
     kind = "text/csv" if file.suffix == ".csv" else "application/octet-stream"
     return (

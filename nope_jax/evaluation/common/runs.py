@@ -1,4 +1,4 @@
-"""The trained runs that an evaluation is about: what a workdir is, and what was measured of it."""
+"""The trained runs that an evaluation compares, and their results."""
 
 import dataclasses
 import operator
@@ -24,24 +24,24 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass
 class Run(Generic[Result]):
-    """One trained model: what it is, and what was measured of it at each length, filled in as it is measured."""
+    """One trained model and its results at each length, filled in as they are measured."""
 
     workdir: Path
     name: str
-    """The end of its path, as long as it takes to differ from the others."""
+    """The shortest end of its path that differs from those of the other runs."""
     config: Config
-    """Its own, with what the command line overrides."""
+    """Config of the run, with the overrides of the command line."""
     max_length: int | None = None
-    """Positions that its encoding can take; None: any number."""
+    """Number of positions that its encoding supports; None: unlimited."""
     lengths: tuple[int, ...] = ()
-    """The lengths asked for, ascending."""
+    """The requested lengths, ascending."""
     results: dict[int, Result] = dataclasses.field(default_factory=dict)
     step: int = 0
-    """Of the checkpoint that is measured."""
+    """Step of the evaluated checkpoint."""
 
     @property
     def encoding(self) -> str:
-        """The name of its encoding."""
+        """Name of its encoding."""
         return encoding_name(self.config.model.encoding)
 
     @property
@@ -50,40 +50,40 @@ class Run(Generic[Result]):
         return self.config.model.train_length
 
     def takes(self, length: int) -> bool:
-        """Whether its encoding can take so many positions."""
+        """Whether its encoding supports `length` positions."""
         return self.max_length is None or length <= self.max_length
 
     @property
     def possible(self) -> tuple[int, ...]:
-        """The lengths that its encoding can take."""
+        """The requested lengths that its encoding supports."""
         return tuple(filter(self.takes, self.lengths))
 
     @property
     def refused(self) -> tuple[int, ...]:
-        """The lengths that its encoding cannot take."""
+        """The requested lengths that its encoding does not support."""
         return tuple(length for length in self.lengths if not self.takes(length))
 
     @property
     def longest(self) -> Result | None:
-        """What was measured at the longest length so far."""
+        """The result at the longest length measured so far."""
         return self.results[max(self.results)] if self.results else None
 
     def load(self, mesh: Mesh | None = None) -> Decoder:
-        """Its decoder, from the newest checkpoint that can be read (`nope_jax.checkpoint.load_model`)."""
+        """Loads the decoder from the newest readable checkpoint (`nope_jax.checkpoint.load_model`)."""
         _, model, self.step = load_model(self.workdir, mesh)
         return model
 
 
 def find_runs(options: Options, same: Sequence[str] = ()) -> list[Run[Any]]:
-    """The runs of `--workdirs`, with nothing measured yet; loads nothing large.
+    """Finds the runs of `--workdirs`, without results yet. Loads nothing large.
 
     Args:
-        options: of the command line.
-        same: fields of their configs that must agree.
+        options: the parsed command line.
+        same: config fields that must agree.
 
     Raises:
-        ValueError: a workdir that is given twice, holds no run, or no checkpoint yet; a tokenizer that is not the
-            run's; runs that differ in a field; or a run that can read none of the lengths.
+        ValueError: a workdir is given twice, or holds no run or no checkpoint; a tokenizer does not fit its run; the
+            runs differ in a field; or a run supports none of the lengths.
     """
     names = run_names(options.workdirs)
     loaded = [configs.override(configs.load(workdir), options.overrides) for workdir in options.workdirs]
@@ -105,16 +105,16 @@ def refuse_differing(
     why: str = "; give --{field} for all of them",
     content: Callable[[Any], Any] = lambda value: value,
 ) -> None:
-    """Refuses runs that differ where they must agree: only like is compared with like.
+    """Rejects runs whose configs differ in fields that must agree.
 
     Args:
         runs: all runs.
-        fields: of their configs, by dotted name.
-        why: ends the message.
-        content: of the value of a field, what must be the same.
+        fields: dotted names of config fields.
+        why: end of the message.
+        content: maps the value of a field to what must be equal.
 
     Raises:
-        ValueError: it names the field, and its value in each run.
+        ValueError: names the field and its value in each run.
     """
     for field in fields:
         values = {run.name: operator.attrgetter(field)(run.config) for run in runs}
@@ -124,10 +124,10 @@ def refuse_differing(
 
 
 def refuse_length(runs: Sequence[Run[Any]], length: int, option: str = "--lengths") -> None:
-    """Refuses a length that not every run can read.
+    """Rejects a length that some run does not support.
 
     Raises:
-        ValueError: it names the option.
+        ValueError: names the option.
     """
     for run in runs:
         if not run.takes(length):
@@ -135,7 +135,7 @@ def refuse_length(runs: Sequence[Run[Any]], length: int, option: str = "--length
 
 
 def cannot_read(runs: Sequence[Run[Any]]) -> list[str]:
-    """Which of the lengths a run could not be measured at, a sentence for each that has such lengths."""
+    """One sentence for each run that does not support some of the lengths, naming them."""
     return [
         f"{run.name} cannot read {', '.join(f'{n:,}' for n in run.refused)} tokens: {_limit(run)}."
         for run in runs
@@ -152,10 +152,10 @@ def _limit(run: Run[Any]) -> str:
 
 
 def newest_step(run: Run[Any]) -> int:
-    """The step that a run was last saved at.
+    """The step of the newest checkpoint of a run.
 
     Raises:
-        ValueError: no checkpoint yet, or a tokenizer (which may be overridden) with more tokens than the model.
+        ValueError: there is no checkpoint yet, or the tokenizer (possibly overridden) has more tokens than the model.
     """
     with Checkpointer(run.workdir, read_only=True) as checkpointer:
         step = checkpointer.latest_step
@@ -171,13 +171,13 @@ def newest_step(run: Run[Any]) -> int:
 
 
 def result_identity(run: Run[Any], *read: Any) -> str:
-    """What a result follows from, to tell whether a kept one still holds: checkpoint, model, code, and what is read.
+    """Identity of a result, to decide whether a stored one is still valid: checkpoint, model, code, backend and input.
 
-    A checkpoint that has been removed meanwhile is none that is ever found again.
+    If the checkpoint has been removed in the meantime, the identity is one that never matches again.
 
     Args:
-        run: whose `step` is that of the checkpoint.
-        read: all else that the result follows from, by its repr.
+        run: its `step` is that of the checkpoint.
+        read: everything else that determines the result; its repr is used.
     """
     try:
         saved = (run.workdir / "checkpoints" / str(run.step)).stat().st_mtime_ns
@@ -188,7 +188,7 @@ def result_identity(run: Run[Any], *read: Any) -> str:
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:
-    """Names each run by the end of its path, as long as it takes for every name to differ.
+    """Names each run by the shortest end of its path that makes all names differ.
 
     Raises:
         ValueError: a workdir is given twice.
@@ -206,9 +206,9 @@ def run_names(workdirs: Sequence[Path]) -> list[str]:
 
 
 def encoding_name(spec: EncodingSpec) -> str:
-    """The name of an encoding; of one with settings of its own, or unknown to the registry, how it would be written.
+    """The registered name of an encoding; its Python expression if it has other settings or is not registered.
 
-    Wrappers are named, whatever their settings, before what they wrap: "head_scale:nope".
+    A wrapper's name, whatever its settings, precedes that of the encoding it wraps: "head_scale:nope".
     """
     if isinstance(spec, str):
         return spec
@@ -222,7 +222,7 @@ def encoding_name(spec: EncodingSpec) -> str:
 
 
 def _written(value: Any) -> str:
-    """A dataclass with those of its fields that are not what they are when left out."""
+    """The Python expression of a dataclass, with the fields that differ from their defaults."""
     if not dataclasses.is_dataclass(value):
         return repr(value)
     fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]

@@ -1,16 +1,18 @@
-"""How certain a measured number is: standard errors over documents, their paired differences, intervals of shares.
+"""Uncertainty of measured numbers: standard errors over documents, paired differences, and intervals of proportions.
 
-Tokens of one document are alike, so documents, not tokens, are what was sampled: every standard error here is clustered
-by document. A loss per token, L_d summed over the n_d tokens of document d, is the ratio of two sums over documents,
+The tokens of a document are correlated, so the sampling unit is the document, not the token: every standard error here
+is clustered by document. A loss per token, with L_d summed over the n_d tokens of document d, is the ratio of two sums
+over documents,
 
     r = Σ L_d / Σ n_d,    Var(r) ≈ D/(D-1) · Σ e_d²,    e_d = (L_d - r·n_d) / Σ n_d
 
-(Cochran 1977, Sampling Techniques, 3rd edition, section 6.4: the ratio estimator, linearised). Where all documents have
-as many tokens, that is the standard deviation of their means over √D. It is to first order in 1/D, and too
-small where few documents hold most of the tokens: of 24 to 15,920 tokens each, evenly on a log scale, 16 documents give
-0.82 of the true error, 64 give 0.94 and 400 give 0.99 (the simulation of tests/evaluation/test_uncertainty.py).
+(Cochran 1977, Sampling Techniques, 3rd edition, section 6.4: the linearized ratio estimator). If all documents have the
+same number of tokens, this is the standard deviation of their means over √D. It is accurate to first order in 1/D, and
+too small if few documents hold most of the tokens: for documents of 24 to 15,920 tokens, evenly spaced on a log scale,
+16 documents give 0.82 of the true error, 64 give 0.94 and 400 give 0.99 (simulated in
+tests/evaluation/test_uncertainty.py).
 
-D documents; S any further axes.
+Shapes: D documents; S any further axes.
 """
 
 import dataclasses
@@ -23,32 +25,32 @@ from jaxtyping import Bool, Float, Shaped
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number computed from documents, and what it owes to each of them.
+    """A number computed from documents, with the contribution of each document.
 
-    The difference `a - b` of two estimates over the same documents, in the same order, is paired: what makes a document
-    hard for both cancels, so that its standard error may be far below those of a and b.
+    The difference `a - b` of two estimates over the same documents, in the same order, is paired: the common difficulty
+    of a document cancels, so its standard error can be far below those of a and b.
     """
 
     value: Float[np.ndarray, "*S"]
     effects: Float[np.ndarray, "D *S"]
-    """e_d: to first order, by how much a document moves the value away from what it would be on infinitely many."""
+    """e_d: to first order, how far a document moves the value from its limit for infinitely many documents."""
     counted: Bool[np.ndarray, "D *S"]
-    """Which documents have anything to say about the value."""
+    """Which documents contribute to the value."""
 
     @property
     def documents(self) -> Shaped[np.ndarray, "*S"]:
-        """So many have."""
+        """Number of documents that contribute."""
         return np.asarray(self.counted.sum(0))
 
     @property
     def stderr(self) -> Float[np.ndarray, "*S"]:
-        """Standard error of the value, √(D/(D-1) · Σ e_d²); NaN where fewer than two documents count."""
+        """Standard error of the value, √(D/(D-1) · Σ e_d²); NaN if fewer than two documents contribute."""
         count = self.documents
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             return np.where(count > 1, np.sqrt(count / (count - 1) * (self.effects**2).sum(0)), np.nan)
 
     def __getitem__(self, index: int) -> "Estimate":
-        """One of S values."""
+        """One entry of the first axis of S."""
         return Estimate(np.asarray(self.value[index]), self.effects[:, index], self.counted[:, index])
 
     def __sub__(self, other: "Estimate") -> "Estimate":
@@ -60,18 +62,18 @@ class Estimate:
             return Estimate(np.asarray(self.value - other.value), self.effects - other.effects, counted)
 
     def exp(self) -> "Estimate":
-        """exp of the value, infinite where that overflows; its error by the delta method."""
+        """exp of the value, infinite on overflow, with its error by the delta method."""
         with np.errstate(over="ignore", invalid="ignore"):
             value = np.asarray(np.exp(self.value))
             return Estimate(value, value * self.effects, self.counted)
 
 
 def ratio(parts: Shaped[np.ndarray, "D *S"], wholes: Shaped[np.ndarray, "D *S"]) -> Estimate:
-    """Estimates Σ parts / Σ wholes over documents, NaN where the wholes are all 0.
+    """Estimates Σ parts / Σ wholes over documents; NaN where all wholes are 0.
 
     Args:
-        parts: of each document, such as its loss.
-        wholes: as much of what the parts are divided by, such as its tokens; a document without either does not count.
+        parts: numerator of each document, such as its loss.
+        wholes: denominator of each document, such as its tokens. A document with neither does not count.
     """
     wholes = np.asarray(wholes, np.float64)
     value, total = divide(parts.sum(0), wholes.sum(0)), wholes.sum(0)
@@ -88,24 +90,24 @@ def mean(values: Shaped[np.ndarray, "D *S"]) -> Estimate:
 
 
 def divide(part: np.ndarray | np.generic, whole: np.ndarray | np.generic) -> np.ndarray:
-    """part / whole, NaN where there is nothing."""
+    """part / whole; NaN where whole is not positive."""
     whole = np.asarray(whole)
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval for the probability of a success (Wilson 1927, JASA 22:209): from 0 to 1 whatever the counts.
+    """Confidence interval of a success probability (Wilson 1927, JASA 22:209), always within [0, 1].
 
-    Unlike a share plus and minus its standard error, it has a width where all or no trials succeed, and about the
-    promised coverage for few trials (Newcombe 1998, Statistics in Medicine 17:857, method 3).
+    Unlike a proportion plus and minus its standard error, it has a positive width if all or no trials succeed, and
+    close to nominal coverage for few trials (Newcombe 1998, Statistics in Medicine 17:857, method 3).
 
     Args:
-        successes: how many trials succeeded.
-        trials: independent trials; with 0 of them the interval is all of [0, 1].
-        confidence: the probability that such an interval covers the truth.
+        successes: number of successful trials.
+        trials: number of independent trials; with 0 trials the interval is [0, 1].
+        confidence: coverage probability of the interval.
 
     Raises:
-        ValueError: more successes than trials, or fewer than 0.
+        ValueError: `successes` is negative or greater than `trials`.
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"successes must be from 0 to the {trials} trials, not {successes}")
@@ -115,13 +117,13 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     share, shrink = successes / trials, 1 + z * z / trials
     middle = (share + z * z / (2 * trials)) / shrink
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / shrink
-    # At the ends they are exactly 0 and 1, which rounding may miss.
+    # With no or only successes the ends are exactly 0 and 1, which rounding may miss.
     low = 0.0 if successes == 0 else middle - half
     return low, 1.0 if successes == trials else middle + half
 
 
 def plus_minus(value: str, stderr: float, digits: int) -> str:
-    """A number as it is written, with its standard error to as many digits after the point, or one that is not 0."""
+    """A formatted number with its standard error, to `digits` decimals or as many as show its first nonzero digit."""
     if not math.isfinite(stderr):
         return value
     error = f"{stderr:.{digits}f}"
