@@ -1,9 +1,9 @@
-"""Passkey retrieval: how often a model finds a number that is hidden in filler (Wang et al. 2024, arXiv 2404.12224).
+"""Passkey retrieval: how often a model retrieves a number hidden in filler text (Wang et al. 2024, arXiv 2404.12224).
 
-A model answers right when greedy decoding gives every token of the answer. That is so exactly when each of them is the
-likeliest given the prompt and the tokens of the answer before it, so one pass over prompt and answer decides.
+An answer is correct if greedy decoding produces all its tokens. This holds exactly if each token has the highest
+probability given the prompt and the preceding answer tokens, so one forward pass over prompt and answer suffices.
 
-B rows, T length, A tokens of the longest answer, V vocabulary.
+Shapes: B rows, T length, A tokens of the longest answer, V vocabulary.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ from nope_jax.evaluation.registry import Options, PasskeyConfig
 from nope_jax.sharding import place_batch
 
 COLUMNS = "run encoding train_length length depth correct keys accuracy accuracy_low accuracy_high"
-"""Of passkey.csv: one row per run, measured length and depth; `correct` of `keys` answers were right.
+"""Columns of passkey.csv, one row per run, measured length and depth; `correct` of `keys` answers were correct.
 
-`accuracy_low` and `accuracy_high` are the 95 % interval of Wilson (`nope_jax.evaluation.common.uncertainty`)."""
+`accuracy_low` and `accuracy_high` are the 95 % Wilson interval (`nope_jax.evaluation.common.uncertainty`)."""
 CELL_LABELS = 12
-"""Up to so many lengths, each cell of the picture carries its number."""
+"""Maximum number of lengths for which the figure labels each cell with its value."""
 
 
 Correct = Int[np.ndarray, "depths"]
-"""The right answers of a run at one length, at each depth, of `keys`."""
+"""Number of correct answers, out of `keys`, of a run at one length and each depth."""
 
 
 def plan(options: Options) -> "PasskeyRetrieval":
-    """Every run asked for passkeys at every length (of prompt and answer together, in tokens of its own tokenizer).
+    """Plans passkey retrieval for every run at every length (prompt plus answer, in tokens of the run's tokenizer).
 
-    At each length `settings.depths` depths from 0 to 1, and at each of them `settings.keys` keys: the same for every
-    run, and whatever the other lengths are.
+    Each length has `settings.depths` depths from 0 to 1 with `settings.keys` keys each. The keys are the same for every
+    run and do not depend on the other lengths.
 
     Raises:
-        ValueError: a run, a length or a tokenizer that cannot be had.
+        ValueError: a run, a length or a tokenizer is invalid.
     """
     runs = find_runs(options)
     tasks = [Passkey(load_tokenizer(run.config.data.tokenizer), bos=run.config.data.bos) for run in runs]
@@ -68,11 +68,11 @@ def plan(options: Options) -> "PasskeyRetrieval":
 
 @dataclasses.dataclass
 class PasskeyRetrieval(Evaluation):
-    """The right answers of every run at each length: `Run.results`."""
+    """Passkey retrieval; `Run.results` holds the correct answers of each run at each length."""
 
     runs: Sequence[Run[Correct]]
     tasks: Sequence[Passkey]
-    """For each run, what makes its prompts."""
+    """For each run, the task that builds its prompts."""
     settings: PasskeyConfig
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
@@ -114,27 +114,27 @@ class PasskeyRetrieval(Evaluation):
         header = ["run", "encoding", "trained at", *(f"{length:,}" for length in self.runs[0].lengths)]
         section = Section(
             "Passkeys found",
-            "A number of five digits is hidden in repeated filler text, and asked for at the end (Wang et al. 2024).",
-            Table("Passkeys found, by length", header, rows(self.measured, self.settings)),
+            "A five-digit number is hidden in repeated filler text, and asked for at the end (Wang et al. 2024).",
+            Table("Passkeys found by length", header, rows(self.measured, self.settings)),
             notes(self.measured, self.settings),
-            figures={"passkey.png": "Share of right answers of every run, by depth and length"},
+            figures={"passkey.png": "Share of correct answers of every run, by depth and length"},
             files={"passkey.csv": "one row per run, length and depth, with 95 % intervals."},
         )
         return [section]
 
 
 def interval(correct: Correct, settings: PasskeyConfig) -> tuple[float, float]:
-    """The 95 % interval of the share of right answers over all depths."""
+    """The 95 % interval of the share of correct answers over all depths."""
     return wilson_interval(int(correct.sum()), settings.depths * settings.keys)
 
 
 def depths(settings: PasskeyConfig) -> np.ndarray:
-    """The depths of the grid."""
+    """The depths of the grid, from 0 to 1."""
     return np.linspace(0, 1, settings.depths)
 
 
 def draw_keys(settings: PasskeyConfig, length: int) -> Int[np.ndarray, "depths keys"]:
-    """The keys hidden in prompts of a length."""
+    """Draws the keys hidden in prompts of one length."""
     rng = np.random.default_rng((settings.seed, length))
     return rng.integers(KEYS.start, KEYS.stop, (settings.depths, settings.keys))
 
@@ -150,15 +150,15 @@ def measure(
     place: Callable[[tuple], tuple] = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Int[np.ndarray, "depths"]:
-    """Counts the right answers at each depth.
+    """Counts the correct answers at each depth.
 
     Args:
-        model: has `hidden(tokens [B, T])`, which returns what `logits` reads (a pair, of which that is the first), and
+        model: has `hidden(tokens [B, T])`, which returns a pair whose first element is the input of `logits`, and
             `logits`, which returns [B, A, V].
-        task: makes the prompts.
+        task: builds the prompts.
         length: tokens of prompt and answer together.
-        depths: shares of the filler that come before the needle.
-        keys: what is hidden at each of them.
+        depths: fractions of the filler that precede the needle.
+        keys: the keys hidden at each depth.
         batch_size: prompts per call of the model.
         place: puts a tuple of arrays [B, T] and [B, A] on the devices.
         advance: called with the number of tokens just read, to report progress.
@@ -172,7 +172,7 @@ def measure(
     right = np.zeros(len(prompts), bool)
     for first in range(0, len(prompts), batch_size):
         rows = np.arange(first, min(first + batch_size, len(prompts)))
-        padded = np.resize(rows, batch_size)  # the rest of the last batch repeats its rows
+        padded = np.resize(rows, batch_size)  # the last batch is padded with its own rows
         inputs = place((tokens[padded], counts[padded]))
         right[rows] = np.asarray(_right(graphdef, state, *inputs))[: len(rows)]
         advance(len(rows) * length)
@@ -183,7 +183,7 @@ def measure(
 def _right(
     graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], counts: Bool[Array, "B A"]
 ) -> Bool[Array, "B"]:
-    """Whether each of the last tokens of a row that count is the one most likely after those before it."""
+    """Whether every counted token at the end of a row is the most likely one given the tokens before it."""
     model = nnx.merge(graphdef, state)
     hidden, _ = model.hidden(tokens)
     last = counts.shape[1]
@@ -192,8 +192,8 @@ def _right(
 
 
 def draw(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> Figure:
-    """Draws accuracy: a heat map per run (depth down, length across, a line where its training length ends), and below
-    them the share over all depths by length, with its interval."""
+    """Draws accuracy: a heat map per run (depth down, length across, a line after the training length), and below them
+    the share over all depths by length, with its interval."""
     lengths, where = runs[0].lengths, depths(settings)
     across = min(len(runs), 3)
     down = -(-len(runs) // across)
@@ -221,13 +221,13 @@ def draw(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> Figure:
         axes.set_yticks(range(len(where)), [f"{depth:.0%}" for depth in where])
     figure.supxlabel("Length of prompt and answer (tokens)", fontsize=9)
     figure.supylabel("Depth of the key in the filler", fontsize=9)
-    figure.colorbar(image, ax=axes_of_runs, label="Share of right answers", shrink=0.8)
+    figure.colorbar(image, ax=axes_of_runs, label="Share of correct answers", shrink=0.8)
     _draw_shares(below.subplots(), runs, settings)
     return drawing
 
 
 def _draw_shares(axes: Axes, runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> None:
-    """The share of right answers over all depths by length, a line per run, with 95 % intervals."""
+    """Draws the share of correct answers over all depths by length, a line per run, with 95 % intervals."""
     lengths = runs[0].lengths
     for i, run in enumerate(runs):
         x = np.array([lengths.index(length) for length in run.results]) + 0.3 * ((i + 0.5) / len(runs) - 0.5)
@@ -246,7 +246,7 @@ def _draw_shares(axes: Axes, runs: Sequence[Run[Correct]], settings: PasskeyConf
 
 
 def rows(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> list[tuple[str, ...]]:
-    """One row of cells per run, under run, encoding, trained at, and the lengths."""
+    """Table cells, one row per run: run, encoding, training length, and one column per length."""
 
     def cell(run: Run[Correct], length: int) -> str:
         if length not in run.results:
@@ -262,10 +262,10 @@ def rows(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> list[tuple[st
 
 
 def notes(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> list[str]:
-    """What a reader of the table must know: its definition, and which lengths a run could not take."""
+    """Notes below the table: the lengths that a run does not support, and the definition of the numbers."""
     definition = (
-        f"Right answers in percent, greedy decoding, all five digits: the share over {settings.depths} depths of "
-        f"{settings.keys} keys each, [its 95 % interval by Wilson's formula] and (the share at the worst depth). A "
-        "length is that of prompt and answer together. All runs are asked for the same keys."
+        "Correct answers in percent (greedy decoding, all five digits): the share over "
+        f"{settings.depths} depths with {settings.keys} keys each, [its 95 % Wilson interval] and (the share at the "
+        "worst depth). Lengths include prompt and answer. All runs are asked for the same keys."
     )
     return [*cannot_read(runs), definition]

@@ -1,4 +1,4 @@
-"""How well a linear probe reads absolute positions out of hidden states: what `eval.py probe` does.
+"""Linear probes: how well absolute positions can be decoded from hidden states (`eval.py probe`).
 
 Shapes: B batch, T length, D model width, L layers; S samples, one per token. Everything on the host is float64.
 """
@@ -37,10 +37,11 @@ from nope_jax.sharding import place_batch
 COLUMNS = (
     "run encoding train_length length layer probe r2 mae position_start position_end documents r2_stderr mae_stderr"
 )
-"""Of probe.csv: one row per run, length, layer and probe; positions and `mae`, the mean absolute error, in tokens.
+"""Columns of probe.csv, one row per run, length, layer and probe. Positions and `mae`, the mean absolute error, are in
+tokens.
 
-A column `..._stderr` is the standard error of another over the documents tested, of the probe as it was fitted
-(`nope_jax.evaluation.common.uncertainty`); empty where one document was tested. `r2` is empty for a single position."""
+A column `..._stderr` is the standard error of the column it names, over the test documents and for the fitted probe
+(`nope_jax.evaluation.common.uncertainty`); empty for a single test document. `r2` is empty for a single position."""
 _WHAT = ("run", "encoding", "trained at", "length", "probe")
 HEADER = (*_WHAT, "R²: layer 0", "last", "best", "at layer", "tokens off there")
 
@@ -59,7 +60,7 @@ class Probe:
 
 
 class Moments:
-    """What ridge regression needs of its samples: sums over them, so that they need not be kept."""
+    """Sums over samples that suffice for ridge regression, so that the samples need not be stored."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -70,9 +71,9 @@ class Moments:
         self._origin: np.ndarray | None = None
 
     def add(self, x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S"]) -> None:
-        """Takes in samples: their features and their targets."""
+        """Adds samples, given as features and targets."""
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        if self._origin is None:  # sums about a point amid the samples: a variance is then no small difference
+        if self._origin is None:  # center the sums, or the variance would cancel
             self._origin = x.mean(0)
         x = x - self._origin
         self.count += len(x)
@@ -82,9 +83,9 @@ class Moments:
         self.xy = self.xy + x.T @ y
 
     def fit(self, ridge: float) -> Probe:
-        """The probe that minimises the mean squared error + ridge · |w|², w its weights for features of variance 1.
+        """Fits the probe that minimizes mean squared error + ridge · |w|², w its weights for unit-variance features.
 
-        A feature that does not vary gets weight 0.
+        Constant features get weight 0.
 
         Args:
             ridge: greater than 0.
@@ -102,14 +103,14 @@ class Moments:
 
 @dataclasses.dataclass
 class Score:
-    """How near a probe comes to positions, in tokens; filled in document by document."""
+    """Errors of a probe in tokens, accumulated document by document."""
 
     squared: list[float] = dataclasses.field(default_factory=list)
-    """The mean squared error of each document, and"""
+    """Mean squared error of each document."""
     absolute: list[float] = dataclasses.field(default_factory=list)
-    """its mean absolute error."""
+    """Mean absolute error of each document."""
     variance: float = 0.0
-    """Of the positions, which are the same in every document."""
+    """Variance of the positions, which are the same in every document."""
 
     def add(self, predicted: Float[np.ndarray, "B T"], positions: Float[np.ndarray, "T"]) -> None:
         error = predicted - positions
@@ -119,9 +120,9 @@ class Score:
 
     @property
     def r2(self) -> Estimate:
-        """1 - the mean squared error over the variance of the positions: 1 is exact, 0 no better than their mean.
+        """1 - (mean squared error) / (variance of the positions): 1 is exact, 0 no better than their mean.
 
-        NaN where all are the same position.
+        NaN for a single position.
         """
         squared = np.array(self.squared)
         unexplained = ratio(squared, np.full(len(squared), self.variance))
@@ -129,7 +130,7 @@ class Score:
 
     @property
     def mae(self) -> Estimate:
-        """Mean absolute error, tokens."""
+        """Mean absolute error in tokens."""
         return mean(np.array(self.absolute))
 
 
@@ -144,16 +145,16 @@ def fit_probes(
     place: Place = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[Probe]:
-    """Fits a probe for the position to every layer's hidden states: [L + 1] of them, the first before layer 0.
+    """Fits a position probe on the hidden states of each layer: [L + 1] probes, the first on the input of the first.
 
-    The target is position / length; multiply what a probe returns by `length`.
+    The target is position / length; multiply the output of a probe by `length`.
 
     Args:
         model: the decoder.
-        documents: at least `length` tokens each, of which those before `length` are read.
+        documents: at least `length` tokens each, of which the first `length` are read.
         length: positions are 0 to length - 1.
         ridge: as `Moments.fit`.
-        start: the first position that counts.
+        start: the first position used.
         batch_size: documents per call of the model.
         place: puts a tuple of arrays [B, T] on the devices.
         advance: called with the number of tokens just read, to report progress.
@@ -177,18 +178,18 @@ def score_probes(
     place: Place = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[Score]]:
-    """Scores sets of probes on documents that they have not seen.
+    """Scores sets of probes on held-out documents.
 
     Args:
         model: the decoder.
         documents: as `fit_probes`.
-        length: tokens read.
-        probes: each set, [L + 1] of them, with the length that it was fitted at.
+        length: tokens read per document.
+        probes: sets of [L + 1] probes, each with the length it was fitted at.
         start: as `fit_probes`.
         batch_size, place, advance: as `fit_probes`.
 
     Returns:
-        For each set a score per layer.
+        For each set, one score per layer.
     """
     scores = [[Score() for _ in fitted] for fitted, _ in probes]
     positions = np.arange(start, length, dtype=np.float64)
@@ -201,10 +202,10 @@ def score_probes(
 def _hidden_states(
     model: Decoder, documents: Sequence[np.ndarray], length: int, batch_size: int, place: Place, advance: Callable
 ) -> Iterator[tuple[int, Float[np.ndarray, "B T D"]]]:
-    """The residual stream of every document: (layer, states) for one batch and one layer after the other."""
+    """Yields the residual stream as (layer, states), batch by batch and layer by layer."""
     for first in range(0, len(documents), batch_size):
         batch = documents[first : first + batch_size]
-        padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # one shape: compiled once
+        padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # constant shape: one compilation
         tokens = np.stack([document[:length] for document in padded]).astype(np.int32)
         for step in walk(model, place((tokens,))[0]):
             yield step.layer, np.asarray(step.stream).astype(np.float64)[: len(batch)]
@@ -213,29 +214,29 @@ def _hidden_states(
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What one probe scored in a run: a row of the table, and for each layer one of probe.csv."""
+    """Scores of one probe on a run: one row of the table, and one row of probe.csv per layer."""
 
     length: int
     probe: str
-    """in-window: fitted at the training length; own: fitted at `length`, to the positions that it is tested on."""
+    """in-window: fitted at the training length; own: fitted at `length`, on the positions it is tested on."""
     layers: list[Score]
     position_start: int
     documents: int
 
 
 def plan(options: Options) -> "PositionProbe":
-    """A linear probe per layer, which measures where and how far runs represent absolute positions.
+    """Plans linear probes that measure in which layers, and up to which lengths, runs represent absolute positions.
 
     A causal decoder can recover absolute positions without any encoding, from its first layer on (Kazemnejad et al.
-    2023, arXiv 2305.19466, Theorem 1). A ridge regression from the residual stream to the position is fitted on half
-    of the documents at the training length ("in-window") and tested on the other half: at that length, and at each of
-    the lengths asked for. Beside it stands a probe fitted at the tested length itself ("own"): where only that one
-    reads the positions, they are there, but no longer in the form that the model was trained with. At a length past
-    the training length only the positions past it count: both are tested on them, and the second is fitted to them.
-    Layer 0 is what enters the first layer.
+    2023, arXiv 2305.19466, Theorem 1). For each layer, a ridge regression from the residual stream to the position is
+    fitted on half of the documents at the training length ("in-window"), and tested on the other half at that length
+    and at each requested length. A second probe ("own") is fitted at the tested length itself: if only this one decodes
+    the positions, the hidden states still encode them, but no longer in the form of the training length. At a length
+    past the training length only the positions past it are used: to test both probes, and to fit the second. Layer 0 is
+    the input of the first layer.
 
     Raises:
-        ValueError: a run, a corpus or a length that cannot be had.
+        ValueError: a run, a corpus or a length is invalid.
     """
     count = options.settings.documents
     if count < 2:
@@ -257,7 +258,7 @@ def plan(options: Options) -> "PositionProbe":
                     f"{length + 1} tokens; documents that reach {reached}; the longest has "
                     f"{corpus.lengths.max(initial=0)} tokens"
                 )
-        # A longer length's documents are the first of a shorter one's, so that the two halves never mix.
+        # The documents of a longer length are the first of those of a shorter one, so that the two halves never mix.
         chosen = choose_documents(corpus.lengths, lengths, count, run.config.eval.seed)
         tokens = {int(i): corpus[int(i)][: max(lengths)] for indices in chosen.values() for i in indices}
         read[key] = {n: [tokens[int(i)] for i in indices] for n, indices in chosen.items()}
@@ -266,11 +267,11 @@ def plan(options: Options) -> "PositionProbe":
 
 @dataclasses.dataclass
 class PositionProbe(Evaluation):
-    """The scores of each run at each length, those at its training length first: `Run.results`."""
+    """Position probes; `Run.results` holds the scores of each run by length, the training length first."""
 
     runs: Sequence[Run[list[Scores]]]
     documents: Sequence[Mapping[int, Sequence[np.ndarray]]]
-    """For each run what it reads at each length."""
+    """The documents that each run reads, by length."""
     settings: ProbeConfig
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
@@ -291,7 +292,7 @@ class PositionProbe(Evaluation):
                 in_window = in_window or own
                 sets = {"in-window": (in_window, run.train_length), "own": (own, length)}
                 if length == run.train_length:
-                    del sets["own"]  # is the same
+                    del sets["own"]  # identical to in-window
                 scores = score_probes(model, testing, length, list(sets.values()), start=start, **common)
                 run.results[length] = [
                     Scores(length, name, layers, start, len(testing)) for name, layers in zip(sets, scores, strict=True)
@@ -300,7 +301,7 @@ class PositionProbe(Evaluation):
 
     @property
     def scores(self) -> list[tuple[Run, Scores]]:
-        """All that was measured, in order."""
+        """All scores so far, in order."""
         return [(run, one) for run in self.runs for of_length in run.results.values() for one in of_length]
 
     def numbers(self) -> Mapping[str, Csv]:
@@ -320,9 +321,9 @@ class PositionProbe(Evaluation):
     def sections(self) -> list[Section]:
         section = Section(
             "Positions in the hidden states",
-            "How well a linear probe reads a token's position out of the residual stream, layer by layer. A causal "
+            "How well a linear probe decodes a token's position from the residual stream, layer by layer. A causal "
             "decoder can recover it without any encoding (Kazemnejad et al. 2023, Theorem 1).",
-            Table("Positions read by a linear probe", HEADER, table_rows(self.scores)),
+            Table("Positions decoded by a linear probe", HEADER, table_rows(self.scores)),
             self.notes(),
             figures={"probe.png": "R² of a linear probe for the position by layer, for every run and length"},
             files={"probe.csv": "one row per run, length, layer and probe; mae in tokens."},
@@ -330,24 +331,23 @@ class PositionProbe(Evaluation):
         return [section]
 
     def notes(self) -> list[str]:
-        """What a reader of the results must know."""
+        """Notes below the table."""
         counts = sorted({one.documents for _, one in self.scores})
         fewest = f"{counts[0]} to " * (len(counts) > 1)
         return [
             *cannot_read(self.runs),
             "Probe: a ridge regression from the residual stream to the position in tokens. in-window: fitted at the "
-            "training length; own: fitted at the length that it is tested at. Layer 0 is what enters the first layer.",
+            "training length; own: fitted at the tested length. Layer 0 is the input of the first layer.",
             f"Tested on {fewest}{plural(counts[-1], 'validation document')} of {self.runs[0].config.data.source} that "
-            "the probes have not seen. At a length past the training length only the positions past it count, also for "
-            "fitting its own probe.",
-            "R²: 1 is exact, 0 no better than the mean position, below 0 worse than it. ±: standard error over the "
-            "documents tested, of the probe as it was fitted"
-            + (", of which one alone has none." if counts[0] == 1 else "."),
+            "the probes were not fitted on. At a length past the training length, only the positions past it are used, "
+            "also to fit its own probe.",
+            "R²: 1 is exact, 0 no better than the mean position, below 0 worse. ±: standard error over the test "
+            "documents, for the fitted probe" + ("; a single document has none." if counts[0] == 1 else "."),
         ]
 
 
 def table_rows(scores: Iterable[tuple[Run, Scores]]) -> list[tuple[str, ...]]:
-    """One row of cells per run, length and probe, under HEADER."""
+    """Table cells under HEADER, one row per run, length and probe."""
     cells: list[tuple[str, ...]] = []
     for run, one in scores:
         r2 = [score.r2 for score in one.layers]
@@ -369,7 +369,7 @@ def _number(r2: Estimate) -> str:
 
 
 def draw(scores: Sequence[tuple[Run, Scores]]) -> Figure:
-    """Draws R² by layer, a panel per run: in-window solid; past it dashed, or dotted for a length's own probe."""
+    """Draws R² by layer, one panel per run: solid within the training length, dashed past it, dotted for own probes."""
     runs = list({run.name: run for run, _ in scores}.values())
     lengths = sorted({one.length for _, one in scores})
     columns = math.ceil(math.sqrt(len(runs)))
@@ -400,8 +400,8 @@ def draw(scores: Sequence[tuple[Run, Scores]]) -> Figure:
     drawing.supylabel("R² of the position", fontsize=10)
     plots.note(
         drawing,
-        f"Layers passed. Solid: within the training length; dashed: past it; dotted: the length's own probe. "
-        f"R² below {_FLOOR:g} is drawn there.\nBars: one standard error over the documents tested.",
+        f"Layers applied. Solid: within the training length; dashed: past it; dotted: the length's own probe. "
+        f"R² below {_FLOOR:g} is drawn at {_FLOOR:g}.\nBars: one standard error over the test documents.",
     )
     handles, labels = zip(*(named[key] for key in sorted(named)), strict=True)
     drawing.legend(
@@ -411,4 +411,4 @@ def draw(scores: Sequence[tuple[Run, Scores]]) -> Figure:
 
 
 _FLOOR = -0.5
-"""The lowest R² of the figure: further down a probe is wrong, and how wrong is in the table."""
+"""Lowest R² of the figure; the table has lower values."""

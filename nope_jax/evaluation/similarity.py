@@ -1,7 +1,7 @@
-"""How alike the attention of two runs is, and how far each of their heads looks: what `eval.py similarity` does.
+"""Similarity of the attention of two runs, and the attention distance of their heads (`eval.py similarity`).
 
-Shapes: T length (queries and keys), L layers, N heads of the one run, M heads of the other. Distances in nats.
-Layers and heads are counted from 0.
+Shapes: T length (queries and keys), L layers, N heads of the first run, M heads of the second. Distances in nats.
+Layers and heads are numbered from 0.
 """
 
 import dataclasses
@@ -36,41 +36,42 @@ from nope_jax.evaluation.registry import Options
 from nope_jax.models import Decoder
 
 COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_distance_stderr documents"
-"""Of similarity.csv: one row per layer that both runs have; distances in nats, means over queries and documents.
+"""Columns of similarity.csv, one row per layer of both runs; distances in nats, means over queries and documents.
 
-`distance` is that of the two heads that are closest, `mean_distance` that of all pairs of heads. A column `..._stderr`
-is the standard error of another over documents (`nope_jax.evaluation.common.uncertainty`), empty where there is one.
-The two heads are chosen by the same documents: their distance on others is somewhat larger."""
+`distance` is the distance of the two closest heads, `mean_distance` the mean over all pairs of heads. A column
+`..._stderr` is the standard error of the column it names, over documents (`nope_jax.evaluation.common.uncertainty`);
+empty for a single document. The closest heads are selected on the same documents; their distance on others is somewhat
+larger."""
 HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
 
 
 @jax.jit
 def head_distances(p: Float[Array, "N T T"], q: Float[Array, "M T T"]) -> Float[Array, "N M"]:
-    """Distance of every head of one layer from every head of another, nats: 0 for equal weights, at most ln 2.
+    """Distances between the heads of two layers, in nats: 0 for equal weights, at most ln 2.
 
     D(P, Q) is the Jensen-Shannon divergence of two heads' attention rows, (KL(P || M) + KL(Q || M)) / 2 with
-    M = (P + Q) / 2, averaged over the queries (Kazemnejad et al. 2023, arXiv 2305.19466, Figure 4). Their code has the
-    arguments of the Kullback-Leibler divergence the other way round, KL(M || P), which nothing bounds, and leaves out
-    pairs of heads with the same number; this is the divergence by its definition, over all pairs, so that its numbers
-    are not those of their figure.
+    M = (P + Q) / 2, averaged over the queries (Kazemnejad et al. 2023, arXiv 2305.19466, Figure 4). Their code
+    swaps the arguments of the Kullback-Leibler divergence, KL(M || P), which is unbounded, and omits pairs of heads
+    with the same number. This function implements the definition, over all pairs, so its numbers differ from those of
+    their figure.
 
     Args:
         p: attention weights, query by key; rows sum to 1.
-        q: those of other heads.
+        q: attention weights of the other layer.
     """
 
     def from_all(head: Float[Array, "T T"]) -> Float[Array, "M"]:
         both = _relative_to_mean(head, q) + _relative_to_mean(q, head)
         return jnp.clip(both.sum(-1).mean(-1) / 2, 0, math.log(2))
 
-    return jax.lax.map(from_all, p)  # one head against all at a time: a few [M, T, T] are the most memory it takes
+    return jax.lax.map(from_all, p)  # one head at a time: the peak memory is a few [M, T, T]
 
 
 def _relative_to_mean(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x ln(x / mean of x and y), 0 where x is."""
+    """x ln(x / mean of x and y), 0 where x is 0."""
     some = x >= jnp.finfo(x.dtype).tiny
     x = jnp.where(some, x, 1.0)
-    # Where the two are close, rounding leaves little of the logarithm of their ratio; far apart, of their difference.
+    # Rounding ruins the logarithm of the ratio where x and y are close, and log1p of the difference where they are not.
     close = x > y / 3
     near = jnp.log1p(jnp.where(close, (x - y) / (x + y), 0.0))
     return jnp.where(some, x * jnp.where(close, near, jnp.log(2 * x / (x + y))), 0.0)
@@ -78,13 +79,13 @@ def _relative_to_mean(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[A
 
 @jax.jit
 def weight_by_distance(weights: Float[Array, "N T T"]) -> Float[Array, "N T"]:
-    """Mean weight that a query gives the key d tokens before it, over the queries that have one."""
+    """Mean weight of the key d tokens before the query, over the queries that have such a key."""
     length = weights.shape[-1]
     return unskew(weights).sum(-2)[:, length - 1 :] / (length - jnp.arange(length))
 
 
 def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
-    """Edges of the bands of distance 0, 1, 2-3, 4-7, ..., the last one clipped to `length`."""
+    """Edges of the distance bands 0, 1, 2-3, 4-7, ..., the last one clipped to `length`."""
     edges = [0, 1]
     while edges[-1] < length:
         edges.append(min(2 * edges[-1], length))
@@ -92,9 +93,9 @@ def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
 
 
 def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... bands"]:
-    """The share of all weight that falls into each of `distance_bands`, from the mean weight by distance.
+    """Share of the total weight in each of `distance_bands`, from the mean weight by distance.
 
-    Shares sum to 1: a distance counts as often as there are queries that have it.
+    Each distance is weighted by the number of queries that have it, so the shares sum to 1.
     """
     length = weight.shape[-1]
     share = weight * (length - np.arange(length)) / length
@@ -102,10 +103,11 @@ def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... 
 
 
 def plan(options: Options) -> "Similarity":
-    """Two runs compared layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
+    """Plans a comparison of two runs, layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
 
     Raises:
-        ValueError: not two runs, runs that cannot be compared, or a length that documents or encodings do not have.
+        ValueError: there are not exactly two runs, the runs cannot be compared, or no document reaches the length or an
+            encoding does not support it.
     """
     if len(options.workdirs) != 2:
         raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
@@ -122,24 +124,24 @@ def plan(options: Options) -> "Similarity":
 
 
 def _content(tokenizer: str) -> str | bytes:
-    """What tells a tokenizer from others: two may be copies of one file."""
+    """Content by which tokenizers are compared, since two paths may hold copies of one file."""
     return tokenizer if tokenizer == "bytes" else Path(tokenizer).expanduser().read_bytes()
 
 
 @dataclasses.dataclass
 class Similarity(Evaluation):
-    """The attention of two runs on the documents read so far."""
+    """Attention of two runs on the documents read so far."""
 
     runs: Sequence[Run[Any]]
     length: int
     to_read: Sequence[Int[np.ndarray, "T"]] = ()
     of_documents: list[Float[np.ndarray, "L N M"]] = dataclasses.field(default_factory=list)
-    """The distances on each document, of the layers that both have."""
+    """Distances on each document, for the layers that both runs have."""
     weight_sums: tuple[Float[np.ndarray, "L N T"] | float, ...] = (0.0, 0.0)
-    """By distance, of either run."""
+    """Sum over documents of the mean weight by distance, for each run."""
 
     def add(self, models: Sequence[Decoder], document: Int[np.ndarray, "T"]) -> None:
-        """Reads one more document; of either run one layer's weights exist at a time."""
+        """Reads one document, holding the weights of only one layer per run at a time."""
         distances: list[np.ndarray] = []
         by_distance: tuple[list[np.ndarray], ...] = ([], [])
         walks = [walk(model, document[None], weights=True) for model in models]
@@ -151,31 +153,31 @@ class Similarity(Evaluation):
             if weights[0] is not None and weights[1] is not None:
                 distances.append(np.asarray(head_distances(weights[0][0], weights[1][0]), np.float64))
         weight_sums = tuple(before + np.stack(now) for before, now in zip(self.weight_sums, by_distance, strict=True))
-        # All at once: what has been read is written when this is interrupted.
+        # Assigned together, since the results so far are written when this is interrupted.
         self.of_documents, self.weight_sums = [*self.of_documents, np.stack(distances)], weight_sums
 
     @property
     def documents(self) -> int:
-        """So many have been read."""
+        """Number of documents read."""
         return len(self.of_documents)
 
     @property
     def distances(self) -> Estimate:
-        """[L, N, M], means over documents."""
+        """Distances [L, N, M], means over documents."""
         return mean(np.stack(self.of_documents))
 
     @property
     def mean_distances(self) -> Estimate:
-        """[L], means over documents and all pairs of heads."""
+        """Distances [L], means over documents and all pairs of heads."""
         return mean(np.stack(self.of_documents).mean((2, 3)))
 
     @property
     def weights(self) -> tuple[Float[np.ndarray, "L N T"], ...]:
-        """Mean weight by distance of either run, over documents."""
+        """Mean weight by distance of each run, over documents."""
         return tuple(np.asarray(total / self.documents) for total in self.weight_sums)
 
     def closest(self) -> list[tuple[float, float, int, int]]:
-        """For each layer the smallest distance of two heads, its error, and these two: the first, where several are."""
+        """The smallest distance of two heads in each layer, its standard error, and the two heads (the first on ties)."""
         found = []
         distances = self.distances
         for layer, error in zip(distances.value, distances.stderr, strict=True):
@@ -184,16 +186,16 @@ class Similarity(Evaluation):
         return found
 
     def notes(self) -> list[str]:
-        """What a reader of the results must know."""
+        """Notes below the table."""
         (a, b), layers = self.runs, [weights.shape[0] for weights in self.weights]
         notes = [
             f"Read: the first {self.length:,} tokens of {plural(self.documents, 'validation document')} of "
             f"{a.config.data.source}.",
             f"Closest heads: the pair (head of {a.name}, head of {b.name}) of the same layer whose attention differs "
             "least. Distance: Jensen-Shannon divergence of the attention rows in nats, mean over queries and "
-            "documents; 0: the same weights, ln 2 = 0.693: never on the same token. "
+            "documents; 0: identical weights, ln 2 = 0.693: no overlap. "
             + ("±: standard error over documents." if self.documents > 1 else "One document has no standard error."),
-            "The closest heads were chosen by the same documents; on others their distance is somewhat larger.",
+            "The closest heads were selected on the same documents; on others their distance is somewhat larger.",
         ]
         if layers[0] != layers[1]:
             notes.append(
@@ -202,7 +204,7 @@ class Similarity(Evaluation):
         return notes
 
     def rows(self) -> list[tuple[str, ...]]:
-        """One row of cells per layer, under HEADER."""
+        """Table cells under HEADER, one row per layer."""
         pairs = self.mean_distances
         return [
             (
@@ -248,14 +250,15 @@ class Similarity(Evaluation):
         a, b = (run.name for run in self.runs)
         section = Section(
             "Attention of two runs",
-            f"How alike {a} and {b} attend, layer by layer (Kazemnejad et al. 2023, Figure 4), and how far heads look.",
+            f"Similarity of the attention of {a} and {b} by layer (Kazemnejad et al. 2023, Figure 4), and the "
+            "attention distance of their heads.",
             Table(f"Attention of {a} and {b}", HEADER, self.rows()),
             self.notes(),
             figures={
                 "similarity.png": f"Distance of the attention of {a} and {b} by layer, and the reach of their heads"
             },
             files={
-                "similarity.csv": "per layer the two heads that are closest; distances in nats.",
+                "similarity.csv": "the two closest heads of each layer; distances in nats.",
                 "similarity.npz": "all pairs of heads, and the mean weight of every head by distance in tokens.",
             },
         )
@@ -263,7 +266,7 @@ class Similarity(Evaluation):
 
 
 def draw(comparison: Similarity) -> Figure:
-    """Draws the distance by layer under its ceiling, and for both runs where the weight of every head falls."""
+    """Draws the distance by layer with its ceiling, and for both runs the weight of every head by distance."""
     drawing = plots.new_figure(7.5, 8)
     grid = drawing.add_gridspec(2, 2, height_ratios=(2, 3))
     axes = drawing.add_subplot(grid[0, :])
@@ -297,7 +300,7 @@ def draw(comparison: Similarity) -> Figure:
 
 
 def _draw_bands(axes: Axes, name: str, weights: Float[np.ndarray, "L N T"], brightest: float) -> AxesImage:
-    """A map of heads (down, layer by layer) by bands of distance (across)."""
+    """Draws a map of heads (down, layer by layer) by distance bands (across)."""
     layers, heads, length = weights.shape
     share = share_by_band(weights).reshape(layers * heads, -1)
     image = plots.draw_map(axes, share, 0, brightest, name)
