@@ -177,7 +177,7 @@ class Similarity(Evaluation):
         return tuple(np.asarray(total / self.documents) for total in self.weight_sums)
 
     def closest(self) -> list[tuple[float, float, int, int]]:
-        """The smallest distance of two heads in each layer, its standard error, and the two heads (the first on ties)."""
+        """For each layer, the smallest distance of two heads, its standard error, and the two heads."""
         found = []
         distances = self.distances
         for layer, error in zip(distances.value, distances.stderr, strict=True):

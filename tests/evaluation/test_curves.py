@@ -243,7 +243,7 @@ def test_memory_is_stated_for_each_length(tmp_path, capsys):
     assert row[-1] == f"{short.step_bytes / 1e6:,.1f} / {short.peak_bytes / 1e6:,.0f}"
     show([run])
     printed = " ".join(capsys.readouterr().out.split())
-    assert row[-1] in printed and "the most that this process had taken when the length was done" in printed
+    assert row[-1] in printed and "the most memory that this process had used by the end of the length" in printed
 
 
 # Going on

@@ -147,7 +147,7 @@ def test_runs_are_compared_document_by_document(tmp_path, stride, capsys):
         assert (row["unit"], row["documents"], row["protocol"]) == ("nats per token", "9", units.protocol)
     show(runs, units)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Loss less that of nope, nats per token" in printed and "paired by document" in printed
+    assert "Loss minus that of nope, nats per token" in printed and "paired by document" in printed
     shown = plus_minus(f"{float(rows[0]['difference']):+.3f}", float(rows[0]["difference_stderr"]), 3)
     assert f"rope rope {shown}" in printed
     assert "±: standard error over documents" in printed and "One document has none" not in printed

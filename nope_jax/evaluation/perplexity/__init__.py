@@ -1,4 +1,4 @@
-"""Perplexity and attention entropy by position, of runs compared past their training length: `eval.py` and no more."""
+"""Perplexity and attention entropy by position, within and past the training length (`eval.py` without a name)."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ from nope_jax.evaluation.registry import Options
 from nope_jax.sharding import make_mesh, place_batch
 
 SHARED = ("data.source", "eval.documents", "eval.stride", "eval.seed", "eval.entropy_unit")
-"""Fields that must agree between runs."""
+"""Config fields that must agree between runs."""
 
 
 def plan(options: Options) -> "Perplexity":
-    """Each run at every length that its encoding can take, on the same documents.
+    """Plans the evaluation of each run at every length its encoding supports, on the same documents.
 
     Raises:
-        ValueError: a run, a length, a corpus or a tokenizer that cannot be had, or runs that cannot be compared.
+        ValueError: a run, a length, a corpus or a tokenizer is invalid, or the runs cannot be compared.
     """
     runs: list[Run[Curve]] = find_runs(options, SHARED)
     settings, tokenizers = runs[0].config.eval, {run.config.data.tokenizer for run in runs}
@@ -47,11 +47,11 @@ def plan(options: Options) -> "Perplexity":
 
 @dataclasses.dataclass
 class Perplexity(Evaluation):
-    """The curve of every run at each length: `Run.results`."""
+    """Perplexity and entropy curves; `Run.results` holds the curve of each run at each length."""
 
     runs: Sequence[Run[Curve]]
     documents: Sequence[Documents]
-    """What each run reads."""
+    """The documents that each run reads."""
     units: Units
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Perplexity(Evaluation):
             if len(run.results) < len(run.possible):
                 bar.describe(f"{run.name}: loading")
                 model = run.load(make_mesh(MeshConfig()))
-                if run.step != newest:  # a run in training has gone on, or its newest cannot be read
+                if run.step != newest:  # a run in training has moved on, or its newest checkpoint is unreadable
                     identities = _take_kept(run, documents, out)
             missing = [length for length in run.possible if length not in run.results]
             bar.advance(num_tokens(run, documents, set(run.results)))
@@ -115,7 +115,7 @@ class Perplexity(Evaluation):
         return [*sections, dispersion.entropy_section(runs, units), dispersion.section(runs, units), table.memory(runs)]
 
     def describe_corpus(self) -> str:
-        """What was read, by which checkpoints, and what the losses are per."""
+        """Describes the documents, the checkpoints, and the unit of the losses."""
         documents = self.documents[0]
         counts = {length: plural(len(read), "document") for length, read in documents.items()}
         if len(set(counts.values())) == 1:
@@ -126,13 +126,13 @@ class Perplexity(Evaluation):
         if len(tokenizers) == 1:
             score = f"Perplexity is per token ({tokenizers[0]})."
             if not any(document.byte_lengths.any() for read_at in documents.values() for document in read_at):
-                score += " Bits per byte are not known, since there is no text, only tokens."
+                score += " Bits per byte are unknown: the corpus has tokens but no text."
         else:
             score = (
-                f"The runs differ in tokenizer ({', '.join(tokenizers)}), so that losses are in bits per byte: summed "
-                "over the scored tokens, and divided by the bytes of UTF-8 text from the end of the token before each "
-                "to its own. They read the same documents, each in its own tokens: at one position they have read "
-                "different amounts of text."
+                f"The runs differ in tokenizer ({', '.join(tokenizers)}), so losses are in bits per byte: the sum over "
+                "the scored tokens, divided by the bytes of UTF-8 text from the end of the preceding token to the end "
+                "of each. All runs read the same documents, each in its own tokens: at the same position they have "
+                "read different amounts of text."
             )
         steps = ", ".join(f"{run.name} at {run.step:,}" for run in self.measured)
         source = self.runs[0].config.data.source
@@ -140,7 +140,7 @@ class Perplexity(Evaluation):
 
 
 def num_tokens(run: Run[Curve], documents: Documents, lengths: Collection[int] | None = None) -> int:
-    """Tokens that the model reads at some lengths (None: all), those that do not count included."""
+    """Number of tokens the model reads at some lengths (None: all), including those that are not scored."""
     return sum(
         length * len(plan_windows([len(d.tokens) for d in documents[length]], length, run.config.eval.stride))
         for length in (run.possible if lengths is None else lengths)
@@ -148,13 +148,13 @@ def num_tokens(run: Run[Curve], documents: Documents, lengths: Collection[int] |
 
 
 def _take_kept(run: Run[Curve], documents: Documents, out: Path) -> dict[int, str]:
-    """Fills in those curves of `run.step` that are kept in `out`; returns what each length's follows from."""
+    """Loads the curves of `run.step` stored in `out` into `run.results`; returns the identity of each length."""
     run.results.clear()
     identities = {}
     for length in run.possible:
         digest, data, stride = hashlib.sha256(), run.config.data, run.config.eval.stride
         for document in documents[length]:
-            # Read from its start, a document may be longer because others are read further.
+            # Without a stride, a document may hold more tokens than this length reads, for the sake of longer lengths.
             end = None if stride else length + 1
             digest.update(document.tokens[:end].tobytes() + b"|" + document.byte_lengths[:end].tobytes() + b"|")
         identities[length] = result_identity(run, data.tokenizer, data.bos, stride, length, digest.hexdigest())

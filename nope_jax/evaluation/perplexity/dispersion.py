@@ -1,6 +1,7 @@
-"""Dispersion: which heads spread their attention out past the training length, and which of them first.
+"""Dispersion: which heads spread out their attention past the training length, and in which order.
 
-L layers, N query heads, P position buckets. Entropies in nats; a share is one of the ceiling ln(i + 1) at position i.
+Shapes: L layers, N query heads, P position buckets. Entropies are in nats; shares are relative to the ceiling ln(i + 1)
+at position i.
 """
 
 import dataclasses
@@ -27,48 +28,48 @@ COLUMNS = (
     "run encoding train_length length rank layer head spreads_from share_in_window share_at_end "
     "entropy_in_window entropy_at_end documents protocol"
 )
-"""Of heads.csv: one row per run and head, the head that spreads out first first; entropies in nats.
+"""Columns of heads.csv, one row per run and head, in the order in which they spread out; entropies in nats.
 
-`spreads_from` is empty for a head that never does (CRITERION)."""
+`spreads_from` is empty for a head that never spreads out (CRITERION)."""
 
 RISE = 0.05
-"""By how much of the ceiling a head's share must rise for the head to count as spread out."""
+"""Rise of a head's share of the ceiling above which the head counts as spread out."""
 
 FIRST_HEADS = 3
-"""So many heads are named in the terminal, those that spread out first."""
+"""Number of heads named in the terminal, the first to spread out."""
 CELL_LABELS = 8
-"""Up to so many heads, each cell of the map carries its position."""
+"""Maximum number of heads for which the map labels each cell with its position."""
 
 CRITERION = (
     "A head spreads out from the first position bucket past the training length L in which its entropy, as a share of "
-    f"the ceiling ln(position + 1), is more than {RISE} above the highest share of any bucket in L/2 to L; read at the "
-    "longest evaluated length."
+    f"the ceiling ln(position + 1), is more than {RISE} above the highest share of any bucket in L/2 to L; measured at "
+    "the longest evaluated length."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadDispersion:
-    """One head, inside the training length and past it."""
+    """Dispersion of one head, within the training length and past it."""
 
     layer: int
     head: int
     position: int | None
-    """From which it spreads out; None: at none that was read."""
+    """Position from which it spreads out; None: it does not, up to the longest evaluated length."""
     share_in_window: float
-    """The highest of any bucket between half the training length and the training length."""
+    """Highest share of any bucket between half the training length and the training length."""
     share_at_end: float
-    """Over the second half of the longest evaluated length."""
+    """Share over the second half of the longest evaluated length."""
     entropy_in_window: float
-    """Mean over the second half of the training length, nats."""
+    """Mean entropy over the second half of the training length, in nats."""
     entropy_at_end: float
-    """Mean over the second half of the longest evaluated length, nats."""
+    """Mean entropy over the second half of the longest evaluated length, in nats."""
 
 
 def dispersion(run: Run[Curve]) -> list[HeadDispersion]:
-    """The heads of a run, by the position from which they spread out (CRITERION), those that never do last.
+    """The heads of a run, sorted by the position from which they spread out (CRITERION); heads that never do are last.
 
-    Among heads of one bucket those come first whose share rises most. Empty where nothing past the training length was
-    measured, or the training length is 1, at which there is nothing to compare.
+    Within a bucket, heads are sorted by the rise of their share, largest first. Empty if nothing past the training
+    length was measured, or if the training length is 1, where there is nothing to compare.
     """
     curve, train_length = run.longest, run.train_length
     if curve is None or curve.length <= train_length or train_length < 2:
@@ -98,29 +99,29 @@ def dispersion(run: Run[Curve]) -> list[HeadDispersion]:
 
 
 def _shares(entropy: Float[np.ndarray, "L N T"], edges: Int[np.ndarray, "edges"]) -> Float[np.ndarray, "L N P"]:
-    """Entropy over its ceiling, both summed over each bucket; 0 at position 0, where both are 0."""
+    """Entropy divided by its ceiling, each summed over the bucket; 0 at position 0, where both are 0."""
     ceiling = np.log1p(np.arange(entropy.shape[-1]))
     totals = np.add.reduceat(ceiling, edges[:-1])
     return np.add.reduceat(entropy, edges[:-1], axis=-1, dtype=np.float64) / np.where(totals > 0, totals, 1)
 
 
 def _half(entropy: Float[np.ndarray, "L N T"], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share and entropy of each head over positions length/2 to length."""
+    """Share and mean entropy of each head over positions length/2 to length."""
     positions = np.arange(length // 2, length)
     mean = entropy[..., positions].mean(-1, dtype=np.float64)
     return mean / np.log1p(positions).mean(), mean
 
 
 def past_training(runs: Sequence[Run[Curve]]) -> list[Run[Curve]]:
-    """The runs of which a length past the training length was measured."""
+    """The runs measured at a length past their training length."""
     return [run for run in runs if dispersion(run)]
 
 
-# What is written and shown
+# Output
 
 
 def head_rows(runs: Sequence[Run[Curve]], units: Units) -> Iterator[tuple]:
-    """The rows of COLUMNS, of `past_training`."""
+    """The rows of heads.csv, for the runs of `past_training`."""
     for run in runs:
         for rank, head in enumerate(dispersion(run), 1):
             assert run.longest is not None
@@ -130,7 +131,7 @@ def head_rows(runs: Sequence[Run[Curve]], units: Units) -> Iterator[tuple]:
 
 
 def draw(runs: Sequence[Run[Curve]]) -> Figure:
-    """A map of layers (down) by heads (across) for each of `past_training`: where each head spreads out."""
+    """Draws where each head spreads out: a map of layers (down) by heads (across) for each run of `past_training`."""
     runs = past_training(runs)
     shapes = [run.results[max(run.results)].heads.shape for run in runs]
     height, width = (max(1.5, min(0.5 * most, max(4, 0.16 * most))) for most in np.max(shapes, axis=0)[:2])
@@ -145,7 +146,7 @@ def draw(runs: Sequence[Run[Curve]]) -> Figure:
     bar.ax.set_yticklabels([f"{2**tick:,} L" if tick else "L" for tick in ticks], fontsize=8)
     bar.set_label("Spreads out from\n(L: training length)", fontsize=9)
     figure.supylabel("Layer", fontsize=9)
-    plots.note(figure, "Head\nHatched: spreads out at no position that was read.")
+    plots.note(figure, "Head\nHatched: spreads out at no position up to the longest length.")
     return figure
 
 
@@ -159,7 +160,7 @@ def _draw_map(axes: Axes, run: Run[Curve], doublings: float) -> AxesImage:
     labels = np.ndenumerate(position) if position.shape[1] <= CELL_LABELS else ()
     of_cells = {cell: f"{value:,.0f}" for cell, value in labels if np.isfinite(value)}
     image = plots.draw_map(axes, colour, 0, doublings, f"{run.name}, trained at {run.train_length:,}", of_cells)
-    # The cells of heads that never do are left out, so that the ground shows.
+    # The cells of heads that never spread out stay empty, so that the hatched background shows.
     axes.patch.set(facecolor="#f2f2f2", edgecolor="#b8b8b8", hatch="//////", linewidth=0)
     for axis, count in zip((axes.yaxis, axes.xaxis), position.shape, strict=True):
         axis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
@@ -170,7 +171,7 @@ def _draw_map(axes: Axes, run: Run[Curve], doublings: float) -> AxesImage:
 
 
 def section(runs: Sequence[Run[Curve]], units: Units) -> Section:
-    """Where each head spreads out: a map, and all of them in a table that opens."""
+    """Where each head spreads out: a map, and a collapsible table of all heads."""
     spoken = [remark(run) for run in past_training(runs)]
     return Section(
         "Which heads spread out first",
@@ -183,7 +184,7 @@ def section(runs: Sequence[Run[Curve]], units: Units) -> Section:
 
 
 def remark(run: Run[Curve], first: int = FIRST_HEADS) -> str:
-    """How many heads of a run spread out, and which `first` ones do so first."""
+    """States how many heads of a run spread out, and names the `first` heads to do so."""
     heads = dispersion(run)
     spread = [head for head in heads if head.position is not None]
     if not spread:
@@ -212,18 +213,18 @@ def _every_head(run: Run[Curve], units: Units) -> str:
 
 
 def entropy_section(runs: Sequence[Run[Curve]], units: Units) -> Section:
-    """The entropy of every head past the training length, as a map to point at."""
+    """The entropy of every head at the longest length, as a map whose values show on hover."""
     return Section(
         "Every head",
         f"Attention entropy as a share of its ceiling {units.ceiling_name}, over the second half of each run's longest "
-        "window: dark (0) is a head that looks at one token, bright (1) one that looks at all alike. Point at a cell "
-        "for its values.",
+        "window: dark (0) is a head that attends to one token, bright (1) one that attends to all equally. Point at a "
+        "cell for its values.",
         html=f'<div class="heads">{"".join(_entropy_map(run, units) for run in runs)}</div>',
     )
 
 
 def _entropy_map(run: Run[Curve], units: Units) -> str:
-    """A map of layers (down) by heads (across)."""
+    """An SVG map of layers (down) by heads (across)."""
     curve = run.results[max(run.results)]
     positions = np.arange(curve.length // 2, curve.length)
     entropy = curve.heads[:, :, positions].mean(-1)

@@ -1,6 +1,6 @@
-"""The figures: perplexity and attention entropy by position, each alone and both above one position axis.
+"""Figures of perplexity and attention entropy by position, separately and as two panels with a common position axis.
 
-The two panels with one axis are those of Figure 1 of Wang et al. 2024 (arXiv 2404.12224).
+The two-panel figure follows Figure 1 of Wang et al. 2024 (arXiv 2404.12224).
 """
 
 import math
@@ -19,13 +19,13 @@ from nope_jax.evaluation.perplexity.measure import Curve
 from nope_jax.evaluation.perplexity.units import Units
 
 FIRST_POSITION = 16
-"""Where the position axis begins, on curves of four times that at least: earlier positions are few and noisy."""
+"""Start of the position axis, for curves at least four times as long; earlier positions are few and noisy."""
 HEADROOM = 30.0
-"""How many times its lowest value the perplexity axis may reach; a curve that leaves it is labelled with its value.
+"""Maximum ratio of the ends of the perplexity axis; a curve that exceeds the axis is labelled with its highest value.
 
-An axis of bits per byte reaches as many bits further as a loss of one token per byte would."""
+An axis in bits per byte extends at most log2 of this ratio above the lowest value."""
 DIRECT_LABELS = 10
-"""Up to so many runs, each line carries its name at its end; more are named in a legend."""
+"""Maximum number of runs whose lines are labelled at their ends; more runs get a legend."""
 
 
 class _Line(NamedTuple):
@@ -42,14 +42,14 @@ class _Panel(NamedTuple):
 
 
 def draw(runs: Sequence[Run[Curve]], units: Units, *panels: Callable[..., _Panel]) -> Figure:
-    """Panels (`scores`, `entropy`) above one position axis, of each run at its longest length."""
+    """Draws panels (`scores`, `entropy`) with a common position axis, for each run at its longest length."""
     figure = new_figure(7.5, 1.5 + 3 * len(panels))
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     return _finish(figure, [panel(one, runs, units) for panel, one in zip(panels, axes, strict=True)], units)
 
 
 def scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
-    """Perplexity, or bits per byte, by position with its standard error."""
+    """Draws perplexity, or bits per byte, by position, with its standard error."""
     lines = _lines(runs, lambda curve: units.score(curve).value)
     finite = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
     if units.bits_per_byte:
@@ -69,7 +69,7 @@ def scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
 
 
 def entropy(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
-    """The mean attention entropy by position below its ceiling."""
+    """Draws the mean attention entropy by position, with its ceiling."""
     axes.set_ylabel(f"Attention entropy\n({units.entropy_unit}, mean over heads)")
     lines = _lines(runs, lambda curve: units.entropy(curve.entropy.value))
     _draw_bands(axes, lines, units.entropy_band)
@@ -94,7 +94,7 @@ def entropy(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
 
 
 def _draw_bands(axes: Axes, lines: Sequence[_Line], band: Callable[[Curve], tuple[np.ndarray, np.ndarray]]) -> None:
-    """Shades one standard error on either side."""
+    """Shades one standard error on either side of each line."""
     for line in lines:
         low = _drawn(line.run, lambda curve: band(curve)[0])
         high = _drawn(line.run, lambda curve: band(curve)[1])
@@ -102,7 +102,7 @@ def _draw_bands(axes: Axes, lines: Sequence[_Line], band: Callable[[Curve], tupl
 
 
 def _drawn(run: Run[Curve], values: Callable[[Curve], np.ndarray]) -> np.ndarray:
-    """What the figures show of a run's longest curve."""
+    """Values of a run's longest curve in the buckets that the figures show."""
     curve = run.results[max(run.results)]
     first = FIRST_POSITION if curve.length >= 4 * FIRST_POSITION else 0
     return values(curve)[curve.edges[:-1] >= first]
@@ -112,7 +112,7 @@ def _lines(runs: Sequence[Run[Curve]], values: Callable[[Curve], np.ndarray]) ->
     lines = []
     for i, run in enumerate(runs):
         if run.results:
-            # Position p is drawn at p + 1 tokens read, and a bucket at its middle on the logarithmic axis.
+            # Position p is drawn at p + 1, the number of tokens read, and a bucket at its middle on the log axis.
             x = _drawn(run, lambda curve: np.sqrt((curve.edges[:-1] + 1.0) * curve.edges[1:]))
             style = line_style(i)
             lines.append(_Line(run, x, _drawn(run, values), style["color"], style))
@@ -120,7 +120,7 @@ def _lines(runs: Sequence[Run[Curve]], values: Callable[[Curve], np.ndarray]) ->
 
 
 def _finish(figure: Figure, panels: Sequence[_Panel], units: Units) -> Figure:
-    """Draws the lines and what all panels share: the position axis, the training lengths, names and the protocol."""
+    """Draws the lines, and adds the position axis, the training lengths, the run names and the protocol."""
     lines = panels[0].lines
     last = max(max(line.run.results) for line in lines)
     trained = sorted({line.run.train_length for line in lines if line.run.train_length <= last})
@@ -173,7 +173,7 @@ def _finish(figure: Figure, panels: Sequence[_Panel], units: Units) -> Figure:
 
 
 def _name(axes: Axes, line: _Line) -> str:
-    """The run's name, with the line's highest value where the axis does not show it."""
+    """Name of the run, with the highest value of the line if it exceeds the axis."""
     peak = float(np.max(line.y, where=np.isfinite(line.y), initial=0))
     if peak <= axes.get_ylim()[1]:
         return line.run.name
@@ -183,7 +183,7 @@ def _name(axes: Axes, line: _Line) -> str:
 
 
 def _label_at_ends(figure: Figure, axes: Axes, lines: list[_Line]) -> None:
-    """Writes each run's name in the right margin, as near to the height of its line's end as its neighbours allow."""
+    """Writes each run's name in the right margin, as close to the end of its line as possible without overlap."""
     figure.draw_without_rendering()
     spacing = 13 / 72 * figure.dpi / axes.bbox.height
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -212,7 +212,7 @@ def _label_at_ends(figure: Figure, axes: Axes, lines: list[_Line]) -> None:
 
 
 def _mark_ends(axes: Axes, lines: list[_Line]) -> None:
-    """Marks where the curve of a run ends before those of others; says why at the foot of the figure, which is free."""
+    """Marks curves that end before the longest one, with the reason written at the bottom, where there is space."""
     for i, line in enumerate(lines):
         reason = f" ends: {line.run.max_length:,} positions" if line.run.refused else " ends"
         axes.plot(line.x[-1], line.y[-1], "X", color=line.colour, markersize=9, markeredgecolor="white", zorder=5)
@@ -232,5 +232,5 @@ def _mark_ends(axes: Axes, lines: list[_Line]) -> None:
 
 
 def _darker(colour: str) -> tuple[float, ...]:
-    """The colour for text, which needs more contrast than a line."""
+    """A darker colour, for text, which needs more contrast than a line."""
     return tuple(0.75 * channel for channel in to_rgb(colour))

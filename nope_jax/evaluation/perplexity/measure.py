@@ -1,6 +1,6 @@
-"""Loss and attention entropy by position: measured on the device, kept by document and position bucket.
+"""Loss and attention entropy by position: measured on the device, summed by document and position bucket.
 
-B batch, T length, L layers, N query heads, D documents, P position buckets. Losses and entropies in nats.
+Shapes: B batch, T length, L layers, N query heads, D documents, P position buckets. Losses and entropies are in nats.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from nope_jax.evaluation.common.documents import Window, plan_windows
 from nope_jax.evaluation.common.uncertainty import Estimate, ratio
 
 KEEP_EVERY = 60.0
-"""Seconds between two times that the sums of an unfinished curve are kept."""
+"""Seconds between two saves of the sums of an unfinished curve."""
 
 
 def bucket_edges(length: int) -> Int[np.ndarray, "edges"]:
-    """Edges of the position buckets: 0, 1, ..., 8, and from there eight per octave, clipped to `length`.
+    """Edges of the position buckets: 0, 1, ..., 8, then eight per octave, clipped to `length`.
 
-    The same for every run and every length, and every power of two is an edge.
+    They are the same for every run and length, and every power of two is an edge.
     """
     edges, octave = list(range(8)), 8
     while octave < length:
@@ -38,22 +38,22 @@ def bucket_edges(length: int) -> Int[np.ndarray, "edges"]:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What one run scored at one length."""
+    """Results of one run at one length."""
 
     edges: Int[np.ndarray, "edges"]
     nll_sum: Float[np.ndarray, "D P"]
-    """Negative log-likelihood, summed over the tokens of a document in a bucket."""
+    """Negative log-likelihood, summed over the tokens of each document in each bucket."""
     tokens: Int[np.ndarray, "D P"]
     entropy_sum: Float[np.ndarray, "D P"]
-    """Mean attention entropy over layers and heads, summed over the tokens of a document in a bucket."""
+    """Attention entropy, averaged over layers and heads and summed over the tokens of each document in each bucket."""
     heads: Float[np.ndarray, "L N T"]
-    """Mean entropy over documents, at every position."""
+    """Entropy of each head at each position, averaged over documents."""
     text_bytes: Int[np.ndarray, "D P"]
-    """Of the tokens; zeros where they are not known."""
+    """Bytes of text of the tokens; zeros if unknown."""
     step_bytes: int = 0
-    """What the compiled step takes on each device: arguments, results and what it needs in between."""
+    """Memory of the compiled step on each device: arguments, results and temporaries."""
     peak_bytes: int = 0
-    """The most memory taken by the end of the measurement; see `peak_memory`."""
+    """Peak memory at the end of the measurement; see `peak_memory`."""
 
     @property
     def length(self) -> int:
@@ -65,12 +65,12 @@ class Curve:
 
     @property
     def nll(self) -> Estimate:
-        """Mean over the tokens of each bucket, P of them."""
+        """Mean over the tokens of each bucket, [P]."""
         return ratio(self.nll_sum, self.tokens)
 
     @property
     def bits_per_byte(self) -> Estimate:
-        """Loss per byte of text; NaN in a bucket without any, such as one token amid the bytes of a character."""
+        """Loss per byte of text; NaN in a bucket without text, such as a single token within a multi-byte character."""
         return ratio(self.nll_sum / math.log(2), self.text_bytes)
 
     @property
@@ -79,7 +79,7 @@ class Curve:
         return ratio(self.entropy_sum, self.tokens)
 
     def between(self, start: int, end: int, documents: int | None = None) -> "Curve":
-        """All the buckets that lie in [start, end) as one, of the first `documents` (None: all)."""
+        """Pools all buckets within [start, end) into one, over the first `documents` (None: all)."""
         inside = (self.edges[:-1] >= start) & (self.edges[1:] <= end)
 
         def pooled(values: np.ndarray) -> np.ndarray:
@@ -92,23 +92,24 @@ class Curve:
 
 @dataclasses.dataclass
 class Sums:
-    """What has been added up over the first windows of a curve: with it, the measurement goes on from there."""
+    """Sums over the first windows of a curve, from which an interrupted measurement resumes."""
 
     windows: int
     nll: Float[np.ndarray, "D P"]
     tokens: Int[np.ndarray, "D P"]
     text_bytes: Int[np.ndarray, "D P"]
     entropy: Float[np.ndarray, "D P"]
-    """Means over layers and heads."""
+    """Averaged over layers and heads."""
     heads: Float[np.ndarray, "*heads T"]
-    """Entropy of each head once there is a window."""
+    """Entropy of each head, [L, N, T] after the first window."""
     position_tokens: Int[np.ndarray, "T"]
 
 
 def peak_memory() -> int:
-    """The most memory taken so far, in bytes: of the fullest device, or of this process where devices do not say.
+    """Peak memory so far, in bytes: of the fullest device, or of this process if the devices do not report it.
 
-    It never falls: what was loaded, compiled and measured before is in it. The process's is its largest resident set.
+    The peak never falls: it includes everything loaded, compiled and measured before. For the process it is the maximum
+    resident set size.
     """
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
@@ -127,7 +128,7 @@ def evaluation_step(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "L N T"]]:
     """Loss per token, mean entropy of all heads per token, and entropy of each head summed over the batch.
 
-    All are zero where a token does not count.
+    Tokens that do not count contribute 0.
     """
     model = nnx.merge(graphdef, state)
     hidden, stats = model.hidden(tokens, return_stats=True)
@@ -153,18 +154,18 @@ def measure(
     """Measures loss and attention entropy by position.
 
     Args:
-        model: its `hidden(tokens [B, T], return_stats=True)` gives hidden states and statistics whose `entropy` is
-            [L, B, N, T], its `nll(hidden, targets)` the loss of every token.
-        documents: token ids, each more than `length` of them.
-        length: tokens the model reads at once.
-        byte_lengths: the bytes of text that belong to each token of the documents; None: not known.
+        model: has `hidden(tokens [B, T], return_stats=True)`, which returns hidden states and statistics whose
+            `entropy` is [L, B, N, T], and `nll(hidden, targets)`, which returns the loss of every token.
+        documents: token ids, more than `length` per document.
+        length: tokens per window.
+        byte_lengths: bytes of text per token of each document; None: unknown.
         stride: None, or the step of a sliding window (see `nope_jax.evaluation.common.documents`).
-        bos: whether the first token of a document is to begin every window of it.
+        bos: whether every window of a document begins with the document's first token.
         batch_size: windows per call of the model.
         place: puts a tuple of arrays [B, T] on the devices.
         advance: called with the number of tokens just read, to report progress.
-        done: what `keep` was given when the same measurement was stopped.
-        keep: called once in KEEP_EVERY with what has been added up.
+        done: the last sums passed to `keep` before the same measurement was interrupted.
+        keep: called every KEEP_EVERY seconds with the sums so far.
     """
     edges = bucket_edges(length)
     shape = len(documents), len(edges) - 1
@@ -184,7 +185,7 @@ def measure(
 
     graphdef, state = nnx.split(model)
     first = place(_stack(documents, left[:batch_size], length, batch_size, bos))
-    step_bytes = program_memory(evaluation_step.lower(graphdef, state, *first).compile())  # which the calls below reuse
+    step_bytes = program_memory(evaluation_step.lower(graphdef, state, *first).compile())  # reused by the calls below
 
     def results() -> Iterator[tuple]:
         for start in range(0, len(left), batch_size):
@@ -194,7 +195,7 @@ def measure(
 
     last_kept = time.monotonic()
     for batch, counts, (nll, entropy, heads) in _one_ahead(results()):
-        # Padded rows count nothing, so that they may be added to any document.
+        # Padded rows contribute 0, so they can be added to any document.
         rows = np.array([window.document for window in batch] + [0] * (batch_size - len(batch)))
         for total, of_tokens in ((sums.nll, nll), (sums.entropy, entropy)):
             np.add.at(total, rows, np.add.reduceat(np.asarray(of_tokens, np.float64), edges[:-1], axis=1))
@@ -217,7 +218,7 @@ def measure(
 
 
 def program_memory(step: jax.stages.Compiled) -> int:
-    """What a compiled program takes on each device, in bytes; 0 where the backend does not say."""
+    """Memory of a compiled program on each device, in bytes; 0 if the backend does not report it."""
     stats = step.memory_analysis()
     if stats is None:
         return 0
@@ -225,7 +226,7 @@ def program_memory(step: jax.stages.Compiled) -> int:
 
 
 def _stack(documents: Sequence[np.ndarray], batch: Sequence[Window], length: int, batch_size: int, bos: bool) -> tuple:
-    """Inputs, targets and which of them count, [B, T]; rows past the last window repeat it and count nothing."""
+    """Inputs, targets and a mask of scored targets, [B, T]; padding rows repeat the last window, unscored."""
     padding = batch_size - len(batch)
     padded = [*batch, *[batch[-1]] * padding]
     tokens = np.stack([documents[w.document][w.start : w.start + length + 1] for w in padded]).astype(np.int32)
@@ -236,7 +237,7 @@ def _stack(documents: Sequence[np.ndarray], batch: Sequence[Window], length: int
 
 
 def _one_ahead(results: Iterable[tuple]) -> Iterator[tuple]:
-    """Yields each result after the next was asked for, so that the device works while the host adds up."""
+    """Yields each result after requesting the next one, so that the device works while the host sums."""
     waiting = []
     for result in results:
         waiting.append(result)

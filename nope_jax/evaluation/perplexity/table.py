@@ -1,6 +1,6 @@
-"""The numbers of the curves: the rows of their files, and the tables that answer at a glance.
+"""The numbers of the curves: the rows of the .csv files, and the tables of the terminal and the report.
 
-How good is a run inside the training length, how far past it, and up to where?
+The tables show how well a run does within the training length and past it, and up to which position it holds.
 """
 
 import dataclasses
@@ -26,29 +26,28 @@ COLUMNS = (
     "run encoding train_length length position_start position_end tokens nll nll_stderr perplexity entropy "
     "documents protocol text_bytes bits_per_byte bits_per_byte_stderr perplexity_stderr entropy_stderr"
 )
-"""Of curves.csv: one row per run, measured length and position bucket; losses and entropies in nats, sizes in bytes.
+"""Columns of curves.csv, one row per run, measured length and position bucket; losses and entropies in nats.
 
-Means are over the tokens (or bytes) of a bucket; `entropy` is one over layers and heads as well. A column `..._stderr`
-is the standard error of another, clustered by document (`nope_jax.evaluation.common.uncertainty`); that of the
-perplexity is perplexity times `nll_stderr`. Two runs read the same documents: the error of their difference is in
-differences.csv, and is not to be made from these. What is not known is empty: a standard error of one document, bits
-per byte where a bucket holds no text, and what is not a number."""
+Means are over the tokens (or bytes) of a bucket; `entropy` is also averaged over layers and heads. A column
+`..._stderr` is the standard error of the column it names, clustered by document
+(`nope_jax.evaluation.common.uncertainty`); `perplexity_stderr` is perplexity times `nll_stderr`. Two runs read the same
+documents, so the error of their difference cannot be computed from these columns; it is in differences.csv. Unknown
+values are empty: the standard error of a single document, bits per byte of a bucket without text, and NaN."""
 
 DIFFERENCE_COLUMNS = (
     "run reference length position_start position_end difference difference_stderr unit documents protocol"
 )
-"""Of differences.csv: one row per pair of runs and length that both were measured at.
+"""Columns of differences.csv, one row per pair of runs and length measured for both.
 
-`difference` is the loss of `run` less that of `reference`, in `unit`: below 0 where `run` is better. Its standard error
-is that of differences document by document, which both have read. Positions are those of the table: the second half of
-a length, or all with a stride."""
+`difference` is the loss of `run` minus that of `reference`, in `unit`; negative if `run` is better. Its standard error
+is paired by document. Positions are those of the table: the second half of a length, or all with a stride."""
 
 
 # Files
 
 
 def curve_rows(runs: Sequence[Run[Curve]], units: Units) -> Iterator[tuple]:
-    """The rows of COLUMNS."""
+    """The rows of curves.csv."""
     for run in runs:
         for length, curve in sorted(run.results.items()):
             nll, entropy, bits = curve.nll, curve.entropy, curve.bits_per_byte
@@ -62,7 +61,7 @@ def curve_rows(runs: Sequence[Run[Curve]], units: Units) -> Iterator[tuple]:
 
 
 def pair_rows(runs: Sequence[Run[Curve]], units: Units) -> Iterator[tuple]:
-    """The rows of DIFFERENCE_COLUMNS."""
+    """The rows of differences.csv."""
     for reference, run in itertools.combinations(runs, 2):
         for length in sorted(run.results.keys() & reference.results.keys()):
             difference = units.difference(run.results[length], reference.results[length])
@@ -71,7 +70,7 @@ def pair_rows(runs: Sequence[Run[Curve]], units: Units) -> Iterator[tuple]:
 
 
 def head_arrays(runs: Sequence[Run[Curve]]) -> dict[str, Any]:
-    """`<run>/entropy` [L, N, positions] and `<run>/positions` of each run's longest measured length."""
+    """`<run>/entropy` [L, N, positions] and `<run>/positions` at the longest measured length of each run."""
     arrays: dict[str, Any] = {}
     for run in runs:
         if curve := run.longest:
@@ -85,14 +84,14 @@ def head_arrays(runs: Sequence[Run[Curve]]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class EffectiveLength:
-    """How far a run holds."""
+    """The furthest position at which a run still holds, among the positions checked."""
 
     position: int | None
-    """The furthest position at which it holds; None: at none of those checked."""
+    """The furthest position at which it holds; None if it holds at none."""
     first: int
     """The first position checked."""
     last: int
-    """The last position checked; where it holds to that, it may hold further."""
+    """The last position checked. If it holds there, it may hold further."""
 
     def __str__(self) -> str:
         if self.position is None:
@@ -101,7 +100,7 @@ class EffectiveLength:
 
 
 def section(runs: Sequence[Run[Curve]], units: Units, corpus: str) -> Section:
-    """Perplexity, or bits per byte, in the window and past it; `corpus` says what was read."""
+    """Perplexity, or bits per byte, within and past the training length; `corpus` describes the documents read."""
     score = units.score_name
     panels = f"{score} (above) and mean attention entropy with its ceiling (below) by position, of every run"
     return Section(
@@ -115,8 +114,8 @@ def section(runs: Sequence[Run[Curve]], units: Units, corpus: str) -> Section:
 
 
 def difference_section(runs: Sequence[Run[Curve]], units: Units) -> Section:
-    """The loss of every run but the first less that of the first."""
-    title = f"Loss less that of {runs[0].name}, {units.loss_unit}"
+    """The loss of every other run minus that of the first."""
+    title = f"Loss minus that of {runs[0].name}, {units.loss_unit}"
     return Section(
         title,
         table=Table(title, length_header(runs), difference_rows(runs, units)),
@@ -126,19 +125,19 @@ def difference_section(runs: Sequence[Run[Curve]], units: Units) -> Section:
 
 
 def memory(runs: Sequence[Run[Curve]]) -> Section:
-    """For each run and length, what the step takes and what had been taken at most."""
+    """Step and peak memory of each run and length."""
     table = Table("Memory in MB: step / peak", length_header(runs), memory_rows(runs))
     return Section("Memory", table=table, notes=[memory_note()])
 
 
 def header(units: Units) -> tuple[str, ...]:
-    """The names of the columns."""
+    """Column names of the table."""
     inside = "bits/byte in-window" if units.bits_per_byte else "in-window"
     return ("run", "encoding", "trained at", inside, *(f"{k}x" for k in MULTIPLES), "within 10 % up to")
 
 
 def in_window(run: Run[Curve], units: Units, documents: int | None = None) -> Estimate | None:
-    """Perplexity, or bits per byte, inside the training length: of the shortest length that covers it; None if none."""
+    """Perplexity, or bits per byte, within the training length, at the shortest length that covers it; None if none."""
     length = min((n for n in run.results if n >= run.train_length), default=None)
     if length is None:
         return None
@@ -147,7 +146,7 @@ def in_window(run: Run[Curve], units: Units, documents: int | None = None) -> Es
 
 
 def at_multiple(run: Run[Curve], multiple: int, units: Units) -> Estimate | None:
-    """Perplexity, or bits per byte, at `multiple` times the training length; None where that was not measured."""
+    """Perplexity, or bits per byte, at `multiple` times the training length; None if that was not measured."""
     length = multiple * run.train_length
     if length not in run.results:
         return None
@@ -157,9 +156,9 @@ def at_multiple(run: Run[Curve], multiple: int, units: Units) -> Estimate | None
 def effective_length(run: Run[Curve], units: Units) -> EffectiveLength | None:
     """Finds the furthest position up to which perplexity, or bits per byte, stays within 10 % of its in-window value.
 
-    From the start of documents, what it is at position p is that over the octave [p/2, p) of the longest measured
-    length, checked at every bucket edge from L on. With a sliding window, the positions checked are the measured
-    lengths. Checks and in-window value are taken over the documents of the longest one. None where none covers L.
+    Without a stride, the value at position p is taken over the octave [p/2, p) of the longest measured length, and
+    every bucket edge from L on is checked. With a stride, the measured lengths from L on are checked. All values,
+    including the in-window one, are over the documents of the longest length. None if no measured length covers L.
     """
     longest = run.longest
     reference = in_window(run, units, longest.documents) if longest else None
@@ -177,7 +176,7 @@ def effective_length(run: Run[Curve], units: Units) -> EffectiveLength | None:
 
 
 def rows(runs: Sequence[Run[Curve]], units: Units) -> list[tuple[str, ...]]:
-    """One row of cells per run, under the header."""
+    """Table cells under `header`, one row per run."""
     return [
         (
             run.name,
@@ -205,7 +204,7 @@ def length_header(runs: Sequence[Run[Curve]]) -> tuple[str, ...]:
 
 
 def difference_rows(runs: Sequence[Run[Curve]], units: Units) -> list[tuple[str, ...]]:
-    """What the loss of every run but the first is above that of the first at each length, under `length_header`."""
+    """Loss of every other run minus that of the first at each length, under `length_header`."""
     first, *others = runs
     lengths = measured_lengths(runs)
 
@@ -222,38 +221,38 @@ def difference_note(runs: Sequence[Run[Curve]], units: Units) -> str:
     where = "over positions n/2 to n of windows of n tokens" if units.stride is None else "over all tokens"
     return (
         f"At each length n, {where}; below 0: better than {runs[0].name}. ±: standard error of the difference, paired "
-        "by document, since both have read the same; a difference of less than two of them may be chance in the choice "
-        "of documents. How much other seeds of training would change it does not say. All pairs are in differences.csv."
+        "by document; a difference of less than two standard errors may be chance in the choice of documents. It does "
+        "not include the variation between training seeds. All pairs are in differences.csv."
     )
 
 
 def notes(runs: Sequence[Run[Curve]], units: Units) -> list[str]:
-    """What a reader of the table must know: its definitions, and which lengths a run could not take."""
+    """Notes below the table: the lengths that a run does not support, and the definitions of the numbers."""
     score = units.score_name.lower()
     if units.stride is None:
         definitions = [
             f"{units.score_name} at k x the training length L: over positions kL/2 to kL of windows of kL tokens; "
             "in-window: over L/2 to L of the shortest length that covers them.",
-            f"Within 10 % up to: the furthest position p such that there and at every bucket edge from L on, {score} "
-            "over positions p/2 to p of the longest length is at most 1.1 times its documents' in-window value.",
-            "What documents hold changes with position as well: compare runs at one position. With --eval.stride every "
-            "length scores the same tokens.",
+            f"Within 10 % up to: the furthest position p such that, at p and every bucket edge from L to p, {score} over "
+            "the preceding half (p/2 to p) of the longest length is at most 1.1 times the in-window value of its documents.",
+            "The content of documents also changes with position, so compare runs at the same position. With "
+            "--eval.stride every length scores the same tokens.",
         ]
     else:
         definitions = [
             f"{units.score_name} at k x the training length L: over all tokens, read in windows of kL; in-window: in "
             "windows of the shortest length that covers L.",
-            "Within 10 % up to: the longest length such that there and at every shorter one from L on, "
-            f"{score} is at most 1.1 times its documents' in-window value.",
+            "Within 10 % up to: the longest length such that, at this and every shorter length from L on, "
+            f"{score} is at most 1.1 times the in-window value of the same documents.",
         ]
-    uncertainty = "±: standard error over documents, each weighing as much as it has been scored (a ratio estimator)."
+    uncertainty = "±: standard error over documents, weighted by their scored tokens (a ratio estimator)."
     if any(curve.documents == 1 for run in runs for curve in run.results.values()):
         uncertainty += " One document has none."
     return [*cannot_read(runs), *definitions, uncertainty]
 
 
 def memory_rows(runs: Sequence[Run[Curve]]) -> list[tuple[str, ...]]:
-    """For each run and length, what the step takes and what had been taken at most, under `length_header`."""
+    """Step and peak memory of each run and length, under `length_header`."""
     lengths = measured_lengths(runs)
     return [
         (run.name, run.encoding, *(_memory_cell(run.results[n]) if n in run.results else "-" for n in lengths))
@@ -264,9 +263,9 @@ def memory_rows(runs: Sequence[Run[Curve]]) -> list[tuple[str, ...]]:
 def memory_note() -> str:
     whose = "this process" if jax.default_backend() == "cpu" else "the fullest device"
     return (
-        "Memory per length in MB (10^6 bytes), step / peak. Step: what one batch takes on each device, as compiled: "
-        f"weights, tokens, results and temporaries. Peak: the most that {whose} had taken when the length was done, "
-        "which never falls, so that loading, compiling, shorter lengths and earlier runs are in it."
+        "Memory per length in MB (10^6 bytes), step / peak. Step: memory of one batch on each device, as compiled: "
+        f"weights, tokens, results and temporaries. Peak: the most memory that {whose} had used by the end of the "
+        "length; it never falls, so it includes loading, compiling, shorter lengths and earlier runs."
     )
 
 

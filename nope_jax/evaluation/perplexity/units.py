@@ -1,4 +1,7 @@
-"""The units of the curves, the same in the table, the pictures and the report. P position buckets."""
+"""Units of the curves, shared by the tables, the figures and the report.
+
+Shapes: P position buckets.
+"""
 
 import dataclasses
 import math
@@ -14,12 +17,12 @@ from nope_jax.evaluation.perplexity.measure import Curve
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """The protocol and the units of what is shown."""
+    """Protocol and units of the output."""
 
     stride: int | None = None
-    """The protocol (see `nope_jax.evaluation.common.documents`)."""
+    """Stride of the protocol (see `nope_jax.evaluation.common.documents`)."""
     bits_per_byte: bool = False
-    """Show the loss in bits per byte of text, for runs whose tokens differ, instead of as perplexity per token."""
+    """Whether to show bits per byte of text, for runs with different tokenizers, instead of perplexity per token."""
     entropy_unit: Literal["nats", "bits"] = "nats"
 
     @property
@@ -32,7 +35,7 @@ class Units:
 
     @property
     def ceiling_name(self) -> str:
-        """The largest entropy that attention can have at a position, as it is written."""
+        """Formula of the maximum attention entropy at a position."""
         return "log2(position + 1)" if self.entropy_unit == "bits" else "ln(position + 1)"
 
     @property
@@ -45,11 +48,11 @@ class Units:
         return "bits per byte" if self.bits_per_byte else "nats per token"
 
     def span(self, length: int) -> tuple[int, int]:
-        """The positions that a length is judged by: its second half, or with a stride, which slides over all, all."""
+        """The positions scored at a length: its second half, or with a stride all of them."""
         return (length // 2 if self.stride is None else 0), length
 
     def loss(self, curve: Curve) -> Estimate:
-        """Of every bucket, in `loss_unit`; NaN where bits per byte are asked for and a bucket holds no text."""
+        """Loss of every bucket in `loss_unit`; bits per byte are NaN in a bucket without text."""
         return curve.bits_per_byte if self.bits_per_byte else curve.nll
 
     def score(self, curve: Curve) -> Estimate:
@@ -57,7 +60,7 @@ class Units:
         return self.loss(curve) if self.bits_per_byte else self.loss(curve).exp()
 
     def score_band(self, curve: Curve) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P"]]:
-        """`score` at one standard error of the loss below and above; equal to it where there is one document."""
+        """`score` at the loss minus and plus one standard error; equal to `score` for a single document."""
         loss = self.loss(curve)
         error = np.nan_to_num(loss.stderr)
         low, high = loss.value - error, loss.value + error
@@ -65,16 +68,16 @@ class Units:
             return (low, high) if self.bits_per_byte else (np.exp(low), np.exp(high))
 
     def entropy_band(self, curve: Curve) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P"]]:
-        """The mean entropy less and plus one standard error."""
+        """The mean entropy minus and plus one standard error."""
         entropy = curve.entropy
         error = np.nan_to_num(entropy.stderr)
         return self.entropy(entropy.value - error), self.entropy(entropy.value + error)
 
     def difference(self, curve: Curve, reference: Curve) -> Estimate:
-        """The loss of one run less that of another over the `span` of a length, both of which read the same documents.
+        """The loss of one run minus that of another on the same documents, over the `span` of a length.
 
         Raises:
-            ValueError: they did not read as much.
+            ValueError: the lengths of the curves differ.
         """
         if curve.length != reference.length:
             raise ValueError(f"only curves of one length are compared, not of {curve.length} and {reference.length}")
@@ -82,5 +85,5 @@ class Units:
         return (first - second)[0]
 
     def entropy(self, nats: Any) -> Any:
-        """An entropy, or an array of them, in the unit that is shown."""
+        """Converts an entropy, or an array of entropies, from nats to `entropy_unit`."""
         return nats / math.log(2) if self.entropy_unit == "bits" else nats
