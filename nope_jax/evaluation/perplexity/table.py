@@ -233,8 +233,9 @@ def notes(runs: Sequence[Run[Curve]], units: Units) -> list[str]:
         definitions = [
             f"{units.score_name} at k x the training length L: over positions kL/2 to kL of windows of kL tokens; "
             "in-window: over L/2 to L of the shortest length that covers them.",
-            f"Within 10 % up to: the furthest position p such that, at p and every bucket edge from L to p, {score} over "
-            "the preceding half (p/2 to p) of the longest length is at most 1.1 times the in-window value of its documents.",
+            f"Within 10 % up to: the furthest position p such that, at p and at every earlier bucket edge from L on, "
+            f"{score} over positions p/2 to p of the longest length is at most 1.1 times the in-window value of its "
+            "documents.",
             "The content of documents also changes with position, so compare runs at the same position. With "
             "--eval.stride every length scores the same tokens.",
         ]

@@ -1,4 +1,4 @@
-"""What lets a trained run hold past its training length: factors of its attention logits, or a scaling of its RoPE."""
+"""Extends the context of a trained run, by factors of its attention logits or by a scaling of its RoPE."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -24,29 +24,30 @@ from nope_jax.evaluation.tune.state import read_updates
 
 
 def plan(options: Options) -> "Tune":
-    """A run made to hold further, by one of these methods:
+    """Plans a context extension of one run, by one of these methods:
 
-        uniform: one factor of all attention logits. For each length the one with the least loss, from a grid and then
-            golden-section search to 0.01; the run gets that of the longest. It is for NoPE: RoPE it does not help.
-        head: one factor per layer and head, learned by Adam, starting at the best uniform one for the longest length.
-            Each update reads windows of one length; the lengths take turns, and the last update has the longest.
-            With `settings.focus` every factor is kept at 1 or above ("focus constraint").
-        log-n: max(1, log_L n) for a query that sees n keys, L the training length. Nothing is learned.
-        ssmax: s·ln n with s per layer and head, learned as in `head` from a multiple of 1/ln L on. The focus constraint
-            does not apply to it, whose factors are below 1 for the first queries in any case.
-        linear, ntk, yarn: a scaling of RoPE by the longest length over L, in every layer that has RoPE, be it within a
+        uniform: one factor for all attention logits. For each length, the factor with the lowest loss, from a grid and
+            then golden-section search to 0.01; the run gets the factor of the longest length. This is for NoPE; it does
+            not help RoPE.
+        head: one factor per layer and head, learned with Adam from the best uniform factor for the longest length. Each
+            update reads windows of one length; the lengths alternate, and the last update reads the longest. With
+            `settings.focus` every factor is kept at 1 or above ("focus constraint").
+        log-n: max(1, log_L n) for a query that sees n keys, with L the training length. Nothing is learned.
+        ssmax: s·ln n with s per layer and head, learned as in `head`, starting at a multiple of 1/ln L. The focus
+            constraint does not apply, since these factors are below 1 for the first queries in any case.
+        linear, ntk, yarn: scaling of RoPE by the longest length divided by L, in every layer with RoPE, also within a
             wrapper. Nothing is learned.
-        dynamic: NTK-aware scaling by n/L at each length n, which is dynamic NTK with s = 1: with a larger s its
-            s·n/L - (s-1) is more than n/L asks for, at the longest length s² - s + 1 in place of s.
+        dynamic: NTK-aware scaling by n/L at each length n, which is dynamic NTK with s = 1. With a larger s, dynamic
+            NTK scales by s·n/L - (s-1), more than n/L: at the longest length by s² - s + 1 instead of s.
 
-    `options.out` becomes a workdir: config.json with the new encoding, a checkpoint of the parameters alone at the step
-    of the source; tune.json with all that was found, and tune.jsonl with a line per update of a learned method; and to
-    look at, tune.csv, tune.png and report.html. Whatever stops it, what was found until then is in these but for the
-    first two, and the same command goes on from there: with the same result, to the bit, as if never stopped.
+    `options.out` becomes a workdir. It gets config.json with the new encoding, and a checkpoint with only the
+    parameters, at the step of the source; tune.json with all results, and tune.jsonl with one line per update of a
+    learned method; and tune.csv, tune.png and report.html. If tuning is interrupted, all but the first two are written,
+    and the same command resumes from them, with bitwise the same result as an uninterrupted one.
 
     Raises:
-        ValueError: several workdirs, `out` holds a run, the run or its documents do not reach a length, or the encoding
-            cannot be tuned by this method.
+        ValueError: several workdirs are given, `out` holds a run, the run or its documents do not reach a length, or
+            the method cannot tune the encoding.
     """
     method, out, lengths = options.method or "uniform", options.out, options.lengths
     if len(options.workdirs) != 1:
@@ -65,7 +66,7 @@ def plan(options: Options) -> "Tune":
 
 @dataclasses.dataclass
 class Tune(Evaluation):
-    """A tuning as far as it has come."""
+    """The tuning of one run."""
 
     writes_run: ClassVar[bool] = True
     runs: list[Run]
@@ -76,8 +77,8 @@ class Tune(Evaluation):
         """See `plan`.
 
         Raises:
-            ValueError: `out` holds what another tuning has left.
-            FloatingPointError: the loss is not finite at any factor, or does not stay finite while factors are learned.
+            ValueError: `out` holds an interrupted tuning with other settings.
+            FloatingPointError: the loss is not finite at any factor, or becomes so while factors are learned.
         """
         (run,) = self.runs
         bar.describe(f"{run.name}: loading")
@@ -85,17 +86,17 @@ class Tune(Evaluation):
         model = run.load(mesh)
         self.tuning = self.job.begin(self.command).or_continued(out)
         tuner = Tuner(self.job, self.tuning, mesh, rows, bar)
-        self.remark = f"Not finished: the same command goes on from what is in {out}."
+        self.remark = f"Not finished: the same command resumes from {out}."
         try:
             yield from tuner.find(model)
             self.remark = f"Written to {out}: a workdir for eval.py, or for train.init_from; see report.html there."
         except FloatingPointError:
-            self.remark = f"Diverged: what was found until then is in {out}; other settings take another --out."
+            self.remark = f"Diverged: the results so far are in {out}; to try other settings, choose another --out."
             raise
         finally:
             if self.tuning.lengths[0].loss_before is not None:
                 self.tuning.keep(out)
-        # The config is its own, whatever the command line has overridden.
+        # The config of the run itself, without the overrides of the command line.
         self.tuned = dataclasses.replace(configs.load(run.workdir), model=tuner.config)
 
     def numbers(self) -> Mapping[str, Csv]:
@@ -108,5 +109,5 @@ class Tune(Evaluation):
         return [report.section(self.job.out, self.tuning)]
 
     def finish(self, out: Path) -> None:
-        # What makes a workdir of it comes last, so that there is never one that lacks something.
+        # config.json makes `out` a workdir, so it is written last: a workdir is always complete.
         configs.save(self.tuned, out)

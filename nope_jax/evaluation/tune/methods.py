@@ -1,7 +1,7 @@
-"""What a run is tuned by: the encoding that each method gives it.
+"""The tuning methods: the encoding that each of them gives to a run.
 
-Factors of the attention logits are those of Wang et al. 2024 (arXiv 2404.12224): one for all heads (`UniformScale`), or
-one per layer and head (`HeadScale`, `SSMax`). The other methods are scalings of RoPE.
+Factors of the attention logits follow Wang et al. 2024 (arXiv 2404.12224): one for all heads (`UniformScale`), or one
+per layer and head (`HeadScale`, `SSMax`). The other methods scale RoPE.
 
 Shapes: L layers, N query heads.
 """
@@ -41,11 +41,11 @@ from nope_jax.models import Decoder, transfer_weights
 from nope_jax.sharding import state_shardings
 
 LEARNED = {"head": "head_scale", "ssmax": "ssmax"}
-"""The methods that learn a factor per layer and head, and the parameter of a layer that holds them."""
+"""The methods that learn a factor per layer and head, and the name of the layer parameter that holds the factors."""
 
 
 def refuse_method(config: ModelConfig, method: str) -> None:
-    """Has the tuned model looked at without computing it: what its encoding refuses, it refuses here."""
+    """Traces the tuned model without computing it, and rejects the method if the encoding rejects the model."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     try:
         jax.eval_shape(lambda tokens: Decoder(config, rngs=nnx.Rngs(0)).hidden(tokens)[0], tokens)
@@ -56,16 +56,17 @@ def refuse_method(config: ModelConfig, method: str) -> None:
 
 
 def new_encoding(config: Config, method: str, lengths: Sequence[int], factor: float = 1.0) -> EncodingSpec:
-    """The encoding of the tuned run: one of a period as long as before.
+    """The encoding of the tuned run, with as many layers per period as before.
 
     Args:
-        config: of the run.
-        method: how it is tuned.
-        lengths: the target lengths, ascending.
-        factor: of `UniformScale`.
+        config: config of the run.
+        method: the tuning method.
+        lengths: target lengths, ascending.
+        factor: factor of `UniformScale`.
 
     Raises:
-        ValueError: there is no RoPE to scale, or nothing to scale it by; or a layer has this wrapper already.
+        ValueError: there is no RoPE to scale, the target does not exceed the training length, or a layer already has
+            this wrapper.
     """
     encodings, train_length = resolve(config.model.encoding), config.model.train_length
     assert train_length is not None  # Config fills it in
@@ -103,7 +104,7 @@ def new_encoding(config: Config, method: str, lengths: Sequence[int], factor: fl
 
 
 def _nested(encoding: Encoding) -> Iterator[Encoding]:
-    """An encoding and those within it, the outermost first."""
+    """Yields an encoding and the encodings nested in it, outermost first."""
     yield encoding
     if isinstance(encoding, Wrapper):
         yield from _nested(encoding.encoding)
@@ -116,14 +117,14 @@ def _scaling(method: str, factor: float, train_length: int) -> RotaryScaling:
         case "ntk":
             return NTKScaling(factor)
         case "dynamic":
-            return DynamicNTKScaling(1.0, original_length=train_length)  # grows as n/L, whatever the longest
+            return DynamicNTKScaling(1.0, original_length=train_length)  # grows as n/L, whatever the longest length
         case "yarn":
             return YaRNScaling(factor, original_length=train_length)
     raise ValueError(f"--method {method} is none of {', '.join(EVALUATIONS['tune'].methods)}")
 
 
 def _scaled(encoding: Encoding, scaling: RotaryScaling, method: str) -> Encoding:
-    """The encoding with its RoPE, wherever it is, scaled; itself where there is none."""
+    """The encoding with its RoPE scaled, at any nesting depth; unchanged if it has none."""
     if isinstance(encoding, RoPE):
         if encoding.scaling is not None:
             raise ValueError(
@@ -143,7 +144,7 @@ def with_encoding(
     mesh: Mesh,
     factors: Mapping[str, Float[np.ndarray, "L N"]],
 ) -> Decoder:
-    """The source with another encoding around the same cores; `factors` are what the wrappers have learned, by name."""
+    """The source with another encoding and the same weights; `factors` are the learned factors by parameter name."""
     model = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, encoding=encoding), rngs=nnx.Rngs(0)))
     transfer_weights(model, source)
     for slot, block in enumerate(model.blocks):

@@ -1,4 +1,4 @@
-"""What eval.py tune shows of what it has found: the rows of its file, its table, picture and section.
+"""Output of eval.py tune: the rows of tune.csv, the table, the figure and the section of the report.
 
 Shapes: L layers, N query heads. Losses in nats per token.
 """
@@ -24,15 +24,15 @@ COLUMNS = (
     "run method train_length length documents loss_before best_factor loss_at_best_factor loss_after "
     "loss_before_stderr loss_at_best_factor_stderr loss_after_stderr gain gain_stderr"
 )
-"""Of tune.csv: one row per length, losses in nats per token; what was not computed is empty.
+"""Columns of tune.csv, one row per length, losses in nats per token; values that were not computed are empty.
 
-`gain` is `loss_before` less `loss_after`: above 0 where the new run is better. A column `..._stderr` is the standard
-error of another over documents (`nope_jax.evaluation.common.uncertainty`), that of the gain paired by document; empty
-where there is one document."""
+`gain` is `loss_before` minus `loss_after`, positive if the new run is better. A column `..._stderr` is the standard
+error of the column it names, over documents (`nope_jax.evaluation.common.uncertainty`); that of the gain is paired by
+document. It is empty for a single document."""
 
 
 def wang_fit(stretch: float) -> float:
-    """The factor that Wang et al. 2024 (arXiv 2404.12224) fit for `stretch` times the training length."""
+    """The factor fitted by Wang et al. 2024 (arXiv 2404.12224) for `stretch` times the training length."""
     return 1 + 0.397 * math.log(stretch)
 
 
@@ -40,7 +40,7 @@ def wang_fit(stretch: float) -> float:
 
 
 def csv_rows(tuning: Tuning) -> Iterator[tuple]:
-    """The rows of COLUMNS."""
+    """The rows of tune.csv."""
     for o in tuning.lengths:
         estimates = [o.estimate(when) for when in ("before", str(o.factor), "after")]
         gain = o.gain()
@@ -56,7 +56,7 @@ def header(tuning: Tuning) -> list[str]:
 
 
 def rows(tuning: Tuning) -> list[list[str]]:
-    """One row of cells per length, under `header`."""
+    """Table cells under `header`, one row per length."""
 
     def written(value: float | None, digits: int = 4, estimate: Estimate | None = None) -> str:
         if value is None:
@@ -78,13 +78,13 @@ def rows(tuning: Tuning) -> list[list[str]]:
 
 
 def notes(tuning: Tuning) -> list[str]:
-    """What a reader of the table must know."""
+    """Notes below the table."""
     said = [
-        f"Mean loss over all tokens of documents of the training split of {tuning.data}, read from their starts. ±: "
+        f"Mean loss over all tokens of documents from the training split of {tuning.data}, read from their starts. ±: "
         "standard error over documents"
-        + ("" if all(outcome.documents > 1 for outcome in tuning.lengths) else ", of which one alone has none")
-        + ". Gain: before less the new run, its error paired by document; the factors were found on documents of this "
-        "split, so that on others it may be less."
+        + ("" if all(outcome.documents > 1 for outcome in tuning.lengths) else " (none for a single document)")
+        + ". Gain: before minus the new run, with its error paired by document; the factors were found on documents of "
+        "this split, so on others the gain may be smaller."
     ]
     if tuning.method == "uniform" and tuning.factor is not None:
         said.append(
@@ -96,17 +96,17 @@ def notes(tuning: Tuning) -> list[str]:
             least, most = min(outcome.tried), max(outcome.tried)
             said.append(
                 f"At {outcome.length:,} tokens the best factor, {outcome.factor:.2f}, is at the edge of those tried, "
-                f"{least:.2f} to {most:.2f}: there may be a better one further out."
+                f"{least:.2f} to {most:.2f}; a better one may lie beyond."
             )
     if tuning.learned is not None:
         factors, updates, steps = np.array(tuning.learned.factors), tuning.learned.updates, tuning.settings["steps"]
         after = f" after {updates} of {steps} updates" if updates < steps else ""
         said.append(
-            f"Factors began at {tuning.start:.3f}, and are now {factors.min():.3f} to {factors.max():.3f}, "
+            f"Factors started at {tuning.start:.3f} and now range from {factors.min():.3f} to {factors.max():.3f}, "
             f"{factors.mean():.3f} on average{after}."
         )
     if tuning.method == "ssmax":
-        said.append("They are s in s ln n, to which the focus constraint does not apply.")
+        said.append("The factors are s in s ln n; the focus constraint does not apply to them.")
     return said
 
 
@@ -118,10 +118,10 @@ def _name(tuning: Tuning) -> str:
 
 
 def draw(tuning: Tuning, updates: Sequence[dict[str, Any]]) -> Figure:
-    """Draws what the method has to show: losses over factors, learned factors, or the losses before and after.
+    """Draws the losses over factors, the learned factors, or the losses before and after, depending on the method.
 
     Args:
-        tuning: what was found.
+        tuning: the results so far.
         updates: the lines of tune.jsonl.
     """
     figure = plots.new_figure(9.5, 4)
@@ -141,7 +141,7 @@ def draw(tuning: Tuning, updates: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _draw_search(axes: Axes, tuning: Tuning) -> None:
-    """The loss over the factor, a line for each length."""
+    """Draws the loss against the factor, one line per length."""
     for i, outcome in enumerate(tuning.lengths):
         tried = [(factor, loss) for factor, loss in sorted(outcome.tried.items()) if math.isfinite(loss)]
         if tried:
@@ -150,13 +150,11 @@ def _draw_search(axes: Axes, tuning: Tuning) -> None:
         if outcome.factor is not None and outcome.loss_at_factor is not None:
             axes.plot(outcome.factor, outcome.loss_at_factor, "o", color=colour, markersize=9, markeredgecolor=INK)
             _draw_error(axes, outcome.factor, outcome.loss_at_factor, outcome.gain(str(outcome.factor)), colour)
-    _finish(
-        axes, "Factor of the attention logits", "Loss (nats per token); circles: the least,\nbars: error of the gain"
-    )
+    _finish(axes, "Factor of the attention logits", "Loss (nats per token); circles: minimum,\nbars: error of the gain")
 
 
 def _draw_best(axes: Axes, tuning: Tuning) -> None:
-    """The best factor over the multiple of the training length, beside Wang's fit."""
+    """Draws the best factor against length / training length, with Wang's fit."""
     found = [(o.length / tuning.train_length, o.factor) for o in tuning.lengths if o.factor is not None]
     last = max(2.0, *(o.length / tuning.train_length for o in tuning.lengths))
     fitted = np.geomspace(1, last, 64)
@@ -168,7 +166,7 @@ def _draw_best(axes: Axes, tuning: Tuning) -> None:
 
 
 def _draw_factors(figure: Figure, axes: Axes, method: str, factors: Float[np.ndarray, "L N"]) -> None:
-    """A map of layers (down) by heads (across)."""
+    """Draws a map of layers (down) by heads (across)."""
     image = plots.draw_map(axes, factors, factors.min(), factors.max(), "")
     figure.colorbar(image, ax=axes, label="s in s ln n" if method == "ssmax" else "Factor")
     for axis in axes.xaxis, axes.yaxis:
@@ -178,16 +176,16 @@ def _draw_factors(figure: Figure, axes: Axes, method: str, factors: Float[np.nda
 
 
 def _draw_updates(axes: Axes, updates: Sequence[dict[str, Any]]) -> None:
-    """The loss of each update, on the windows that it read."""
+    """Draws the loss of each update on its windows."""
     for i, length in enumerate(sorted({line["length"] for line in updates})):
         points = [(line["step"], line["loss"]) for line in updates if line["length"] == length]
         (line,) = axes.plot(*zip(*points, strict=True), linewidth=1, markersize=3, label=f"{length:,} tokens")
         line.set(marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)])
-    _finish(axes, "Update", "Loss of its windows (nats per token)")
+    _finish(axes, "Update", "Loss on its windows (nats per token)")
 
 
 def _draw_losses(axes: Axes, tuning: Tuning) -> None:
-    """The losses before and after, by length."""
+    """Draws the losses before and after, by length."""
     for name, style in {"before": "s--", "after": "o-"}.items():
         losses = [getattr(outcome, f"loss_{name}") for outcome in tuning.lengths]
         points = [(o.length, loss) for o, loss in zip(tuning.lengths, losses, strict=True) if loss is not None]
@@ -199,17 +197,19 @@ def _draw_losses(axes: Axes, tuning: Tuning) -> None:
             _draw_error(axes, outcome.length, outcome.loss_after, outcome.gain(), COLOURS[0])
     axes.axvline(tuning.train_length, color=INK, linewidth=1, linestyle=(0, (2, 2)))
     _mark(axes, [outcome.length for outcome in tuning.lengths])
-    _finish(axes, "Length (tokens, log scale); dotted: trained at", "Loss (nats per token);\nbars: error of the gain")
+    _finish(
+        axes, "Length (tokens, log scale); dotted: training length", "Loss (nats per token);\nbars: error of the gain"
+    )
 
 
 def _draw_error(axes: Axes, x: float, y: float, estimate: Estimate | None, colour: str) -> None:
-    """A bar of one standard error on either side."""
+    """Draws an error bar of one standard error on either side."""
     if estimate is not None and math.isfinite(estimate.stderr):
         axes.vlines(x, y - estimate.stderr, y + estimate.stderr, color=colour, linewidth=1.4)
 
 
 def _mark(axes: Axes, values: Sequence[float]) -> None:
-    """Makes the axis below logarithmic, with these values marked."""
+    """Makes the x axis logarithmic, with ticks at these values."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in values])
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -224,22 +224,21 @@ def _finish(axes: Axes, x_label: str, y_label: str) -> None:
 # Report
 
 _SAY = {
-    "uniform": "One factor of all attention logits, the one with the least loss (Wang et al. 2024).",
-    "head": "A factor of the attention logits for each layer and head, learned while all else is frozen (Wang et al. "
-    "2024).",
-    "log-n": "Attention logits times max(1, log n) for a query that sees n keys, the logarithm to the base of the "
+    "uniform": "One factor for all attention logits, chosen for the lowest loss (Wang et al. 2024).",
+    "head": "A factor of the attention logits per layer and head, learned with all else frozen (Wang et al. 2024).",
+    "log-n": "Attention logits times max(1, log n) for a query that sees n keys; the base of the logarithm is the "
     "training length.",
-    "ssmax": "Attention logits times s ln n for a query that sees n keys, s learned for each layer and head "
+    "ssmax": "Attention logits times s ln n for a query that sees n keys, with s learned per layer and head "
     "(Nakanishi 2025).",
-    "linear": "RoPE with all its angles divided by one number (position interpolation).",
+    "linear": "RoPE with all angles divided by one factor (position interpolation).",
     "ntk": "RoPE with a larger base (NTK-aware scaling).",
-    "dynamic": "RoPE with a base that grows with the text (dynamic NTK scaling).",
-    "yarn": "RoPE with its slow pairs interpolated (YaRN).",
+    "dynamic": "RoPE with a base that grows with the sequence length (dynamic NTK scaling).",
+    "yarn": "RoPE with its low-frequency pairs interpolated (YaRN).",
 }
 
 
 def section(out: Path, tuning: Tuning) -> Section:
-    """The section of the report, whose files are in `out`."""
+    """The section of the report; `out` holds its files."""
     return Section(
         f"{out.resolve().name}: {_name(tuning)} tuned by {tuning.method}",
         _SAY[tuning.method],
@@ -250,9 +249,9 @@ def section(out: Path, tuning: Tuning) -> Section:
             names=0,
         ),
         notes(tuning),
-        figures={"tune.png": f"What tuning by {tuning.method} found"},
+        figures={"tune.png": f"Results of tuning by {tuning.method}"},
         files={
             "tune.csv": "one row per length; losses in nats per token.",
-            "tune.json": "all factors that were tried or learned.",
+            "tune.json": "all factors tried or learned.",
         },
     )

@@ -1,9 +1,9 @@
-"""The searches of eval.py tune: the best uniform factor, and factors per layer and head that are learned.
+"""The searches of eval.py tune: the best uniform factor, and learned factors per layer and head.
 
-They are found on documents of the training split, by the loss at the target length: the mean over all of a window's
-tokens, each predicted from all those before it.
+Both minimize the loss at the target length on documents of the training split: the mean over all tokens of a window,
+each predicted from all tokens before it.
 
-Shapes: B batch, T length, L layers, N query heads. Losses in nats per token.
+Shapes: B batch, T length, L layers, N query heads. Losses are in nats per token.
 """
 
 import dataclasses
@@ -35,27 +35,27 @@ from nope_jax.evaluation.tune.state import Learned, Outcome, Tuning
 from nope_jax.models import Decoder
 from nope_jax.sharding import place_batch
 
-# Uniform factors are tried in steps of 0.2: those from 0.8 to 2.4, and further out where the best is an outermost.
+# Uniform factors are tried in steps of 0.2, from 0.8 to 2.4, and further out while the best is at the end of the range.
 _STEPS_PER_UNIT = 5
 _FIRST, _LAST = 4, 12
 _LEAST, _MOST = 1, 20
 _TOLERANCE = 0.01
 _KEPT_EVERY = 10
-"""Updates of learned factors between two writes of tune.json."""
+"""Number of updates between two writes of tune.json."""
 
 
 class Batch(NamedTuple):
-    """Rows of one length, each a window of a document."""
+    """A batch of rows of equal length, each a window of a document."""
 
     tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]
     targets: Int[Array, "B T"] | Int[np.ndarray, "B T"]
     weights: Float[Array, "B 1"] | Float[np.ndarray, "B 1"]
-    """1; 0 for a row that only fills up the devices."""
+    """1, or 0 for padding rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to tune, and what for."""
+    """A run to tune, with the method, the settings and the data."""
 
     run: Run
     out: Path
@@ -63,10 +63,10 @@ class Job:
     settings: TuneConfig
     corpus: Corpus
     documents: Mapping[int, np.ndarray]
-    """For each length, the indices in the corpus of the documents that a loss is taken over."""
+    """For each length, the corpus indices of the documents on which the loss is computed."""
 
     def begin(self, command: str) -> Tuning:
-        """A tuning that has found nothing yet."""
+        """A new tuning without results."""
         return Tuning(
             method=self.method,
             source=str(self.run.workdir),
@@ -80,7 +80,7 @@ class Job:
         )
 
     def content(self) -> str:
-        """A digest of the run's checkpoint, of code and of the documents: it changes when they do."""
+        """A digest of the run's checkpoint, the code and the documents."""
         identity = result_identity(self.run, self.run.config.data.tokenizer)
         digest = hashlib.sha256(identity.encode() + self.corpus.lengths.tobytes())
         for length, indices in self.documents.items():
@@ -89,8 +89,8 @@ class Job:
         return digest.hexdigest()
 
     def window(self, index: int, start: int, length: int) -> Int[np.ndarray, "{length}+1"]:
-        """Tokens of a document, and the last one's target."""
-        # Not by way of the document, which may be the whole corpus.
+        """Tokens of a window of a document, and the target of the last one."""
+        # Reads only the window, since a document may be the whole corpus.
         return self.corpus.read(index, start, start + length + 1)
 
 
@@ -98,7 +98,7 @@ class Job:
 
 
 def _row_nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, logit_scale: Any) -> Float[Array, "B"]:
-    """The mean loss of each row, 0 for one that does not count."""
+    """The mean loss of each row, 0 for padding rows."""
     tokens, targets, weights = map(jnp.asarray, batch)
     model = nnx.merge(graphdef, state)
     hidden, _ = model.hidden(tokens, logit_scale=logit_scale)
@@ -109,7 +109,7 @@ _judge = jax.jit(_row_nll, static_argnums=0)
 
 
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95))
-"""AdamW of Wang et al., who let no weights decay; without the learning rate."""
+"""AdamW as in Wang et al., who use no weight decay; without the learning rate."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,7 +122,7 @@ def _update(
     learning_rate: Float[ArrayLike, ""],
     least: Float[ArrayLike, ""],
 ) -> tuple[Float[Array, "L N"], Any, dict[str, Array]]:
-    """One update of the factors alone, which are kept at `least` or above: factors, optimizer state and metrics."""
+    """Updates only the factors, kept at `least` or above. Returns factors, optimizer state and metrics."""
     rows = batch.weights.sum()
     loss, grads = jax.value_and_grad(lambda factors: _row_nll(graphdef, state, batch, factors).sum() / rows)(factors)
     updates, opt_state = _ADAM.update(grads, opt_state)
@@ -133,14 +133,14 @@ def _update(
 
 
 def _learning_rate(settings: TuneConfig, step: int) -> float:
-    """Up linearly over the warm-up, then along a cosine to a tenth; the first update already moves, as in training."""
+    """Linear warm-up from a rate above 0, then cosine decay to a tenth, as in training."""
     warmup = (step + 1) / max(1, settings.warmup_steps)
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return settings.learning_rate * min(warmup, 0.55 + 0.45 * math.cos(math.pi * min(max(progress, 0), 1)))
 
 
 def _reopened(path: Path, lines: int) -> TextIO:
-    """A file to append to, with so many of its first lines; a later one is of an update that was not kept."""
+    """Truncates a file to its first `lines` and opens it to append; later lines are updates that were not saved."""
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
     with replace_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -151,7 +151,7 @@ def _reopened(path: Path, lines: int) -> TextIO:
 
 
 def golden_section(function: Callable[[float], float], low: float, high: float, tolerance: float = _TOLERANCE) -> float:
-    """Where a function with one minimum between `low` and `high` has it, to within `tolerance` (Kiefer 1953)."""
+    """Finds the minimizer of a unimodal function on [low, high], to within `tolerance` (Kiefer 1953)."""
     share = (math.sqrt(5) - 1) / 2
     left, right = high - share * (high - low), low + share * (high - low)
     at_left, at_right = function(left), function(right)
@@ -168,17 +168,17 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
 
 
 def best_factor(loss: Callable[[float], float], seen: dict[float, float] | None = None) -> tuple[float, float]:
-    """The factor with the least loss of all that were tried, 1 among them, and that loss.
+    """Finds the factor with the lowest loss, and that loss. The factors tried include 1.
 
-    Tried are steps of 0.2 from 0.8 to 2.4, further out to 0.2 and to 4 as long as the outermost is the best, and then
-    between the neighbours of the best one by golden section, to 0.01.
+    Tries steps of 0.2 from 0.8 to 2.4, extends the range down to 0.2 and up to 4 while the best factor is at its end,
+    and then searches between the neighbours of the best factor by golden section, to 0.01.
 
     Args:
-        loss: of a factor.
-        seen: takes in the loss of every factor tried, infinite where it is not finite; those in it are not asked again.
+        loss: function of a factor.
+        seen: filled with the loss of every factor tried, infinite if not finite; factors in it are not computed again.
 
     Raises:
-        FloatingPointError: the loss is not finite for any of them.
+        FloatingPointError: the loss is not finite at any factor.
     """
     seen = {} if seen is None else seen
 
@@ -189,7 +189,7 @@ def best_factor(loss: Callable[[float], float], seen: dict[float, float] | None 
         return seen[factor]
 
     def order(factor: float) -> tuple[float, float]:
-        return at(factor), abs(factor - 1)  # where nothing is gained, nothing is changed
+        return at(factor), abs(factor - 1)  # ties go to the factor closest to 1
 
     first, last = _FIRST, _LAST
     while True:
@@ -208,18 +208,18 @@ def best_factor(loss: Callable[[float], float], seen: dict[float, float] | None 
 
 
 class Tuner:
-    """Does the computing of one job, and tells how far it is."""
+    """Runs the computations of one job, and reports progress."""
 
     def __init__(self, job: Job, tuning: Tuning, mesh: Mesh, rows: int, bar: Bar):
         self.job, self.tuning, self.mesh, self.bar = job, tuning, mesh, bar
-        self._rows = rows  # of every batch; those in excess do not count
+        self._rows = rows  # per batch, padding included
         self._batches: dict[int, list[Batch]] = {}
         bar.total(self._work())
 
     def find(self, model: Decoder) -> Iterator[None]:
-        """Fills in the tuning from where it stands, and writes the checkpoint of the run that it leads to.
+        """Completes the tuning from its current state, and writes the checkpoint of the tuned run.
 
-        Yields whenever it stands somewhere else.
+        Yields whenever the state has changed.
         """
         job, tuning = self.job, self.tuning
         for outcome in tuning.lengths:
@@ -243,7 +243,7 @@ class Tuner:
         for outcome in tuning.lengths:
             self.bar.describe(f"after, at {outcome.length:,}")
             outcome.loss_after = outcome.keep("after", self.losses(new, outcome.length))
-        shutil.rmtree(job.out / "checkpoints", ignore_errors=True)  # of an attempt that was stopped right here
+        shutil.rmtree(job.out / "checkpoints", ignore_errors=True)  # left by an attempt that was interrupted here
         with Checkpointer(job.out) as checkpointer:
             checkpointer.save(tuning.step, {"params": nnx.state(new)})
         if tuning.learned is not None:
@@ -252,7 +252,7 @@ class Tuner:
         yield
 
     def _work(self) -> int:
-        """Tokens that will be read: an estimate, as the search for a factor may go on further out."""
+        """Estimated number of tokens to read; the search for a factor may extend its range."""
         job = self.job
         once = {length: len(job.documents[length]) * length for length in job.run.lengths}
         search = _LAST - _FIRST + 1 + math.ceil(math.log(_TOLERANCE * _STEPS_PER_UNIT / 2) / math.log(0.618))
@@ -265,15 +265,15 @@ class Tuner:
         return total
 
     def _cost(self, step: int) -> int:
-        # Forward, once more as nothing is kept, and backward, which costs as much as two.
+        # Forward, recomputed forward (remat), and backward, which costs as much as two forward passes.
         return 4 * self.job.settings.batch_size * self._length(step)
 
     def _length(self, step: int) -> int:
-        """The length of an update: they take turns, counted so that the last update has the longest."""
+        """The length of an update. The lengths alternate such that the last update has the longest."""
         return self.job.run.lengths[(step - self.job.settings.steps) % len(self.job.run.lengths)]
 
     def losses(self, model: Decoder, length: int, factor: float = 1.0) -> Float[np.ndarray, "documents"]:
-        """The loss at a length, of each of the job's documents from its start."""
+        """The loss of each of the job's documents at a length, read from its start."""
         if length not in self._batches:
             windows = [self.job.window(int(index), 0, length) for index in self.job.documents[length]]
             self._batches[length] = [
@@ -298,10 +298,10 @@ class Tuner:
         return outcome.factor
 
     def _learn(self, model: Decoder) -> Float[np.ndarray, "L N"]:
-        """Learns a factor per layer and head, from as many updates on as have been made."""
+        """Learns a factor per layer and head, resuming after the updates already made."""
         job, settings, tuning, unit = self.job, self.job.settings, self.tuning, 1.0
         if job.method == "ssmax":
-            # A logit scale multiplies s·ln n, so that with s = 1 it takes the place of s.
+            # A logit scale multiplies s·ln n, so with s = 1 it plays the role of s.
             encoding = new_encoding(job.run.config, job.method, job.run.lengths)
             ones = np.ones((job.run.config.model.num_layers, job.run.config.model.num_heads))
             model = with_encoding(job.run.config.model, encoding, model, self.mesh, {LEARNED["ssmax"]: ones})
@@ -310,7 +310,7 @@ class Tuner:
         least = 1.0 if settings.focus and job.method == "head" else -math.inf
         tuning.start = max(start * unit, least)
 
-        # Windows longer than those of training need more memory than it did: layers are computed again instead.
+        # Windows longer than those of training need more memory, so layers are rematerialized.
         remat = dataclasses.replace(model.config, remat=True)
         graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(remat, rngs=nnx.Rngs(0))))[0]
         state = nnx.state(model)
@@ -322,7 +322,7 @@ class Tuner:
             leaves, structure = jax.tree.flatten(opt_state)
             kept = zip(tuning.learned.optimizer or leaves, leaves, strict=True)
             opt_state = jax.tree.unflatten(structure, [jnp.asarray(value, leaf.dtype) for value, leaf in kept])
-        # Where an update leaves them: otherwise the first would be a program of its own.
+        # Sharded as an update returns them, or the first update would compile separately.
         factors, opt_state = jax.device_put((factors, opt_state), NamedSharding(self.mesh, PartitionSpec()))
         self.bar.advance(sum(map(self._cost, range(done))))
         with _reopened(job.out / "tune.jsonl", done) as file:
@@ -341,7 +341,7 @@ class Tuner:
                 line = {"step": step + 1, "length": length, "learning_rate": rate, **values}
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                # As numbers of JSON, which gives a float back to the bit.
+                # As JSON numbers, which round-trip floats exactly.
                 numbers, *leaves = (np.asarray(leaf).tolist() for leaf in (factors, *jax.tree.leaves(opt_state)))
                 tuning.learned = Learned(step + 1, numbers, leaves)
                 if (step + 1) % _KEPT_EVERY == 0:
@@ -350,7 +350,7 @@ class Tuner:
         return np.asarray(factors)
 
     def _draw(self, step: int, length: int) -> Batch:
-        """The batch of an update: windows anywhere in any documents that reach the length."""
+        """Draws the batch of an update: random windows of documents that reach the length."""
         random = np.random.default_rng((self.job.settings.seed, step))
         lengths = self.job.corpus.lengths
         indices = random.choice(np.flatnonzero(lengths > length), self.job.settings.batch_size)

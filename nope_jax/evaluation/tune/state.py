@@ -1,6 +1,6 @@
-"""What eval.py tune has found so far: the file that it goes on from.
+"""State of eval.py tune: the results so far, stored in the file it resumes from.
 
-Shapes: L layers, N query heads. Losses in nats per token.
+Shapes: L layers, N query heads. Losses are in nats per token.
 """
 
 import dataclasses
@@ -18,78 +18,78 @@ from nope_jax.evaluation.common.uncertainty import Estimate, mean
 
 @dataclasses.dataclass
 class Outcome:
-    """What was found at one length; None where it has not been computed or the method has no such thing."""
+    """Results at one length; None if not yet computed or not part of the method."""
 
     length: int
     documents: int
     loss_before: float | None = None
     tried: dict[float, float] = dataclasses.field(default_factory=dict)
-    """The loss at each factor for all layers and heads that was tried; of ssmax in units of 1 / ln L."""
+    """The loss at each uniform factor tried; for ssmax, factors are in units of 1 / ln L."""
     factor: float | None = None
-    """The best of them."""
+    """The best factor tried."""
     loss_at_factor: float | None = None
     loss_after: float | None = None
-    """Of the run that is written."""
+    """The loss of the tuned run."""
     of_documents: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """The loss of each document `before`, `after`, and at each factor in `tried`, under its decimal digits."""
+    """The loss of each document `before`, `after`, and at each factor in `tried`, keyed by its decimal string."""
 
     def keep(self, when: str, losses: Float[np.ndarray, "documents"]) -> float:
-        """Takes in the losses of all documents, and returns their mean."""
+        """Stores the losses of all documents, and returns their mean."""
         self.of_documents[when] = losses.tolist()
         return float(losses.mean())
 
     def estimate(self, when: str) -> Estimate | None:
-        """The mean of what was kept under a name, with its error over documents; None where nothing was."""
+        """The mean of the losses stored under a name, with its error over documents; None if there are none."""
         losses = self.of_documents.get(when)
         return mean(np.array(losses, np.float64)) if losses else None
 
     def gain(self, when: str = "after") -> Estimate | None:
-        """By how much the loss of the same documents is lower than before."""
+        """Reduction of the loss relative to before, paired by document."""
         before, then = self.estimate("before"), self.estimate(when)
         return before - then if before and then else None
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best factor is the least or the greatest that was tried."""
+        """Whether the best factor is the smallest or the largest tried."""
         return self.factor is not None and self.factor in (min(self.tried), max(self.tried))
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """Where the learning of factors stands."""
+    """Progress of the learned factors."""
 
     updates: int
-    """So many have been made."""
+    """Number of updates made."""
     factors: list[list[float]]
-    """[L, N]."""
+    """Shape [L, N]."""
     optimizer: list[Any] | None
-    """The leaves of its state; None once all updates have been made."""
+    """The leaves of the optimizer state; None after the last update."""
 
 
 @dataclasses.dataclass
 class Tuning:
-    """A tuning as far as it has come. tune.json holds it; what is None has not been computed."""
+    """A tuning in progress, as stored in tune.json; None stands for values not yet computed."""
 
     method: str
     source: str
-    """The workdir of the run."""
+    """Workdir of the run."""
     data: str
     train_length: int
     settings: dict[str, Any]
     content: str
-    """A digest of the run's checkpoint, of the code that was run, and of the documents."""
+    """A digest of the run's checkpoint, the code and the documents."""
     lengths: list[Outcome]
     """Ascending."""
     command: str
     step: int
-    """Of the run's checkpoint."""
+    """Step of the run's checkpoint."""
     factor: float | None = None
-    """For all layers and heads, of the method uniform."""
+    """The factor of the uniform method."""
     start: float | None = None
-    """Where learned factors began."""
+    """Initial value of the learned factors."""
     learned: Learned | None = None
     encoding: str | None = None
-    """Of the run that is written."""
+    """Encoding of the tuned run."""
 
     def keep(self, out: Path) -> None:
         """Writes tune.json."""
@@ -98,10 +98,10 @@ class Tuning:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def or_continued(self, out: Path) -> "Tuning":
-        """Itself; or where `out` holds what the same tuning has found before it was interrupted, that.
+        """Returns the interrupted state of the same tuning in `out`, or this one if there is none.
 
         Raises:
-            ValueError: `out` holds another one that was interrupted.
+            ValueError: `out` holds another interrupted tuning.
         """
         path = out / "tune.json"
         if not path.exists():
@@ -128,7 +128,7 @@ class Tuning:
         return dataclasses.replace(kept, command=self.command)
 
     def _asked(self) -> dict[str, Any]:
-        """What was asked for, by the option that says it."""
+        """The requested settings, by option."""
         return {
             "--workdirs": str(Path(self.source).resolve()),
             "--method": self.method,
@@ -140,7 +140,7 @@ class Tuning:
     def _load(self, path: Path) -> "Tuning":
         fields = json.loads(path.read_text(encoding="utf-8"))
         for outcome in fields["lengths"]:
-            # JSON has no infinity, which is what a loss counts as that is not finite.
+            # JSON has no infinity, the value of a loss that is not finite.
             outcome["tried"] = {float(k): math.inf if v is None else v for k, v in outcome["tried"].items()}
         learned = None if fields["learned"] is None else Learned(**fields["learned"])
         return type(self)(**fields | {"lengths": [Outcome(**o) for o in fields["lengths"]], "learned": learned})
@@ -155,7 +155,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_updates(out: Path) -> list[dict[str, Any]]:
-    """The updates in tune.jsonl, a last line that was cut off left out."""
+    """The updates in tune.jsonl, without a truncated last line."""
     path = out / "tune.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
