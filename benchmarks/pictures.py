@@ -1,8 +1,8 @@
-"""The pictures of docs/encodings.md: `python -m benchmarks.pictures [NAME ...]`, all of them where none is named.
+"""Draws the pictures of docs/encodings.md: `python -m benchmarks.pictures [NAME ...]`; without a name, all of them.
 
-What an encoding does within attention is not drawn from its formula but read off the attention itself: where the values
-are the identity, outputs are weights, and ln weight + logsumexp is the logit. Tokens are all alike there, so that only
-positions tell them apart, unless a picture says otherwise. Everything random is seeded.
+The effect of an encoding within attention is computed by the attention functions, not from its formula: if the values
+are the identity, the outputs are the weights, and ln weight + logsumexp is the logit. Unless a picture says otherwise,
+all tokens are identical, so that only positions distinguish them. Random values are seeded.
 
 Shapes: T length, N heads, H head dim, D model width.
 """
@@ -33,7 +33,7 @@ CMAP = "cividis"  # even to all eyes
 PALE = "#d8d8d8"
 
 PICTURES: dict[str, Callable[[Figure], None]] = {}
-"""What draws each picture, by its name."""
+"""The function that draws each picture, by name."""
 
 
 def picture(name: str):
@@ -45,7 +45,7 @@ def picture(name: str):
 
 
 def draw(name: str, folder: Path = FOLDER) -> Path:
-    """Draws one picture; the same bytes every time."""
+    """Draws one picture, byte for byte the same every time."""
     figure = Figure(figsize=(3.2, 1.8), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
     FigureCanvasAgg(figure)
@@ -61,7 +61,7 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
 
 
 def plot(figure: Figure, title: str, x: str = "", y: str = "", **settings) -> Axes:
-    """The one pair of axes of a picture."""
+    """Creates the single axes of a picture."""
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=8, color=INK, loc="left", pad=4)
     axes.set_xlabel(x, fontsize=8, color=INK, labelpad=1)
@@ -75,7 +75,7 @@ def plot(figure: Figure, title: str, x: str = "", y: str = "", **settings) -> Ax
 
 
 def lines(axes: Axes, x, rows, labels=None, **settings) -> None:
-    """One line per row; its label in its colour, at its end."""
+    """Draws one line per row, with its label at its end in the same colour."""
     for i, row in enumerate(rows):
         axes.plot(x, row, color=COLOURS[i], linestyle=STYLES[i % 4], linewidth=1.3, **settings)
         if labels:
@@ -94,7 +94,7 @@ def trained(axes: Axes, length: float) -> None:
 
 
 def heat(axes: Axes, rows, cmap: str = CMAP, **settings) -> None:
-    """Rows [y, x] as colours; NaN stays white."""
+    """Draws an array [y, x] as a heat map; NaN stays white."""
     axes.imshow(rows, aspect="auto", origin="lower", interpolation="nearest", cmap=cmap, **settings)
     axes.spines[["top", "right"]].set_visible(True)
     axes.spines[:].set_color(QUIET)
@@ -108,7 +108,7 @@ def dims(heads: int = 3, dim: int = 32, width: int = 64, length: int = 64) -> e.
 
 
 def parameters(encoding: e.Encoding, of: e.ModelDims, seed: int = 0, spread: float = 0.0) -> dict:
-    """First parameters, or moved from there by `spread`, as training would."""
+    """Initial parameters, plus noise of scale `spread` in place of training."""
     keys = jax.random.split(jax.random.key(seed), 3)
     params = encoding.init_shared(keys[0], of) | encoding.init_layer(keys[1], of)
     return {
@@ -118,7 +118,7 @@ def parameters(encoding: e.Encoding, of: e.ModelDims, seed: int = 0, spread: flo
 
 
 def logits(encoding: e.Encoding, params: dict, query, key, **common) -> np.ndarray:
-    """[N, T, S] of queries [T, N, H] and keys [S, K, H]."""
+    """Logits [N, T, S] of queries [T, N, H] and keys [S, K, H]."""
     weights, stats = attention_weights(
         encoding, params, query[None], key[None], return_stats=True, precision="highest", **common
     )
@@ -127,14 +127,14 @@ def logits(encoding: e.Encoding, params: dict, query, key, **common) -> np.ndarr
 
 
 def alike(length: int, heads: int = 3, dim: int = 32, seed: int = 1):
-    """Queries and keys of tokens that are all alike."""
+    """Queries and keys of identical tokens."""
     draws = np.random.default_rng(seed)
     query, key = draws.standard_normal((1, heads, dim)), draws.standard_normal((1, 1, dim))
     return [jnp.asarray(np.repeat(x, length, axis=0), jnp.float32) for x in (query, key)]
 
 
 def by_distance(encoding: e.Encoding, length: int, params: dict | None = None, heads: int = 3) -> np.ndarray:
-    """[N, distance]: what an encoding adds to the content logit of the last token's keys."""
+    """[N, distance]: what an encoding adds to the content logits of the last query."""
     params = parameters(encoding, dims(heads)) if params is None else params
     query, key = alike(length, heads)
     added = logits(encoding, params, query[-1:], key) - logits(e.NoPE(), {}, query[-1:], key)
@@ -142,20 +142,20 @@ def by_distance(encoding: e.Encoding, length: int, params: dict | None = None, h
 
 
 def entering(encoding: e.Encoding, params: dict, length: int, embedding) -> np.ndarray:
-    """[T, D]: what the input place makes of one token at every position."""
+    """[T, D]: the output of the input place for one token at every position."""
     x = jnp.broadcast_to(jnp.asarray(embedding, jnp.float32), (1, length, len(embedding)))
     tokens = e.TokenInputs(jnp.zeros((1, length), int), jnp.arange(length)[None], None, length)
     return np.asarray(encoding.input(params, x, tokens)[0])
 
 
 def factors(encoding: e.Encoding, positions, params: dict | None = None) -> np.ndarray:
-    """[N or 1, T]: the logit scale of queries at these positions."""
+    """[N or 1, T]: logit scale of the queries at these positions."""
     at = jnp.asarray(positions)[None]
     return np.atleast_2d(np.asarray(encoding.logit_scale(params or {}, at, at))[0])
 
 
 def seen(reach: e.AttentionSpan, length: int) -> np.ndarray:
-    """[T, S]: which keys the queries of a layer see."""
+    """[T, S]: which keys each query of a layer sees."""
     query, key = alike(length, 1, 2)
     encoding = e.NoPE()
     if reach.window:
@@ -278,7 +278,7 @@ def _(figure):
 
 
 def _pair_waves(encoding, length, pairs, dim=64):
-    """[pair, distance]: the product of a query and a key that are 1 in one pair of dimensions, and their mean."""
+    """[pair, distance]: products of a query and a key that are 1 in one pair of dimensions, and the mean over pairs."""
     rows = []
     for pair in [*pairs, None]:
         x = np.zeros(dim)
@@ -622,7 +622,7 @@ _MASK = 24
 
 
 def _layers(figure, layers, titles, colours):
-    """A picture of what each layer sees."""
+    """Draws which keys each layer sees."""
     for i, (reach, title, colour) in enumerate(zip(layers, titles, colours, strict=True)):
         axes = figure.add_subplot(1, len(layers), i + 1)
         pattern = seen(reach, _MASK)

@@ -1,10 +1,10 @@
-"""The decoder of the study: 0.9 million parameters, 128 bytes of Python's standard library at a time.
+"""The decoder of the study: 0.9 million parameters, trained on windows of 128 bytes of Python's standard library.
 
     make study
 
-trains it with six encodings, tunes the logit scale of two of them, measures all and writes docs/study.md, which says
-how long each part took; the Makefile here is the list of what is done. Four times as many tokens as configs/tiny.py:
-enough for NoPE to learn to count, and so to lose count past its training length.
+trains it with six encodings, tunes the logit scale of two of them, evaluates all runs and writes docs/study.md, which
+states the training times; the Makefile in this directory lists the steps. It trains on four times as many tokens as
+configs/tiny.py: enough for NoPE to learn to count, and so to lose count past its training length.
 """
 
 from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

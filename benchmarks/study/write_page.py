@@ -1,4 +1,4 @@
-"""Writes docs/study.md and its picture from what `make study` has measured: the last step of the Makefile beside it.
+"""Writes docs/study.md and its figure from the results of `make study`, as the last step of the Makefile next to it.
 
 python -m benchmarks.study.write_page runs/study
 """
@@ -53,7 +53,7 @@ TRAINED = tuple(NAMES)[:6]
 
 
 class Curves:
-    """curves.csv of one report: losses and entropies, means weighted by tokens."""
+    """The curves.csv of a report: mean losses and entropies, weighted by tokens."""
 
     def __init__(self, path: Path):
         self.rows = defaultdict(list)
@@ -65,7 +65,7 @@ class Curves:
         return sorted(length for name, length in self.rows if name == run)
 
     def mean(self, run: str, length: int, column: str, start: int = 0, end: int | None = None) -> float:
-        """Over the positions in [start, end)."""
+        """Mean of a column over the positions in [start, end)."""
         rows = [
             row
             for row in self.rows[run, length]
@@ -78,7 +78,7 @@ class Curves:
         return math.exp(self.mean(run, length, "nll", start, end))
 
     def holds_to(self, run: str, train_length: int) -> int:
-        """The longest length up to which perplexity stays within 10 % of that at the training length."""
+        """The longest length up to which perplexity stays within 10 % of its value at the training length."""
         held = train_length
         for length in self.lengths(run):
             if length > train_length:
@@ -111,12 +111,12 @@ def _introduction(config: dict, runs: Path) -> str:
     minutes = [_training_minutes(runs / run / "metrics.jsonl", config) for run in TRAINED]
     return f"""# The study
 
-Six decoders that differ in their encoding alone are trained at L = {data["context_length"]} bytes and read up to 8 L.
-The question is that of Wang et al. 2024 ([arXiv 2404.12224](https://arxiv.org/abs/2404.12224)): where does a model
-without positions stop holding, has its attention spread out by then, and does a logit scale mend it? Their model has
-1.1 billion parameters and L = 2,048; this one is a thousand times smaller, and may disagree.
+Six decoders that differ only in their encoding are trained at L = {data["context_length"]} bytes and tested up to 8 L.
+The question is that of Wang et al. 2024 ([arXiv 2404.12224](https://arxiv.org/abs/2404.12224)): at which length
+does a model without positions fail, has its attention spread out by then, and does a logit scale help?
+Their model has 1.1 billion parameters and L = 2,048; this one is a thousand times smaller, and its results may differ.
 
-`make study` made this page, its numbers and its verdicts: {_date()}, {_hardware()}.
+`make study` wrote this page, with its numbers and verdicts: {_date()}, {_hardware()}.
 The decoder ([benchmarks/study/decoder.py](../benchmarks/study/decoder.py)) has {model["num_layers"]} layers of
 {model["num_heads"]} heads and width {model["model_dim"]};
 {train["steps"]:,} steps of {data["batch_size"]} x {data["context_length"]} bytes of Python's standard library took
@@ -127,7 +127,7 @@ The decoder ([benchmarks/study/decoder.py](../benchmarks/study/decoder.py)) has 
 def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
     far = 8 * length
     nope, rope = (window.holds_to(run, length) / length for run in ("nope", "rope"))
-    # Do the models whose perplexity leaves furthest have the attention that spreads out furthest?
+    # Do the models whose perplexity rises most also have the attention that spreads out most?
     left = {run: math.log(window.perplexity(run, far) / window.perplexity(run, length)) for run in TRAINED}
     spread = {run: _share(start, run, far) - _share(start, run, length) for run in TRAINED}
     ranks = _rank_correlation([left[run] for run in TRAINED], [spread[run] for run in TRAINED])
@@ -143,8 +143,8 @@ def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
             nope > rope,
         ),
         (
-            "Where perplexity leaves, entropy has left (rank correlation over the six encodings of the two changes, "
-            "from L to 8 L; agrees above 0.5)",
+            "Where perplexity rises, attention entropy has risen (rank correlation of the two changes over the six "
+            "encodings, from L to 8 L; agrees above 0.5)",
             "seen in every model",
             f"{ranks:.2f}",
             ranks > 0.5,
@@ -162,8 +162,8 @@ def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
             helps["rope"] < helps["nope"] / 2,
         ),
         (
-            "HeadScale beats UniformScale far out (perplexity at 4 L and 8 L; the paper's are tuned for 4 L, and 9 L "
-            "against 4 L)",
+            "HeadScale beats UniformScale far past L (perplexity at 4 L and 8 L; the paper's are tuned for 4 L, and "
+            "9 L against 4 L)",
             "21.1 < 45; 30.4 < 224",
             "; ".join(f"{_number(head)} against {_number(uniform)}" for head, uniform in scaled.values()),
             all(head < uniform for head, uniform in scaled.values()),
@@ -213,13 +213,13 @@ def _entropy(start: Curves, length: int) -> str:
             entropy = start.mean(run, 8 * length, "entropy", k * length // 2, k * length)
             cells.append(f"{entropy:.2f} ({_share(start, run, k * length):.0%})")
         body.append(tuple(cells))
-    return f"""## Where perplexity leaves, where entropy leaves
+    return f"""## Perplexity and attention entropy by position
 
 ![Perplexity and attention entropy by position of the six encodings and of NoPE with HeadScale]({PICTURE.as_posix()})
 
-Documents read from their start, so that position and context grow together. Mean attention entropy over all heads, in
-nats, over the second half of each length; in parentheses its share of the ceiling ln(position + 1), which weights that
-are spread evenly over all that came before would reach:
+Documents are read from their start, so position and context grow together. Mean attention entropy over all heads, in
+nats, over the second half of each length; in parentheses its share of the ceiling ln(position + 1), the entropy of
+uniform weights over all positions so far:
 
 {_table(("run", "L", "2 L", "4 L", "8 L"), body)}
 """
@@ -242,8 +242,8 @@ def _uniform(tuned: dict, length: int) -> str:
     header = ("run", "target", "best λ", "paper's fit", "loss before", "loss with λ")
     return f"""## One factor for all heads
 
-The λ with the least loss at the target length, on documents of the training split read from their start (nats per byte;
-`eval.py tune --method uniform`). The paper's fit is λ = 1 + 0.397 ln s at s times L.
+The λ with the lowest loss at the target length, on documents of the training split read from their start (nats per
+byte; `eval.py tune --method uniform`). The paper's fit is λ = 1 + 0.397 ln s at s times L.
 
 {_table(header, body)}
 """
@@ -264,7 +264,7 @@ def _heads(window: Curves, tuned: dict, length: int) -> str:
     apart = max(abs(a - b) for a, b in zip(best, one, strict=True))
     return f"""## One factor per head
 
-200 updates of the factors alone, at windows of the target length from the training split (`eval.py tune --method head`,
+200 updates of only the factors, on windows of the target length from the training split (`eval.py tune --method head`,
 the paper's settings); losses in nats per byte at that length. Started at the best λ and at 1, the {len(best)} factors
 for 8 L end at most {apart:.2f} apart (the paper learns 704).
 
@@ -275,8 +275,8 @@ for 8 L end at most {apart:.2f} apart (the paper learns 704).
 def _limits() -> str:
     return """## What this cannot show
 
-One seed, one size, bytes of one kind of text, and windows of a few hundred bytes: an order of two close numbers here is
-not evidence. The paper judges its ablation by passkey retrieval, which models this small have to be trained for
+One seed, one size, bytes of one kind of text, and windows of a few hundred bytes: the order of two close numbers here
+is not evidence. The paper judges its ablation by passkey retrieval, which models this small must be trained for
 ([configs/passkey.py](../configs/passkey.py)); here it is judged by perplexity.
 """
 
@@ -293,14 +293,14 @@ def _share(start: Curves, run: str, position: int) -> float:
 
 
 def _rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's, for values without ties."""
+    """Spearman's rank correlation, for values without ties."""
     ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
     n = len(a)
     return 1 - 6 * sum((x - y) ** 2 for x, y in zip(*ranks, strict=True)) / (n * (n**2 - 1))
 
 
 def _training_minutes(metrics: Path, config: dict) -> float:
-    """The time of the steps, by the throughput of each logged stretch of them."""
+    """Training time, from the logged throughput."""
     tokens = config["train"]["log_every"] * config["data"]["batch_size"] * config["data"]["context_length"]
     lines = map(json.loads, metrics.read_text().splitlines())
     return sum(tokens / line["tokens_per_second"] for line in lines if "tokens_per_second" in line) / 60
