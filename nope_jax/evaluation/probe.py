@@ -73,7 +73,7 @@ class Moments:
     def add(self, x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S"]) -> None:
         """Adds samples, given as features and targets."""
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        if self._origin is None:  # center the sums, or the variance would cancel
+        if self._origin is None:  # centred sums, so that the variance does not suffer from cancellation
             self._origin = x.mean(0)
         x = x - self._origin
         self.count += len(x)
@@ -145,7 +145,7 @@ def fit_probes(
     place: Place = jax.device_put,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[Probe]:
-    """Fits a position probe on the hidden states of each layer: [L + 1] probes, the first on the input of the first.
+    """Fits [L + 1] position probes: one to the input of the first layer, and one to the output of each layer.
 
     The target is position / length; multiply the output of a probe by `length`.
 

@@ -512,7 +512,7 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(folder, stopped, tmp_path, m
 
 
 OTHERWISE = {
-    "--tune.steps: --out .* holds a tuning that was interrupted, with 14, not 15; to go on give that": {
+    "--tune.steps: --out .* holds an interrupted tuning with 14, not 15; to resume it, give that value": {
         "settings": dataclasses.replace(STOPPED, steps=15)
     },
     "--tune.focus: .* with True, not False": {"settings": dataclasses.replace(STOPPED, focus=False)},
@@ -520,8 +520,8 @@ OTHERWISE = {
     "--lengths: .* with 24 48, not 48": {"lengths": (LONG,)},
     "--workdirs: .*heads, not .*uniform": {"workdir": "uniform"},
     "of another checkpoint of .*touched, of other documents or by other code": {"workdir": "touched"},
-    "tune.jsonl lacks some of the updates that tune.json tells of": {"removed": "tune.jsonl"},
-    "tune.json is not what an interrupted tune leaves": {"removed": "tune.json"},
+    "tune.jsonl lacks updates that tune.json records": {"removed": "tune.jsonl"},
+    "tune.json is not the state of an interrupted tune": {"removed": "tune.json"},
 }
 
 

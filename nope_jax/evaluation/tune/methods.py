@@ -83,7 +83,7 @@ def new_encoding(config: Config, method: str, lengths: Sequence[int], factor: fl
         for encoding in encodings:
             if any(isinstance(inner, wrapper) for inner in _nested(encoding)):
                 raise ValueError(
-                    f"--method {method}: the run has {wrapper.__name__} already, which is not put around itself; tune "
+                    f"--method {method}: the run has {wrapper.__name__} already, which cannot wrap itself; tune "
                     "the run that it came from"
                 )
         changed: tuple[Encoding, ...] = tuple(wrapper(encoding, **settings) for encoding in encodings)

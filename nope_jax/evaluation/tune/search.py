@@ -140,7 +140,7 @@ def _learning_rate(settings: TuneConfig, step: int) -> float:
 
 
 def _reopened(path: Path, lines: int) -> TextIO:
-    """Truncates a file to its first `lines` and opens it to append; later lines are updates that were not saved."""
+    """Truncates a file to its first `lines` lines and opens it to append; later lines are of unsaved updates."""
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
     with replace_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

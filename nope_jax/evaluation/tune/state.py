@@ -111,20 +111,20 @@ class Tuning:
             kept = self._load(path)
             unlike = {name: value for name, value in self._asked().items() if kept._asked().get(name) != value}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not what an interrupted tune leaves; {otherwise}") from error
+            raise ValueError(f"{path} is not the state of an interrupted tune; {otherwise}") from error
         for name, value in unlike.items():
             theirs = kept._asked().get(name)
             raise ValueError(
-                f"{name}: --out {out} holds a tuning that was interrupted, with {theirs}, not {value}; to go on give "
-                f"that, otherwise {otherwise}"
+                f"{name}: --out {out} holds an interrupted tuning with {theirs}, not {value}; to resume it, give that "
+                f"value, otherwise {otherwise}"
             )
         if kept.content != self.content:
             raise ValueError(
-                f"--out {out} holds a tuning that was interrupted, of another checkpoint of {self.source}, of "
+                f"--out {out} holds an interrupted tuning of another checkpoint of {self.source}, of "
                 f"other documents or by other code; {otherwise}"
             )
         if kept.learned is not None and len(read_updates(out)) < kept.learned.updates:
-            raise ValueError(f"{out}/tune.jsonl lacks some of the updates that tune.json tells of; {otherwise}")
+            raise ValueError(f"{out}/tune.jsonl lacks updates that tune.json records; {otherwise}")
         return dataclasses.replace(kept, command=self.command)
 
     def _asked(self) -> dict[str, Any]:
