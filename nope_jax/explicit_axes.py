@@ -1,4 +1,4 @@
-"""Meshes with Explicit axes, which is what `jax.make_mesh` makes: within this package's functions they are Auto."""
+"""Support for meshes with Explicit axes, as made by `jax.make_mesh`: functions of this package run with them Auto."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 
 def explicit_mesh(*arrays: Any) -> AbstractMesh | None:
-    """The mesh with Explicit axes that one of these lies on; None where there is none."""
+    """Return the mesh with Explicit axes on which one of the arrays is placed, or None."""
     meshes = (jax.typeof(x).sharding.mesh for x in arrays if isinstance(x, jax.Array))
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
@@ -22,15 +22,15 @@ def call_with_auto_axes(
     *,
     move: Any = jax.Array,
 ) -> Any:
-    """function(*args, **keywords) with a mesh in context whose Explicit axes are Auto.
+    """Call function(*args, **keywords) with the mesh in context and its Explicit axes made Auto.
 
     Args:
         mesh: The mesh.
-        function: What to call.
-        args: Pytrees; the arrays among their leaves come in from wherever they are, whole.
-        keywords: The same.
-        spec: How each array of the results is to go out.
-        move: The types of leaves that are such arrays.
+        function: The function to call.
+        args: Positional arguments, as pytrees; their array leaves are replicated over the mesh first.
+        keywords: Keyword arguments, likewise.
+        spec: Returns the PartitionSpec of each array in the results.
+        move: The types of leaves that count as arrays.
     """
 
     def whole(x: Any) -> Any:

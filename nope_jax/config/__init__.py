@@ -1,13 +1,13 @@
-"""What a run is: its config, which a Python file states, the command line overrides and the workdir keeps as JSON.
+"""The config of a run: defined by a Python file, overridden on the command line, saved as JSON in the workdir.
 
-    schema.py      the fields: frozen dataclasses, each field written once
-    validation.py  what is refused, and in which words
+    schema.py      the fields, as frozen dataclasses
+    validation.py  the validation rules and their error messages
     files.py       config files, and config.json in a workdir
-    own_code.py    the code of a user's own encoding, which a workdir keeps beside it
+    own_code.py    the code of a user's own encoding, copied into the workdir
 
 A config file is plain Python with a `get_config()` that returns a `Config`. The command line (`nope_jax.cli`) overrides
-any field by its dotted name (`--model.encoding alibi`). A new field is a line of `schema.py`, a rule about it one of
-`validation.py`; whether a run may go on with another value is said in `nope_jax.training.resume`.
+any field by its dotted name (`--model.encoding alibi`). To add a field, add a line to `schema.py`; to constrain it, add
+a rule to `validation.py`. `nope_jax.training.resume` defines which fields may change when a run is resumed.
 """
 
 from nope_jax.config.files import code_digest, load, load_file, refuse_changed_code, save

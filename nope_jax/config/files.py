@@ -1,4 +1,4 @@
-"""A config on disk: the Python file that it comes from, and the `config.json` that a run keeps of it."""
+"""Configs on disk: the Python file that defines a config, and the `config.json` that a run saves."""
 
 import dataclasses
 import inspect
@@ -17,15 +17,15 @@ from nope_jax.paths import Location, location, write_whole
 
 
 def load_file(path: str | os.PathLike[str]) -> Config:
-    """What the `get_config()` of a Python file returns. Whatever that file raises is raised as it is.
+    """Return the config from the `get_config()` of a Python file. Exceptions raised by the file itself propagate.
 
     Raises:
-        ValueError: there is no such file or function, or it returns something else than a Config.
+        ValueError: the file or the function does not exist, or the function does not return a Config.
     """
     path = Path(path).absolute()
     if not path.is_file():
         raise ValueError(f"--config must be a Python file; there is no {path}")
-    # The module is named by its path, so that a class of it can be traced to the file.
+    # The module's name is its path, so a class it defines can be traced to the file.
     get_config = getattr(own_code.execute(path, path.read_bytes()), "get_config", None)
     if not callable(get_config):
         raise ValueError(f"--config {path} has no get_config()")
@@ -36,14 +36,14 @@ def load_file(path: str | os.PathLike[str]) -> Config:
 
 
 def save(config: Config, workdir: str | os.PathLike[str]) -> None:
-    """Writes `config.json` into a workdir, and the code of a user's own encoding into its folder `code`.
+    """Write `config.json` into a workdir, and the code of a user's own encoding into its folder `code`.
 
-    An Encoding becomes an object of its fields and its "class": a name in ENCODINGS, or what `own_code.where` says of
-    where the class is, and its name. From then on that code is trusted on this machine.
+    An Encoding is saved as an object of its fields and its "class": a name in ENCODINGS, or the location that
+    `own_code.where` returns with the class name. The saved code is trusted on this machine from then on.
 
     Raises:
-        ValueError: a field of an Encoding is not made of numbers, strings, tuples and dataclasses.
-        OSError: the files cannot be written; the config.json before is as it was.
+        ValueError: a field of an Encoding does not consist of numbers, strings, tuples and dataclasses.
+        OSError: the files cannot be written; an existing config.json is unchanged.
     """
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name in HINTS:
@@ -56,14 +56,14 @@ def save(config: Config, workdir: str | os.PathLike[str]) -> None:
 
 
 def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config:
-    """Reads the `config.json` of a workdir.
+    """Read the `config.json` of a workdir.
 
     Args:
-        workdir: of the run.
-        trust_code: run the code that an encoding of its own needs, though nobody has run it on this machine.
+        workdir: Workdir of the run.
+        trust_code: Run the code of a user's own encoding even if it has never been trusted on this machine.
 
     Raises:
-        ValueError: there is none, it is not the config of a run, or it needs code that is not trusted.
+        ValueError: the file does not exist, is not the config of a run, or needs code that is not trusted.
     """
     folder = location(workdir)
     path = folder / "config.json"
@@ -87,16 +87,16 @@ def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config
             values["model.encoding"] = _by_todays_names(values["model.encoding"])
         return override(Config(), values)
     except ValueError as error:
-        if not is_refusal(error):  # of the encoding's own code
+        if not is_refusal(error):  # raised by the encoding's own code
             raise
         raise ValueError(f"{path}: {error}") from error
 
 
 def refuse_changed_code(config: Config, workdir: str | os.PathLike[str]) -> None:
-    """Refuses to go on with a run whose own encoding has been edited since, but for comments and layout.
+    """Refuse to resume a run if the code of its user-defined encoding has changed beyond comments and layout.
 
     Raises:
-        ValueError: it names the file.
+        ValueError: the code has changed; the message names the file.
     """
     own = _own_classes(config.model.encoding)
     own_code.trust(own, always=False)
@@ -109,12 +109,12 @@ def refuse_changed_code(config: Config, workdir: str | os.PathLike[str]) -> None
 
 
 def code_digest(config: Config) -> str:
-    """Of the code that results of a model follow from: that of its encoding if it is a user's own, and ours."""
+    """Return a digest of the code that determines a model's results: this package and a user's own encoding."""
     return own_code.digest(_own_classes(config.model.encoding))
 
 
 def _own_classes(value: Any) -> list[type]:
-    """The classes of an encoding, and within it, that are not of this package."""
+    """The classes of an encoding and of its fields that are defined outside this package."""
     if isinstance(value, tuple):
         return [cls for part in value for cls in _own_classes(part)]
     if not dataclasses.is_dataclass(value):
@@ -125,7 +125,7 @@ def _own_classes(value: Any) -> list[type]:
 
 
 def _by_todays_names(encoding: Any) -> Any:
-    """An encoding of a config.json, whose names may be former ones."""
+    """Translate former names in the encoding of a config.json to current ones."""
     if isinstance(encoding, tuple):
         return tuple(_by_todays_names(part) for part in encoding)
     return former_names.from_config(encoding) if isinstance(encoding, str) else encoding

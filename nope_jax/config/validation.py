@@ -1,4 +1,4 @@
-"""What a config refuses, field by field and together, and the words in which it says so."""
+"""Validation of configs, of single fields and of combinations, with the error messages."""
 
 import dataclasses
 import difflib
@@ -26,14 +26,14 @@ _AT_LEAST = {
 
 
 def check(config: "Config", hints: Mapping[str, Any]) -> None:
-    """Refuses what can be seen to be wrong without building anything.
+    """Refuse invalid values, as far as they can be detected without building anything.
 
     Args:
-        config: of a run.
-        hints: the type of every field, by its dotted name.
+        config: Config of a run.
+        hints: The type of every field by its dotted name.
 
     Raises:
-        ValueError: it names the field, and says what it should be.
+        ValueError: a value is invalid; the message names the field and what it should be.
     """
     values = {name: operator.attrgetter(name)(config) for name in hints}
     for name, value in values.items():
@@ -103,7 +103,7 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; an integer is a number too, True and False are neither."""
+    """Whether a value has an annotated type. An integer also counts as a float; a bool counts as neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
@@ -121,7 +121,7 @@ def takes_several(hint: Any) -> bool:
 
 
 def wanted(hint: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if Encoding in arguments:
         return "a name, an Encoding, or a tuple of them"
@@ -136,7 +136,7 @@ def wanted(hint: Any) -> str:
 
 
 def unknown(name: str, known: Iterable[str]) -> ValueError:
-    """The error of a field that does not exist, which names the one that may be meant."""
+    """Return the error for a field that does not exist, with the closest known name as a suggestion."""
     known, bare = list(known), name.removeprefix("--")
     near = difflib.get_close_matches(name, known, n=1)
     if bare in ENCODINGS.keys() | SCHEDULES.keys() and "--model.encoding" in known:
