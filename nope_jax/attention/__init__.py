@@ -1,4 +1,4 @@
-"""Attention: one function per encoding, over a table of backends that all compute the same."""
+"""Attention: one function per encoding, with interchangeable backends."""
 
 from nope_jax.attention.dot_product import AttentionStats, dot_product_attention
 from nope_jax.attention.encoded import attention_weights, encoded_attention

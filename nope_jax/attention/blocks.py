@@ -1,4 +1,4 @@
-"""Arrays cut into blocks of queries or keys: an axis is cut, and entries are read, written and summed."""
+"""Helpers for blockwise attention: split an axis into blocks; read, write and accumulate entries."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 BLOCK_SIZE = 256
-"""Queries and keys per block: on a CPU faster than 128 and 512."""
+"""Queries and keys per block. On a CPU, faster than 128 and 512."""
 
 
 def cut(x: Array, size: int, axis: int) -> Array:
-    """Cut an axis into blocks of a size, the last one padded by its edge, and move their index to the front."""
+    """Split an axis into blocks of `size`, edge-padding the last one; the block index becomes the first axis."""
     blocks = -(-x.shape[axis] // size)
     if blocks * size != x.shape[axis]:
         padding = [(0, 0)] * x.ndim
@@ -22,14 +22,14 @@ def cut(x: Array, size: int, axis: int) -> Array:
 
 
 def cut_mask(mask: Bool[Array, "#B #N #T #S"], size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
-    """A mask in blocks; an axis along which it is broadcast stays one entry."""
+    """Split a mask into blocks; broadcast axes keep size 1."""
     for axis in (2, 4):
         mask = mask[None] if mask.shape[axis] == 1 else cut(mask, size, axis)
     return mask
 
 
 def mask_at(mask: Bool[Array, "#m #n #B #N #q #k"], i, j) -> Bool[Array, "#B #N #q #k"]:
-    """What `cut_mask` made of query block i and key block j."""
+    """The mask of query block i and key block j, from the result of `cut_mask`."""
     keys, queries = mask.shape[:2]
     return mask[jnp.minimum(j, keys - 1), jnp.minimum(i, queries - 1)]
 
@@ -40,15 +40,15 @@ def at(x: Any, index) -> Any:
 
 
 def put(x: Any, entry: Any, index) -> Any:
-    """With entry `index` of every leaf replaced."""
+    """Replace entry `index` of every leaf."""
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, index, 0), x, entry)
 
 
 def zero_sums(x: Any) -> Any:
-    """Float32 zeros in the shapes of x, to be summed into."""
+    """Float32 accumulators: zeros in the shapes of x."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), x)
 
 
 def summed(sums: Any, more: Any) -> Any:
-    """Float32 sums with more, of whatever dtype it is."""
+    """Add values of any dtype to float32 accumulators."""
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, more)

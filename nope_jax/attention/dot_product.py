@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with everything an encoding may ask of it, and its statistics.
+"""Scaled dot-product attention with the terms that encodings add, and its statistics.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -25,12 +25,12 @@ from nope_jax.encodings.encoding import Logit
 
 
 class AttentionStats(NamedTuple):
-    """What the weights of each row look like."""
+    """Statistics of the attention weights of each query."""
 
     entropy: Float[Array, "B N T"]
-    """-Σ a·ln a in nats: 0 on one key, ln n when spread evenly over n keys."""
+    """-Σ a·ln a in nats: 0 if all weight is on one key, ln n for uniform weights over n keys."""
     logsumexp: Float[Array, "B N T"]
-    """ln Σ e^logit; -inf in a row that sees no key."""
+    """ln Σ e^logit; -inf for a query that sees no key."""
 
 
 @with_auto_axes
@@ -54,46 +54,46 @@ def dot_product_attention(
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
-    """softmax(logit_scale · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
+    """Compute softmax(logit_scale · q·k/√H + logit) · v over the keys visible to each query, with a float32 softmax.
 
-    Queries, keys and values may differ in dtype. All is computed from them as they are, in float32 where two differ;
-    float64 ones are rounded to float32 first. It can be given as `attention_fn` to `nnx.MultiHeadAttention` and
-    `nn.MultiHeadDotProductAttention`, as `nope_jax.attention.flax_layer` says.
+    Queries, keys and values may have different dtypes and are used as given; a product of two different dtypes is
+    computed in float32. Only float64 inputs are first rounded to float32. The function can be passed as `attention_fn`
+    to `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`; see `nope_jax.attention.flax_layer`.
 
-    Under a mesh in context (`jax.set_mesh`), or with arrays on one of Explicit axes, it is spread over the mesh's
-    devices, as `nope_jax.attention.sharded` says.
+    With a mesh in context (`jax.set_mesh`), or with arrays on a mesh with Explicit axes, the computation is sharded
+    over the devices of the mesh; see `nope_jax.attention.sharded`.
 
     Args:
         query: Queries.
-        key: Keys; K divides N, and query head n reads key head n // (N/K).
+        key: Keys; K must divide N, and query head n attends to key head n // (N/K).
         value: Values.
-        logit: What is added to the scaled content logit, computed block by block (`nope_jax.encodings.DistanceLogit`,
+        logit: Term added to the scaled content logits, computed block by block (`nope_jax.encodings.DistanceLogit`,
             `BlockLogit`, `ScanLogit`).
-        value_term: What is added to the output (`nope_jax.encodings.BlockValue`).
-        query_positions: Positions of the queries. Default: aligned at the end of the keys, S-T..S-1, so that a single
-            query against a long cache is its last token. In a cache that is not full yet, give them.
+        value_term: Term added to the output (`nope_jax.encodings.BlockValue`).
+        query_positions: Positions of the queries. Default: S-T..S-1, aligned with the end of the keys, so a single
+            query against a KV cache is its last token. Required for a partially filled cache.
         key_positions: Positions of the keys. Default: 0..S-1.
-        mask: True where a query may attend; integers 0 and 1 are taken too. What is to be added to the logits (floating
-            point, 0 and -inf) is a `logit`, not a mask, and refused.
-        is_causal: A query sees no key at a later position than its own.
-        window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
-        chunk_size: A query sees only the keys of its own chunk of so many positions, the first from 0 on.
-        segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
-        logit_scale: Factor of the content logit.
-        implementation: "reference" writes the weights out; "streaming" never does, and needs memory that grows with T
-            rather than T·S (differentiable in reverse mode only). Of several names the first that can serve the call.
-            None: streaming, unless all weights of a head fit one block of one device.
+        mask: Boolean mask, True where a query may attend; integers 0 and 1 are also accepted. Additive floating-point
+            masks (0 and -inf) are refused: pass them as a `logit`.
+        is_causal: Mask keys at later positions than the query.
+        window: Mask keys at a distance of `window` positions or more; with 1, a query sees only itself.
+        chunk_size: Mask keys outside the query's chunk of `chunk_size` positions; chunks start at position 0.
+        segment_ids: Mask keys of other segments than the query's; a pair if queries and keys have different segments.
+        logit_scale: Factor of the content logits.
+        implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
+            T·S (reverse-mode differentiation only). Of several names, the first that supports the call is used. None:
+            streaming, unless all weights of a head fit in one block on one device.
         return_stats: Also return `AttentionStats`.
-        precision: Of the products with queries, keys and values, as in `jax.lax.dot`; those within an encoding's terms
-            follow `jax.default_matmul_precision`.
+        precision: Precision of the products with queries, keys and values, as in `jax.lax.dot`; products within an
+            encoding's terms follow `jax.default_matmul_precision`.
 
     Returns:
-        The output [B, T, N, H2] in value's dtype; with return_stats a pair (output, AttentionStats). A row that sees no
-        key gives zeros and entropy 0.
+        The output [B, T, N, H2] in value's dtype; with return_stats, a pair (output, AttentionStats). For a query that
+        sees no key, output and entropy are 0.
 
     Raises:
-        ValueError: An argument that cannot be right, named with what it should be.
-        TypeError: A keyword that nobody knows.
+        ValueError: An argument is invalid; the message names it and what it should be.
+        TypeError: A keyword is unknown.
     """
     check_arrays(query, key, value)
     mask_spec = make_mask_spec(
@@ -134,7 +134,7 @@ def attend(
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
-    """`dot_product_attention` of arrays and a rule that have been checked."""
+    """`dot_product_attention` on validated arrays and a `MaskSpec`."""
     factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale)
     call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats
     backend = choose(implementation, *call)
@@ -157,25 +157,25 @@ def attend_weights(
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
-    """The weights of `attend`, written out: [B, N, T, S], float32."""
+    """The attention weights of `attend`: [B, N, T, S], float32."""
     factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale)
     weights, *of_rows = _weights(query, factor, key, logit, mask_spec, precision)
     return (weights, AttentionStats(*of_rows)) if return_stats else weights
 
 
 def _factor_and_logit(query, key, logit, mask_spec, logit_scale):
-    """logit_scale/√H as an array, and the logit as a backend evaluates it."""
+    """Return logit_scale/√H as an array, and the logit in the form that backends evaluate."""
     (batch, query_length, num_heads, head_dim), key_length = query.shape, key.shape[1]
     if mask_spec.is_causal and isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, function=_Past(logit.function))
     if isinstance(logit, DistanceLogit) and mask_spec.contiguous and not isinstance(query, jax.core.Tracer):
-        # Outside of jit the function may be a new one in every call, and what it is part of be compiled as often.
+        # Outside jit, the function may be a new object in every call, which would trigger a recompilation each time.
         values = logit.function(logit.parameters, jnp.arange(1 - query_length, key_length))
         logit = DistanceLogit(_Tabulated(1 - query_length), values)
     return _logit_scale(logit_scale, batch, num_heads, query_length) / math.sqrt(head_dim), logit
 
 
-# Compiled as one, so that calling it outside of jit costs no compilation per operation.
+# Jitted as a whole, so a call outside jit does not compile operation by operation.
 @functools.partial(jax.jit, static_argnames=("backend", "precision", "with_entropy"))
 def _attend(backend, query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy):
     query, key, wide = (_at_most_float32(x) for x in (query, key, value))
@@ -197,7 +197,7 @@ def _at_most_float32(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Past:
-    """A function of distance that is never asked about the future, where it may have no finite value."""
+    """A function of distance, with negative distances (future keys) clipped to 0: it may not be finite there."""
 
     function: Callable
 
@@ -207,17 +207,17 @@ class _Past:
 
 @dataclasses.dataclass(frozen=True)
 class _Tabulated:
-    """A function of distance whose values [N, distances] are its parameters."""
+    """A function of distance given by a table: its parameters are its values [N, distances]."""
 
     first: int
-    """The smallest distance; those that padding asks for beside the values have that of the nearest."""
+    """The smallest distance. Distances outside the table, which occur in padding, are clipped to its ends."""
 
     def __call__(self, values, distance):
         return values[:, jnp.clip(distance - self.first, 0, values.shape[1] - 1)]
 
 
 def check_arrays(query, key, value) -> None:
-    """Refuse queries, keys and values whose shapes do not go together."""
+    """Refuse queries, keys and values with incompatible shapes or invalid dtypes."""
     for name, array in {"query": query, "key": key, "value": value}.items():
         if array.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, length, heads, head dim], not shape {array.shape}")

@@ -1,4 +1,4 @@
-"""Attention with what an encoding does within a layer, and its weights alone.
+"""Attention with an encoding applied within a layer, and its attention weights.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -22,7 +22,7 @@ from nope_jax.encodings.logit_scale import logit_scale_product
 
 
 class Encoded(NamedTuple):
-    """What turns attention into that of an encoding."""
+    """An encoding with its parameters and features."""
 
     encoding: Encoding
     params: Params
@@ -43,23 +43,23 @@ def encoded_attention(
     key_features: Any = None,
     **common: Any,
 ) -> Any:
-    """`dot_product_attention` with what an encoding does within a layer.
+    """`dot_product_attention` with an encoding applied within the layer.
 
-    Its input place and its `positions` come before, and are the caller's to apply.
+    The caller must already have applied the encoding's input place and its `positions`.
 
     Args:
-        encoding: The encoding, a user's own included.
-        params: Its parameters: what its `init_shared` and `init_layer` made, merged.
+        encoding: The encoding; may be user-defined.
+        params: Its parameters: the merged results of its `init_shared` and `init_layer`.
         query: Queries, before the query/key place.
         key: Keys, likewise.
         value: Values.
-        query_features: `encoding.features` of the queries' tokens, where it has any.
-        key_features: The same of the keys' tokens.
-        **common: As `dot_product_attention`, which also says what is returned. A logit_scale multiplies the encoding's
+        query_features: `encoding.features` of the query tokens, if the encoding has features.
+        key_features: The same for the key tokens.
+        **common: Keywords of `dot_product_attention`, whose result is returned. A logit_scale multiplies the encoding's
             own.
 
     Raises:
-        ValueError: As `dot_product_attention`; or a chunk_size that does not go with the encoding's own.
+        ValueError: As for `dot_product_attention`, or chunk_size is incompatible with the encoding's own.
     """
     check_arrays(query, key, value)
     return attend_encoded(Encoded(encoding, params, query_features, key_features), query, key, value, **common)
@@ -76,9 +76,9 @@ def attention_weights(
     key_features: Any = None,
     **common: Any,
 ) -> Any:
-    """The weights of `encoded_attention`, [B, N, T, S] in float32: what it multiplies with values.
+    """Return the attention weights of `encoded_attention`, [B, N, T, S] in float32.
 
-    A row sums to 1, or to 0 where it sees no key.
+    The weights of a query sum to 1, or to 0 if it sees no key.
 
     Args:
         encoding: As `encoded_attention`.
@@ -87,10 +87,10 @@ def attention_weights(
         key: As `encoded_attention`.
         query_features: As `encoded_attention`.
         key_features: As `encoded_attention`.
-        **common: As `encoded_attention`, but for the implementation, which is the definition.
+        **common: As `encoded_attention`, except `implementation`: weights are always computed by the definition.
 
     Returns:
-        The weights; with return_stats a pair (weights, AttentionStats).
+        The weights; with return_stats, a pair (weights, AttentionStats).
     """
     check_arrays(query, key, key)
     encoded = Encoded(encoding, params, query_features, key_features)
@@ -99,7 +99,7 @@ def attention_weights(
 
 
 def attend_encoded(encoded: Encoded, query, key, value, **common: Any) -> Any:
-    """`encoded_attention` of arrays that have been checked."""
+    """`encoded_attention` on validated arrays."""
     query, key, *places, options = _places(encoded, query, key, common)
     return attend(query, key, value, *places, **options)
 
@@ -108,7 +108,7 @@ _VISIBILITY = inspect.signature(make_mask_spec).parameters
 
 
 def _places(encoded: Encoded, query, key, common: dict[str, Any]):
-    """Queries, keys, logit, value term and the rule of the mask, as an encoding has them, and `attend`'s keywords."""
+    """Apply an encoding; return its queries, keys, logit, value term and `MaskSpec`, and the keywords of `attend`."""
     encoding, params, *features = encoded
     options = {name: x for name, x in common.items() if name not in _VISIBILITY}
     mask_spec = make_mask_spec(query, key, **{name: x for name, x in common.items() if name in _VISIBILITY})

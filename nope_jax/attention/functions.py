@@ -1,8 +1,8 @@
-"""One attention function per encoding, to import into any model: `<name>_attention(query, key, value, ...)`.
+"""One attention function per encoding, for use in any model: `<name>_attention(query, key, value, ...)`.
 
-Each takes the encoding's own parameters, then every keyword of `dot_product_attention`; returns what that returns; and
-can be given as `attention_fn` to Flax's attention modules. Here each says its encoding and parameters, of queries, keys
-and values that have been checked, and `_attention_function` makes of it what is called.
+Each takes the encoding's own parameters and every keyword of `dot_product_attention`, returns the same results, and can
+be passed as `attention_fn` to Flax's attention modules. To add one, write a function that returns its encoding and
+parameters for validated queries, keys and values; `_attention_function` turns it into the public function.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -50,7 +50,7 @@ from nope_jax.encodings.encoding import Logit
 
 @dataclasses.dataclass(frozen=True)
 class _Bias(Encoding):
-    """A bias of parameters as they are, where the encoding learns them in another form."""
+    """An encoding's bias as a function of its actual parameters, where the encoding learns them in another form."""
 
     of: KERPLE | FIRE
 
@@ -59,20 +59,20 @@ class _Bias(Encoding):
 
 
 _ARRAYS = """\
-    query: Queries [B, T, N, H], as projected; what the encoding does to them is done here.
+    query: Queries [B, T, N, H], as projected; the encoding is applied to them here.
     key: Keys [B, S, K, H], likewise.
     value: Values [B, S, K, H2].
 """
 _COMMON = """\
-    **common: As `dot_product_attention`, which also says what is returned and raised.
+    **common: Keywords of `dot_product_attention`, which documents the results and errors.
 """
 
 
 def _attention_function(encoded: Callable[..., Encoded]) -> Callable[..., Any]:
-    """`<name>_attention` of a function (query, key, value, *, parameters) that says its encoding and parameters.
+    """Make `<name>_attention` from a function (query, key, value, *, parameters) that returns an `Encoded`.
 
-    It checks the arrays first, takes the keywords of `dot_product_attention` too (of which `encoded` may name some),
-    and documents both.
+    The result validates the arrays first, also takes the keywords of `dot_product_attention` (`encoded` may name some
+    of them), and documents both.
     """
     signature, common = inspect.signature(encoded), inspect.signature(dot_product_attention).parameters
     own = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
@@ -114,13 +114,13 @@ def rope_attention(
     interleaved: bool = False,
     scaling: RotaryScaling | None = None,
 ) -> Encoded:
-    """Attention with rotary position embedding: queries and keys turned by their positions.
+    """Attention with rotary position embedding: queries and keys are rotated by angles proportional to position.
 
     Args:
         base: Wavelengths grow from 2π to base·2π.
-        rotary_dim: How many leading dimensions turn, an even number up to H; None for all.
-        interleaved: Pairs are neighbours (GPT-J, the paper); otherwise halves (Llama, GPT-NeoX).
-        scaling: Stretches the frequencies past the training length.
+        rotary_dim: Number of leading dimensions to rotate, an even number up to H; None for all.
+        interleaved: Pair neighbouring dimensions (GPT-J, the paper) instead of halves (Llama, GPT-NeoX).
+        scaling: Rescales the frequencies for lengths past the training length.
 
     References:
         Su et al. 2021, arXiv 2104.09864.
@@ -130,7 +130,7 @@ def rope_attention(
 
 @_attention_function
 def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None = None) -> Encoded:
-    """Attention with linear biases: softmax(q·k/√H - slope · distance), the bias outside the division.
+    """Attention with linear biases: softmax(q·k/√H - slope · distance); the bias is not divided by √H.
 
     Args:
         slopes: One per query head; None for `nope_jax.encodings.alibi_slopes(N)`.
@@ -160,9 +160,9 @@ def t5_attention(
 
     Args:
         table: The bias of each bucket and query head; its gradient is exact in both implementations.
-        max_distance: The distance from which on all share the last bucket.
-        bidirectional: Half of the buckets are for keys after the query, as in an encoder.
-        scaled: Whether q·k is divided by √H; T5's own weights are made for logits that are not.
+        max_distance: The distance at and beyond which all keys share the last bucket.
+        bidirectional: Use half of the buckets for keys after the query, as in an encoder.
+        scaled: Whether to divide q·k by √H; T5's own weights were trained without this division.
 
     References:
         Raffel et al. 2020, arXiv 1910.10683.
@@ -186,14 +186,14 @@ def xpos_attention(
     query_positions=None,
     key_positions=None,
 ) -> Encoded:
-    """Attention with xPos: RoPE whose pairs of dimensions fade with distance, the fast ones most.
+    """Attention with xPos: RoPE with pairs of dimensions that decay with distance, fast pairs most.
 
-    Positions that differ by more than `XPos.max_length()` allows raise a ValueError, or give NaN where jit hides them.
+    Positions that differ by `XPos.max_length()` or more raise a ValueError, or give NaN if they are traced under jit.
 
     Args:
         base: Wavelengths grow from 2π to base·2π.
-        scale_base: The distance, in positions, over which the first pair fades to 0.4/1.4.
-        interleaved: Pairs are neighbours (as in its code); otherwise halves (as in Llama).
+        scale_base: The distance, in positions, over which the first pair decays to 0.4/1.4.
+        interleaved: Pair neighbouring dimensions (as in the authors' code) instead of halves (as in Llama).
 
     References:
         Sun et al. 2022, arXiv 2212.10554.
@@ -209,8 +209,8 @@ def xpos_attention(
 
 
 def _span(query, key, query_positions, key_positions) -> int | None:
-    """The largest difference of two positions in one row, where there are any and they can be seen: not under jit, nor
-    on other hosts.
+    """The largest difference of two positions in one row; None if there are no positions, or if their values are not
+    available: under jit, or on other hosts.
     """
     (batch, length), total = query.shape[:2], key.shape[1]
     rows = []
@@ -220,7 +220,7 @@ def _span(query, key, query_positions, key_positions) -> int | None:
     ):
         if isinstance(positions, jax.core.Tracer) or not getattr(positions, "is_fully_addressable", True):
             return None
-        per_token(name, positions, batch, size)  # refuses other shapes
+        per_token(name, positions, batch, size)  # checks the shape
         if not size:
             return None
         rows.append(np.atleast_2d(default if positions is None else np.asarray(positions)))
@@ -236,7 +236,7 @@ def kerple_attention(
 
     Args:
         r1: One per query head, positive.
-        r2: One per query head, positive; the power is at most 2 in the paper.
+        r2: One per query head, positive; as a power, at most 2 in the paper.
         variant: "log" or "power".
 
     References:
@@ -262,14 +262,14 @@ def fire_attention(
 ) -> Encoded:
     """Attention with FIRE's biases: softmax(q·k/√H + MLP(log(c·distance + 1) / log(c·max(i, L) + 1))).
 
-    The MLP is ReLU(x·hidden_weights + hidden_bias) · weights + bias, i the query's position.
+    The MLP is ReLU(x·hidden_weights + hidden_bias) · weights + bias; i is the query's position.
 
     Args:
-        hidden_weights: From the distance to the W hidden units.
-        hidden_bias: Of the hidden units.
-        weights: From the hidden units to the query heads.
-        bias: Of the query heads; the softmax forgets it, and None leaves it out.
-        c: How fast the logarithm bends, positive.
+        hidden_weights: Weights from the distance to the W hidden units.
+        hidden_bias: Bias of the hidden units.
+        weights: Weights from the hidden units to the query heads.
+        bias: Bias of the query heads, to which the softmax is invariant; None omits it.
+        c: Curvature of the logarithm, positive.
         threshold: L, in positions, positive.
 
     References:
@@ -296,11 +296,12 @@ def cope_attention(
 ) -> Encoded:
     """Attention with contextual positions: softmax(q·k/√H + q·e[p]), p the sum of σ(q·k/√H) from the key on.
 
-    Only visible keys count; a logit scale multiplies the queries wherever they are.
+    Only visible keys count. A logit scale multiplies the queries wherever they occur.
 
     Args:
-        embeddings: Of the positions 0 to P - 1, for all heads or for each query head; p is clipped to P - 1.
-        scaled: Whether q·e is divided by √H too.
+        embeddings: Embeddings of the positions 0 to P - 1, shared by all heads or per query head; p is clipped to
+            P - 1.
+        scaled: Whether to divide q·e by √H as well.
 
     References:
         Golovneva et al. 2024, arXiv 2405.18719.
@@ -320,10 +321,10 @@ def forgetting_attention(
     """Attention with forget gates: softmax(q·k/√H + the sum of log_forget over the tokens after the key).
 
     Args:
-        log_forget: The logarithm of each gate, one per key and query head, not above 0: log σ(w·x + b) in the paper.
-            The gate of a key's own token does not count for it, that of the query's does.
-        query_start: The queries are T of the keys' tokens in a row; which key is the first of them. Default: the last
-            T keys. In a cache that is not full yet, give it, and their positions.
+        log_forget: Logarithm of each gate, one per key and query head, at most 0: log σ(w·x + b) in the paper. The sum
+            for a key excludes the gate of the key's own token and includes that of the query's.
+        query_start: Index of the key at the first query's token; the queries are T consecutive tokens of the keys.
+            Default: the last T keys. For a partially filled cache, pass it together with query_positions.
 
     References:
         Lin et al. 2025, arXiv 2503.02130.
@@ -341,7 +342,7 @@ def forgetting_attention(
 
 
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
-    """An array of floating-point numbers of a shape, or an error that names it; a letter stands for any size."""
+    """Convert to an array and check its shape, naming it in the error; a string stands for any size."""
     x = jnp.asarray(x)
     if x.ndim != len(shape) or any(isinstance(n, int) and n != size for n, size in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], not {list(x.shape)}")
@@ -357,8 +358,7 @@ def shaw_attention(
     A logit scale multiplies q·key_table as well.
 
     Args:
-        key_table: Row clip + c is added to keys at c positions after the query; -clip <= c <= clip, where all farther
-            ones share the ends.
+        key_table: Row clip + c is added to keys c positions after the query, with c clipped to -clip <= c <= clip.
         value_table: The same for values.
 
     References:
@@ -374,10 +374,10 @@ def shaw_attention(
 
 @_attention_function
 def nezha_attention(query, key, value, *, clip: int = 64) -> Encoded:
-    """Attention with the sinusoids of j - i, held within ±clip, added to keys and values.
+    """Attention with the sinusoids of j - i, clipped to ±clip, added to keys and values.
 
     Args:
-        clip: The distance from which on all share a vector.
+        clip: The distance at and beyond which all keys share one vector.
 
     References:
         Wei et al. 2019, arXiv 1909.00204.
@@ -399,12 +399,12 @@ def transformer_xl_attention(
 ) -> Encoded:
     """Attention of Transformer-XL and XLNet: softmax(((q+u)·k + (q+v)·W r)/√H), r the sinusoids of the distance.
 
-    Queries come without u and v. A logit scale multiplies all of the logit.
+    Pass queries without u and v. A logit scale multiplies the whole logit.
 
     Args:
         content_bias: u.
         position_bias: v.
-        position_kernel: W; D is even, and r has D/2 sines before its D/2 cosines.
+        position_kernel: W; D is even, and r has D/2 sines followed by D/2 cosines.
 
     References:
         Dai et al. 2019, arXiv 1901.02860; Yang et al. 2019, arXiv 1906.08237.
@@ -441,14 +441,14 @@ def tupe_attention(
 ) -> Encoded:
     """Attention with untied positions: softmax(q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + table[bucket(distance), head]).
 
-    A logit scale multiplies both products, not the table.
+    A logit scale multiplies both products, but not the table.
 
     Args:
-        positions: A vector per position, normalised to p; a position past it gives NaN.
+        positions: One vector per position, normalized to p; positions past the last row give NaN.
         query_kernel: U.
         key_kernel: V.
-        scale: Of the normalisation; None for ones.
-        shift: Of the normalisation; None for zeros.
+        scale: Scale of the normalization; None for ones.
+        shift: Shift of the normalization; None for zeros.
         table: T5's bias (TUPE-R); None for none (TUPE-A).
         max_distance: As `t5_attention`.
         bidirectional: As `t5_attention`.
@@ -460,7 +460,7 @@ def tupe_attention(
     length, width = positions.shape
     total, first = key.shape[1], key.shape[1] - query.shape[1]
     if is_causal:
-        first = max(first, 0)  # queries before the first key see none, and need no position
+        first = max(first, 0)  # queries before the first key see no key and need no position
     where = {
         "query_positions": np.arange(first, total) if query_positions is None else query_positions,
         "key_positions": np.arange(total) if key_positions is None else key_positions,
@@ -495,17 +495,17 @@ def deberta_attention(
     max_distance: int | None = None,
     released: bool = False,
 ) -> Encoded:
-    """Disentangled attention: softmax((q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H)), δ(i,j) = i - j + rows, held.
+    """Disentangled attention: softmax((q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H)), δ(i,j) = i - j + rows, clipped.
 
-    In the enhanced mask decoder queries have the absolute positions in them. A logit scale multiplies all of the logit.
+    In the enhanced mask decoder, queries include the absolute positions. A logit scale multiplies the whole logit.
 
     Args:
-        relative: A vector for each of the relative positions -rows..rows-1, [2·rows, D].
-        key_kernel: Projects them to K.
-        query_kernel: Projects them to Q.
-        max_distance: None: a row is a distance. Otherwise rows are buckets, logarithmic far away, of which the last
-            begins at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
-        released: Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need.
+        relative: One vector for each of the relative positions -rows..rows-1, [2·rows, D].
+        key_kernel: Projects the vectors to K.
+        query_kernel: Projects the vectors to Q.
+        max_distance: None: one row per distance. Otherwise rows are buckets, logarithmic at long distances; the last
+            starts at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
+        released: Use Q[δ(i,j)] instead of Q[δ(j,i)], as in the released code; required for its checkpoints.
 
     References:
         He et al. 2021, arXiv 2006.03654.

@@ -1,4 +1,4 @@
-"""Which key each query may see: causality, window, chunks, segments and a mask, from positions.
+"""Visibility of keys to queries: causality, window, chunks, segments and an explicit mask, based on positions.
 
 Shapes: B batch, T query length, S key length, N query heads.
 """
@@ -16,13 +16,16 @@ from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
 from nope_jax.encodings.checks import known_values
 
 Leaf: TypeAlias = Any
-"""While JAX takes a pytree apart and puts it together its leaves are anything; and kernels cut them into blocks."""
+"""Any pytree leaf: JAX flattens and rebuilds a MaskSpec with arbitrary leaves, and backends split them into blocks."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
-    """The rule by which queries see keys. Positions are None when they run on: keys 0..S-1, queries S-T..S-1."""
+    """The rule that determines which keys a query sees.
+
+    Positions are None if they are contiguous: 0..S-1 for keys, S-T..S-1 for queries.
+    """
 
     query_positions: Int[Array, "#B T"] | Leaf | None
     key_positions: Int[Array, "#B S"] | Leaf | None
@@ -33,12 +36,12 @@ class MaskSpec:
     window: int | None = dataclasses.field(metadata={"static": True})
     chunk_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     start: Int[Array, ""] | Leaf | None = None
-    """Of a part of a sequence whose positions run on: that of the first key. None: 0."""
+    """For one part of a sequence with contiguous positions: the position of its first key. None: 0."""
     query_offset: Int[Array, ""] | Leaf | None = None
-    """Of such a part: how much farther after the keys the queries stand than aligned at their end. None: not at all."""
+    """For such a part: offset of the query positions from alignment with the end of the keys. None: 0."""
 
     def positions(self, query_length: int, key_length: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
-        """Explicit positions of all queries and keys: where none are given, queries end where the keys end."""
+        """Explicit positions of all queries and keys. By default, queries are aligned with the end of the keys."""
         query, key = self.query_positions, self.key_positions
         if query is None:
             query = _run_on(key_length - query_length, query_length)
@@ -50,16 +53,16 @@ class MaskSpec:
 
     @property
     def query_offset_or_0(self) -> Int[Array, ""] | int:
-        """`query_offset` as a number."""
+        """`query_offset`, or 0 if it is None."""
         return 0 if self.query_offset is None else self.query_offset
 
     @property
     def contiguous(self) -> bool:
-        """Whether positions run on, so that the distance of a query and a key follows from their indices."""
+        """Whether positions are contiguous, so that the indices of a query and a key determine their distance."""
         return self.query_positions is None and self.key_positions is None
 
     def by_distance(self, distance: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
-        """The part that is decided by query position minus key position."""
+        """The part of the rule that depends only on the query position minus the key position."""
         visible = jnp.ones(distance.shape, bool)
         if self.is_causal:
             visible &= distance >= 0
@@ -68,7 +71,7 @@ class MaskSpec:
         return visible
 
     def matrix(self, query_length: int, key_length: int) -> Bool[Array, "#B #N T S"]:
-        """The whole rule, written out."""
+        """The whole rule as a boolean mask."""
         query_positions, key_positions = self.positions(query_length, key_length)
         visible = self.by_distance(query_positions[:, None, :, None] - key_positions[:, None, None, :])
         if self.chunk_size is not None:
@@ -80,7 +83,7 @@ class MaskSpec:
 
 
 def _run_on(start: int, length: int) -> Int[Array, "1 length"]:
-    positions = lax.broadcasted_iota(jnp.int32, (1, length), 1)  # in one operation, as outside of jit each costs a call
+    positions = lax.broadcasted_iota(jnp.int32, (1, length), 1)  # one operation: each is a separate call outside jit
     return positions + start if start else positions
 
 
@@ -96,10 +99,10 @@ def make_mask_spec(
     chunk_size: Any = None,
     segment_ids: Any = None,
 ) -> MaskSpec:
-    """The rule that these keywords of `dot_product_attention` make.
+    """Validate these keywords of `dot_product_attention` and combine them into a `MaskSpec`.
 
     Raises:
-        ValueError: One that cannot be right, named with what it should be.
+        ValueError: A keyword is invalid; the message names it and what it should be.
     """
     (batch, query_length, num_heads, _), key_length = query.shape, key.shape[1]
     window, chunk_size = _span(window, chunk_size)
@@ -117,7 +120,7 @@ def make_mask_spec(
 
 
 def _span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
-    """A window and chunks as Python's integers; refused where they would not hold the query itself."""
+    """Convert window and chunk size to Python integers; refuse values that exclude the query itself."""
     span = {"window": window, "chunk_size": chunk_size}
     for name, number in span.items():
         if number is None:
@@ -132,7 +135,7 @@ def _span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
 
 
 def per_token(name: str, x, batch: int, length: int) -> Array | None:
-    """Integers [T] or [B, T] as [1, T] or [B, T]."""
+    """Reshape integers [T] or [B, T] to [1, T] or [B, T]."""
     if x is None:
         return None
     x = jnp.asarray(x)
@@ -140,7 +143,7 @@ def per_token(name: str, x, batch: int, length: int) -> Array | None:
         raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, not {x.dtype}")
-    return x.astype(jnp.int32).reshape(-1, length)  # unsigned ones would wrap around when subtracted
+    return x.astype(jnp.int32).reshape(-1, length)  # unsigned integers would wrap around in subtraction
 
 
 def _segments(segment_ids, batch: int, query_length: int, key_length: int):

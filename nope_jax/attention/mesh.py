@@ -1,4 +1,4 @@
-"""What attention asks about the mesh of devices in context (`jax.set_mesh`), and the names it knows axes by."""
+"""Queries about the device mesh in context (`jax.set_mesh`), and the axis names that attention uses."""
 
 import functools
 import inspect
@@ -11,12 +11,14 @@ from jax.sharding import PartitionSpec
 from nope_jax.explicit_axes import call_with_auto_axes, explicit_mesh
 
 BATCH, LENGTH, HEADS = ("data", "fsdp"), "sequence", "tensor"
-"""Axes of the mesh that rows of the batch, positions and heads are spread over."""
+"""Mesh axes over which batch rows, positions and heads are sharded."""
 
 
 def axis_sizes() -> dict[str, int]:
-    """Auto axes of the mesh in context that have several devices; none within a `shard_map`, where arrays are local,
-    and none of a mesh with axes of other names, whose owner has plans of their own.
+    """Return the Auto axes of the mesh in context that have several devices.
+
+    The result is empty within a `shard_map`, where arrays are local, and for a mesh with other axis names, whose
+    sharding is left to the caller.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
@@ -26,7 +28,7 @@ def axis_sizes() -> dict[str, int]:
 
 
 def ring_size() -> int:
-    """Devices that share a sequence, in the mesh in context."""
+    """Number of devices over which a sequence is sharded, in the mesh in context."""
     return axis_sizes().get(LENGTH, 1)
 
 
@@ -34,13 +36,13 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 def with_auto_axes(function: _Function, *, heads_first: bool = False) -> _Function:
-    """An attention function, for arrays on a mesh with Explicit axes too: within it they are Auto.
+    """Make an attention function support arrays on a mesh with Explicit axes, which are Auto within it.
 
-    Arrays come in from wherever they are, and results [B, T, N, H] and [B, N, T] go out split as the query was.
+    Inputs may have any sharding. Results [B, T, N, H] and [B, N, T] are sharded like the query.
 
     Args:
-        function: Has a parameter `query` [B, T, N, H].
-        heads_first: Results with four axes are [B, N, T, S].
+        function: Attention function with a parameter `query` [B, T, N, H].
+        heads_first: Whether results with four axes are [B, N, T, S].
     """
     place = list(inspect.signature(function).parameters).index("query")
 

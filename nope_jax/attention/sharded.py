@@ -1,7 +1,7 @@
-"""Attention over a mesh of devices: rows of the batch and heads side by side, a long sequence in a ring.
+"""Attention sharded over a device mesh: data and tensor parallelism, and ring attention over the sequence axis.
 
-Under a mesh in context (`jax.set_mesh`) every device computes the attention of its rows and heads, and nothing is
-exchanged; where devices share a sequence, its keys go round (`nope_jax.attention.ring`).
+With a mesh in context (`jax.set_mesh`), every device computes the attention of its own batch rows and heads without
+communication. If a sequence is sharded, its keys travel around a ring of devices (`nope_jax.attention.ring`).
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -37,11 +37,11 @@ def spread_attention(
     precision: jax.lax.PrecisionLike,
     with_entropy: bool,
 ) -> Results:
-    """What a backend makes of the other arguments, over the devices of the mesh in context.
+    """Run a backend on the other arguments, sharded over the devices of the mesh in context.
 
-    An axis that its devices do not divide is not split, and neither are heads where a term does not say which axes of
-    its arrays count them: then every device computes all of it. Queries against a longer cache, a mask, and what cannot
-    be done in parts have the whole sequence on every device.
+    An axis whose size is not divisible by its number of devices is replicated, and so are heads if a term does not
+    declare the head axes of its arrays. The sequence is replicated for queries against a longer cache, with an explicit
+    mask, and for backends or terms that cannot process it in parts.
     """
     sizes, in_parts = axis_sizes(), backend.in_parts
     (batch, query_length), (key_length, kv_heads) = query.shape[:2], key.shape[1:3]
@@ -90,19 +90,19 @@ def _says_heads(*terms: Any) -> bool:
 
 
 class _Split(NamedTuple):
-    """The axes of the mesh that a call's rows, positions and heads are split over."""
+    """The mesh axes over which the batch rows, positions and heads of a call are sharded."""
 
     batch: tuple[str, ...] | None
     length: str | None
     heads: str | None
 
     def specs(self, *names: str | None) -> Callable[[Array], PartitionSpec]:
-        """From an array to its axes of the mesh, its own axes having these names; one of size 1 serves all."""
+        """Return a function from an array with these axis names to its PartitionSpec; axes of size 1 are replicated."""
         axes = [None if name is None else getattr(self, name) for name in names]
         return lambda x: PartitionSpec(*(axis if size > 1 else None for size, axis in zip(x.shape, axes, strict=False)))
 
     def of_term(self, term: Any) -> Any:
-        """The specs of a term's arrays: features are split as tokens are, and all of them by what they say of heads."""
+        """The PartitionSpecs of a term's arrays: features are sharded like tokens, head axes as the term declares."""
         leaves, structure = jax.tree.flatten(term)
         features = len(jax.tree.leaves([getattr(term, name, None) for name in ("query_features", "key_features")]))
         heads = getattr(term, "heads", None) if self.heads else None
@@ -120,13 +120,13 @@ class _Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _OwnHeads:
-    """A function of distance, of whose heads a device keeps its own."""
+    """A function of distance, restricted to the heads of the local device."""
 
     function: Callable
 
     def __call__(self, parameters, distance):
         values = DistanceLogit(self.function, parameters).values(distance)
-        if len(values) == 1:  # one for all heads
+        if len(values) == 1:  # shared by all heads
             return values
         own = len(values) // lax.axis_size(HEADS)
         return lax.dynamic_slice_in_dim(values, lax.axis_index(HEADS) * own, own)

@@ -1,10 +1,10 @@
-"""The softmax of rows whose keys come piece by piece: what is kept of each row, how more keys change it, how it ends.
+"""Online softmax: the state of each row after some of its keys, its update with more keys, and its final results.
 
-A row's state after some keys is m (the largest logit s), l (Σ e^(s-m)) and w (Σ (s-m)·e^(s-m)). More keys multiply l,
-and what has been summed with their weights e^(s-m), by a = e^(m_old - m_new) and add their own; w also moves by
-(m_old - m_new)·l. At the end the sum of values is divided by l, logsumexp = m + ln l, entropy = ln l - w/l.
+The state of a row is m (the largest logit s), l (Σ e^(s-m)) and w (Σ (s-m)·e^(s-m)). An update with more keys
+multiplies l and the sums weighted by e^(s-m) by a = e^(m_old - m_new) and adds the new terms; w also changes by
+(m_old - m_new)·l. At the end, the sum of values is divided by l, logsumexp = m + ln l, entropy = ln l - w/l.
 
-Rows that have ended over different keys merge: p = e^(lse_part - lse), output Σ p·output_part,
+Final results over disjoint sets of keys are merged: p = e^(lse_part - lse), output Σ p·output_part,
 entropy Σ p·(entropy_part + lse - lse_part).
 """
 
@@ -18,7 +18,7 @@ from nope_jax.encodings.encoding import MASKED
 
 
 class SoftmaxState(NamedTuple):
-    """What is known of rows [...] after the keys so far: m, l and w; without w where no entropy is asked for."""
+    """The state of rows [...] after the keys so far: m, l and w; w is None if no entropy is requested."""
 
     largest: Float[Array, "*rows"]
     normaliser: Float[Array, "*rows"]
@@ -26,18 +26,18 @@ class SoftmaxState(NamedTuple):
 
     @classmethod
     def over_no_keys(cls, shape: tuple[int, ...], with_entropy: bool) -> "SoftmaxState":
-        """Of rows that have seen nothing. m is above what is masked, whose weight is then 0 in every row."""
+        """The initial state. m is above the masked logits, so their weight is 0 in every row."""
         zeros = jnp.zeros(shape, jnp.float32)
         return cls(jnp.full(shape, MASKED / 2, jnp.float32), zeros, zeros if with_entropy else None)
 
     def over_more(
         self, logits: Float[Array, "*rows k"], visible: Bool[Array, "..."] | None = None
     ) -> tuple["SoftmaxState", Float[Array, "*rows k"], Float[Array, "*rows"]]:
-        """The state over k more keys, their weights, and the factor of what was summed with the weights before.
+        """Update with k more keys; return the new state, the keys' weights, and the decay of earlier weighted sums.
 
         Args:
-            logits: MASKED where a key is not seen.
-            visible: Where the gradient is JAX's own: what is seen, so that there is none of anything else.
+            logits: Logits of the keys; MASKED for hidden keys.
+            visible: Mask of visible keys, needed under JAX's automatic differentiation to give hidden keys no gradient.
         """
         largest = jnp.maximum(self.largest, lax.stop_gradient(logits).max(-1))
         weights = jnp.exp(logits - largest[..., None])
@@ -47,14 +47,14 @@ class SoftmaxState(NamedTuple):
         decay = jnp.exp(moved)
         weighted = self.weighted
         if weighted is not None:
-            # Behind the barrier the difference is computed again, which is cheaper than keeping it for two uses.
+            # The barrier makes XLA recompute the difference, which is cheaper than keeping it for both uses.
             relative = lax.optimization_barrier(logits) - largest[..., None]
             weighted = decay * (weighted + moved * self.normaliser) + (weights * relative).sum(-1)
         return SoftmaxState(largest, decay * self.normaliser + weights.sum(-1), weighted), weights, decay
 
     def end(self) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"], Float[Array, "*rows"]]:
-        """What sums of weighted values are to be divided by, entropy and logsumexp; 1, 0 and -inf of unseeing rows."""
-        seen = ~(self.largest <= MASKED / 2)  # true of NaN, which is to be seen
+        """Return the normalizer of the weighted sums, entropy and logsumexp; 1, 0 and -inf for rows that see no key."""
+        seen = ~(self.largest <= MASKED / 2)  # true for NaN, which must propagate
         normaliser = jnp.where(seen, self.normaliser, 1.0)
         logsumexp = jnp.where(seen, self.largest + jnp.log(normaliser), -jnp.inf)
         if self.weighted is None:
@@ -63,7 +63,7 @@ class SoftmaxState(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The results of rows over some keys."""
+    """The final results of rows over some keys."""
 
     output: Shaped[Array, "*rows H"]
     entropy: Float[Array, "*rows"]
@@ -71,12 +71,12 @@ class Rows(NamedTuple):
 
     @classmethod
     def over_no_keys(cls, shape: tuple[int, ...], width: int) -> "Rows":
-        """The output is float32, as sums over parts are."""
+        """The initial results, with a float32 output to accumulate in."""
         zeros = jnp.zeros(shape, jnp.float32)
         return cls(jnp.zeros((*shape, width), jnp.float32), zeros, jnp.full(shape, -jnp.inf, jnp.float32))
 
     def merged(self, part: "Rows", with_entropy: bool) -> "Rows":
-        """With the results over more keys."""
+        """Merge with the results over more keys."""
         logsumexp = jnp.logaddexp(self.logsumexp, part.logsumexp)
         (old, old_moved), (new, new_moved) = _share(self, logsumexp), _share(part, logsumexp)
         entropy = self.entropy
@@ -86,7 +86,7 @@ class Rows(NamedTuple):
         return Rows(output, entropy, logsumexp)
 
     def gradient_of(self, part: "Rows", d_rows: "Rows") -> "Rows":
-        """The gradient by a part's results, from that by these, over all keys: the transpose of `merged`."""
+        """Gradient with respect to a part's results, given that of these results over all keys: the VJP of `merged`."""
         share, moved = _share(part, self.logsumexp)
         d_output, of_part, of_all = (x.astype(jnp.float32) for x in (d_rows.output, part.output, self.output))
         d_logsumexp = (d_output * (of_part - of_all)).sum(-1) + d_rows.logsumexp
@@ -97,7 +97,7 @@ class Rows(NamedTuple):
 
 
 def _share(part: Rows, logsumexp: Float[Array, "*rows"]) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """Which share of all weights a part has, and by how much logsumexp is above its own; 0 where it saw nothing."""
+    """A part's share of the total weight, and the total logsumexp minus the part's; both 0 if the part sees no key."""
     seen = part.logsumexp != -jnp.inf
     moved = jnp.where(seen, logsumexp - part.logsumexp, 0.0)
     return jnp.where(seen, jnp.exp(-moved), 0.0), moved
