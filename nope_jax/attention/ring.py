@@ -1,19 +1,19 @@
-"""A sequence that several devices share: keys go round a ring of them.
+"""Ring attention: a sequence sharded over several devices, with keys and values passed around a ring.
 
-Each of n devices holds 1/n of the queries and of the keys, and the keys go round (Liu et al. 2023, arXiv 2310.01889):
-in n steps every device sees all of them, while it holds two shares at a time. What it sees of a row in one step is a
-result of its own, which merges with those of the steps before (`softmax_state.Rows`). Backward, keys and values go
-round once more, together with their gradients; a part's gradient needs only the row's final logsumexp, entropy and
-output. So memory is that of 1/n of the sequence in both directions.
+Each of n devices holds a shard of 1/n of the queries and keys, and the keys travel around the ring (Liu et al. 2023,
+arXiv 2310.01889): in n steps every device sees all keys, holding two shards at a time. The result of each step is
+merged with those of the previous steps (`softmax_state.Rows`). In the backward pass, keys and values travel around the
+ring once more together with their gradients; the gradient of one step needs only the row's final logsumexp, entropy and
+output. Memory in both passes is therefore that of 1/n of the sequence.
 
-Causal queries see few keys at the start of a sequence and many at its end. For all devices to have as much to do, the
-sequence is cut into 2n halves of a share, and device d works on halves d and 2n-1-d ("zigzag"). Then step by step it
-has two pairs of halves to compute, of four: pairs in which no query sees a key are never computed. A `ScanLogit`, whose
-sums run from the last key to the first, goes round in the order of the sequence itself, which is the order of the sums,
-and hands on from step to step.
+With causal attention, queries see few keys at the start of a sequence and many at its end. To balance the load, the
+sequence is split into 2n half-shards, and device d works on half-shards d and 2n-1-d ("zigzag"). It then computes two
+of the four pairs of half-shards in each step; pairs in which no query sees a key are skipped. A `ScanLogit`, whose sums
+run from the last key to the first, uses contiguous shards instead, so that keys arrive in the order of the sums, and a
+carry is passed from step to step.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim; n devices in the ring,
-P parts that a device's share of the sequence is cut into (two halves, or one), C their length.
+P parts of a device's shard of the sequence (two halves, or one), C the length of a part.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ class _Keys(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """The logit without its features, and the value term."""
+    """The logit, without its features, and the value term."""
 
     logit: Logit | None
     value_term: BlockValue | None
 
 
 class _Tokens(NamedTuple):
-    """What visibility knows of queries or keys."""
+    """Positions and segments of queries or keys, which determine visibility."""
 
     positions: Int[Array, "*P #B C"] | None
     segments: Int[Array, "*P #B C"] | None
@@ -63,15 +63,15 @@ class _Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The static side of a call."""
+    """The static arguments of a call."""
 
     attend: Callable[..., Results]
     mask_spec: MaskSpec
-    """Its static part."""
+    """The static fields of the call's MaskSpec."""
     precision: Any
     with_entropy: bool
     halves: bool
-    """Shares are cut in two, in zigzag order, and positions run on: the halves' order says who sees whom."""
+    """Shards are split into zigzag halves and positions are contiguous, so the order of halves gives visibility."""
 
 
 def ring_attention(
@@ -86,7 +86,7 @@ def ring_attention(
     precision: jax.lax.PrecisionLike,
     with_entropy: bool,
 ) -> Results:
-    """`attend` of a sequence of which every device has its share, in order."""
+    """Run `attend` on a sequence whose shards are on the devices in order."""
     tokens = (
         _Tokens(mask_spec.query_positions, mask_spec.query_segments),
         _Tokens(mask_spec.key_positions, mask_spec.key_segments),
@@ -108,8 +108,9 @@ def ring_attention(
 
 
 def _zigzag() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """From which device to which the first and the second half of each share go: to the device of their own number,
-    or of as many before the end. Each is a permutation, since one of a device's two halves is an even one.
+    """(source, target) devices of the first and of the second half of each shard: half h goes to device min(h, 2n-1-h).
+
+    Each is a permutation, since one of a device's two halves has an even number.
     """
     n = lax.axis_size(LENGTH)
     first, second = ([(r, min(half, 2 * n - 1 - half)) for r, half in enumerate(range(x, 2 * n, 2))] for x in (0, 1))
@@ -117,32 +118,32 @@ def _zigzag() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def _to_zigzag(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
-    """Halves d and 2n-1-d for 2d and 2d+1."""
+    """Exchange halves 2d and 2d+1 for halves d and 2n-1-d."""
     received = [lax.ppermute(half, LENGTH, to) for half, to in zip(jnp.split(x, 2, axis=1), _zigzag(), strict=True)]
     return _ordered(*received)
 
 
 def _from_zigzag(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
-    """The reverse of `_to_zigzag`."""
+    """The inverse of `_to_zigzag`."""
     halves = jnp.split(_ordered(*jnp.split(x, 2, axis=1)), 2, axis=1)
     back = [[(target, source) for source, target in to] for to in _zigzag()]
     return jnp.concatenate([lax.ppermute(half, LENGTH, to) for half, to in zip(halves, back, strict=True)], axis=1)
 
 
 def _ordered(even: Array, odd: Array) -> Array:
-    """Two halves of a share, the even one first where the device's number is even."""
+    """Concatenate two halves of a shard, the even one first on devices with an even number."""
     swapped = lax.axis_index(LENGTH) % 2 == 1
     return jnp.concatenate([jnp.where(swapped, odd, even), jnp.where(swapped, even, odd)], axis=1)
 
 
 def _in_parts(plan: _Plan, x: Any) -> Any:
-    """Shares [B, T, ...] cut into parts [P, B, C, ...]."""
+    """Split shards [B, T, ...] into parts [P, B, C, ...]."""
     count = 2 if plan.halves else 1
     return jax.tree.map(lambda leaf: jnp.stack(jnp.split(leaf, count, axis=1)), x)
 
 
 def _joined(x: Any) -> Any:
-    """The reverse of `_in_parts`."""
+    """The inverse of `_in_parts`."""
     return jax.tree.map(lambda leaf: jnp.concatenate(list(leaf), axis=1), x)
 
 
@@ -151,22 +152,22 @@ def _add_at(x: Any, entry: Any, part) -> Any:
 
 
 def _pass_on(x: Any, by: int = 1) -> Any:
-    """To the next device of the ring."""
+    """Send to the next device of the ring."""
     n = lax.axis_size(LENGTH)
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, LENGTH, [(d, (d + by) % n) for d in range(n)]), x)
 
 
 def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, reverse: bool = False):
-    """Fold update(i, j, rule, keys, state, sums) over the pairs of a part i of the queries and j of the keys held.
+    """Fold update(i, j, rule, keys, state, sums) over all pairs of query part i and key part j.
 
-    The keys go round, a device's own first and then those before it, or in the reverse order; `sums` go with the keys
-    that they are of, and come home.
+    The keys travel around the ring: a device's own first, then those of the devices before it, or in reverse order.
+    `sums` travel with their keys and return to the device that owns them.
     """
     n, device = lax.axis_size(LENGTH), lax.axis_index(LENGTH)
     size, run_on = keys[0].key.shape[2], keys[1].positions is None
 
     def start(source, part):
-        """Position of the first token of a part of the share that began at a device."""
+        """Position of the first token of a part of the shard owned by device `source`."""
         return size * (jnp.where(part == 0, source, 2 * n - 1 - source) if plan.halves else source)
 
     def visit(i, j, keys, source, folded):
@@ -175,7 +176,7 @@ def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, rev
         mine, theirs = start(device, i), start(source, j)
         rule = dataclasses.replace(plan.mask_spec, start=theirs, query_offset=mine - theirs)
         seen = _reaches(rule, mine, theirs, size)
-        if plan.halves:  # the diagonal is done: all keys of another half that are seen at all are in the past
+        if plan.halves:  # the diagonal is done: all visible keys of another half are in the past
             rule = dataclasses.replace(rule, is_causal=False)
             seen &= mine != theirs
         return lax.cond(seen, lambda f: update(i, j, rule, keys, *f), lambda f: f, folded)
@@ -190,13 +191,13 @@ def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, rev
 
     def step(t, folded):
         keys, *folded = folded
-        next_keys = _pass_on(keys)  # which needs nothing of what follows, and can take place meanwhile
+        next_keys = _pass_on(keys)  # independent of the computation below, so the two can overlap
         source = (device - t) % n
         if plan.halves:
             before = source < device
 
             def pair(p, folded):
-                # The later half of queries sees the earlier half of every share, and one pair more.
+                # The later half of the queries sees the earlier half of every shard, and there is one more pair.
                 i = jnp.where((p == 1) & before, 0, 1)
                 j = jnp.where((p == 0) | before, 0, 1)
                 return visit(i, j, keys, source, folded)
@@ -216,7 +217,7 @@ def _sweep(plan: _Plan, keys: tuple[_Keys, _Tokens], update, state, sums, *, rev
 
 
 def _reaches(rule: MaskSpec, mine, theirs, size: int):
-    """Whether any query of a part that starts at `mine` sees a key of one that starts at `theirs`, by position."""
+    """Whether, by position, any query of the part starting at `mine` sees a key of the part starting at `theirs`."""
     seen = jnp.array(True)
     earlier, later = jnp.minimum(mine, theirs), jnp.maximum(mine, theirs)
     if rule.is_causal:
@@ -238,7 +239,7 @@ def _attend_pair(
     key_tokens: _Tokens,
     **more: Any,
 ) -> tuple[Any, ...]:
-    """The results of a part of the queries over a part of the keys, and what else `attend` returns given `more`."""
+    """Results of one part of the queries over one part of the keys, and any extra results of `attend` given `more`."""
     logit = terms.logit
     if logit is not None and not isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, query_features=queries.features, key_features=keys.features)
@@ -272,7 +273,7 @@ def _forward(plan: _Plan, queries: _Queries, keys: _Keys, terms: _Terms, query_t
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(plan: _Plan, queries: _Queries, keys: _Keys, terms: _Terms, query_tokens: _Tokens, key_tokens: _Tokens):
-    """The results of a device's queries over the keys of all devices."""
+    """Results of the local queries over the keys of all devices."""
     return _forward(plan, queries, keys, terms, query_tokens, key_tokens)
 
 
@@ -310,13 +311,13 @@ def _ring_backward(plan: _Plan, residuals, d_rows: Rows):
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-# --- A ring that hands on from step to step
+# --- A ring with a carry from step to step
 
 
 def _scan_forward(
     plan: _Plan, queries: _Queries, keys: _Keys, terms: _Terms, query_tokens: _Tokens, key_tokens: _Tokens
 ):
-    """The results, and what was handed on to each step and by the last, [n + 1, B, C, N]."""
+    """Results, and the carry into each step and out of the last, [n + 1, B, C, N]."""
     dtype, rows = keys.value.dtype, Rows.over_no_keys(queries.query.shape[:3], keys.value.shape[-1])
     handed = jnp.zeros((lax.axis_size(LENGTH) + 1, *rows.logsumexp.shape), jnp.float32)
 
@@ -333,7 +334,7 @@ def _scan_forward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scanning_ring(plan: _Plan, *operands):
-    """As `_ring`, for a `ScanLogit`."""
+    """`_ring` for a `ScanLogit`."""
     return _scan_forward(plan, *operands)[0]
 
 

@@ -1,13 +1,13 @@
-"""What the compiler says of a run on devices that are not here: memory, time, and what is sent between them.
+"""Ahead-of-time compilation of a run for absent devices, to estimate memory, time and communication.
 
-The files, each of which imports those above it alone:
+The files, each importing only those above it:
 
-    program.py      the text of a compiled program: its computations and loops
-    collectives.py  what it sends between devices, along which axes of the mesh and how often
-    memory.py       what it needs of each chip, and by how much it does not fit
-    tpu.py          slices of TPUs: their chips, and the time that they take; another platform is one more such file
-    estimate.py     a run compiled for a slice, and all of this read out of it
-    report.py       that in words, and what would fit where the run does not: `train.py --compile_for v5e:16x16`
+    program.py      parses the text of a compiled program: computations and loops
+    collectives.py  communication between devices: bytes, mesh axes and number of executions
+    memory.py       memory per chip, and the shortage if a program does not fit
+    tpu.py          TPU slices: their chips, and time estimates; to add a platform, add a file like this one
+    estimate.py     compiles a run for a slice and collects these estimates
+    report.py       the report of `train.py --compile_for v5e:16x16`, with settings that fit if the run does not
 
 Nothing here runs a program.
 """

@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices, read out of its text.
+"""The collectives of a compiled program, parsed from its text.
 
-XLA decides which collectives a program needs, and only its compiled text says which it chose:
+XLA chooses the collectives of a program, and only the compiled text shows them:
 
     for c in collectives(jax.jit(step).lower(state, batch).compile().as_text()):
         print(c.kind, c.mesh_axes(mesh.shape), c.shapes, c.sent, c.times)
@@ -19,31 +19,31 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 
 class Collective(NamedTuple):
-    """One collective of a program, as each device takes part in it."""
+    """One collective of a program, as seen by each participating device."""
 
     kind: str
-    """One of KINDS. What a TPU writes as an all-reduce and a slice in one is a reduce-scatter."""
+    """One of KINDS. A fused all-reduce and slice in TPU programs counts as a reduce-scatter."""
     shapes: tuple[str, ...]
-    """The arrays that each device has afterwards, such as "f32[8,32]"."""
+    """The result arrays on each device, such as "f32[8,32]"."""
     bytes: int
-    """Their size."""
+    """Size of the result arrays."""
     groups: tuple[tuple[int, ...], ...]
-    """The devices that exchange with one another, as indices into the mesh; for a permute (source, target)."""
+    """The groups of communicating devices, as indices into the mesh; (source, target) pairs for a permute."""
     times: int | None
-    """How often one run of the program does it. None: in a loop whose number of turns the text does not tell."""
+    """Number of executions per run of the program. None: in a loop whose trip count is not in the text."""
     loops: int
-    """How many loops it is inside of."""
+    """Number of loops around it."""
     source: str
-    """Which operation of the program it is for."""
+    """Name of the operation that it implements."""
 
     @property
     def group_size(self) -> int:
-        """How many devices exchange with one another; 2 for a permute."""
+        """Number of devices in a group; 2 for a permute."""
         return max(map(len, self.groups))
 
     @property
     def sent(self) -> int:
-        """Bytes that each device sends each time, were its group a ring: the least there is for large arrays."""
+        """Bytes that each device sends per execution if its group is a ring, the minimum for large arrays."""
         size = self.group_size
         share = {
             "all-gather": (size - 1) / size,
@@ -54,20 +54,20 @@ class Collective(NamedTuple):
         return round(self.bytes * share.get(self.kind, 1))
 
     def mesh_axes(self, shape: Mapping[str, int]) -> tuple[str, ...]:
-        """Which axes of a mesh of this shape it runs along."""
+        """The axes of a mesh of this shape along which devices communicate."""
         where = np.stack(np.unravel_index(np.arange(math.prod(shape.values())), tuple(shape.values())), axis=1)
         along = np.any([np.ptp(where[list(group)], axis=0) > 0 for group in self.groups], axis=0)
         return tuple(axis for axis, is_along in zip(shape, along, strict=True) if is_along)
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program that more than one device takes part in, in the order of its text.
+    """Return the collectives of a compiled program with more than one participating device, in text order.
 
     Args:
-        text: what `as_text()` of a compiled function returns, for CPU, GPU or TPU.
+        text: The result of `as_text()` of a compiled function, for CPU, GPU or TPU.
 
     Raises:
-        ValueError: it is not such a text, or names devices in a way that is not known here.
+        ValueError: the text is not a compiled program, or lists device groups in an unknown format.
     """
     computations, entry = parse_program(text)
     num_devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n")[0]))
@@ -101,7 +101,8 @@ def collectives(text: str) -> list[Collective]:
                 loops,
                 source[1] if source else "",
             )
-            # A TPU may run it in pieces beside other work: they share a channel, and the one run least often starts it.
+            # A TPU may split a collective to overlap it with other work. The pieces share a channel, and the piece
+            # executed least often starts it.
             piece = re.search(r"channel_id=\d+(?=.*chain_id=)", line)
             key = piece[0] if piece else instruction
             if key not in found or (collective.times or math.inf) < (found[key].times or math.inf):
@@ -110,7 +111,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _kind_and_shapes(line: str, header: str) -> tuple[str, list[tuple[str, str]]]:
-    """Which kind of collective an instruction is, "" for none, and the dtype and sizes of what it gives."""
+    """Return the kind of collective of an instruction, "" for none, and the dtypes and sizes of its results."""
     operation = re.search(rf" = (.*?[)\]}}]) ({'|'.join(KINDS)})(-start)?\(", line)
     if operation is None:
         return "", []
@@ -118,7 +119,7 @@ def _kind_and_shapes(line: str, header: str) -> tuple[str, list[tuple[str, str]]
     if header.startswith("%all-reduce-scatter"):
         return "reduce-scatter", _shapes(header.split("->")[-1])
     shapes = _shapes(result)
-    if starts and kind != "all-reduce":  # what it gives stands behind what it is given
+    if starts and kind != "all-reduce":  # operands are listed before results
         shapes = [shape for shape in shapes if shape != ("u32", "")]
         shapes = shapes[len(shapes) // 2 :]
     return kind, shapes
@@ -134,7 +135,7 @@ def _bytes(dtype: str, sizes: str) -> int:
 
 
 def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """Which devices exchange with one another, in any of the ways in which XLA writes it."""
+    """Parse the device groups of a collective, in any of XLA's formats."""
     iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}", line):
         groups = tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
@@ -159,7 +160,7 @@ def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
-    """0, 1, 2, ... in an array of this shape, its axes in this order."""
+    """The numbers 0, 1, 2, ... in an array of this shape, with its axes transposed to this order."""
     ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return ids.transpose(_numbers(order)) if order else ids
 

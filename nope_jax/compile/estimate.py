@@ -1,8 +1,8 @@
-"""What a run takes on a slice of TPUs that one does not have: its programs, compiled for that slice on any machine.
+"""Estimates of memory and time of a run on a TPU slice, from programs compiled for that slice on any machine.
 
-Memory is what the compiler allocates: a program that it compiles fits. Nothing runs, so that times are estimates, of
-computing and of communicating (`nope_jax.compile.tpu`). How far one hides behind the other is not known: a step takes
-between the larger of the two and their sum.
+Memory is what the compiler allocates: a program that compiles fits. Nothing is executed, so times are estimates of
+computation and communication (`nope_jax.compile.tpu`). How much of the two overlaps is unknown: a step takes between
+the larger of the two and their sum.
 """
 
 from collections import Counter
@@ -25,39 +25,39 @@ from nope_jax.training.step import jit_train_step, jit_validation
 
 
 class Estimate(NamedTuple):
-    """What a run takes on a slice; bytes and seconds are those of one chip and one training step."""
+    """The estimate of a run on a slice; bytes and seconds are per chip and training step."""
 
     chips: int
     mesh: dict[str, int]
     training: Memory
     validation: Memory
     flops: float
-    """Model FLOPs of a step on all chips: nothing that is computed again counts."""
+    """Model FLOPs of a step on all chips, without recomputation."""
     peak: float
-    """Bfloat16 FLOP per second of all chips."""
+    """Peak bfloat16 FLOP/s of all chips."""
     computing: float
     communicating: float
     sent: dict[str, int]
-    """Bytes sent, by kind of collective."""
+    """Bytes sent by each kind of collective."""
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a step: if all communication hides behind computation, and if none does."""
+        """Seconds per step if communication fully overlaps with computation, and if it does not overlap at all."""
         return max(self.computing, self.communicating), self.computing + self.communicating
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Model-FLOPs utilisation: if no communication hides, and if all does."""
+        """Model FLOPs utilization (MFU) without overlap of communication, and with full overlap."""
         best, worst = self.seconds
         return self.flops / self.peak / worst, self.flops / self.peak / best
 
 
 def estimate_run(config: Config, slice_name: str) -> Estimate:
-    """Compiles the training step of a run for a slice, and its validation loss, and reads what they take.
+    """Compile the training step and the validation loss of a run for a slice, and estimate their memory and time.
 
     Raises:
-        DoesNotFitError: one of them needs more memory than a chip has; in one line how much.
-        ValueError: there is no such slice or no compiler, or the config does not divide over its chips.
+        DoesNotFitError: a program needs more memory than a chip has; the message is one line and states how much.
+        ValueError: the slice or the compiler does not exist, or the config cannot be sharded over the chips.
     """
     devices = slice_devices(slice_name)
     mesh = make_mesh(config.mesh, devices)
@@ -84,7 +84,7 @@ def estimate_run(config: Config, slice_name: str) -> Estimate:
 
     text = program.as_text()
     assert text is not None
-    found = collectives(text)  # those in a loop of unknown turns, of which attention has none, count once
+    found = collectives(text)  # in loops of unknown trip count, they count once; attention has none
     sent: Counter[str] = Counter()
     for collective in found:
         sent[collective.kind] += collective.sent * (collective.times or 1)

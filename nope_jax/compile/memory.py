@@ -1,4 +1,4 @@
-"""What a compiled program needs of the memory of each chip, and what the compiler says where that is too much."""
+"""The memory that a compiled program needs on each chip, and the error if it does not fit."""
 
 import math
 import re
@@ -12,12 +12,12 @@ GIB = 2**30
 
 
 class Memory(NamedTuple):
-    """What a program needs of each chip, in bytes."""
+    """The memory that a program needs on each chip, in bytes."""
 
     parameters: int
     optimizer: int
     temporaries: int
-    """Activations, gradients and whatever else lives within a step."""
+    """Activations, gradients and everything else that is live only within a step."""
     other: int
     """The batch, and the program itself."""
 
@@ -30,10 +30,10 @@ class DoesNotFitError(ValueError):
     """A program needs more memory than a chip has.
 
     Args:
-        message: in one line, which program and how much.
-        needed: bytes in all; None where the compiler does not say.
-        available: bytes that a chip has.
-        kept: bytes of parameters and optimizer in what is needed.
+        message: One line that names the program and its memory.
+        needed: Total bytes needed; None if the compiler does not report them.
+        available: Bytes of memory of a chip.
+        kept: The part of `needed` that holds parameters and optimizer state.
     """
 
     def __init__(self, message: str, needed: float | None = None, available: float = 0, kept: float = 0):
@@ -42,16 +42,16 @@ class DoesNotFitError(ValueError):
 
 
 def kept_memory(abstract: TrainState) -> Memory:
-    """What the state of a run takes of each chip, between steps too."""
+    """The memory of a run's training state on each chip, which stays allocated between steps."""
     parameters, state = _bytes(abstract.params), _bytes(abstract)
     return Memory(parameters, state - parameters, 0, 0)
 
 
 def compiled(what: str, lowered: jax.stages.Lowered, kept: Memory, slice_name: str) -> jax.stages.Compiled:
-    """Compiles a program.
+    """Compile a program.
 
     Raises:
-        DoesNotFitError: it needs more memory than a chip has; in one line how much.
+        DoesNotFitError: the program needs more memory than a chip has; the message is one line and states how much.
     """
     try:
         return lowered.compile()
@@ -62,7 +62,7 @@ def compiled(what: str, lowered: jax.stages.Lowered, kept: Memory, slice_name: s
 
 
 def _shortage(what: str, message: str, kept: Memory) -> DoesNotFitError:
-    """What the compiler says of the memory that it lacks, in numbers."""
+    """Build the error from the numbers in the compiler's out-of-memory message."""
     state = f"parameters {gib(kept.parameters)} GiB, optimizer {gib(kept.optimizer)} GiB"
     numbers = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)[:2]
     if len(numbers) < 2:
@@ -76,20 +76,20 @@ def _shortage(what: str, message: str, kept: Memory) -> DoesNotFitError:
 
 
 def memory_of(program: jax.stages.Compiled, kept: Memory) -> Memory:
-    """What a program takes, of which its state is known."""
+    """The memory of a compiled program, given that of its training state."""
     stats = program.memory_analysis()
     assert stats is not None
     given = stats.argument_size_in_bytes
-    # Not the size of all temporaries: some take the place of what was given, when that has been read.
+    # Not the total size of temporaries: some reuse the memory of arguments that are no longer needed.
     temporaries = stats.peak_memory_in_bytes - given
     return kept._replace(temporaries=temporaries, other=given - kept.total + stats.generated_code_size_in_bytes)
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB, as it is shown."""
+    """Format bytes in GiB."""
     return f"{size / GIB:.2f}" if size >= GIB / 10 else f"{size / GIB:.2g}"
 
 
 def _bytes(tree: Any) -> int:
-    """Of a tree of abstract arrays, those that each chip holds."""
+    """Bytes that each chip holds of a tree of abstract arrays."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,6 +1,6 @@
-"""The text of a compiled program: its computations, which of them each runs, and how often loops turn.
+"""Parsing of compiled programs: computations, calls between them, and trip counts of loops.
 
-What `as_text()` of a compiled function returns, for CPU, GPU or TPU.
+The text is the result of `as_text()` of a compiled function, for CPU, GPU or TPU.
 """
 
 import math
@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator
 
 Computations = dict[str, dict[str, str]]
-"""By computation, by instruction: the line that says what it is. The header of a computation is its first, named ""."""
+"""The line of each instruction, by computation and instruction name. The header of a computation is its entry ""."""
 
 
 def parse_program(text: str) -> tuple[Computations, str]:
-    """The computations of a compiled program, and the name of the one that it begins with.
+    """Return the computations of a compiled program, and the name of its entry computation.
 
     Raises:
-        ValueError: it is no compiled program.
+        ValueError: the text is not a compiled program.
     """
     computations: Computations = {}
     entry: str | None = None
@@ -34,22 +34,22 @@ def parse_program(text: str) -> tuple[Computations, str]:
 
 
 def called_computations(line: str) -> Iterator[str]:
-    """The names of the computations that an instruction runs."""
+    """Yield the names of the computations that an instruction calls."""
     if re.search(r" async-(?:update|done)\(", line):
-        return  # their computation is called by async-start
+        return  # async-start already calls their computation
     attribute = r"\b(?:calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
     for names in re.findall(attribute, line):
         yield from re.findall(r"[\w.\-]+", names)
 
 
 def loop_turns(line: str, computations: Computations, name: str) -> float | None:
-    """How many turns a loop takes: NaN if the text does not tell, None if the instruction is no loop."""
+    """Trip count of a loop: NaN if the text does not determine it, None if the instruction is not a loop."""
     loop = re.search(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+)", line)
     if loop is None:
         return None
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(known[1])
-    # A loop that counts up by one from a constant to a constant, which is how JAX writes those of known length.
+    # A loop that counts up by one from a constant to a constant, as JAX emits for loops of known length.
     condition = computations[loop[2]]
     if not (test := re.search(r" compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", "\n".join(condition.values()))):
         return math.nan

@@ -1,4 +1,4 @@
-"""What `train.py --compile_for` says: what a run takes on a slice, or with which settings it would fit."""
+"""The report of `train.py --compile_for`: memory and time of a run on a slice, or settings with which it would fit."""
 
 import math
 import operator
@@ -15,11 +15,12 @@ from nope_jax.sharding import make_mesh
 
 
 def report(config: Config, slice_name: str) -> str:
-    """What a run takes on a slice, in words and numbers.
+    """Return a report of the memory and time of a run on a slice.
 
     Raises:
-        DoesNotFitError: it does not fit; in one line by how much, and with which settings it does. Those were compiled.
-        ValueError: as `estimate_run`.
+        DoesNotFitError: the run does not fit; the message is one line and states by how much, and settings that fit, as
+            verified by compiling them.
+        ValueError: as for `estimate_run`.
     """
     try:
         return describe(config, slice_name, estimate_run(config, slice_name))
@@ -28,7 +29,7 @@ def report(config: Config, slice_name: str) -> str:
 
 
 def describe(config: Config, slice_name: str, estimate: Estimate) -> str:
-    """An estimate in words and numbers."""
+    """Format an estimate as text."""
     e, chip = estimate, chip_of_slice(slice_name)
     tokens = config.data.batch_size * config.data.context_length
     axes = " x ".join(f"{axis} {size}" for axis, size in e.mesh.items())
@@ -58,7 +59,7 @@ Nothing was run: times are estimates. Attention is plain JAX, not yet a TPU kern
 
 
 def _what_fits(config: Config, slice_name: str, error: DoesNotFitError) -> str:
-    """Compiles other settings, those that cost least first, until some fit: which, or that none of those tried does."""
+    """Compile alternative settings, cheapest first, until one fits; return that one, or all those tried."""
     tried = []
     for settings in _remedies(config, make_mesh(config.mesh, slice_devices(slice_name)), error):
         options = " ".join(f"--{name} {value}" for name, value in settings.items())
@@ -73,10 +74,10 @@ def _what_fits(config: Config, slice_name: str, error: DoesNotFitError) -> str:
 
 
 def _remedies(config: Config, mesh: Mesh | AbstractMesh, error: DoesNotFitError) -> Iterator[dict[str, Any]]:
-    """Settings that need less memory, those that cost least first; each kind adds to the ones before.
+    """Yield settings that need less memory, cheapest first; each kind adds to the previous ones.
 
-    Fewer rows at a time cost little; sharing all parameters costs communication, remat a third more computing, and
-    sharing heads communication in every layer.
+    Fewer rows per microbatch cost little. Sharding all parameters costs communication, remat a third more computation,
+    and sharding heads communication in every layer.
     """
     model, sizes = config.model, mesh.shape
     num_shards = sizes["data"] * sizes["fsdp"]
@@ -101,12 +102,13 @@ def _remedies(config: Config, mesh: Mesh | AbstractMesh, error: DoesNotFitError)
 
 
 def _accumulations(rows: int, now: int, error: DoesNotFitError, *, alone: bool) -> list[int]:
-    """Microbatches to try: as few as should do if memory goes by the rows in each, and one row of a chip at a time.
+    """Numbers of microbatches to try: the fewest that should fit if memory is proportional to their rows, and `rows`.
 
     Args:
-        rows: those of a step on each chip.
-        now: microbatches that did not fit.
-        alone: nothing else changes, so that parameters and optimizer take what they took.
+        rows: Rows of a step on each chip.
+        now: The number of microbatches that did not fit.
+        error: The error with that number.
+        alone: Nothing else changes, so parameters and optimizer take the same memory as before.
     """
     least, kept = now, error.kept if alone else 0
     if alone and error.needed is not None and error.kept >= error.available:

@@ -1,32 +1,32 @@
-"""The backends of attention: the table that `implementation` names the rows of.
+"""The backends of attention: a table with one row for each value of `implementation`.
 
-A backend is one file of this folder, and adding one is adding its file and its row. The file has a function
-`attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy)` of arguments that have been
-checked:
+To add a backend, add a file to this folder and a row to the table. The file defines a function
+`attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy)`, whose arguments have been
+validated:
 
-- `query` [B, T, N, H], `key` [B, S, K, H], `value` [B, S, K, H2]: floating point, each of its own dtype, K divides N,
-  and neither T nor S is 0.
-- `factor` [B or 1, N or 1, T]: float32, logit_scale/√H, of q·k.
+- `query` [B, T, N, H], `key` [B, S, K, H], `value` [B, S, K, H2]: floating-point arrays, possibly of different dtypes;
+  K divides N, and neither T nor S is 0.
+- `factor` [B or 1, N or 1, T]: float32, the factor logit_scale/√H of q·k.
 - `logit`: None, or a `DistanceLogit`, `BlockLogit` or `ScanLogit` (`nope_jax.encodings`), to be evaluated block by
-  block. -inf in what it adds hides a key.
-- `value_term`: None, or a `BlockValue`, which adds to the output.
-- `mask_spec`: which key each query sees (`nope_jax.attention.mask_spec`).
-- `precision`: of products, as in `jax.lax.dot`.
-- `with_entropy`: False where nobody reads the entropy, which may then be anything.
+  block. Where it adds -inf, the key is hidden.
+- `value_term`: None, or a `BlockValue` to add to the output.
+- `mask_spec`: which keys each query sees (`nope_jax.attention.mask_spec`).
+- `precision`: precision of the products, as in `jax.lax.dot`.
+- `with_entropy`: if False, the entropy is not used and may have any value.
 
-It returns output [B, T, N, H2] in value's dtype, entropy [B, N, T] in nats and logsumexp [B, N, T], both float32, and
-is traced: under jit, and under `shard_map` where there are several devices, with each one's rows and heads. A row that
-sees no key gives 0, 0 and -inf. What is not finite reaches no row that does not see it, as the products of
-`nope_jax.attention.nonfinite` see to. Results are differentiable, and agree with `reference.py`, which is the
+It returns the output [B, T, N, H2] in value's dtype, and entropy [B, N, T] in nats and logsumexp [B, N, T], both
+float32. It is traced under jit and, with several devices, under `shard_map`, where it gets the local rows and heads. A
+query that sees no key gives 0, 0 and -inf. Non-finite inputs must affect only the queries that see them; the products
+of `nope_jax.attention.nonfinite` ensure this. Results must be differentiable and agree with `reference.py`, the
 definition.
 
-Whether it can serve a call its row says by `supports`, of the same arguments, concrete or traced, before any sharding:
-None, or why not, as in "head dim must be a multiple of 128, not 64".
+`supports` takes the same arguments, concrete or traced, before any sharding. It returns None if the backend can serve
+the call, and otherwise the reason, such as "head dim must be a multiple of 128, not 64".
 
-With `in_parts` a sequence may be shared by several devices, which see its keys part after part
-(`nope_jax.attention.ring`). Then `attend` also takes `final_rows=`, the results of the rows over all their keys, to be
-returned as they are: the gradient is what these keys contribute to theirs. For a `ScanLogit` it takes `carry=`, what
-later keys handed on, and what these hand on is a fourth result.
+A backend with `in_parts` supports sequences sharded over several devices, where `attend` sees the keys in parts
+(`nope_jax.attention.ring`). It then also takes `final_rows=`, the results over all keys, which it returns unchanged;
+the backward pass computes only the gradient contribution of the given keys. For a `ScanLogit` it takes `carry=`, the
+carry from later keys, and returns its own carry as a fourth result.
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ Results = tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A row of the table."""
+    """A row of the backend table."""
 
     attend: Callable[..., Any]
     supports: Callable[..., str | None] = lambda *call: None
-    """Why a call cannot be served, None where it can. The default serves every call."""
+    """Returns the reason why a call cannot be served, or None if it can. By default, every call can be served."""
     in_parts: bool = False
 
 
@@ -61,23 +61,23 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         "streaming": Backend(streaming_attention, in_parts=True),
     }
 )
-"""Every implementation that a name stands for."""
+"""The backend of every implementation name."""
 
 
 def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
-    """The names that None stands for: streaming, unless all weights of a head fit one block of one device."""
+    """Default names: streaming, unless all weights of a head fit in one block on one device."""
     return ("reference",) if query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1 else ("streaming",)
 
 
 def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
-    """The first backend of those named that can serve a call.
+    """Return the first named backend that can serve a call.
 
     Args:
-        implementation: A name or several, in the order in which they are tried; None for `default_order`.
-        *call: What `attend` will be called with.
+        implementation: One name or several, tried in order; None for `default_order`.
+        *call: The arguments of `attend`.
 
     Raises:
-        ValueError: A name that is none, or no backend named can serve the call, with each one's reason.
+        ValueError: A name is unknown, or none of the named backends can serve the call; the message gives the reasons.
     """
     if implementation is None:
         implementation = default_order(call[0].shape[1], call[2].shape[1])

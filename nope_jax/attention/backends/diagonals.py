@@ -1,9 +1,9 @@
-"""Blocks of queries and keys in the order of their diagonals: the pairs (i, j) of blocks with the same i - j.
+"""Traversal of query and key blocks by diagonals: a diagonal is the set of block pairs (i, j) with the same i - j.
 
-What depends on distance alone (a bias, the causal mask, a window) is the same for a whole diagonal, so it is made once
-for all its blocks, and diagonals that hold nothing visible are never visited.
+Terms that depend only on distance (a bias, the causal mask, a window) are the same for all blocks of a diagonal, so
+they are computed once per diagonal. Diagonals without visible pairs are skipped.
 
-Shapes: B batch, N query heads, K key/value heads, G = N/K; q = k the size of a block of queries and of keys.
+Shapes: B batch, N query heads, K key/value heads, G = N/K; q = k the size of query and key blocks.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from nope_jax.encodings import skew, unskew
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The static side of a call: how queries and keys fall into blocks."""
+    """The static arguments of a call: how queries and keys are split into blocks."""
 
     query_length: int
     key_length: int
     size: int
     groups: int
     contiguous: bool
-    """Positions run on, so that the distance between two blocks follows from their indices."""
+    """Positions are contiguous, so the distance between two blocks follows from their indices."""
     per_block: bool
-    """What is visible is not decided by distance alone, and is worked out for every block."""
+    """Visibility does not depend only on distance, so it is computed for every block."""
     with_entropy: bool
     precision: Any
 
@@ -42,24 +42,24 @@ class Tiling:
         return -(-self.key_length // self.size)
 
     def distance_range(self, diagonal: Any) -> tuple[Any, Any]:
-        """Smallest and largest distance within the blocks of a diagonal, when positions are contiguous.
+        """Smallest and largest distance within the blocks of a diagonal, for contiguous positions.
 
-        Those of a part that stands apart are larger by that.
+        `MaskSpec.query_offset` is not included.
         """
         middle = diagonal * self.size + self.key_length - self.query_length
         return middle - (self.size - 1), middle + (self.size - 1)
 
     def distances(self, mask_spec: MaskSpec) -> Array:
-        """Every distance between a query and a key of the grid, in order: what `distance_values` holds a value of."""
+        """All distances between queries and keys of the grid, ascending, as indexed by `distance_values`."""
         first, last = self.distance_range(1 - self.key_blocks)[0], self.distance_range(self.query_blocks - 1)[1]
         return jnp.arange(first, last + 1, dtype=jnp.int32) + mask_spec.query_offset_or_0
 
     def distance_start(self, diagonal) -> Any:
-        """Where the values of a diagonal's distances, 2·size - 1 of them, start among those of `distances`."""
+        """Index in `distances` of the first of a diagonal's 2·size - 1 distances."""
         return (diagonal + self.key_blocks - 1) * self.size
 
     def diagonals(self, mask_spec: MaskSpec) -> list[tuple[int, int, bool]]:
-        """Ranges (start, stop, masked) of neighbouring diagonals that hold something visible and are treated alike."""
+        """Ranges (start, stop, masked) of consecutive diagonals with visible pairs and the same `masked`."""
         first, last = 1 - self.key_blocks, self.query_blocks - 1
         if not self.contiguous or mask_spec.query_offset is not None:
             return [(first, last + 1, False)]
@@ -81,14 +81,14 @@ class Tiling:
 
 
 def _visible_on(tiling: Tiling, mask_spec: MaskSpec, diagonal) -> Bool[Array, "1 1 1 q k"]:
-    """What the queries of every block of a diagonal see of its keys, where distance alone decides it."""
+    """Visibility within every block of a diagonal, if it depends only on distance."""
     middle = diagonal * tiling.size + tiling.key_length - tiling.query_length
     index = jnp.arange(tiling.size, dtype=jnp.int32)
     return mask_spec.by_distance(middle + index[:, None] - index)[None, None, None]
 
 
 def _visible(tiling: Tiling, mask_spec: MaskSpec, i, j):
-    """What the queries of block i see of the keys of block j, [B or 1, K or 1, G or 1, q, k]."""
+    """Visibility of the keys of block j to the queries of block i, [B or 1, K or 1, G or 1, q, k]."""
     rule = dataclasses.replace(
         mask_spec,
         query_positions=at(mask_spec.query_positions, i),
@@ -105,7 +105,7 @@ def _visible(tiling: Tiling, mask_spec: MaskSpec, i, j):
 
 
 def sweep(tiling: Tiling, mask_spec: MaskSpec, visit_diagonal, state):
-    """Fold visit_diagonal(diagonal, masked, state) over the diagonals that hold something visible."""
+    """Fold visit_diagonal(diagonal, masked, state) over the diagonals with visible pairs."""
     for start, stop, masked in tiling.diagonals(mask_spec):
         state = lax.fori_loop(start, stop, lambda diagonal, s, m=masked: visit_diagonal(diagonal, m, s), state)
     return state
@@ -114,8 +114,8 @@ def sweep(tiling: Tiling, mask_spec: MaskSpec, visit_diagonal, state):
 def along(tiling: Tiling, mask_spec: MaskSpec, diagonal, masked: bool, state, take, update, put):
     """Visit the blocks (i, j) of a diagonal: entries = take(state, i, j), state = put(state, update(...), i, j).
 
-    Only the entries pass through the branch that skips a block with nothing visible, and barriers part them from the
-    state: XLA would otherwise copy the whole state for every block.
+    Only the entries pass through the branch that skips blocks without visible pairs, and barriers separate them from
+    the state; otherwise XLA would copy the whole state for every block.
     """
 
     on_all = _visible_on(tiling, mask_spec, diagonal) if masked else None
@@ -135,7 +135,7 @@ def along(tiling: Tiling, mask_spec: MaskSpec, diagonal, masked: bool, state, ta
 
 
 def shear(values: Float[Array, "N span"]) -> Float[Array, "N c c"]:
-    """A block whose entry (x, y) is the value of distance x - y, from the values of -(c-1)..c-1."""
+    """Return the block whose entry (x, y) is the value of distance x - y, given the values of -(c-1)..c-1."""
     heads, span = values.shape
     size = (span + 1) // 2
     return skew(jnp.broadcast_to(values[:, None], (heads, size, span)), size)

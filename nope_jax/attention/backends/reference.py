@@ -1,4 +1,4 @@
-"""Attention as it is defined, with the weights written out: what every other backend must agree with.
+"""Reference attention: the definition, with materialized weights. Every other backend must agree with it.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -26,7 +26,7 @@ def reference_attention(
     precision: jax.lax.PrecisionLike = None,
     with_entropy: bool = True,
 ) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
-    """softmax(factor · q·k + logit) · value, with entropy and logsumexp of each row, in float32 inside."""
+    """Compute softmax(factor · q·k + logit) · value, and entropy and logsumexp of each row, in float32 internally."""
     softmax, tile = reference_softmax(query, factor, key, logit, mask_spec, precision)
     value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
     out = jnp.swapaxes(weighted_sum("bnts,bsnh->bnth", softmax.weights, value, precision), 1, 2)
@@ -36,7 +36,7 @@ def reference_attention(
 
 
 class Softmax(NamedTuple):
-    """The weights, and what they are made of: logits relative to the largest of their row, and their normaliser."""
+    """Attention weights, the logits relative to the largest in their row, and the normalizer."""
 
     weights: Float[Array, "B N T S"]
     relative: Float[Array, "B N T S"]
@@ -48,7 +48,7 @@ class Softmax(NamedTuple):
     def statistics(self) -> tuple[Float[Array, "B N T"], Float[Array, "B N T"]]:
         """Entropy and logsumexp."""
         logsumexp = jnp.where(self.some, self.largest + jnp.log(self.normaliser), -jnp.inf)
-        # Both terms are relative to the largest logit: the difference of two large numbers would lose the entropy.
+        # Both terms are relative to the largest logit, since a difference of two large numbers would lose precision.
         spread = jnp.log(self.normaliser) - jnp.sum(self.weights * self.relative, axis=-1, keepdims=True)
         entropy = jnp.where(self.some, spread, 0.0)
         return entropy[..., 0], logsumexp[..., 0]
@@ -62,13 +62,13 @@ def reference_softmax(
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Softmax, Tile]:
-    """softmax(factor · q·k + logit), and all queries and keys as one tile."""
+    """Return softmax(factor · q·k + logit), and all queries and keys as one tile."""
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     query, key = (jnp.swapaxes(x, 1, 2) for x in (query, key))
     query_length, key_length = query.shape[2], key.shape[2]
     visible = mask_spec.matrix(query_length, key_length)
     query_positions, key_positions = mask_spec.positions(query_length, key_length)
-    # Scaled before the product: a factor after it would be fused into what follows, rounded in two ways.
+    # Scaled before the product: XLA would fuse a later factor into its consumers and round it in two ways.
     scaled = query.astype(jnp.float32) * factor[..., None]
     tile = Tile(
         query=finite(scaled),
@@ -92,7 +92,7 @@ def reference_softmax(
     largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     relative = logits - largest
     normaliser = jnp.exp(relative).sum(-1, keepdims=True)
-    seen = ~(logits <= MASKED / 2)  # true of NaN, which is to be seen
+    seen = ~(logits <= MASKED / 2)  # true for NaN, which must propagate
     some = seen.any(-1, keepdims=True)
     weights = jnp.where(seen, jnp.exp(relative) / normaliser, 0.0)
     return Softmax(weights, relative, largest, normaliser, some), tile

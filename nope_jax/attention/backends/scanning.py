@@ -1,9 +1,9 @@
-"""Attention whose logits sum over keys (`ScanLogit`), in memory that grows with T.
+"""Attention with logits that sum over keys (`ScanLogit`), in memory that grows with T.
 
-For each block of queries the blocks of keys are visited from the last to the first, as the sums run. A row's state is
-that of `softmax_state.py`, its output and the logit's carry. Gradients are JAX's own: the inner and the outer loop are
-recomputed in the backward pass, so that at any time one block of queries keeps its states, of [S / block, block]
-numbers.
+For each block of queries, the blocks of keys are visited from last to first, the order of the sums. The state of a row
+is that of `softmax_state.py`, its output and the logit's carry. Gradients come from JAX's automatic differentiation:
+the inner and the outer loop are rematerialized in the backward pass, so only one block of queries at a time keeps its
+states, of [S / block, block] numbers.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim;
 n and m the numbers of query and key blocks, q = k the size of both.
@@ -38,7 +38,7 @@ def scanning_attention(
     block_size: int = BLOCK_SIZE,
     carry: Float[Array, "B N T"] | None = None,
 ) -> tuple[Array, ...]:
-    """Arguments and results of a backend that sees keys in parts, for a `ScanLogit`; differentiable in reverse mode."""
+    """The `attend` of a backend with `in_parts`, for a `ScanLogit`; reverse-mode differentiable."""
     (batch, query_length, num_heads, _), (key_length, kv_heads) = query.shape, key.shape[1:3]
     size = min(block_size, max(query_length, key_length))
     query_positions, key_positions = mask_spec.positions(query_length, key_length)

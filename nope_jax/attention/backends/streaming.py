@@ -1,12 +1,12 @@
 """Attention in one pass over blocks of keys: output, entropy and logsumexp together, in memory that grows with T.
 
-The forward pass keeps of each row what `softmax_state.py` says, and its output. The backward pass computes each block
-again from the logsumexp (Dao et al. 2022, arXiv 2205.14135); the entropy's gradient by a logit is
+The forward pass keeps the state of each row (`softmax_state.py`) and its output. The backward pass recomputes each
+block from the logsumexp (Dao et al. 2022, arXiv 2205.14135); the gradient of the entropy with respect to a logit is
 -p·(s - logsumexp + entropy). Blocks are visited diagonal by diagonal (`diagonals.py`).
 
-Matrix products are fastest when neither side has to be transposed and the right one is small. So the forward pass holds
-a block's logits as [queries, keys], for logits · values, and the backward pass as [keys, queries], for the gradients of
-keys and values, and its query gradient transposed.
+Matrix products are fastest if neither operand needs a transpose and the right one is small. The forward pass therefore
+stores a block's logits as [queries, keys], for weights · values. The backward pass stores them as [keys, queries], for
+the gradients of keys and values, and stores the query gradient transposed.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head dim;
 n and m the numbers of query and key blocks, q = k the size of both.
@@ -46,10 +46,10 @@ def streaming_attention(
     final_rows: tuple[Array, Array, Array] | None = None,
     carry: Float[Array, "B N T"] | None = None,
 ) -> tuple[Array, ...]:
-    """Arguments and results of a backend that sees keys in parts; differentiable in reverse mode.
+    """The `attend` of a backend with `in_parts`; reverse-mode differentiable.
 
     Args:
-        block_size: At most so many queries and keys per block.
+        block_size: Maximum number of queries and of keys per block.
     """
     if isinstance(logit, ScanLogit):
         call = query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy
@@ -57,7 +57,7 @@ def streaming_attention(
     batch, query_length, num_heads, _ = query.shape
     key_length, kv_heads = key.shape[1:3]
     largest = max(query_length, key_length)
-    size = -(-largest // -(-largest // block_size))  # as few blocks as fit, and then as small as they can be
+    size = -(-largest // -(-largest // block_size))  # the fewest blocks, and the smallest size for that number
     size = min(-(-size // 8) * 8, max(block_size, 1))
 
     contiguous = mask_spec.contiguous
@@ -124,7 +124,7 @@ def streaming_attention(
 
 
 class _Operands(NamedTuple):
-    """The differentiable side of a call, cut into blocks."""
+    """The differentiable arguments of a call, split into blocks."""
 
     query: Shaped[Array, "n B K G q H"]
     factor: Float[Array, "n #B K G q"]
@@ -133,19 +133,19 @@ class _Operands(NamedTuple):
     distance_values: Float[Array, "#N distances"] | None
     logit: BlockLogit | None
     by_distance: Any
-    """What the logit's `by_distance` gave, [distances, ...] as `distance_values`."""
+    """Results of the logit's `by_distance`, [distances, ...], indexed like `distance_values`."""
     value_term: BlockValue | None
 
     @property
     def scaled_first(self) -> bool:
-        """Whether queries are scaled before their product with keys rather than the product: to scale bfloat16 or
-        float16 ones would round them once more.
+        """Whether to scale the queries rather than the product q·k: scaling bfloat16 or float16 queries would round
+        them once more.
         """
         return self.query.dtype == jnp.float32
 
     @property
     def product_dtype(self) -> Any:
-        """In which queries are multiplied with keys."""
+        """The dtype in which queries are multiplied with keys."""
         return jnp.promote_types(self.query.dtype, self.key.dtype)
 
     def scaled(self) -> Float[Array, "n B K G q H"]:
@@ -158,7 +158,7 @@ def _distance_block(logit: DistanceLogit, block: Tile) -> Array:
 
 
 def _tile(tiling: Tiling, operands: _Operands, diagonal):
-    """What all blocks of a diagonal add to their logits, [K, G, q, k] or [1, 1, q, k]; None when nothing."""
+    """Term added to the logits of all blocks of a diagonal, [K, G, q, k] or [1, 1, q, k]; None if there is none."""
     if operands.distance_values is None:
         return None
     start, size = tiling.distance_start(diagonal), tiling.size
@@ -173,7 +173,7 @@ def _heads_first(x: Shaped[Array, "B T N H"], kv_heads: int, size: int) -> Shape
 
 
 class _LogitArrays(NamedTuple):
-    """The arrays of a `BlockLogit`: whole, or cut to a pair of blocks."""
+    """The arrays of a `BlockLogit`: in full, or sliced for a pair of blocks."""
 
     parameters: Any
     query_features: Any
@@ -188,13 +188,13 @@ class _LogitArrays(NamedTuple):
         return cls(logit.parameters, logit.query_features, logit.key_features, operands.by_distance)
 
     def at(self, tiling: Tiling, i, j) -> "_LogitArrays":
-        """Cut to query block i and key block j."""
+        """Slice for query block i and key block j."""
         start, span = tiling.distance_start(i - j), 2 * tiling.size - 1
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, span), self.by_distance)
         return _LogitArrays(self.parameters, at(self.query_features, i), at(self.key_features, j), here)
 
     def put(self, tiling: Tiling, entry: "_LogitArrays", i, j) -> "_LogitArrays":
-        """With what `at` cut out replaced."""
+        """Replace the slices that `at` returned."""
         start = tiling.distance_start(i - j)
         by_distance = jax.tree.map(
             lambda x, new: lax.dynamic_update_slice_in_dim(x, new, start, 0), self.by_distance, entry.by_distance
@@ -212,11 +212,11 @@ def _queries_first(x: Shaped[Array, "*B K k G q"]) -> Shaped[Array, "*B K G q k"
 
 
 class _Pair:
-    """Query block i and key block j: what the forward and the backward pass both compute of them."""
+    """Query block i and key block j, with the computations shared by the forward and the backward pass."""
 
     def __init__(self, tiling: Tiling, operands: _Operands, mask_spec: MaskSpec, scaled, i, j, visible):
         self.tiling, self.operands, self.mask_spec, self.i, self.j = tiling, operands, mask_spec, i, j
-        # Where all is seen, a query and a key have part in every row and column, finite or not.
+        # Without a mask, every query and key of the block takes part in all its rows and columns, finite or not.
         self.seen_only = finite if visible is not None else lambda x: x
         self.scaled, self.factor = self.seen_only(at(scaled, i)), at(operands.factor, i)
         self.key, self.value = self.seen_only(at(operands.key, j)), at(operands.value, j)
@@ -225,7 +225,7 @@ class _Pair:
         return jnp.einsum(subscripts, *arrays, precision=self.tiling.precision, preferred_element_type=jnp.float32)
 
     def logits(self, content, tile, layout=lambda x: x):
-        """Logits of the block from its q·k, which a layout other than [B, K, G, q, k] applies to all that is added."""
+        """Logits of the block from its q·k; `layout` converts added terms from [B, K, G, q, k] to the layout of q·k."""
         if not self.operands.scaled_first:
             content *= layout(self.factor[..., None])
         if tile is not None:
@@ -240,19 +240,19 @@ class _Pair:
         return arrays and arrays.at(self.tiling, self.i, self.j)
 
     def added(self, arrays: _LogitArrays, query, key, factor) -> Float[Array, "#B K G q k"]:
-        """What a `BlockLogit` adds."""
+        """The term added by a `BlockLogit`."""
         logit = self.operands.logit
-        assert logit is not None  # as there are arrays of it
+        assert logit is not None  # since its arrays exist
         added = dataclasses.replace(logit, parameters=arrays.parameters).block(self.block(arrays, query, key, factor))
         added = jnp.broadcast_to(added, (added.shape[0], self.tiling.groups * key.shape[1], *added.shape[2:]))
         return split_heads(added, self.tiling.groups)
 
     def value_added(self, term: BlockValue, weights, arrays, query, key, factor) -> Float[Array, "B K G q H2"]:
-        """What a `BlockValue` adds."""
+        """The term added by a `BlockValue`."""
         return split_heads(term.block(merge_heads(weights), self.block(arrays, query, key, factor)), self.tiling.groups)
 
     def block(self, arrays: _LogitArrays | None, query, key, factor) -> Tile:
-        """The pair as an encoding's function sees it."""
+        """The pair as a `Tile` for an encoding's function."""
         first, _ = self.tiling.distance_range(self.i - self.j)
         distances = first + self.mask_spec.query_offset_or_0 + jnp.arange(2 * self.tiling.size - 1, dtype=jnp.int32)
         return Tile(
@@ -271,7 +271,7 @@ class _Pair:
 def _forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     scaled = operands.scaled()
     queries = scaled if operands.scaled_first else operands.query
-    keys_t = lax.optimization_barrier(jnp.moveaxis(operands.key, -1, -2))  # once, not within the loop
+    keys_t = lax.optimization_barrier(jnp.moveaxis(operands.key, -1, -2))  # transposed once, outside the loop
 
     def update(tile, i, j, visible, rows):
         softmax, output = rows
@@ -327,7 +327,7 @@ class _Gradients(NamedTuple):
 
     query_t: Float[Array, "*n B K H G q"]
     factor: Float[Array, "*n #B K G q"]
-    """Of the factor itself, beside its part in the scaled query."""
+    """Gradient of the factor itself, excluding its effect through the scaled query."""
     key: Float[Array, "*m B K k H"]
     value: Float[Array, "*m B K k H2"]
     tile: Float[Array, "K k G q"] | None
@@ -342,11 +342,11 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
     queries = scaled if operands.scaled_first else operands.query
     queries_t, d_output_t = _keys_first(queries), _keys_first(d_output)
     keys_t, low_scaled = jnp.moveaxis(operands.key, -1, -2), scaled.astype(operands.product_dtype)
-    # Laid out in memory once, not within the loop.
+    # Transposed in memory once, outside the loop.
     queries_t, d_output_t, keys_t, low_scaled = lax.optimization_barrier((queries_t, d_output_t, keys_t, low_scaled))
 
     seen = logsumexp != -jnp.inf
-    logsumexp = jnp.where(seen, logsumexp, -MASKED)  # so that e^(s - logsumexp) is 0 in rows that see nothing
+    logsumexp = jnp.where(seen, logsumexp, -MASKED)  # makes e^(s - logsumexp) 0 in rows that see no key
     # The part of ds/p that is one number per row: -(output·d_output) + d_logsumexp - d_entropy·(entropy - logsumexp).
     row_term = d_logsumexp - (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
     if tiling.with_entropy:
@@ -359,7 +359,7 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
         d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term = sums
 
         def hidden(x):
-            """With 0 for what is not seen, whatever its logit."""
+            """Replace hidden entries by 0, whatever their logits."""
             return x if visible is None else jnp.where(_keys_first(visible), x, 0.0)
 
         content = pair.product("bksh,bkhgq->bksgq", at(operands.key, j), at(queries_t, i))
@@ -460,9 +460,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_part(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec, final_rows):
-    """The results of the rows over all their keys, as given; backward, these keys' part of the gradient.
+    """Return the given results over all keys; the backward pass computes the gradient contribution of these keys.
 
-    It needs no more than they: a key's gradient follows from its logit and the row's logsumexp, entropy and output.
+    The final results suffice: a key's gradient follows from its logit and the row's logsumexp, entropy and output.
     """
     return final_rows
 
@@ -474,9 +474,9 @@ _attend_part.defvjp(
 
 
 def _cut_final_rows(tiling: Tiling, kv_heads: int, output, entropy, logsumexp):
-    """Results as `streaming_attention` returns them in blocks, as `_attend` does."""
+    """Split results in the layout of `streaming_attention` into blocks in the layout of `_attend`."""
     padding = [(0, 0), (0, 0), (0, -output.shape[1] % tiling.size)]
-    logsumexp = jnp.pad(logsumexp, padding, constant_values=-jnp.inf)  # rows of padding see nothing
+    logsumexp = jnp.pad(logsumexp, padding, constant_values=-jnp.inf)  # padding rows see no key
     entropy, logsumexp = (
         cut(x.reshape(x.shape[0], kv_heads, tiling.groups, -1), tiling.size, 3) for x in (entropy, logsumexp)
     )
@@ -484,13 +484,13 @@ def _cut_final_rows(tiling: Tiling, kv_heads: int, output, entropy, logsumexp):
 
 
 def _add(d_logit, d_query_t, d_key, d_factor, more):
-    """Sums with what an encoding's function adds to the gradients of its arrays, queries, keys and factor."""
+    """Add the gradients that an encoding's function contributes to its arrays, queries, keys and factor."""
     of_arrays, of_query, of_key, of_factor = more
     d_logit = summed(d_logit, of_arrays)
     return d_logit, d_query_t + _keys_first(of_query), d_key + of_key, d_factor + of_factor
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """Sum over the axes along which an array of a shape was broadcast to x."""
+    """Sum x over the axes along which an array of this shape was broadcast to x."""
     axes = tuple(axis for axis, (wide, narrow) in enumerate(zip(x.shape, shape, strict=True)) if wide != narrow)
     return x.sum(axes, keepdims=True)
