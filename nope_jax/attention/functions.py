@@ -202,7 +202,7 @@ def xpos_attention(
     span = _span(query, key, query_positions, key_positions)
     if span is not None and span >= encoding.max_length():
         raise ValueError(
-            f"positions must differ by less than {encoding.max_length()}, all that xPos can span in float32 at "
+            f"positions must differ by less than {encoding.max_length()}, the limit of xPos in float32 at "
             f"scale_base {scale_base}, not by {span}"
         )
     return Encoded(encoding, {})
@@ -331,7 +331,7 @@ def forgetting_attention(
     """
     length, total = query.shape[1], key.shape[1]
     if length > total:
-        raise ValueError(f"query must be of at most as many tokens as key, {total}, not {length}")
+        raise ValueError(f"query must have at most as many tokens as key, {total}, not {length}")
     log_forget = jnp.asarray(log_forget)
     known_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
     batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1

@@ -168,8 +168,8 @@ def _mask(mask, shape: tuple[int, ...]) -> Array | None:
         mask = np.asarray(mask)
     if jnp.issubdtype(mask.dtype, jnp.inexact):
         raise ValueError(
-            f"mask must be boolean, True where a query may attend, not {mask.dtype}: of zeros and ones, mask != 0 is "
-            "one; what is to be added to the logits is given as logit= to dot_product_attention (a DistanceLogit or "
+            f"mask must be boolean, True where a query may attend, not {mask.dtype}: convert zeros and ones with "
+            "mask != 0; pass terms to add to the logits as logit= to dot_product_attention (a DistanceLogit or "
             "BlockLogit)"
         )
     if mask.dtype != bool:

@@ -87,7 +87,7 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
         on_disk(path, name)
     if data.document_separator is not None and not (data.document_separator and data.source.startswith("text:")):
         raise ValueError(
-            "data.document_separator must be what lies between the documents of a file of text:, or None, not "
+            "data.document_separator must be the string between the documents of a text: source, or None, not "
             f"{data.document_separator!r} with data.source {data.source}"
         )
     if config.train.init_from is not None:
