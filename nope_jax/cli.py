@@ -135,11 +135,11 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
         "process_id": (int | None, "Index of this process, from 0."),
         "join_timeout": (
             int | None,
-            f"Seconds to wait for all processes to join; default {ProcessSpec().join_timeout}.",
+            f"Seconds to wait for all processes to join; {ProcessSpec().join_timeout} if not given.",
         ),
         "peer_timeout": (
             int | None,
-            f"Seconds after which an unresponsive process counts as dead; default {ProcessSpec().peer_timeout}.",
+            f"Seconds after which an unresponsive process counts as dead; {ProcessSpec().peer_timeout} if not given.",
         ),
         "trust_code": _TRUST_CODE,
     }

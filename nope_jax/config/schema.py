@@ -24,16 +24,16 @@ class ModelConfig:
     """Dimension of each head. None: model_dim / num_heads."""
     model_dim: int = 128
     mlp_dim: int | None = None
-    """Hidden dimension of the MLP. None: 4 model_dim if plain; 8/3 model_dim, rounded up to a multiple of 64, if gated
-    (about the same number of parameters)."""
+    """Hidden dimension of the MLP. None: 4 model_dim if plain.
+
+    If gated: 8/3 model_dim, rounded up to a multiple of 64, for about as many parameters."""
     mlp: Literal["gated", "plain"] = "gated"
     """Type of MLP. gated: SwiGLU (Shazeer 2020); plain: GELU."""
     tie_embeddings: bool = False
     encoding: EncodingSpec = "nope"
     """A name in ENCODINGS, an Encoding, or a tuple of these, cycled over the layers."""
     train_length: int | None = None
-    """Training length in tokens: the number of rows of a learned position table, and the reference length of
-    evaluation.
+    """Training length: the rows of a learned position table, and the reference length of evaluation.
 
     None: data.context_length."""
     attention: Literal["reference", "streaming"] | None = None
@@ -61,8 +61,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json or SentencePiece model."""
     document_separator: str | None = None
-    """Literal string that separates the documents in a text: file, such as <|endoftext|>. None: one document per
-    file."""
+    """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file."""
     context_length: int = 128
     """Tokens per row: the training length."""
     batch_size: int = 32
@@ -112,17 +111,15 @@ class TrainConfig:
 
     Learned encoding parameters are kept in layers that keep their encoding, and reinitialized in all others."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """If the loss or the gradient norm is not finite: stop the run, or skip the update and continue with the next
-    batch."""
+    """If loss or gradient norm is not finite: stop the run, or skip the update and go on with the next batch."""
     spike_factor: float | None = None
-    """With on_bad_step skip: also skip a step whose gradient norm exceeds its running average by more than this
-    factor."""
+    """With on_bad_step skip: a gradient norm above this factor times its running average is also bad."""
     max_skipped: int = 10
     """With on_bad_step skip: the maximum number of consecutive bad steps; one more stops the run."""
     tensorboard: bool = False
     """Also write the metrics to WORKDIR/tensorboard (pip install tensorboardX)."""
     profile_steps: int = 0
-    """Number of steps, soon after the start, to write a profiler trace of to WORKDIR/profile."""
+    """Profile this many steps, soon after the start, and write the trace to WORKDIR/profile."""
 
 
 @dataclasses.dataclass(frozen=True)
