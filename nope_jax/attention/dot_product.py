@@ -81,8 +81,8 @@ def dot_product_attention(
         segment_ids: Mask keys of other segments than the query's; a pair if queries and keys have different segments.
         logit_scale: Factor of the content logits.
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
-            T·S (reverse-mode differentiation only). Of several names, the first that supports the call is used. None:
-            streaming, unless all weights of a head fit in one block on one device.
+            T·S (differentiable once, in reverse mode). Of several names, the first that supports the call is used.
+            None: streaming, unless all weights of a head fit in one block on one device.
         return_stats: Also return `AttentionStats`.
         precision: Precision of the products with queries, keys and values, as in `jax.lax.dot`; products within an
             encoding's terms follow `jax.default_matmul_precision`.
@@ -166,11 +166,13 @@ def attend_weights(
 def _factor_and_logit(query, key, logit, mask_spec, logit_scale):
     """Return logit_scale/√H as an array, and the logit in the form that backends evaluate."""
     (batch, query_length, num_heads, head_dim), key_length = query.shape, key.shape[1]
+    if not isinstance(logit, Logit | None):
+        raise ValueError(f"logit must be a DistanceLogit, BlockLogit, ScanLogit or None, not a {type(logit).__name__}")
     if mask_spec.is_causal and isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, function=_Past(logit.function))
     if isinstance(logit, DistanceLogit) and mask_spec.contiguous and not isinstance(query, jax.core.Tracer):
         # Outside jit, the function may be a new object in every call, which would trigger a recompilation each time.
-        values = logit.function(logit.parameters, jnp.arange(1 - query_length, key_length))
+        values = logit.values(jnp.arange(1 - query_length, key_length))
         logit = DistanceLogit(_Tabulated(1 - query_length), values)
     return _logit_scale(logit_scale, batch, num_heads, query_length) / math.sqrt(head_dim), logit
 
@@ -219,6 +221,8 @@ class _Tabulated:
 def check_arrays(query, key, value) -> None:
     """Refuse queries, keys and values with incompatible shapes or invalid dtypes."""
     for name, array in {"query": query, "key": key, "value": value}.items():
+        if not hasattr(array, "ndim"):
+            raise ValueError(f"{name} must be an array, not a {type(array).__name__}")
         if array.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, length, heads, head dim], not shape {array.shape}")
         if not jnp.issubdtype(array.dtype, jnp.floating):

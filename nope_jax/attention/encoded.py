@@ -66,6 +66,7 @@ def encoded_attention(
 
 
 @functools.partial(with_auto_axes, heads_first=True)
+@functools.partial(for_flax_layers, common=dot_product_attention)
 def attention_weights(
     encoding: Encoding,
     params: Params,
@@ -110,6 +111,8 @@ _VISIBILITY = inspect.signature(make_mask_spec).parameters
 def _places(encoded: Encoded, query, key, common: dict[str, Any]):
     """Apply an encoding; return its queries, keys, logit, value term and `MaskSpec`, and the keywords of `attend`."""
     encoding, params, *features = encoded
+    if not isinstance(encoding, Encoding):
+        raise ValueError(f"encoding must be an Encoding, such as RoPE() or resolve('rope')[0], not {encoding!r}")
     options = {name: x for name, x in common.items() if name not in _VISIBILITY}
     mask_spec = make_mask_spec(query, key, **{name: x for name, x in common.items() if name in _VISIBILITY})
     span = encoding.span()

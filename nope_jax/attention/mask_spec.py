@@ -154,6 +154,10 @@ def _segments(segment_ids, batch: int, query_length: int, key_length: int):
             lengths = f"{query_length} and {key_length}"
             raise ValueError(f"segment_ids must be a pair (of queries, of keys) when their lengths differ: {lengths}")
         segment_ids = segment_ids, segment_ids
+    if len(segment_ids) != 2:
+        raise ValueError(
+            f"segment_ids must be an array or a pair (of queries, of keys), not {len(segment_ids)} of them"
+        )
     query_segments, key_segments = segment_ids
     return (
         per_token("segment_ids", query_segments, batch, query_length),

@@ -241,6 +241,9 @@ class Encoding:
         super().__init_subclass__(**keywords)
         former_names.adopt_methods(cls)
 
+    def __getattr__(self, name: str) -> Any:
+        return former_names.method(self, name)
+
     def max_length(self, dims: ModelDims) -> int | None:
         """Number of positions the encoding supports; None if unbounded."""
         return None

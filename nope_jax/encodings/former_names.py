@@ -41,11 +41,20 @@ def from_config(name: str) -> str:
 
 
 def adopt_methods(cls: type) -> None:
-    """Let a subclass of `Encoding` override a method by its former name."""
+    """Let a subclass of `Encoding`, or a mixin of it, override a method by its former name."""
     for old, new in METHODS.items():
-        if old in cls.__dict__ and new not in cls.__dict__:
-            warnings.warn(f"{cls.__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=4)
-            setattr(cls, new, cls.__dict__[old])
+        owner = next((base for base in cls.__mro__ if old in base.__dict__ or new in base.__dict__), cls)
+        if new not in owner.__dict__ and old in owner.__dict__:
+            warnings.warn(f"{owner.__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=3)
+            setattr(cls, new, owner.__dict__[old])
+
+
+def method(encoding: Any, name: str) -> Any:
+    """The `__getattr__` of `Encoding`."""
+    if name not in METHODS:
+        raise AttributeError(f"{type(encoding).__name__!r} object has no attribute {name!r}")
+    warnings.warn(f"{name} is now called {METHODS[name]}", DeprecationWarning, stacklevel=3)
+    return getattr(encoding, METHODS[name])
 
 
 def public(name: str, module: dict[str, Any]) -> Any:

@@ -416,6 +416,8 @@ class Decoder(nnx.Module):
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape [batch, length], not {list(tokens.shape)}")
+        if not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers, at least one per row, not {tokens.dtype} {list(tokens.shape)}")
         seen = _values(tokens)
         if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= self.config.vocab_size):
             bad = seen.min() if seen.min() < 0 else seen.max()

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Integer
 
@@ -42,7 +43,7 @@ def generate(
         ValueError: An argument is invalid, or the encoding does not support the length.
     """
     vocab = model.config.vocab_size
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, an integer, not {max_new_tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
@@ -53,6 +54,7 @@ def generate(
     prompt = jnp.asarray(prompt)
     if prompt.ndim != 2 or not prompt.size:
         raise ValueError(f"prompt must have shape [batch, length], at least one token each, not {list(prompt.shape)}")
+    max_new_tokens = int(max_new_tokens)
     if max_new_tokens == 0:
         return prompt
     cache = model.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens - 1)

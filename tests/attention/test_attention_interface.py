@@ -382,3 +382,27 @@ def test_a_function_of_distance_made_anew_in_every_call_is_compiled_once(impleme
 def test_temperature_is_called_logit_scale_here():
     with pytest.raises(TypeError, match="^temperature: .*is logit_scale; above 1, it sharpens"):
         ATTENTION["alibi"](*inputs(), temperature=2.0)
+
+
+@pytest.mark.parametrize("length", [12, 300])
+def test_one_row_of_distances_may_serve_all_heads(length):
+    query, key, value = random(3, 1, length, 2, 8)
+    shared = DistanceLogit(lambda _, distance: -0.1 * distance)
+    each = DistanceLogit(lambda _, distance: jnp.stack([-0.1 * distance] * 2))
+    wanted = dot_product_attention(query, key, value, logit=each)
+    assert_close(dot_product_attention(query, key, value, logit=shared), wanted, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda q: dot_product_attention(q, q, q, logit=jnp.zeros((12, 12))), "logit must be a DistanceLogit"),
+        (lambda q: dot_product_attention(q, q, q, implementation=3), "implementation must be one of"),
+        (lambda q: dot_product_attention(q, q, q, segment_ids=(q[..., 0, 0],)), "segment_ids must be an array or a"),
+        (lambda q: nope_attention(q.tolist(), q, q), "query must be an array, not a list"),
+        (lambda q: encoded_attention("rope", {}, q, q, q), "encoding must be an Encoding, such as"),
+    ],
+)  # fmt: skip
+def test_what_is_no_term_array_or_encoding_is_named(call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call(random(1, 12, 2, 8))

@@ -305,6 +305,19 @@ def test_an_encoding_written_with_former_names_means_what_it_meant():
 
     told = {str(warning.message) for warning in warned}
     assert told == {"Before.temperature is now called logit_scale", "Before.reach is now called span"}
+
+    class Mixin:
+        def reach(self):
+            return Reach(window=5)
+
+    with pytest.warns(DeprecationWarning, match="Mixin.reach is now called span"):
+
+        class Mixed(Mixin, NoPE):
+            pass
+
+    assert Mixed().span() == AttentionSpan(window=5)
+    with pytest.warns(DeprecationWarning, match="core is now called unwrapped"):
+        assert Mixed().core == Mixed()
     x = random(1, 5, 2, 8)
     params: dict = {}
     assert Before().logit_scale(params, x, x) == 2.0 and Before().span() == AttentionSpan(window=3)

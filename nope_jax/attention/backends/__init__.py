@@ -81,7 +81,7 @@ def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
     """
     if implementation is None:
         implementation = default_order(call[0].shape[1], call[2].shape[1])
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
     if not names or not all(isinstance(name, str) and name in BACKENDS for name in names):
         known = ", ".join(f'"{name}"' for name in BACKENDS)
         raise ValueError(f"implementation must be one of {known}, a sequence of these or None, not {implementation!r}")
