@@ -75,7 +75,7 @@ test-oracles: $(BIN)/.installed-test
 	$(BIN)/pytest -m oracle
 
 study: $(BIN)/.installed
-	@$(MAKE) --no-print-directory --jobs 2 --file configs/study/Makefile PYTHON=$(BIN)/python
+	@$(MAKE) --no-print-directory --jobs 2 --file benchmarks/study/Makefile PYTHON=$(BIN)/python
 
 benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention

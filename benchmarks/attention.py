@@ -1,11 +1,12 @@
-"""Attention on this machine: time and memory of one causal layer, beside torch and `jax.nn`.
+"""Time and memory of one causal attention layer on this machine, compared with torch and `jax.nn`.
 
     python -m benchmarks.attention [--lengths 1024 4096 16384] [--rounds 7]
 
-All contestants run in turn, round after round, in one process, so that a machine that slows down slows them all; a
-ratio is the median over rounds of the time over torch SDPA's in the same round (over `jax.nn`'s where torch is not
-installed: `pip install torch`). float32, batch 1, 8 heads of 64. "temporaries" is what the compiled program needs
-beside its inputs and outputs, forward / forward and backward. `jax.nn`, which writes its weights out, stops at 8,192.
+All implementations run in turn, round after round, in one process, so a slowdown of the machine affects all of them. A
+ratio is the median over rounds of the time divided by that of torch SDPA in the same round (of `jax.nn` if torch is not
+installed: `pip install torch`). float32, batch 1, 8 heads of dimension 64. "temporaries" is the memory that the
+compiled program needs besides inputs and outputs, forward / forward and backward. `jax.nn`, which materializes its
+weights, stops at 8,192.
 """
 
 import argparse
@@ -27,7 +28,7 @@ RATIO_OF = "torch SDPA"
 
 
 def jax_contestants(arrays: list[np.ndarray]) -> dict[str, tuple[Callable, Callable, list[int]]]:
-    """Forward, forward and backward, and the MiB of temporaries of both, by name."""
+    """Forward, forward and backward, and MiB of temporaries of both, by name."""
     inputs = [jnp.asarray(x) for x in arrays]
     table = jnp.asarray(np.random.default_rng(1).normal(size=(32, HEADS)), jnp.float32)
     functions: dict[str, tuple[Callable, list]] = {
@@ -39,7 +40,7 @@ def jax_contestants(arrays: list[np.ndarray]) -> dict[str, tuple[Callable, Calla
         "jax.nn (xla)": (partial(jax.nn.dot_product_attention, is_causal=True), inputs),
     }
 
-    if inputs[0].shape[1] > 8192:  # its weights alone would be many GiB
+    if inputs[0].shape[1] > 8192:  # its weights alone would take many GiB
         del functions["jax.nn (xla)"]
 
     def compiled(function, inputs):

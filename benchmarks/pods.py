@@ -19,10 +19,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from nope_jax.compile.estimate import estimate_run
+from nope_jax.compile.memory import GIB, DoesNotFitError
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
-from nope_jax.evaluation.files import replace_file
+from nope_jax.evaluation.common.files import replace_file
 from nope_jax.models.decoder import LOGITS_AT_ONCE
-from nope_jax.training.ahead import GIB, DoesNotFitError, compile_ahead
 from nope_jax.training.flops import CHIPS
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def compiled(config: Config, cell: Cell) -> dict:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
     made = {"date": str(datetime.date.today()), "versions": versions}
     try:
-        estimate = compile_ahead(config, cell[1])
+        estimate = estimate_run(config, cell[1])
     except DoesNotFitError as error:
         return {"fits": False, "says": str(error)} | made
     return made | {

@@ -1,19 +1,20 @@
-"""GPT-2's smallest size (Radford et al. 2019), 124 M parameters, with any encoding: the usual ground for comparisons.
+"""GPT-2 small (Radford et al. 2019), 124 M parameters, with any encoding: the usual baseline for comparisons.
 
     python train.py --config configs/gpt2.py --workdir runs/gpt2_nope
     python train.py --config configs/gpt2.py --workdir runs/gpt2 --model.encoding learned
 
-The second is GPT-2 but for RMSNorm, no biases, and embeddings scaled by the root of their width. The vocabulary of
-50,257 is padded to a multiple of 128, which accelerators multiply faster. Steps of 0.5 M tokens, 10 B of them, learning
-rate and warm-up are those of llm.c's reproduction (github.com/karpathy/llm.c, scripts/run_gpt2_124M.sh).
+The second command trains GPT-2, except for RMSNorm, no biases, and embeddings scaled by the root of their width. The
+vocabulary of 50,257 is padded to a multiple of 128, for faster matrix multiplication on accelerators. Steps of 0.5 M
+tokens, 10 B tokens in total, learning rate and warm-up are those of llm.c's reproduction (github.com/karpathy/llm.c,
+scripts/run_gpt2_124M.sh).
 
-On four TPU v5e chips, with parameters and optimizer shared among them,
+On four TPU v5e chips, with parameters and optimizer state sharded over them,
 
     python train.py --config configs/gpt2.py --mesh.fsdp -1 --compile_for v5e:2x2
 
-says that each needs 1.5 of its 16 GiB (2026-11-21): a step's rows are taken in eight microbatches.
+says that each needs 1.5 of its 16 GiB (2026-11-21), with each batch split into eight microbatches.
 
-Needs the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
+Requires the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
 path below.
 """
 

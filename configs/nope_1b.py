@@ -1,18 +1,18 @@
-"""The 1.1 B decoder without positions of Wang et al. 2024 (arXiv 2404.12224): TinyLlama's shape, NoPE in every layer.
+"""The 1.1 B NoPE decoder of Wang et al. 2024 (arXiv 2404.12224): TinyLlama's architecture without positions.
 
     python train.py --config configs/nope_1b.py --workdir runs/nope_1b
 
-Parameters, gradients and optimizer are split over all chips. On 16 of TPU v5e
+Parameters, gradients and optimizer state are sharded over all chips. On 16 TPU v5e chips,
 
     python train.py --config configs/nope_1b.py --compile_for v5e:4x4
 
-says that each needs 8.0 of its 16 GiB (2026-11-21): a step's rows are taken in four microbatches.
+says that each needs 8.0 of its 16 GiB (2026-11-21), with each batch split into four microbatches.
 
-Zhang et al. 2024 (TinyLlama, arXiv 2401.02385) give shape, steps of 2 M tokens and learning rate; 50,000 of these steps
-are 100 B tokens. Wang et al. then tune the temperature of its heads to read further: eval.py tune.
+Architecture, steps of 2 M tokens and learning rate are from Zhang et al. 2024 (TinyLlama, arXiv 2401.02385); 50,000
+steps are 100 B tokens. Wang et al. then tune the logit scale of its heads for context extension: eval.py tune.
 
-Needs the dataset, prepared under data.dir, and Llama 2's tokenizer.json (32,000 tokens; the model card of
-huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0 has one) at the path below.
+Requires the dataset, prepared under data.dir, and Llama 2's tokenizer.json (32,000 tokens; available at
+huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0) at the path below.
 """
 
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -1,17 +1,18 @@
-"""A model that learns to find a number hidden in filler, within a window of 384 bytes.
+"""A model that learns passkey retrieval, finding a number hidden in filler text, within a context of 384 bytes.
 
     python train.py --config configs/passkey.py --workdir runs/passkey
     python eval.py passkey --workdirs runs/passkey --lengths 256 320 384 448 512 768 --out runs/passkey_report
 
-Takes 2 min 40 s on two Zen 4 cores, shared with other work, and then finds all 100 keys (ten depths of ten) at each of
-these six lengths, twice its window included; the evaluation takes 21 s. (One run, 2026-11-20.) With three keys per
-depth it finds 100 % at 1,024 bytes, 57 % at 2,048 and 30 % at 4,096. For 700 steps nothing seems to happen: the loss
-stays near 0.2, what the text costs without copying; then it falls to 0.06.
+Training takes 2 min 40 s on two Zen 4 cores, shared with other work. The model then finds all 100 keys (ten depths, ten
+keys each) at each of these six lengths, up to twice its context; the evaluation takes 21 s. (One run, 2026-11-20.) With
+three keys per depth it finds 100 % at 1,024 bytes, 57 % at 2,048 and 30 % at 4,096. For the first 700 steps the loss
+stays near 0.2, the cost of the text without copying; then it falls to 0.06.
 
-This is an easy task: there are no other digits in the text, and filler and wording are those of the training.
+This is an easy task: the text has no other digits, and filler and wording are the same as in training.
 
-The encoding is ALiBi because its near-sighted heads find the nearest copies soon. RoPE (--model.encoding rope), on an
-earlier form of these documents, had only begun to copy after 700 steps of twice the batch; NoPE was not tried.
+The encoding is ALiBi because its heads with steep slopes quickly learn to copy from nearby. With RoPE
+(--model.encoding rope), on an earlier form of these documents, the model had only begun to copy after 700 steps of
+twice the batch size; NoPE was not tried.
 """
 
 from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -2,18 +2,19 @@
 
     python train.py --config configs/smollm3_3b.py --workdir runs/smollm3_3b
 
-Parameters and optimizer are 34 GiB, split over all chips, whose number must divide the 576 rows of the batch. On 64 of
-TPU v6e
+Parameters and optimizer state take 34 GiB, sharded over all chips, whose number must divide the 576 rows of the batch.
+On 64 TPU v6e chips,
 
     python train.py --config configs/smollm3_3b.py --compile_for v6e:8x8
 
 says that each needs 11.3 of its 32 GiB (2026-11-21).
 
 Three layers of RoPE, then one without positions: the schedule "smollm3". Tied embeddings, attention within documents,
-2.36 M tokens per step, learning rate and warm-up as published. Their rate stays flat and falls at the end, here it
-follows a cosine; 100,000 steps are 236 B tokens, of their 11.2 T. They do not decay the embedding, here it is decayed.
+2.36 M tokens per step, learning rate and warm-up are as published. The published learning rate stays constant and
+decays at the end; here it follows a cosine. 100,000 steps are 236 B tokens, of the published 11.2 T. The authors do not
+apply weight decay to the embedding; here it is decayed.
 
-Needs the dataset, prepared under data.dir, and the tokenizer.json of huggingface.co/HuggingFaceTB/SmolLM3-3B-Base at
+Requires the dataset, prepared under data.dir, and the tokenizer.json of huggingface.co/HuggingFaceTB/SmolLM3-3B-Base at
 the path below.
 """
 

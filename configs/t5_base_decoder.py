@@ -2,17 +2,18 @@
 
     python train.py --config configs/t5_base_decoder.py --workdir runs/t5_base_nope
 
-For one accelerator: a step's rows are taken in four parts. On a TPU v5e chip
+For one accelerator: each batch is split into four microbatches. On a TPU v5e chip,
 
     python train.py --config configs/t5_base_decoder.py --compile_for v5e:1x1
 
 says that it needs 10.8 of its 16 GiB (2026-11-21).
 
-Shape, batch, learning rate, weight decay, warm-up (6 %) and steps are theirs; they anneal linearly, here it is a cosine
-to a tenth, and GELU stands for T5's ReLU. Their five encodings are nope, t5, alibi, sinusoidal and
-RoPE(rotary_dim=16, interleaved=True). They train on small tasks, longer ones at the test; here it reads text.
+Architecture, batch, learning rate, weight decay, warm-up (6 %) and steps are the paper's. It anneals linearly, where
+this uses a cosine to a tenth, and T5's ReLU is replaced by GELU. The paper's five encodings are nope, t5, alibi,
+sinusoidal and RoPE(rotary_dim=16, interleaved=True). It trains on small tasks, with longer ones at test time; this
+config trains on text.
 
-Needs the dataset, prepared under data.dir, and T5's SentencePiece model (32,000 tokens;
+Requires the dataset, prepared under data.dir, and T5's SentencePiece model (32,000 tokens;
 huggingface.co/google-t5/t5-base) at the path below.
 """
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs train.py as several processes of this machine that find each other at the loopback: a slice to try things on.
+# Runs train.py as several processes on this machine, connected over the loopback interface, to test multi-host runs.
 #
 #   launch/local.sh 2 --config configs/tiny.py --workdir runs/two --train.steps 20
 #
-# The first word is the number of processes, the rest train.py's options. Each process has one CPU device, or as many as
-# XLA_FLAGS=--xla_force_host_platform_device_count=4 says. Ctrl-C and SIGTERM go to all. The status is 0 if that of all
-# is, and else that of one which did not end because of another.
+# The first argument is the number of processes, the rest are train.py's options. Each process has one CPU device, or as
+# many as XLA_FLAGS=--xla_force_host_platform_device_count=4 sets. Ctrl-C and SIGTERM are passed to all. The exit status
+# is 0 if all processes return 0, otherwise that of a process that did not end because of another one.
 
 set -uo pipefail
 processes=${1:?how many processes}

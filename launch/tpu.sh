@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM or on a slice of many hosts: asks for the chips, installs this commit on every host, starts the
-# same command on all of them, and after a preemption does it all again until the run is done.
+# Trains on a Cloud TPU VM or a multi-host slice: requests the chips, installs this commit on every host, starts the same
+# command on all of them, and repeats this after a preemption until the run is done.
 #
 #   TPU=nope ZONE=us-west4-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite \
 #       launch/tpu.sh --config configs/nope_1b.py --workdir gs://my-bucket/runs/nope
 #
-# The options are train.py's; the workdir must be in a bucket, which all hosts see and which outlives them. Also:
-#   SPOT=1                  chips that may be taken away at any time, and cost less
-#   DATA=gs://my-bucket/data   copied to ~/data of every host: --data.dir '~/data' (docs/data.md)
+# The options are train.py's. The workdir must be in a bucket, which all hosts see and which outlives them. Also:
+#   SPOT=1                  cheaper chips, which may be preempted at any time
+#   DATA=gs://my-bucket/data   copied to ~/data on every host: --data.dir '~/data' (docs/data.md)
 #   DRY_RUN=1               prints the commands instead of running them
-# Run it where it is not interrupted, in tmux on a small VM. The chips stay yours, and cost, until you give them back:
+# Run it where it is not interrupted, for instance in tmux on a small VM. You pay for the chips until you delete them:
 #   gcloud compute tpus queued-resources delete $TPU --zone=$ZONE --force
 
 set -euo pipefail
@@ -39,7 +39,7 @@ obtain() {
             ABSENT)
                 run gcloud compute tpus queued-resources create "$TPU" --node-id="$TPU" --zone="$ZONE" \
                     --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+--spot} ;;
-            FAILED | SUSPENDED)  # what is left of a slice that was taken away
+            FAILED | SUSPENDED)  # the remains of a preempted slice
                 run gcloud compute tpus queued-resources delete "$TPU" --zone="$ZONE" --force --quiet ;;
             *)
                 echo "$TPU is $now; waiting" >&2
@@ -69,14 +69,14 @@ while true; do
     status=0
     install || status=255
     if ((status == 0)); then
-        # A process that an earlier connection has left behind holds the chips: it saves and ends first.
+        # A process left by an earlier connection holds the chips: let it save and exit first.
         on_all_hosts "pkill --full '^[^ ]*python train.py '; while pgrep --full '^[^ ]*python train.py '; do sleep 5; done
             cd nope_jax && .venv/bin/python train.py $options" || status=$?
     fi
     case $status in
         0) exit 0 ;;
-        2 | 4 | 130) exit "$status" ;;  # bad input, divergence, or someone pressed Ctrl-C there
-        1) if [[ $(state) == ACTIVE ]]; then exit 1; fi ;;  # an error to look at, and not gcloud without its slice
+        2 | 4 | 130) exit "$status" ;;  # bad input, divergence, or Ctrl-C on a host
+        1) if [[ $(state) == ACTIVE ]]; then exit 1; fi ;;  # a program error, if the slice still exists
     esac
     echo "stopped with status $status; starting again" >&2
     sleep "$wait"

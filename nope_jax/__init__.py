@@ -1,4 +1,4 @@
-"""How causal transformers know where tokens stand, and what happens past the training length."""
+"""Positional encodings of causal transformers, and their behaviour past the training length."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ __all__ = ["Decoder", "ModelConfig", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: the attention functions alone need neither Flax nor what else the decoder is made of.
+    # Imported on demand, so that the attention functions work without Flax and the decoder's other dependencies.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

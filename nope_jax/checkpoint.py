@@ -1,6 +1,6 @@
-"""Checkpoints of a run, in `<workdir>/checkpoints/<step>`: written asynchronously, whole or not at all.
+"""Checkpoints of a run, in `<workdir>/checkpoints/<step>`, written asynchronously and atomically.
 
-The only module that knows orbax.
+Only this module imports orbax.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from nope_jax.sharding import abstract_on_mesh
 PyTree = Any
 
 _VANISHED = 10
-"""So many checkpoints may be removed, each while it is read, before reading is given up."""
+"""Number of checkpoints that may disappear while being read before reading fails."""
 
 
 class _Reports(logging.Filter):
-    """Orbax reports its every move. Nothing of it is shown, since what goes wrong is raised; but see `wait`."""
+    """Hides orbax's log messages, since errors are raised; keeps the last reported error for `wait`."""
 
     refusal: BaseException | None = None
-    """The last error that it reported."""
+    """The last reported error."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and "orbax" in record.pathname:
@@ -54,19 +54,19 @@ logging.getLogger("absl").addFilter(_reports)
 
 
 def saved_steps(workdir: Location) -> list[int]:
-    """The steps of the whole checkpoints in a workdir, ascending."""
-    if isinstance(workdir, Path):  # renamed when whole
+    """Return the steps of the complete checkpoints in a workdir, ascending."""
+    if isinstance(workdir, Path):  # renamed when complete
         whole = (workdir / "checkpoints").glob("*")
-    else:  # marked when whole
+    else:  # marked when complete
         whole = (marker.parent for marker in (workdir / "checkpoints").glob("*/commit_success.txt"))
     return sorted(int(entry.name) for entry in whole if entry.name.isdigit())
 
 
 class Checkpointer:
-    """The checkpoints of one workdir: the newest `keep` of them.
+    """The checkpoints of one workdir, of which the newest `keep` are kept.
 
-    A checkpoint is a dict of named trees of arrays, each saved beside its checksum, so that one of the trees can be
-    read without the others. Used as a context manager, it finishes the save under way before it closes.
+    A checkpoint is a dict of named trees of arrays, each saved with its checksum, so one tree can be read without the
+    others. As a context manager, it finishes the current save before it closes.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False):
@@ -75,10 +75,10 @@ class Checkpointer:
         self._read_only = read_only
         self._saving: int | None = None
         self._broken = False
-        # Each process reads for itself and meets the others when it is done: one that fails keeps none waiting.
+        # Each process reads alone and synchronizes afterwards, so a process that fails does not block the others.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
-        # And no manager, which fails where a checkpoint is removed while it looks which there are.
+        # Reading uses no manager, because it fails if a checkpoint is removed while it lists them.
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
         self._manager: Any = None
         if not read_only:
@@ -86,7 +86,7 @@ class Checkpointer:
                 self._directory,
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             )
-            # It would ask JAX, late and in a thread, for a step that is past, and JAX would count on from there.
+            # It would ask JAX, late and from a thread, about a past step, and JAX would continue counting from there.
             self._manager.reached_preemption = lambda step: False
 
     def __enter__(self) -> "Checkpointer":
@@ -102,23 +102,23 @@ class Checkpointer:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that is saved, as process 0 sees it."""
+        """The newest saved step, as seen by process 0."""
         return _told_by_process_0(max(saved_steps(self._directory.parent), default=None))
 
     def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]] | None:
-        """The shapes of a tree's arrays as they were saved, by dotted name; None where that cannot be read."""
+        """Return the shapes of a tree's arrays as saved, by dotted name, or None if they cannot be read."""
         try:
             with ocp.StandardCheckpointer() as reader:
                 saved = reader.metadata(self._directory / str(step) / name).item_metadata.tree["tree"]
-        except Exception:  # orbax has no one exception for what is broken
+        except Exception:  # orbax raises various exceptions for broken checkpoints
             return None
         return {_dotted(path): tuple(array.shape) for path, array in jax.tree_util.tree_leaves_with_path(saved)}
 
     def save(self, step: int, trees: dict[str, PyTree]) -> None:
-        """Begins to save; returns once the arrays may be overwritten. Waits for the save before it.
+        """Start a save and return once the arrays may be overwritten. Waits for the previous save first.
 
         Raises:
-            OSError: this save could not begin, or the one before it failed; the checkpoints before are as they were.
+            OSError: this save could not start, or the previous one failed; earlier checkpoints are unchanged.
         """
         self.wait()
         items = {name: {"tree": tree, "checksum": _checksum(tree)} for name, tree in trees.items()}
@@ -134,16 +134,16 @@ class Checkpointer:
                 raise
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk. That an old checkpoint cannot be removed then is a warning.
+        """Wait until the current save is on disk. If an old checkpoint cannot be removed after that, warn.
 
         Raises:
-            OSError: it could not be written; the checkpoints before are as they were.
+            OSError: it could not be written; earlier checkpoints are unchanged.
         """
         if self._saving is not None:
             step, self._saving = self._saving, None
             with self._as_os_error(step):
-                # Where one of several processes cannot write, its orbax waits for the others and theirs for it, before
-                # the error is raised. It is reported at once.
+                # If one of several processes cannot write, its orbax and that of the others wait for each other before
+                # the error is raised. But it is logged at once.
                 while jax.process_count() > 1 and self._manager.is_saving_in_progress():
                     if _reports.refusal:
                         self._broken = True
@@ -158,20 +158,20 @@ class Checkpointer:
                     warnings.warn(f"{self._directory}: cannot remove an old checkpoint ({error})", stacklevel=2)
 
     def check(self) -> None:
-        """Raises what `wait` would, if the save under way has failed already."""
+        """Raise the error of `wait` now, if the current save has already failed."""
         if _reports.refusal:
             self.wait()
 
     def restore(self, abstract: dict[str, PyTree], optional: Collection[str] = ()) -> tuple[int, dict[str, PyTree]]:
-        """The newest checkpoint that all processes can read: its step and its trees.
+        """Restore the newest checkpoint that all processes can read; return its step and its trees.
 
-        One that cannot be read (truncated, corrupted) is warned about and, unless read-only, renamed to
-        `<step>.unreadable`, so that the run can save that step anew. One that is removed while it is read, because the
-        run that saves goes on, is followed by the newest that there is then.
+        A checkpoint that cannot be read (truncated, corrupted) causes a warning and, unless read-only, is renamed to
+        `<step>.unreadable`, so that the run can save that step again. If a checkpoint disappears while being read,
+        because the run that saves continues, the newest existing one is read instead.
 
         Args:
-            abstract: the trees to read, of `jax.ShapeDtypeStruct` with shardings, whatever they were when saved.
-            optional: those of them that are left out if they were not saved.
+            abstract: The trees to read, as `jax.ShapeDtypeStruct` with shardings, which may differ from those saved.
+            optional: Names of trees to omit if they were not saved.
 
         Raises:
             ValueError: there is no checkpoint, or none that can be read.
@@ -179,7 +179,7 @@ class Checkpointer:
         unreadable: dict[int, str] = {}
         with _hushed():
             while True:
-                # Looked for anew each time: a step that is gone has left a newer one.
+                # List the steps again each time: if a step is gone, there is a newer one.
                 steps = saved_steps(self._directory.parent)
                 newest = max(set(steps) - unreadable.keys(), default=None)
                 step = _told_by_process_0(newest if len(unreadable.keys() - set(steps)) <= _VANISHED else None)
@@ -206,13 +206,13 @@ class Checkpointer:
         return step, trees
 
     def _read(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], str | None]:
-        """The trees of a checkpoint, or why some process cannot read it."""
-        checksum = np.zeros((), np.uint32)  # as numpy, it belongs to no device
+        """Return the trees of a checkpoint, or the reason why some process cannot read it."""
+        checksum = np.zeros((), np.uint32)  # a numpy array has no device
         args = {name: ocp.args.StandardRestore({"tree": tree, "checksum": checksum}) for name, tree in abstract.items()}
         reason = None
         try:
             items = self._reader.restore(self._directory / str(step), args=ocp.args.Composite(**args))
-        except Exception as error:  # orbax has no one exception for what is broken
+        except Exception as error:  # orbax raises various exceptions for broken checkpoints
             reason = str(error).partition("\n")[0][:100] or type(error).__name__
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array([reason is not None])))
         if failed.size:
@@ -245,27 +245,27 @@ class Checkpointer:
 
 
 def _error_code(error: BaseException) -> int | None:
-    """That of the system, if it is the system that refused."""
+    """The operating system's error code, if it caused the error."""
     if isinstance(error, OSError):
         return error.errno
-    match = re.search(r"os_error_code='(\d+)'", str(error))  # in tensorstore's ValueError, which a failed write becomes
+    match = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore turns a failed write into a ValueError
     return int(match[1]) if match else None
 
 
 def _told_by_process_0(step: int | None) -> int | None:
-    """What process 0 sees; a file system may show the others what it was a while ago."""
+    """Broadcast the value of process 0, because a file system may show the others an older state."""
     told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
     return None if told < 0 else told
 
 
 def _dotted(path: tuple) -> str:
-    """The name of a parameter, from its place among those of a model or in what was saved of them."""
+    """Dotted name of a parameter, from its path in a model or in a checkpoint."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 @jax.jit
 def _checksum(tree: PyTree) -> jax.Array:
-    # Sums of integers wrap and commute: the same whatever the sharding. Orbax itself does not notice a flipped bit.
+    # Integer sums wrap and commute, so the sharding does not matter. Orbax itself does not detect a flipped bit.
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
         total = 31 * total + leaf.view(f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32).sum(dtype=jnp.uint32)
@@ -274,7 +274,7 @@ def _checksum(tree: PyTree) -> jax.Array:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    # When one array cannot be read, orbax abandons its reads of the others; collected, they complain.
+    # If one array cannot be read, orbax abandons its other reads, which print errors when garbage-collected.
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda *_: None
@@ -287,7 +287,7 @@ def _hushed() -> Iterator[None]:
 
 @functools.cache
 def _drop_late_complaints() -> None:
-    # The writes that a failed save leaves behind end later, each with a traceback: the event loop they knew is closed.
+    # Writes abandoned by a failed save end later, each with a traceback, because their event loop is closed.
     report = sys.unraisablehook
 
     def hook(complaint: "sys.UnraisableHookArgs") -> None:
@@ -300,19 +300,19 @@ def _drop_late_complaints() -> None:
 def load_model(
     workdir: str | os.PathLike[str], mesh: Mesh | None = None, *, trust_code: bool = False
 ) -> tuple[Config, Decoder, int]:
-    """The trained decoder of a workdir, from its own config.json and its newest checkpoint that can be read.
+    """Load the trained decoder of a workdir from its config.json and its newest readable checkpoint.
 
     Args:
-        workdir: what `train.py` wrote.
-        mesh: devices to spread the parameters over; None puts them all on the first device of this process.
-        trust_code: run the code of the run's own encoding, though you have not trained it on this machine.
+        workdir: Folder written by `train.py`.
+        mesh: Devices to shard the parameters over; None puts them all on the first device of this process.
+        trust_code: Run the code of the run's custom encoding even if it was not trained on this machine by you.
 
     Returns:
-        The config of the run, the decoder, and the step that it was saved at.
+        The config of the run, the decoder, and the step of the checkpoint.
 
     Raises:
-        ValueError: there is no such run, it has saved no checkpoint that can be read, its config.json is that of a
-            decoder with other parameters, or it comes with code that is not trusted (`nope_jax.own_code`).
+        ValueError: there is no such run, it has no readable checkpoint, its config.json describes a decoder with other
+            parameters, or it comes with code that is not trusted (`nope_jax.config.own_code`).
     """
     config = configs.load(workdir, trust_code=trust_code)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
@@ -328,7 +328,7 @@ def load_model(
 
 
 def _check_shapes(workdir: str | os.PathLike[str], checkpointer: Checkpointer, abstract: nnx.State) -> None:
-    """Refuses a config.json that is not that of the newest checkpoint."""
+    """Check that the parameters of config.json match those of the newest checkpoint."""
     step = checkpointer.latest_step
     saved = None if step is None else checkpointer.shapes(step, "params")
     if saved is None:

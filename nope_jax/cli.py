@@ -1,4 +1,4 @@
-"""The command lines of train.py, eval.py and prepare.py; what is wrong is reported in one line and an exit status."""
+"""The command lines of train.py, eval.py and prepare.py. Errors are one line on stderr and an exit status."""
 
 import contextlib
 import ctypes
@@ -26,10 +26,6 @@ from nope_jax.config import (
     DataConfig,
     EncodingSpec,
     EvalConfig,
-    PasskeyConfig,
-    ProbeConfig,
-    SimilarityConfig,
-    TuneConfig,
     load,
     load_file,
     override,
@@ -37,17 +33,18 @@ from nope_jax.config import (
     unknown,
     wanted,
 )
-from nope_jax.distributed import DIVERGED, Place
+from nope_jax.distributed import DIVERGED, ProcessSpec
 from nope_jax.errors import is_refusal
+from nope_jax.evaluation.registry import EVALUATIONS, Options
 from nope_jax.paths import Location, location, on_disk
 
 
 def run(command: Callable[[], None]) -> int:
-    """Runs a command and returns its exit status; what goes wrong is one line on stderr.
+    """Run a command and return its exit status; report an expected error as one line on stderr.
 
-    0 done; 1 an error that nobody foresaw, or of the user's own code, with its traceback; 2 bad input (what one of our
-    checks refuses), or a file system that refuses; 4 diverged; 128 + n stopped by signal n (130 is Ctrl-C). A process
-    of a run of several may end with 3, see `nope_jax.distributed`.
+    0: success. 1: an unexpected error, or one in the user's own code, with its traceback. 2: invalid input (rejected by
+    a check of this package), or a file system error. 4: training diverged. 128 + n: stopped by signal n (130 is
+    Ctrl-C). A process of a multi-process run may exit with 3, see `nope_jax.distributed`.
     """
     _keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -68,10 +65,10 @@ def run(command: Callable[[], None]) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Has the C library keep what is freed; must come before XLA starts its threads.
+    """Make the C library keep freed memory. Must be called before XLA starts its threads.
 
-    XLA allocates the temporaries of every step anew on a CPU. Given back to the system each time, they fault in
-    again page by page, which small steps feel.
+    On a CPU, XLA allocates the temporaries of every step again. If the C library returned them to the system each
+    time, they would be paged in again, which slows down small steps.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -87,7 +84,7 @@ def _fail(message: str, *, status: int) -> int:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # the status says it too, where the terminal is gone
+    with contextlib.suppress(OSError):  # if the terminal is gone, the exit status still reports the error
         print(line, file=sys.stderr)
 
 
@@ -96,99 +93,53 @@ class TrainArguments(NamedTuple):
 
     config: Config
     workdir: Location
-    """Nowhere in particular where it is not given, as it need not be with compile_for."""
+    """Path() if not given; it is optional with compile_for."""
     compile_for: str | None = None
-    """The slice of TPUs to compile for instead of training."""
-    place: Place = Place()
-    """Which of the run's processes this one is."""
+    """The TPU slice to compile for instead of training."""
+    place: ProcessSpec = ProcessSpec()
+    """This process's place among the processes of the run."""
 
 
 _TRUST_CODE: tuple[Any, str] = (
     bool | None,
-    "True: run the code that comes with the workdirs, though no train.py of yours on this machine has written it.",
+    "True: run the code stored in the workdirs even if train.py has not written it on this machine for this user.",
 )
 
 
-class EvalArguments(NamedTuple):
-    """The command line of eval.py, after the name of the evaluation."""
-
-    workdirs: tuple[Path, ...]
-    lengths: tuple[int, ...]
-    """In tokens; empty for an evaluation that takes none."""
-    out: Path
-    overrides: dict[str, Any]
-    """The data.* and eval.* fields that were given, by dotted name: `override` puts them on the config of each run."""
-    settings: Any = None
-    """The evaluation's own settings."""
-    method: str | None = None
-    """What eval.py tune searches for."""
-
-
-class Evaluation(NamedTuple):
-    """One of eval.py's evaluations, as the command line knows it."""
-
-    description: str
-    settings: Any = None
-    takes_lengths: bool = True
-    methods: tuple[str, ...] = ()
-    out: str = "Where the report is written."
-    takes_eval: tuple[str, ...] = ()
-    """The fields of eval.* that it goes by."""
-
-
-EVALUATIONS = {
-    "curves": Evaluation(
-        "Measures perplexity and attention entropy by position.",
-        takes_eval=tuple(field.name for field in dataclasses.fields(EvalConfig)),
-    ),
-    "tune": Evaluation(
-        "Finds the factors or the scaling with which a run holds further, and writes a run that has them.",
-        TuneConfig(),
-        methods=("uniform", "head", "log-n", "ssmax", "linear", "ntk", "dynamic", "yarn"),
-        out="The workdir of the tuned run.",
-    ),
-    "passkey": Evaluation("Measures how often a number hidden in filler text is found again.", PasskeyConfig()),
-    "similarity": Evaluation(
-        "Compares the attention of two runs.", SimilarityConfig(), takes_lengths=False, takes_eval=("seed",)
-    ),
-    "probe": Evaluation(
-        "Reads positions out of the hidden states of each layer.", ProbeConfig(), takes_eval=("batch_size", "seed")
-    ),
-}
-"""By the word that follows eval.py; without one it is curves."""
-
-
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """The command line of train.py: `--config`, `--workdir` or `--compile_for`, and any field over the config file's.
+    """Parse the command line of train.py: `--config`, `--workdir` or `--compile_for`, and overrides of any field.
 
-    A model.train_length that equals data.context_length follows it when that is overridden.
+    If model.train_length equals data.context_length, it follows an override of the latter.
 
     Raises:
-        ValueError: in one line, what is wrong and what would be right.
+        ValueError: an argument is invalid; the message is one line.
     """
     given = _given(arguments)
     options: dict[str, tuple[Any, str]] = {
         "config": (Path, "A Python file whose get_config() returns the Config of the run."),
         "workdir": (
             Path | None if "compile_for" in given else Path,
-            "Where the run is written; started again on the same one, it continues.",
+            "Output directory of the run. Starting again with the same workdir resumes the run.",
         ),
         "compile_for": (
             str | None,
-            "A slice of TPUs such as v5e:16x16. Nothing is trained: it says what memory and time the run would take "
-            "there, from a compilation that needs no TPU.",
+            "A TPU slice such as v5e:16x16. Instead of training, compile the run for this slice, without a TPU, and "
+            "report the memory and time it would take.",
         ),
         "coordinator": (
             str | None,
-            "HOST:PORT of process 0, for a run of several processes. Cloud TPU slices, SLURM, Open MPI and Kubernetes "
-            "jobs need not say it.",
+            "HOST:PORT of process 0, for a multi-process run. Detected automatically on Cloud TPU slices and in SLURM, "
+            "Open MPI and Kubernetes jobs.",
         ),
-        "num_processes": (int | None, "How many processes the run has; 1 keeps it from looking for others."),
-        "process_id": (int | None, "Which of them this one is, from 0."),
-        "join_timeout": (int | None, f"Seconds to wait until all have come; {Place().join_timeout} if not given."),
+        "num_processes": (int | None, "Number of processes in the run; 1 disables the detection of others."),
+        "process_id": (int | None, "Index of this process, from 0."),
+        "join_timeout": (
+            int | None,
+            f"Seconds to wait for all processes to join; {ProcessSpec().join_timeout} if not given.",
+        ),
         "peer_timeout": (
             int | None,
-            f"Seconds after which one that does not answer counts as dead; {Place().peer_timeout} if not given.",
+            f"Seconds after which an unresponsive process counts as dead; {ProcessSpec().peer_timeout} if not given.",
         ),
         "trust_code": _TRUST_CODE,
     }
@@ -198,40 +149,40 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     values, overrides = _parse(arguments, options, groups, "Trains a decoder.")
     if "data.context_length" in overrides and config.model.train_length == config.data.context_length:
         overrides = {"model.train_length": None} | overrides
-    place = Place(**{name: value for name in Place._fields if (value := getattr(values, name)) is not None})
+    place = ProcessSpec(**{name: value for name in ProcessSpec._fields if (value := getattr(values, name)) is not None})
     place.named()
-    # From its word: tyro has made a pathlib.Path of it, which is no path any more if it was one of a bucket.
+    # Taken from the raw argument: tyro has converted it to a pathlib.Path, which breaks a bucket URL.
     workdir = location(given["workdir"][0], "--workdir") if "workdir" in given else Path()
     config = override(config, overrides)
     if values.trust_code:
-        for folder in (workdir, config.train.start_from):
+        for folder in (workdir, config.train.init_from):
             if folder is not None and (location(folder) / "config.json").exists():
-                load(folder, trust_code=True)  # and from then on this process does
+                load(folder, trust_code=True)  # this process trusts the code from here on
     return TrainArguments(config, workdir, values.compile_for, place)
 
 
 def parse_prepare(arguments: Sequence[str]) -> DataConfig:
-    """The command line of prepare.py: `--config`, and any data.* field over those of the config file.
+    """Parse the command line of prepare.py: `--config`, and overrides of any data.* field.
 
     Raises:
-        ValueError: in one line, what is wrong and what would be right.
+        ValueError: an argument is invalid; the message is one line.
     """
     options = {"config": (Path, "A Python file whose get_config() returns the Config of a run.")}
     file = _given(arguments).get("config")
     config = load_file(file[0]) if file else Config()
-    _, overrides = _parse(arguments, options, {"data": config.data}, "Tokenises the corpus of a run, once.")
+    _, overrides = _parse(arguments, options, {"data": config.data}, "Tokenizes the corpus of a run, once.")
     return override(config, overrides).data
 
 
-def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
-    """The command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
+def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
+    """Parse the command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
 
     Args:
-        arguments: what follows eval.py and the name of the evaluation.
-        name: one of EVALUATIONS, which may take settings of its own, by their dotted names.
+        arguments: The arguments after eval.py and the name of the evaluation.
+        name: One of EVALUATIONS, which may define additional settings, given by their dotted names.
 
     Raises:
-        ValueError: in one line, what is wrong and what would be right.
+        ValueError: an argument is invalid; the message is one line.
     """
     if name not in EVALUATIONS:
         near = difflib.get_close_matches(name, EVALUATIONS, n=1)
@@ -250,7 +201,7 @@ def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
     groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig()}
     if evaluation.settings is not None:
         groups[name] = evaluation.settings
-    rule = "A field of data or eval that is not given is that of the run."
+    rule = "Fields of data and eval default to those of the run."
     values, given = _parse(arguments, options, groups, f"{evaluation.description} {rule}")
     overrides = {field: value for field, value in given.items() if field in HINTS}
     for field in overrides:
@@ -269,17 +220,17 @@ def parse_eval(arguments: Sequence[str], name: str = "curves") -> EvalArguments:
         if field not in HINTS and isinstance(value, float) and not value > 0:
             raise ValueError(f"--{field} must be greater than 0, not {value}")
     for workdir in values.workdirs if values.trust_code else ():
-        load(workdir, trust_code=True)  # and from then on this process does
+        load(workdir, trust_code=True)  # this process trusts the code from here on
     settings = getattr(values, name, None)
-    return EvalArguments(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
+    return Options(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
 
 
 def _parse(
     arguments: Sequence[str], options: Mapping[str, tuple[Any, str]], groups: Mapping[str, Any], description: str
 ) -> tuple[Any, dict[str, Any]]:
-    """Parses options (name: type and help) and overrides of groups; returns the options and the overrides.
+    """Parse options (name: type and help) and overrides of config groups; return both.
 
-    An option must be given unless its type has None, which it then is.
+    An option is required unless its type includes None, which is then its default.
     """
     given = _given(arguments)
     hints = {name: hint for name, (hint, _) in options.items()}
@@ -316,7 +267,7 @@ def _parse(
     except SystemExit as exit:
         if not exit.code:
             raise
-        # The box around it is of other characters where the terminal does not take these.
+        # tyro draws the box in ASCII if the terminal does not support box-drawing characters.
         lines = [line.strip("│| ") for line in complaint.getvalue().splitlines() if line.startswith(("│", "|"))]
         message = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
         for name, words in given.items():
@@ -331,7 +282,7 @@ def _may_be_none(hint: Any) -> bool:
 
 
 def _given(arguments: Iterable[str]) -> dict[str, list[str]]:
-    """The options that a command line gives, each with the words that follow it."""
+    """The options on a command line, each with the words that follow it."""
     given: dict[str, list[str]] = {}
     words: list[str] = []
     for argument in arguments:
@@ -348,7 +299,7 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _encoding_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """One word is a name, several are a tuple of names; an Encoding itself can only come from a config file."""
+    """Parse one word as a name and several as a tuple of names; only a config file can give an Encoding object."""
     if info.type != EncodingSpec:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(

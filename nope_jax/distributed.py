@@ -1,8 +1,8 @@
-"""The processes of one run, usually one per host: how they find each other, and that none waits for one that is gone.
+"""The processes of one run, usually one per host: how they find each other, and how a failure of one ends the others.
 
-Before JAX connects them, process 0 calls the roll on the coordinator's port; the others answer with their number. What
-does not come is named. The connections of the roll stay open, and the kernel closes that of a process which dies
-however it dies, so that the others learn of it at once, say so and end, where they would wait in a collective.
+Before JAX connects them, the other processes report their number to process 0 on the coordinator's port. Process 0
+names those that are missing. These connections stay open. The kernel closes the connection of a process that dies for
+any reason, so the others learn of it at once, report it and exit, instead of waiting in a collective.
 """
 
 import atexit
@@ -25,33 +25,33 @@ from nope_jax.errors import is_refusal
 from nope_jax.paths import Location
 
 PEER_LOST = 3
-"""The exit status of a process that ends because another one is gone."""
+"""Exit status of a process that ends because another one died."""
 
 DIVERGED = 4
-"""The exit status of a run whose loss or gradient is not finite."""
+"""Exit status of a run whose loss or gradient is not finite."""
 
 OWN_END = 10.0
-"""Seconds that a process has to end by itself when another has: mostly they end for the same reason."""
+"""Seconds that a process has to end by itself after another has ended, since they usually end for the same reason."""
 
 
-class Place(NamedTuple):
-    """Which process of how many this one is, as the command line says; None: as the environment says."""
+class ProcessSpec(NamedTuple):
+    """The process number and count given on the command line; None: taken from the environment."""
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 is reached."""
+    """HOST:PORT of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
-    """From 0."""
+    """Number of this process, from 0."""
     join_timeout: int = 300
-    """Seconds to wait for all processes to come."""
+    """Seconds to wait for all processes to join."""
     peer_timeout: int = 60
-    """Seconds after which a process that does not answer counts as dead."""
+    """Seconds without an answer after which a process counts as dead."""
 
     def named(self) -> "_Found | None":
-        """The process that the options name; None where they leave it to the environment.
+        """Return the process that the options give, or None if they leave it to the environment.
 
         Raises:
-            ValueError: they do not go together.
+            ValueError: the options are inconsistent.
         """
         for name in ("join_timeout", "peer_timeout"):
             if getattr(self, name) < 5:
@@ -75,7 +75,7 @@ class Place(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Which process of how many this one is, and the devices that the environment leaves to it (None: all)."""
+    """The resolved process number and count, and the devices the environment assigns to it (None: all)."""
 
     coordinator: str | None
     num_processes: int
@@ -84,26 +84,27 @@ class _Found(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(place: Place, workdir: Location) -> Iterator[None]:
-    """Connects this process with the others of its run for as long as the context lasts; alone, it does nothing.
+def joined(place: ProcessSpec, workdir: Location) -> Iterator[None]:
+    """Connect this process with the others of its run for the duration of the context; with one process, do nothing.
 
-    The environments that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes jobs) are asked where `place` says nothing.
-    While the context lasts, the death of any process ends this one with status PEER_LOST and a line that says which;
-    its end by an error that would come again (bad input, divergence, a mistake in the program), with its status.
+    If `place` gives no number and count, the environments that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes jobs)
+    determine them. During the context, the death of any process ends this one with status PEER_LOST and a message that
+    names it. If another process ends with an error that would recur (bad input, divergence, a program error), this one
+    ends with its status.
 
     Args:
-        place: what was given on the command line.
-        workdir: of the run; its newest checkpoint is what the line names.
+        place: Values given on the command line.
+        workdir: Workdir of the run; the message names its newest checkpoint.
 
     Raises:
-        TimeoutError: not all came; it names those missing.
-        ValueError: the environment or another process says what cannot be.
+        TimeoutError: not all processes joined; the message names those missing.
+        ValueError: the environment or another process gives inconsistent values.
     """
     found = _find(place)
     if found.num_processes == 1:
         yield
         return
-    connections = (_call_roll if found.process_id == 0 else _answer_roll)(found, place)
+    connections = (_host_rendezvous if found.process_id == 0 else _join_rendezvous)(found, place)
     watch = _Watch(found, connections, workdir)
     import jax
 
@@ -120,15 +121,15 @@ def joined(place: Place, workdir: Location) -> Iterator[None]:
         yield
     except BaseException as error:
         if _is_of_the_system(error):
-            watch.wait_for_verdict()  # a collective that fails is how one learns of a death first
+            watch.wait_for_verdict()  # the first sign of a death is often a failed collective
         watch.leave(f"{type(error).__name__}: {error}", _status(error))
-        atexit.register(_exit, _status(error))  # before JAX's own, which waits for the others
+        atexit.register(_exit, _status(error))  # runs before JAX's own handler, which waits for the others
         raise
     watch.leave(None)
 
 
 def _status(error: BaseException) -> int:
-    """The exit status of all where one ends by an error: that of the error itself, if it would come again."""
+    """Exit status of all processes after one failed: that of its error if the error would recur."""
     if _is_of_the_system(error):
         return PEER_LOST
     if isinstance(error, FloatingPointError):
@@ -139,10 +140,10 @@ def _status(error: BaseException) -> int:
 
 
 def _is_of_the_system(error: BaseException) -> bool:
-    """Whether it is of a device, or of what connects them."""
+    """Whether the error comes from a device or from the connection between devices."""
     import jax
 
-    # Some collectives of CPUs raise ValueError, with the same text.
+    # Some CPU collectives raise ValueError with the same text.
     raised_by_jax = isinstance(error, jax.errors.JaxRuntimeError) or (
         isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
     )
@@ -150,7 +151,7 @@ def _is_of_the_system(error: BaseException) -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process. One that failed does not wait for the others, as JAX would have it."""
+    """End the process. A failed one does not wait for the others, as JAX's exit handler would."""
     if status:
         _exit(status)
     sys.exit(0)
@@ -158,20 +159,20 @@ def leave(status: int) -> NoReturn:
 
 def _exit(status: int) -> NoReturn:
     for stream in sys.stdout, sys.stderr:
-        with contextlib.suppress(OSError):  # a terminal that is closed, a pipe that nobody reads
+        with contextlib.suppress(OSError):  # a closed terminal, or a pipe without a reader
             stream.flush()
     os._exit(status)
 
 
 def agreed_stop(received: list[int], step: int) -> int | None:
-    """The signal with which all processes stop after this step, if any of them has received one.
+    """Return the signal with which all processes stop after this step, if any of them has received one.
 
-    To be called by all processes after every step. The step is the first that none of them has begun when the signal
-    comes; JAX finds it.
+    All processes must call this after every step. JAX determines the step: the first that no process has started when
+    the signal arrives.
 
     Args:
-        received: the signals that this process has caught. With several processes JAX catches SIGTERM, not we.
-        step: that was dispatched last.
+        received: Signals that this process has caught. With several processes JAX catches SIGTERM instead.
+        step: The last dispatched step.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -186,11 +187,11 @@ def agreed_stop(received: list[int], step: int) -> int | None:
 
 
 SAID = 1024
-"""Bytes of what a process may say to the others, in UTF-8; what is longer is cut."""
+"""Maximum size of a message, in bytes of UTF-8; longer ones are truncated."""
 
 
 def said_by_all(text: str) -> list[str]:
-    """What each process says, in the order of their numbers. To be called by all of them."""
+    """Gather a text from each process, in order of process number. All processes must call this."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -204,26 +205,26 @@ def said_by_all(text: str) -> list[str]:
     ]
 
 
-def _find(place: Place) -> _Found:
+def _find(place: ProcessSpec) -> _Found:
     named = place.named()
     if named is not None:
         return named
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize uses
 
     try:
         coordinator, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, place.join_timeout
         )
-    except Exception as error:  # each environment has its own
+    except Exception as error:  # each environment raises its own
         raise ValueError(
-            f"this looks like a cluster, but which process this is cannot be found out ({error}); give --coordinator, "
-            "--num_processes and --process_id, or --num_processes 1 for one process alone"
+            f"this looks like a cluster, but the number of this process cannot be determined ({error}); give "
+            "--coordinator, --num_processes and --process_id, or --num_processes 1 for one process alone"
         ) from error
     return _Found(coordinator, processes or 1, process or 0, devices)
 
 
-def _call_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
-    """The connection to each other process, once all have come."""
+def _host_rendezvous(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
+    """Wait for all other processes and return the connection to each."""
     _, port = _address(found)
     deadline = time.monotonic() + place.join_timeout
     came: dict[int, _Connection] = {}
@@ -243,7 +244,7 @@ def _call_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
                 break
             hello = connection.receive(timeout=5)
             number, of = hello.get("process"), hello.get("of")
-            if not isinstance(number, int):  # whatever else knocks at the port
+            if not isinstance(number, int):  # some other program connected to the port
                 connection.close()
             elif of != found.num_processes or not 0 < number < of:
                 message = f"process {number} was started as one of {of}, process 0 as one of {found.num_processes}"
@@ -269,8 +270,8 @@ def _call_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
     return came
 
 
-def _answer_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
-    """The connection to process 0, once all have come."""
+def _join_rendezvous(found: _Found, place: ProcessSpec) -> dict[int, "_Connection"]:
+    """Join process 0 and return the connection to it, once all processes have joined."""
     host, port = _address(found)
     deadline = time.monotonic() + place.join_timeout
     reason = ""
@@ -281,14 +282,14 @@ def _answer_roll(found: _Found, place: Place) -> dict[int, "_Connection"]:
             reason = f" ({error.strerror or error})"
         else:
             connection.send(process=found.process_id, of=found.num_processes, host=socket.gethostname())
-            answer = connection.receive(timeout=place.join_timeout + 10)  # process 0 may have begun to wait after us
+            answer = connection.receive(timeout=place.join_timeout + 10)  # process 0 may have started to wait later
             if "go" in answer:
                 connection.host = host
                 return {0: connection}
             connection.close()
             if "refusal" in answer:
                 raise TimeoutError(answer["refusal"])
-            reason = " (another program has the port)"  # or what is left of an earlier run, for a moment
+            reason = " (another program has the port)"  # or, briefly, the remains of an earlier run
         time.sleep(0.5)
     raise TimeoutError(
         f"process 0 did not answer process {found.process_id} at {found.coordinator} within {place.join_timeout} s"
@@ -308,14 +309,14 @@ _HOW_TO_START = (
 
 
 class _Connection:
-    """Lines of JSON to and from another process."""
+    """A connection to another process that exchanges lines of JSON."""
 
     host = ""
 
     def __init__(self, connection: socket.socket, peer_timeout: int):
         self._socket = connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):  # a host without power closes nothing: the kernel asks after it
+        if hasattr(socket, "TCP_KEEPIDLE"):  # a host that loses power closes nothing: let the kernel probe it
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, peer_timeout // 2))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, peer_timeout // 8))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
@@ -325,7 +326,7 @@ class _Connection:
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # a peer that is gone is noticed by whoever reads
+        with contextlib.suppress(OSError):  # the reading side notices that a peer is gone
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def refuse(self, reason: str) -> None:
@@ -333,7 +334,7 @@ class _Connection:
         self.close()
 
     def receive(self, timeout: float | None = None) -> Mapping[str, Any]:
-        """The next message; empty if the other is gone, is silent for so long, or does not speak our language."""
+        """The next message; empty if the peer is gone, silent until the timeout, or sends something else."""
         self._socket.settimeout(timeout)
         try:
             message = json.loads(self._lines.readline())
@@ -344,7 +345,7 @@ class _Connection:
         return message if isinstance(message, dict) else {}
 
     def is_closed(self) -> bool:
-        """Whether the other end is gone, as far as the kernel knows."""
+        """Whether the peer has closed the connection, as far as the kernel knows."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -358,7 +359,7 @@ class _Connection:
 
 
 class _Watch:
-    """A thread that ends this process when another is gone: told by process 0, which hears from all."""
+    """A thread that ends this process when another one is gone. Process 0 hears from all and tells the others."""
 
     def __init__(self, found: _Found, connections: dict[int, _Connection], workdir: Location):
         self._found = found
@@ -366,24 +367,24 @@ class _Watch:
         self._workdir = workdir
         self._leaving = threading.Event()
         self._alone = threading.Event()
-        """All others have closed their connections."""
+        """Set when all others have closed their connections."""
         self._report_abort()
         threading.Thread(target=self._run, daemon=True).start()
 
     def leave(self, reason: str | None, status: int = PEER_LOST) -> None:
-        """Tells the others that this process ends: None, because it is done; else they end too, with this status.
+        """Tell the others that this process ends: None if it is done, else a reason, and they end with this status too.
 
-        Process 0 lets the others go first.
+        Process 0 lets the others end first.
         """
         self._leaving.set()
         for connection in self._connections.values():
             connection.send(left=reason, status=status)
         if reason is not None and self._found.process_id == 0:
-            self._alone.wait(OWN_END + 5)  # JAX's coordination service ends with this process, and aborts who is left
+            self._alone.wait(OWN_END + 5)  # JAX's coordination service ends with this process and aborts the others
 
     def wait_for_verdict(self) -> None:
-        """Gives the thread the time to end the process, if another one is gone."""
-        time.sleep(OWN_END + 5)  # longer than the thread gives it
+        """Give the thread time to end this process, if another one is gone."""
+        time.sleep(OWN_END + 5)  # longer than the thread's own grace period
 
     def _run(self) -> None:
         left = set()
@@ -421,27 +422,29 @@ class _Watch:
 
     def _say_and_exit(self, what: str, status: int = PEER_LOST) -> NoReturn:
         what = " ".join(what.split())[:400]
-        if status != PEER_LOST:  # it would come again
+        if status != PEER_LOST:  # the error would recur
             os.write(sys.stderr.fileno(), f"error: {what}\n".encode())
             os._exit(status)
         goes_on = ["it goes on from its last checkpoint"]
 
         def look(workdir: Path) -> None:
             saved = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
-            goes_on.append(f"it goes on from step {max(saved)}" if saved else "nothing is saved yet, it starts anew")
+            goes_on.append(
+                f"it goes on from step {max(saved)}" if saved else "nothing is saved yet, it starts from the beginning"
+            )
 
-        if isinstance(self._workdir, Path):  # a bucket might keep us waiting
+        if isinstance(self._workdir, Path):  # a bucket might not answer
             looking = threading.Thread(target=look, args=(self._workdir,), daemon=True)
             looking.start()
-            looking.join(5)  # so might a disk that the host had that is gone
+            looking.join(5)  # nor might a disk on the host that is gone
         advice = f"start the same command again on all {self._found.num_processes}: {goes_on[-1]}"
         os.write(sys.stderr.fileno(), f"error: {what}; {advice}\n".encode())
         os._exit(PEER_LOST)
 
     def _report_abort(self) -> None:
-        """Has the line said also where JAX is faster: it aborts the process when the coordinator's connection breaks.
+        """Report a death also when JAX aborts the process first, because the coordinator's connection broke.
 
-        A handler of Python's own would never run: the aborting thread does not return to the interpreter.
+        A Python signal handler would never run, because the aborting thread does not return to the interpreter.
         """
 
         def handle(_: int) -> None:

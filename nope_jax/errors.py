@@ -1,4 +1,4 @@
-"""Which errors are bad input, told in one line, and which are mistakes in a program, whose traceback is needed."""
+"""Distinguishes bad input, reported in one line, from program errors, which need a traceback."""
 
 import dis
 import os
@@ -8,9 +8,9 @@ _HERE = f"{Path(__file__).parent}{os.sep}"
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether one of our checks raised it: a ValueError whose traceback ends at a `raise` statement of this package.
+    """Whether one of our checks raised this: a ValueError whose traceback ends at a `raise` statement of this package.
 
-    Every other ValueError comes out of a library or of a user's own code, even where we called it.
+    Any other ValueError comes from a library or from user code, even if we called it.
     """
     last = error.__traceback__
     if last is None or not isinstance(error, ValueError):

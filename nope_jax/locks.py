@@ -1,9 +1,9 @@
-"""One process at a time writes to a folder; what a dead one has left there keeps nobody out.
+"""Locks a folder for one writing process at a time; a dead process's lock does not block others.
 
-On a disk the kernel holds the lock (flock), and lets go of it however its process ends. Network file systems pass it on
-to other hosts. In a bucket, and on a file system without flock, the holder writes its file anew every BEAT seconds.
-Whoever comes watches that file, by its own clock: one that changes has a living holder, one that does not for PATIENCE
-seconds has not.
+On a disk the kernel holds the lock (flock), and releases it however the process ends. Network file systems extend it to
+other hosts. In a bucket, and on a file system without flock, the holder rewrites a file every BEAT seconds. A newcomer
+watches that file, by its own clock: if it changes, its holder is alive; if it does not change for PATIENCE seconds, its
+holder is dead.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from nope_jax.paths import Location
 BEAT = 10.0
 PATIENCE = 45.0
 SETTLE = 2.0
-"""Seconds in which two that come to a bucket at once have both written; the later one has it."""
+"""Seconds after which two processes that start at once in a bucket have both written; the later write wins."""
 
 
 @contextlib.contextmanager
 def held(folder: Location) -> Iterator[Callable[[], None]]:
-    """Keeps a folder to this process while the context lasts, by the file `lock` in it, which names host and process.
+    """Lock a folder for the duration of the context, with a file `lock` in it that names host and process.
 
-    Yields a function that raises ValueError if another process has taken the folder meanwhile: where files have to be
-    written anew, a process that stood still for longer than PATIENCE counts as dead.
+    Yields a function that raises ValueError if another process has taken the folder meanwhile: when the lock is a
+    rewritten file, a process that hangs for longer than PATIENCE counts as dead.
 
     Raises:
-        ValueError: another process has the folder.
+        ValueError: another process has locked the folder.
         OSError: the file cannot be written.
     """
     path = folder / "lock"
@@ -50,7 +50,7 @@ def held(folder: Location) -> Iterator[Callable[[], None]]:
 
 
 def _is_locked(path: Path, stack: contextlib.ExitStack) -> bool:
-    """Whether the kernel has locked the file for us, until the stack unwinds; False where the file system has no locks.
+    """Lock the file with flock until the stack unwinds; return False if the file system does not support it.
 
     Raises:
         ValueError: another process has locked it.
@@ -66,7 +66,7 @@ def _is_locked(path: Path, stack: contextlib.ExitStack) -> bool:
                 raise
             return False
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            break  # and not one that its holder has removed since we opened it
+            break  # otherwise the holder has removed the file since we opened it
     file.truncate(0)
     file.write(_holder())
     file.flush()
@@ -74,7 +74,7 @@ def _is_locked(path: Path, stack: contextlib.ExitStack) -> bool:
 
 
 class _Lease:
-    """A file that its holder writes anew every BEAT seconds, in a thread."""
+    """A lock file that its holder rewrites every BEAT seconds, in a thread."""
 
     def __init__(self, path: Location):
         self._path = path
@@ -96,7 +96,7 @@ class _Lease:
     def end(self) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # a store that does not answer keeps nobody: the file ages
+        with contextlib.suppress(Exception):  # a store that does not answer is harmless: the file expires
             self._look()
             if self._lost is None:
                 self._path.unlink()
@@ -120,14 +120,14 @@ class _Lease:
         count = 0
         while not self._ended.wait(BEAT):
             count += 1
-            with contextlib.suppress(Exception):  # whatever a network may raise for a while
+            with contextlib.suppress(Exception):  # temporary network errors of any kind
                 self._look()
                 if self._lost is not None:
                     return
                 self._write(count)
 
     def _look(self) -> None:
-        """Notes it if the file is another's."""
+        """Record it if another process has written the file."""
         found = _read(self._path)
         if found and self._name not in found:
             self._lost = _refusal(self._path, found)
@@ -138,7 +138,7 @@ class _Lease:
             unfinished = self._path.with_name(f"lock.{self._name}")
             unfinished.write_text(text)
             unfinished.replace(self._path)
-        else:  # an object is whole or not there
+        else:  # writing an object is atomic
             self._path.write_text(text)
 
 

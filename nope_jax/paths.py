@@ -1,7 +1,7 @@
-"""Where files lie: on a disk, or, for a run, in a bucket of Google Cloud Storage.
+"""Paths: on a disk or, for a run, in a bucket of Google Cloud Storage; and atomic writes.
 
-pathlib drops a slash of gs://bucket/run, and would write a local folder `gs:` without a word. So every path that a user
-may give comes through here before pathlib sees it.
+pathlib drops a slash of gs://bucket/run and would silently create a local folder `gs:`. Every path that a user can give
+therefore goes through this module before pathlib.
 """
 
 import importlib.util
@@ -13,23 +13,23 @@ from typing import TypeAlias
 from etils import epath
 
 Location: TypeAlias = Path | epath.Path
-"""A path on a disk, or in a bucket. Not of the second's methods: absolute() and resolve() make a local path of it."""
+"""A path on a disk or in a bucket. Do not call absolute() or resolve() on the latter: they return a local path."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def check_location(path: str, name: str) -> None:
-    """Refuses what can be no folder of a run: all URLs but gs://BUCKET/FOLDER, and those without a slash of theirs."""
+    """Refuse URLs other than gs://BUCKET/FOLDER, and URLs that lost a slash, as the folder of a run."""
     if _URL.match(path) and not re.match("gs://[^/]", path):
         raise ValueError(f"{name} must be a path on a disk or gs://BUCKET/FOLDER, not {path}")
 
 
 def location(path: str | os.PathLike[str], name: str = "workdir") -> Location:
-    """The folder of a run.
+    """Return the folder of a run.
 
     Args:
-        path: on a disk, or gs://BUCKET/FOLDER (a string: a pathlib.Path of it is refused).
-        name: what gave it, for the errors.
+        path: A path on a disk, or gs://BUCKET/FOLDER as a string; a pathlib.Path of a URL is refused.
+        name: The argument that gave it, for error messages.
 
     Raises:
         ValueError: as `check_location`, or the package that reads buckets is missing.
@@ -44,14 +44,14 @@ def location(path: str | os.PathLike[str], name: str = "workdir") -> Location:
 
 
 def check_reachable(folder: Location, name: str = "workdir") -> None:
-    """Asks a bucket once, so that what is wrong with network or credentials is said before anything is computed.
+    """Access a bucket once, so that network or credential problems are reported before any computation.
 
     Raises:
-        ValueError: it does not answer.
+        ValueError: it does not respond.
     """
     try:
         folder.exists()
-    except Exception as error:  # whatever the network, the credentials and three libraries may raise
+    except Exception as error:  # the network, the credentials and three libraries raise various exceptions
         raise ValueError(
             f"{name} {folder} cannot be reached: {type(error).__name__}: {str(error).partition('.')[0][:200]} "
             "(without credentials: gcloud auth application-default login)"
@@ -59,13 +59,27 @@ def check_reachable(folder: Location, name: str = "workdir") -> None:
 
 
 def on_disk(path: str, name: str) -> str:
-    """The path, if it can be one on a disk.
+    """Return the path if it can be on a disk.
 
     Raises:
         ValueError: it is a URL.
     """
     if _URL.match(path):
         raise ValueError(
-            f"{name} must be on a disk, not {path}; --workdir and train.start_from alone may be in a bucket, gs://..."
+            f"{name} must be on a disk, not {path}; --workdir and train.init_from alone may be in a bucket, gs://..."
         )
     return path
+
+
+def write_whole(path: Location, content: bytes) -> None:
+    """Write a file atomically: if the program is stopped, the old or the new content remains.
+
+    Raises:
+        OSError: with the file name, which the error of a full disk lacks.
+    """
+    unfinished = path.with_suffix(f"{path.suffix}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from error

@@ -1,9 +1,9 @@
-"""Where arrays live: the device mesh, and the one table from an array's logical axes to the axes of the mesh.
+"""Sharding: the device mesh, and the table that maps an array's logical axes to mesh axes.
 
-The model names the axes of its parameters and activations ("embed", "heads", "length", ...) and knows no mesh; this
-module alone translates. Parameters are born in their places and stay there (`state_shardings`); activations are held in
-theirs where it matters (`constrain`), and parameters gathered for the moment that a layer computes with them
-(`gathered`), so that the compiler has nothing left to guess.
+The model names the axes of its parameters and activations ("embed", "heads", "length", ...) without knowing the mesh;
+only this module translates them. Parameters are created sharded and stay so (`state_shardings`). Activations are
+constrained where it matters (`with_logical_constraint`), and parameters are gathered while a layer uses them
+(`gathered`), which leaves the compiler nothing to guess.
 """
 
 import difflib
@@ -19,6 +19,8 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nope_jax.explicit_axes import call_with_auto_axes, explicit_mesh
+
 if TYPE_CHECKING:
     from nope_jax.config import Config, MeshConfig
 
@@ -31,7 +33,7 @@ RULES: Rules = MappingProxyType(
         "batch": ("data", "fsdp"),
         "length": "sequence",
         "vocab": "tensor",
-        # Devices that share rows or sequences share parameters too; of the model's width activations have all.
+        # Devices that share rows or sequences also share parameters; the width of activations is not sharded.
         "embed": ("fsdp", "sequence"),
         "heads": "tensor",
         "kv_heads": "tensor",
@@ -40,19 +42,19 @@ RULES: Rules = MappingProxyType(
         "layers": None,
     }
 )
-"""The mesh axes that an array's logical axes are split over: activations, gradients and the optimizer's moments always,
-and parameters under `mesh.rules fsdp`."""
+"""The mesh axes that shard each logical axis: of activations, gradients and optimizer moments always, and of parameters
+under `mesh.rules fsdp`."""
 
 PARAMETER_RULES: Mapping[str, Rules] = MappingProxyType(
     {"fsdp": RULES, "zero1": MappingProxyType({**RULES, "embed": None})}
 )
-"""How parameters lie, by the names that `mesh.rules` may have."""
+"""The rules for parameters, by `mesh.rules`."""
 
 
 def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all there are, when None) with the axes data, fsdp, tensor and sequence.
+    """Create the mesh over `devices` (None: all) with the axes data, fsdp, tensor and sequence.
 
-    One axis may be -1, for what the others leave; data is 1 where another is.
+    One axis may be -1, to use the devices left by the others; data is 1 if another axis is -1.
 
     Raises:
         ValueError: the product of the axes is not the number of devices.
@@ -76,7 +78,7 @@ def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None)
 
 
 def partition_spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """The mesh axes of an array whose axes have these logical names, None being whole on every device.
+    """Return the mesh axes of an array with these logical axes; None is not sharded.
 
     Raises:
         ValueError: a name is not in the rules, or two of them claim the same mesh axis.
@@ -106,11 +108,11 @@ def _several(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 # Activations
 
 
-def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """`x`, held where its logical axes belong on the mesh in context; None is whole on every device.
+def with_logical_constraint(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Constrain `x` to the sharding of its logical axes on the mesh in context; None is not sharded.
 
-    Nothing happens without a mesh, with one that has other axes than AXES (whoever made it has plans of his own), and
-    along axes that are not Auto or do not divide `x`.
+    Does nothing without a mesh, on a mesh with axes other than AXES (which belongs to other code), and for axes that
+    are not Auto or do not divide `x`.
 
     Raises:
         ValueError: as `partition_spec`.
@@ -119,8 +121,8 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(names, x.shape, sizes)) if sizes else x
 
 
-def ways(name: str, size: int = 0) -> int:
-    """Over how many devices of the mesh in context `constrain` splits a logical axis; of a size that they divide."""
+def num_shards(name: str, size: int = 0) -> int:
+    """Number of shards of a logical axis on the mesh in context; 1 if it does not divide the size."""
     devices = math.prod(_auto_sizes().get(axis, 1) for axis in _several(RULES[name]))
     return devices if size % devices == 0 else 1
 
@@ -132,7 +134,7 @@ def _auto_sizes() -> dict[str, int]:
 
 
 def _fitting(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-    """The spec of these names, but for axes that are not in `sizes` or do not divide the array."""
+    """The spec of these names, without axes that are not in `sizes` or do not divide the array."""
     spec: list[tuple[str, ...] | None] = []
     for size, axes in zip(shape, partition_spec(names), strict=True):
         axes = tuple(axis for axis in _several(axes) if axis in sizes)
@@ -142,54 +144,44 @@ def _fitting(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[s
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(parameter: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """A parameter with all of the model's width on every device, to compute with.
+    """Gather a parameter along the model's width, to compute with it.
 
-    Its gradient goes back to where the parameter with these names lies: each device keeps the sum of its own part.
+    Its gradient is sharded as the parameter is: each device keeps the sum of its own shard.
     """
-    return constrain(parameter, [None if name == "embed" else name for name in names])
+    return with_logical_constraint(parameter, [None if name == "embed" else name for name in names])
 
 
 gathered.defvjp(
     lambda parameter, names: (gathered(parameter, names), None),
-    lambda names, _, gradient: (constrain(gradient, names),),
+    lambda names, _, gradient: (with_logical_constraint(gradient, names),),
 )
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _RESULTS = {2: ("batch", "length"), 3: ("batch", "length", None), 4: ("layers", "batch", "heads", "length")}
-"""What results of so many axes are: of positions, with features, and statistics."""
+"""Logical axes of results by rank: per position, with features, and statistics."""
 
 
 def auto_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """The function, for meshes with Explicit axes too (what `jax.make_mesh` makes): within it they are Auto.
+    """Make a function work on meshes with Explicit axes (the default of `jax.make_mesh`) by using Auto axes inside.
 
-    Arrays come in from wherever they are. Results [B, T], [B, T, D] and [L, B, N, T] go out spread over rows, positions
-    and heads, others whole.
+    Inputs may have any sharding. Results [B, T], [B, T, D] and [L, B, N, T] are sharded over rows, positions and heads;
+    others are replicated.
     """
 
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves if isinstance(leaf, jax.Array)]
-        meshes = [mesh for mesh in (jax.sharding.get_abstract_mesh(), *meshes) if mesh.explicit_axes]
-        if not meshes:
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if context.explicit_axes else explicit_mesh(*jax.tree.leaves((args, kwargs)))
+        if mesh is None:
             return function(*args, **kwargs)
-        mesh = meshes[0]
-        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
-            leaves = [
-                jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if isinstance(x, jax.Array | np.ndarray) else x
-                for x in leaves
-            ]
-            args, kwargs = jax.tree.unflatten(structure, leaves)
-            results = function(*args, **kwargs)
         sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
 
-        def placed(x: jax.Array) -> jax.Array:
-            spec = _fitting(_RESULTS.get(x.ndim, (None,) * x.ndim), x.shape, sizes)
-            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+        def spec(x: jax.Array) -> PartitionSpec:
+            return _fitting(_RESULTS.get(x.ndim, (None,) * x.ndim), x.shape, sizes)
 
-        return jax.tree.map(placed, results)
+        return call_with_auto_axes(mesh, function, args, kwargs, spec, move=jax.Array | np.ndarray)
 
     return wrapped
 
@@ -198,10 +190,10 @@ def auto_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 
 
 def check_fits(config: "Config", mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a model and a batch that cannot be split evenly over a mesh.
+    """Check that a model and a batch divide evenly over a mesh.
 
     Raises:
-        ValueError: with the axes of the mesh and the field that they must divide.
+        ValueError: names the mesh axes and the field that they must divide.
     """
     model, data = config.model, config.data
     fields = {
@@ -214,11 +206,11 @@ def check_fits(config: "Config", mesh: Mesh | AbstractMesh) -> None:
         "data.batch_size": (data.batch_size, "batch"),
     }
     for field, (size, name) in fields.items():
-        ways = {f"mesh.{axis}": mesh.shape[axis] for axis in _several(RULES[name])}
+        num_shards = {f"mesh.{axis}": mesh.shape[axis] for axis in _several(RULES[name])}
         if name == "batch":
-            ways["optimizer.accumulation"] = config.optimizer.accumulation
-        if size % math.prod(ways.values()):
-            split = " x ".join(f"{way} {n}" for way, n in ways.items() if n > 1)
+            num_shards["optimizer.accumulation"] = config.optimizer.accumulation
+        if size % math.prod(num_shards.values()):
+            split = " x ".join(f"{way} {n}" for way, n in num_shards.items() if n > 1)
             raise ValueError(f"{split} must divide {field} {size}")
 
 
@@ -236,12 +228,12 @@ def _sharding(
 
 
 def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
-    """The sharding of every array in a tree: an `nnx.Variable` by its logical names, anything else replicated.
+    """Return the sharding of every array in a tree: by logical axes for an `nnx.Variable`, otherwise replicated.
 
     Args:
-        state: parameters or optimizer state, abstract or concrete. A variable names its axes in its metadata `axes`.
-        mesh: where it is to lie.
-        rules: the table; for parameters one of PARAMETER_RULES.
+        state: Parameters or optimizer state, abstract or concrete. A variable names its axes in its metadata `axes`.
+        mesh: The mesh.
+        rules: The rules; for parameters, one of PARAMETER_RULES.
 
     Returns:
         The same tree with a `NamedSharding` in place of each array.
@@ -258,7 +250,7 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES)
 
 
 def abstract_on_mesh(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """`abstract` (a tree of `jax.ShapeDtypeStruct`) with the sharding of each array, as `state_shardings`."""
+    """Add the shardings of `state_shardings` to `abstract`, a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         abstract,
@@ -267,12 +259,12 @@ def abstract_on_mesh(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def process_share(mesh: Mesh) -> tuple[int, int]:
-    """Which of how many equal shares of a batch's rows this process reads.
+    """Return which of how many equal shares of a batch's rows this process reads.
 
-    Processes that a mesh axis other than those of the batch runs through hold the same rows and read the same share.
+    Processes that differ only along mesh axes other than those of the batch hold the same rows and read the same share.
 
     Raises:
-        ValueError: the mesh gives processes rows that are neither the same nor others.
+        ValueError: the rows of two processes overlap without being the same.
     """
     rows = NamedSharding(mesh, partition_spec(["batch"]))
     held: dict[int, set[int]] = {}
@@ -289,7 +281,7 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's share of the rows of a batch, a tree of arrays [B, T], as global arrays spread over the mesh.
+    """Turn this process's share of a batch, a tree of arrays [B, T], into global arrays sharded over the mesh.
 
     Raises:
         ValueError: the rows or the positions do not divide over their mesh axes.

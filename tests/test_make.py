@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAKEFILES = [ROOT / "Makefile", ROOT / "configs" / "study" / "Makefile"]
+MAKEFILES = [ROOT / "Makefile", ROOT / "benchmarks" / "study" / "Makefile"]
 
 STUB = """#!/bin/sh
 echo "asked for $*"

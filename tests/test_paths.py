@@ -1,5 +1,6 @@
 """Paths on a disk and in a bucket. The bucket here is a dict behind fsspec, which gcsfs stands behind elsewhere."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -13,13 +14,13 @@ from nope_jax import cli, config, locks
 from nope_jax.checkpoint import Checkpointer, load_model, saved_steps
 from nope_jax.config import Config, DataConfig, TrainConfig
 from nope_jax.data import load_corpus
-from nope_jax.paths import location
+from nope_jax.paths import location, write_whole
 from nope_jax.training import train
 from nope_jax.training.metrics import BucketMetricsLog, MetricsLog
 
 WITHOUT_PACKAGE = "{} gs://b/run needs a package that is not installed: pip install gcsfs"
 NO_BUCKET = "{} must be a path on a disk or gs://BUCKET/FOLDER, not {}"
-NOT_ON_DISK = "{} must be on a disk, not {}; --workdir and train.start_from alone may be in a bucket"
+NOT_ON_DISK = "{} must be on a disk, not {}; --workdir and train.init_from alone may be in a bucket"
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ EVAL = "--lengths 128"
         (cli.parse_train, f"{TRAIN} --data.dir gs://b/d", NOT_ON_DISK.format("data.dir", "gs://b/d")),
         (cli.parse_train, f"{TRAIN} --data.source text:gs://b/*.txt", NOT_ON_DISK.format("data.source", r"gs://b/\*")),
         (cli.parse_train, f"{TRAIN} --data.tokenizer gs://b/t.json", NOT_ON_DISK.format("data.tokenizer", "gs://b/t")),
-        (cli.parse_train, f"{TRAIN} --train.start_from s3://b/run", NO_BUCKET.format("train.start_from", "s3://b/run")),
+        (cli.parse_train, f"{TRAIN} --train.init_from s3://b/run", NO_BUCKET.format("train.init_from", "s3://b/run")),
         (cli.parse_eval, f"{EVAL} --out out --workdirs run gs://b/run", NOT_ON_DISK.format("--workdirs", "gs://b/run")),
         (cli.parse_eval, f"{EVAL} --workdirs run --out gs://b/out", NOT_ON_DISK.format("--out", "gs://b/out")),
         (cli.parse_eval, f"{EVAL} --workdirs run --out o --data.dir gs://b", NOT_ON_DISK.format("data.dir", "gs://b")),
@@ -109,12 +110,12 @@ def test_the_command_lines_refuse_in_one_line(gcsfs_is, parse, arguments, compla
 
 
 def test_a_workdir_in_a_bucket_stays_one(bucket):
-    for arguments in f"{CONFIG} --workdir gs://b/run", f"{CONFIG} --workdir=gs://b/run --train.start_from gs://b/other":
+    for arguments in f"{CONFIG} --workdir gs://b/run", f"{CONFIG} --workdir=gs://b/run --train.init_from gs://b/other":
         arguments = cli.parse_train(arguments.split())
         assert os.fspath(arguments.workdir) == "gs://b/run"
-    assert arguments.config.train.start_from == "gs://b/other"
+    assert arguments.config.train.init_from == "gs://b/other"
     with pytest.raises(ValueError, match="gs://b/other is not the workdir of a run"):
-        load_model(arguments.config.train.start_from)
+        load_model(arguments.config.train.init_from)
 
 
 def test_other_ways_to_name_the_data(monkeypatch):
@@ -125,8 +126,23 @@ def test_other_ways_to_name_the_data(monkeypatch):
         Config(data=DataConfig(dir="gs://b/datasets"))
 
 
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "data.json"
+    write_whole(path, b"old")
+
+    def fill_the_disk(self, content):
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_whole(path, b"new")
+    assert error.value.filename == str(path) and path.read_bytes() == b"old"
+
+
 def test_config_in_a_bucket(bucket):
-    wanted = Config(train=TrainConfig(steps=7, start_from="gs://b/other"))
+    wanted = Config(train=TrainConfig(steps=7, init_from="gs://b/other"))
     config.save(wanted, "gs://b/run")
     config.save(wanted, "gs://b/run")
     assert list(bucket) == ["/b/run/config.json"]

@@ -8,24 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eight_devices import config, results
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from nope_jax import Decoder
-from nope_jax.attention import ring
-from nope_jax.collectives import Collective, collectives
+from nope_jax.attention import mesh as attention_mesh
+from nope_jax.compile.collectives import Collective, collectives
 from nope_jax.config import HINTS, MeshConfig, wanted
 from nope_jax.sharding import (
     AXES,
     PARAMETER_RULES,
     RULES,
     check_fits,
-    constrain,
     make_mesh,
     partition_spec,
     state_shardings,
+    with_logical_constraint,
 )
+from tests.support.eight_devices import config, results
 
 
 def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -107,7 +107,11 @@ def test_the_table_cannot_be_changed():
 
 
 def test_attention_spreads_over_the_same_axes():
-    assert (RULES["batch"], RULES["length"], RULES["heads"]) == (ring.BATCH, ring.LENGTH, ring.HEADS)
+    assert (RULES["batch"], RULES["length"], RULES["heads"]) == (
+        attention_mesh.BATCH,
+        attention_mesh.LENGTH,
+        attention_mesh.HEADS,
+    )
 
 
 def test_a_variable_is_placed_by_its_names_and_anything_else_replicated():
@@ -158,9 +162,9 @@ def test_the_config_knows_the_rules_there_are():
 
 def test_what_is_constrained_keeps_its_numbers_and_needs_no_mesh():
     x = jnp.arange(12.0).reshape(3, 4)
-    assert constrain(x, ("batch", "mlp")) is x
+    assert with_logical_constraint(x, ("batch", "mlp")) is x
     with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))):
-        assert constrain(x, ("batch", "mlp")) is x
+        assert with_logical_constraint(x, ("batch", "mlp")) is x
 
 
 def test_the_caller_may_have_explicit_axes():
@@ -203,8 +207,8 @@ def assert_split(run: dict[str, Any], *, parameters: int, moments: int) -> None:
     """That so many devices share the kernels, and the moments of them; of anything else each has all."""
     for name, shape in run["shapes"].items():
         of_kernel = any(name.endswith(kernel.removeprefix(".params")) for kernel in kernels(run))
-        ways = (parameters if name.startswith(".params") else moments) if of_kernel else 1
-        assert math.prod(run["own_shapes"][name]) == math.prod(shape) / ways, name
+        num_shards = (parameters if name.startswith(".params") else moments) if of_kernel else 1
+        assert math.prod(run["own_shapes"][name]) == math.prod(shape) / num_shards, name
 
 
 def moved(found: list[Collective], kind: str, mesh: dict[str, int], *along: str, loops: int = 0) -> Counter[int]:

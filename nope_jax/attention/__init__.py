@@ -1,11 +1,11 @@
-"""Attention: the definition, the streaming form, and one function per encoding."""
+"""Attention: one function per encoding, with interchangeable backends."""
 
 from nope_jax.attention.dot_product import AttentionStats, dot_product_attention
+from nope_jax.attention.encoded import attention_weights, encoded_attention
 from nope_jax.attention.functions import (
     alibi_attention,
     cope_attention,
     deberta_attention,
-    encoded_attention,
     fire_attention,
     forgetting_attention,
     kerple_attention,
@@ -22,6 +22,7 @@ from nope_jax.attention.functions import (
 __all__ = [
     "AttentionStats",
     "alibi_attention",
+    "attention_weights",
     "cope_attention",
     "deberta_attention",
     "dot_product_attention",

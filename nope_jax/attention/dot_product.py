@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with everything an encoding may ask of it, and its statistics.
+"""Scaled dot-product attention with the terms that encodings add, and its statistics.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -6,38 +6,34 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 import dataclasses
 import functools
 import math
-import operator
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
+from nope_jax.attention.backends import choose
+from nope_jax.attention.backends.reference import reference_softmax
 from nope_jax.attention.flax_layer import for_flax_layers
-from nope_jax.attention.reference import reference_attention
-from nope_jax.attention.ring import ring_size, spread_attention, with_explicit_axes
-from nope_jax.attention.scanning import scanning_attention
-from nope_jax.attention.streaming import BLOCK_SIZE, streaming_attention
-from nope_jax.attention.visibility import Visibility
-from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
-from nope_jax.encodings.checks import known_values
+from nope_jax.attention.mask_spec import MaskSpec, make_mask_spec
+from nope_jax.attention.mesh import with_auto_axes
+from nope_jax.attention.sharded import spread_attention
+from nope_jax.encodings import BlockValue, DistanceLogit
 from nope_jax.encodings.encoding import Logit
-
-Implementation = Literal["reference", "streaming"]
 
 
 class AttentionStats(NamedTuple):
-    """What the weights of each row look like."""
+    """Statistics of the attention weights of each query."""
 
     entropy: Float[Array, "B N T"]
-    """-Σ a·ln a in nats: 0 on one key, ln n when spread evenly over n keys."""
+    """-Σ a·ln a in nats: 0 if all weight is on one key, ln n for uniform weights over n keys."""
     logsumexp: Float[Array, "B N T"]
-    """ln Σ e^logit; -inf in a row that sees no key."""
+    """ln Σ e^logit; -inf for a query that sees no key."""
 
 
-@with_explicit_axes
+@with_auto_axes
 @for_flax_layers
 def dot_product_attention(
     query: Shaped[Array | np.ndarray, "B T N H"],
@@ -53,118 +49,157 @@ def dot_product_attention(
     window: int | None = None,
     chunk_size: int | None = None,
     segment_ids: Integer[ArrayLike, "B T"] | tuple[Integer[ArrayLike, "B T"], Integer[ArrayLike, "B S"]] | None = None,
-    temperature: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
-    implementation: Implementation | None = None,
+    logit_scale: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
+    implementation: str | Sequence[str] | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
-    """softmax(temperature · q·k/√H + logit) · v over the keys that each query may see; softmax in float32.
+    """Compute softmax(logit_scale · q·k/√H + logit) · v over the keys visible to each query, with a float32 softmax.
 
-    Queries, keys and values may differ in dtype. All is computed from them as they are, in float32 where two differ;
-    float64 ones are rounded to float32 first. It can be given as `attention_fn` to `nnx.MultiHeadAttention` and
-    `nn.MultiHeadDotProductAttention`, as `nope_jax.attention.flax_layer` says.
+    Queries, keys and values may have different dtypes and are used as given; a product of two different dtypes is
+    computed in float32. Only float64 inputs are first rounded to float32. The function can be passed as `attention_fn`
+    to `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`; see `nope_jax.attention.flax_layer`.
 
-    Under a mesh in context (`jax.set_mesh`), or with arrays on one of Explicit axes, it is spread over the mesh's
-    devices, as `nope_jax.attention.ring` says.
+    With a mesh in context (`jax.set_mesh`), or with arrays on a mesh with Explicit axes, the computation is sharded
+    over the devices of the mesh; see `nope_jax.attention.sharded`.
 
     Args:
         query: Queries.
-        key: Keys; K divides N, and query head n reads key head n // (N/K).
+        key: Keys; K must divide N, and query head n attends to key head n // (N/K).
         value: Values.
-        logit: What is added to the scaled content logit, computed block by block (`nope_jax.encodings.DistanceLogit`,
+        logit: Term added to the scaled content logits, computed block by block (`nope_jax.encodings.DistanceLogit`,
             `BlockLogit`, `ScanLogit`).
-        value_term: What is added to the output (`nope_jax.encodings.BlockValue`).
-        query_positions: Positions of the queries. Default: aligned at the end of the keys, S-T..S-1, so that a single
-            query against a long cache is its last token. In a cache that is not full yet, give them.
+        value_term: Term added to the output (`nope_jax.encodings.BlockValue`).
+        query_positions: Positions of the queries. Default: S-T..S-1, aligned with the end of the keys, so a single
+            query against a KV cache is its last token. Required for a partially filled cache.
         key_positions: Positions of the keys. Default: 0..S-1.
-        mask: True where a query may attend; integers 0 and 1 are taken too. What is to be added to the logits (floating
-            point, 0 and -inf) is a `logit`, not a mask, and refused.
-        is_causal: A query sees no key at a later position than its own.
-        window: A query sees only the keys fewer than so many positions away: 1 is itself alone.
-        chunk_size: A query sees only the keys of its own chunk of so many positions, the first from 0 on.
-        segment_ids: A query sees only the keys of its own segment; a pair when queries and keys differ.
-        temperature: Factor of the content logit.
-        implementation: "reference" writes the weights out; "streaming" never does, and needs memory that grows with T
-            rather than T·S (differentiable in reverse mode only). None: streaming, unless all weights of a head fit
-            one block of one device.
+        mask: Boolean mask, True where a query may attend; integers 0 and 1 are also accepted. Additive floating-point
+            masks (0 and -inf) are refused: pass them as a `logit`.
+        is_causal: Mask keys at later positions than the query.
+        window: Mask keys at a distance of `window` positions or more; with 1, a query sees only itself.
+        chunk_size: Mask keys outside the query's chunk of `chunk_size` positions; chunks start at position 0.
+        segment_ids: Mask keys of other segments than the query's; a pair if queries and keys have different segments.
+        logit_scale: Factor of the content logits.
+        implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
+            T·S (differentiable once, in reverse mode). Of several names, the first that supports the call is used.
+            None: streaming, unless all weights of a head fit in one block on one device.
         return_stats: Also return `AttentionStats`.
-        precision: Of the products with queries, keys and values, as in `jax.lax.dot`; those within an encoding's terms
-            follow `jax.default_matmul_precision`.
+        precision: Precision of the products with queries, keys and values, as in `jax.lax.dot`; products within an
+            encoding's terms follow `jax.default_matmul_precision`.
 
     Returns:
-        The output [B, T, N, H2] in value's dtype; with return_stats a pair (output, AttentionStats). A row that sees no
-        key gives zeros and entropy 0.
+        The output [B, T, N, H2] in value's dtype; with return_stats, a pair (output, AttentionStats). For a query that
+        sees no key, output and entropy are 0.
 
     Raises:
-        ValueError: An argument that cannot be right, named with what it should be.
-        TypeError: A keyword that nobody knows.
+        ValueError: An argument is invalid; the message names it and what it should be.
+        TypeError: A keyword is unknown.
     """
-    if implementation not in (None, "reference", "streaming"):
-        raise ValueError(f'implementation must be "reference", "streaming" or None, not {implementation!r}')
     check_arrays(query, key, value)
-    batch, query_length, num_heads, head_dim = query.shape
-    key_length = key.shape[1]
-    window, chunk_size = check_reach(window, chunk_size)
-    query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
-    visibility = Visibility(
-        query_positions=per_token("query_positions", query_positions, batch, query_length),
-        key_positions=per_token("key_positions", key_positions, batch, key_length),
-        query_segments=query_segments,
-        key_segments=key_segments,
-        mask=_mask(mask, (batch, num_heads, query_length, key_length)),
+    mask_spec = make_mask_spec(
+        query,
+        key,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        mask=mask,
         is_causal=is_causal,
         window=window,
         chunk_size=chunk_size,
+        segment_ids=segment_ids,
     )
-    if is_causal and isinstance(logit, DistanceLogit):
-        logit = dataclasses.replace(logit, function=_Past(logit.function))
-    if isinstance(logit, DistanceLogit) and visibility.contiguous and not isinstance(query, jax.core.Tracer):
-        # Outside of jit the function may be a new one in every call, and what it is part of be compiled as often.
-        values = logit.function(logit.parameters, jnp.arange(1 - query_length, key_length))
-        logit = DistanceLogit(_Tabulated(1 - query_length), values)
-    factor = _temperature(temperature, batch, num_heads, query_length) / math.sqrt(head_dim)
-    if implementation is None:
-        small = query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1
-        implementation = "reference" if small else "streaming"
-    if not (query_length and key_length):
-        output = jnp.zeros((batch, query_length, num_heads, value.shape[-1]), value.dtype)
-        entropy = jnp.zeros((batch, num_heads, query_length), jnp.float32)
-        return (output, AttentionStats(entropy, jnp.full_like(entropy, -jnp.inf))) if return_stats else output
-    output, entropy, logsumexp = _attention(
-        query, factor, key, value, logit, value_term, visibility, precision, implementation, return_stats
-    )
-    return (output, AttentionStats(entropy, logsumexp)) if return_stats else output
-
-
-@functools.partial(jax.jit, static_argnames=("precision", "implementation", "with_entropy"))
-def _attention(query, factor, key, value, logit, value_term, visibility, precision, implementation, with_entropy):
-    # Compiled as one, so that calling it outside of jit costs no compilation per operation.
-    dtype = value.dtype
-    query, key, value = (x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in (query, key, value))
-    attend: Callable = functools.partial(streaming_attention, with_entropy=with_entropy)
-    if implementation == "reference":
-        attend = reference_attention
-    elif isinstance(logit, ScanLogit):
-        attend = scanning_attention
-    output, entropy, logsumexp = spread_attention(
-        attend,
+    return attend(
         query,
-        factor,
         key,
         value,
         logit,
         value_term,
-        visibility,
-        precision,
-        in_parts=implementation == "streaming",
-        with_entropy=with_entropy,
+        mask_spec,
+        logit_scale=logit_scale,
+        implementation=implementation,
+        return_stats=return_stats,
+        precision=precision,
     )
-    return output.astype(dtype), entropy, logsumexp
+
+
+def attend(
+    query,
+    key,
+    value,
+    logit: Logit | None,
+    value_term: BlockValue | None,
+    mask_spec: MaskSpec,
+    *,
+    logit_scale: Any = None,
+    implementation: str | Sequence[str] | None = None,
+    return_stats: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> Any:
+    """`dot_product_attention` on validated arrays and a `MaskSpec`."""
+    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale)
+    call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats
+    backend = choose(implementation, *call)
+    if query.shape[1] and key.shape[1]:
+        output, *of_rows = _attend(backend, *call)
+    else:
+        output = jnp.zeros((*query.shape[:3], value.shape[-1]), value.dtype)
+        entropy = jnp.zeros((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
+        of_rows = entropy, jnp.full_like(entropy, -jnp.inf)
+    return (output, AttentionStats(*of_rows)) if return_stats else output
+
+
+def attend_weights(
+    query,
+    key,
+    logit: Logit | None,
+    mask_spec: MaskSpec,
+    *,
+    logit_scale: Any = None,
+    return_stats: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> Any:
+    """The attention weights of `attend`: [B, N, T, S], float32."""
+    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale)
+    weights, *of_rows = _weights(query, factor, key, logit, mask_spec, precision)
+    return (weights, AttentionStats(*of_rows)) if return_stats else weights
+
+
+def _factor_and_logit(query, key, logit, mask_spec, logit_scale):
+    """Return logit_scale/√H as an array, and the logit in the form that backends evaluate."""
+    (batch, query_length, num_heads, head_dim), key_length = query.shape, key.shape[1]
+    if not isinstance(logit, Logit | None):
+        raise ValueError(f"logit must be a DistanceLogit, BlockLogit, ScanLogit or None, not a {type(logit).__name__}")
+    if mask_spec.is_causal and isinstance(logit, DistanceLogit):
+        logit = dataclasses.replace(logit, function=_Past(logit.function))
+    if isinstance(logit, DistanceLogit) and mask_spec.contiguous and not isinstance(query, jax.core.Tracer):
+        # Outside jit, the function may be a new object in every call, which would trigger a recompilation each time.
+        values = logit.values(jnp.arange(1 - query_length, key_length))
+        logit = DistanceLogit(_Tabulated(1 - query_length), values)
+    return _logit_scale(logit_scale, batch, num_heads, query_length) / math.sqrt(head_dim), logit
+
+
+# Jitted as a whole, so a call outside jit does not compile operation by operation.
+@functools.partial(jax.jit, static_argnames=("backend", "precision", "with_entropy"))
+def _attend(backend, query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy):
+    query, key, wide = (_at_most_float32(x) for x in (query, key, value))
+    call = query, factor, key, wide, logit, value_term, mask_spec, precision, with_entropy
+    output, entropy, logsumexp = spread_attention(backend, *call)
+    return output.astype(value.dtype), entropy, logsumexp
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def _weights(query, factor, key, logit, mask_spec, precision):
+    query, key = _at_most_float32(query), _at_most_float32(key)
+    softmax, _ = reference_softmax(query, factor, key, logit, mask_spec, precision)
+    return softmax.weights, *softmax.statistics()
+
+
+def _at_most_float32(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
 
 
 @dataclasses.dataclass(frozen=True)
 class _Past:
-    """A function of distance that is never asked about the future, where it may have no finite value."""
+    """A function of distance, with negative distances (future keys) clipped to 0: it may not be finite there."""
 
     function: Callable
 
@@ -174,18 +209,20 @@ class _Past:
 
 @dataclasses.dataclass(frozen=True)
 class _Tabulated:
-    """A function of distance whose values [N, distances] are its parameters."""
+    """A function of distance given by a table: its parameters are its values [N, distances]."""
 
     first: int
-    """The smallest distance; those that padding asks for beside the values have that of the nearest."""
+    """The smallest distance. Distances outside the table, which occur in padding, are clipped to its ends."""
 
     def __call__(self, values, distance):
         return values[:, jnp.clip(distance - self.first, 0, values.shape[1] - 1)]
 
 
 def check_arrays(query, key, value) -> None:
-    """Refuse queries, keys and values whose shapes do not go together."""
+    """Refuse queries, keys and values with incompatible shapes or invalid dtypes."""
     for name, array in {"query": query, "key": key, "value": value}.items():
+        if not hasattr(array, "ndim"):
+            raise ValueError(f"{name} must be an array, not a {type(array).__name__}")
         if array.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, length, heads, head dim], not shape {array.shape}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -198,75 +235,16 @@ def check_arrays(query, key, value) -> None:
         raise ValueError(f"key heads must divide the query heads: {key.shape[2]} does not divide {query.shape[2]}")
 
 
-def check_reach(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
-    """A window and chunks as Python's integers; refused where they would not hold the query itself."""
-    reach = {"window": window, "chunk_size": chunk_size}
-    for name, number in reach.items():
-        if number is None:
-            continue
-        try:
-            reach[name] = operator.index(number)
-        except TypeError:
-            reach[name] = 0
-        if reach[name] < 1 or isinstance(number, bool):
-            raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number!r}")
-    return reach["window"], reach["chunk_size"]
-
-
-def per_token(name: str, x, batch: int, length: int) -> Array | None:
-    """Integers [T] or [B, T] as [1, T] or [B, T]."""
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if x.shape not in ((length,), (1, length), (batch, length)):
-        raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, not {x.dtype}")
-    return x.astype(jnp.int32).reshape(-1, length)  # unsigned ones would wrap around when subtracted
-
-
-def _segments(segment_ids, batch: int, query_length: int, key_length: int):
-    if segment_ids is None:
-        return None, None
-    if not isinstance(segment_ids, tuple):
-        if query_length != key_length:
-            lengths = f"{query_length} and {key_length}"
-            raise ValueError(f"segment_ids must be a pair (of queries, of keys) when their lengths differ: {lengths}")
-        segment_ids = segment_ids, segment_ids
-    query_segments, key_segments = segment_ids
-    return (
-        per_token("segment_ids", query_segments, batch, query_length),
-        per_token("segment_ids", key_segments, batch, key_length),
-    )
-
-
-def _mask(mask, shape: tuple[int, ...]) -> Array | None:
-    if mask is None:
-        return None
-    if not hasattr(mask, "dtype"):
-        mask = np.asarray(mask)
-    if jnp.issubdtype(mask.dtype, jnp.inexact):
-        raise ValueError(
-            f"mask must be boolean, True where a query may attend, not {mask.dtype}: of zeros and ones, mask != 0 is "
-            "one; what is to be added to the logits is given as logit= to dot_product_attention (a DistanceLogit or "
-            "BlockLogit)"
-        )
-    if mask.dtype != bool:
-        known_values("booleans, or zeros and ones", lambda x: (x == 0) | (x == 1), mask=mask)
-    mask = jnp.asarray(mask)
-    if mask.ndim > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"mask must broadcast to [B, N, T, S] = {list(shape)}, not shape {list(mask.shape)}")
-    return mask.astype(bool).reshape((1,) * (4 - mask.ndim) + mask.shape)
-
-
-def _temperature(temperature, batch: int, num_heads: int, length: int) -> Float[Array, "#B #N T"]:
-    temperature = jnp.asarray(1.0 if temperature is None else temperature, jnp.float32)
-    shape = temperature.shape
+def _logit_scale(logit_scale, batch: int, num_heads: int, length: int) -> Float[Array, "#B #N T"]:
+    if logit_scale is None:
+        return jnp.ones((1, 1, length), jnp.float32)
+    logit_scale = jnp.asarray(logit_scale, jnp.float32)
+    shape = logit_scale.shape
     if shape in ((), (num_heads,)):
-        temperature = temperature.reshape(1, -1, 1)
+        logit_scale = logit_scale.reshape(1, -1, 1)
     elif len(shape) != 3 or any(t not in (1, s) for t, s in zip(shape, (batch, num_heads, length), strict=True)):
         raise ValueError(
-            f"temperature must be a number or have shape [{num_heads}] or [{batch} or 1, {num_heads} or 1, {length}], "
+            f"logit_scale must be a number or have shape [{num_heads}] or [{batch} or 1, {num_heads} or 1, {length}], "
             f"not {list(shape)}"
         )
-    return jnp.broadcast_to(temperature, (*temperature.shape[:2], length))
+    return jnp.broadcast_to(logit_scale, (*logit_scale.shape[:2], length))

@@ -1,15 +1,14 @@
-"""Attention functions as the `attention_fn` of Flax's layers, where they mean what Flax means.
+"""Attention functions as the `attention_fn` of Flax layers, with Flax's semantics.
 
-Flax's layers call `attention_fn(query, key, value, **keywords)`. `nnx.MultiHeadAttention` passes all of its keywords,
-`nn.MultiHeadDotProductAttention` those that the function's signature names; both always pass `broadcast_dropout`, which
-no one else has a use for, as there is no dropout here. So that keyword tells a layer's call from a direct one. What a
-layer leaves unsaid then is what Flax's own attention makes of it:
+Flax layers call `attention_fn(query, key, value, **keywords)`. `nnx.MultiHeadAttention` passes all of its keywords,
+`nn.MultiHeadDotProductAttention` only those named in the function's signature. Both always pass `broadcast_dropout`,
+which direct callers have no reason to pass because dropout is not supported; this keyword therefore identifies a call
+from a layer. In such a call, arguments have the defaults and the meaning of Flax's own attention:
 
-- `is_causal`: False. Linen never passes it; its layers are causal by their mask alone.
-- `query_positions`: from 0, as those of the keys, since Flax's causal mask is aligned at the start; but a single query
-  before a mask stands at the last key that the mask shows it, as with `decode=True`, where that is its place in the
-  cache.
-- `mask`: numbers other than 0 are True, those of floating point too: `make_causal_mask` returns float32.
+- `is_causal`: False. Linen never passes it; its layers are causal only through their mask.
+- `query_positions`: start at 0, like those of the keys, since Flax's causal mask is aligned at the start. A single
+  query with a mask is at the last key that the mask lets it see: with `decode=True`, its position in the cache.
+- `mask`: nonzero numbers are True, including floating-point ones, because `make_causal_mask` returns float32.
 
 Shapes: B batch, T query length, S key length, N query heads.
 """
@@ -35,17 +34,17 @@ FLAX_KEYWORDS = (
     "module",
     "promote_dtype",
 )
-"""What Flax's layers pass beside what an attention function takes itself."""
+"""Keywords that Flax layers pass in addition to those of an attention function."""
 
 _Function = TypeVar("_Function", bound=Callable)
 
 
 def for_flax_layers(function: _Function, common: Callable | None = None) -> _Function:
-    """An attention function that Flax's layers can be given; its signature names every keyword, as linen needs.
+    """Adapt an attention function to Flax layers. Its signature names every keyword, as linen requires.
 
     Args:
-        function: Takes query, key, value and keywords.
-        common: The function whose keywords those of `function`'s `**common` are; None where it has no such.
+        function: Function of query, key, value and keywords.
+        common: The function whose keywords `function` accepts as `**common`; None if it has no `**common`.
     """
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -60,6 +59,8 @@ def for_flax_layers(function: _Function, common: Callable | None = None) -> _Fun
     @functools.wraps(function)
     def wrapped(*args: Any, **keywords: Any) -> Any:
         for name in keywords:
+            if name == "temperature":
+                raise TypeError("temperature: the factor of q·k/√H is logit_scale; above 1, it sharpens attention")
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"unknown keyword {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -81,7 +82,7 @@ def for_flax_layers(function: _Function, common: Callable | None = None) -> _Fun
 
 
 def _refuse(dropout_rate: float = 0.0, deterministic: bool = False, module: Any = None, **_: Any) -> None:
-    """Refuse what a layer may ask for and attention does not do."""
+    """Refuse options of Flax layers that are not supported."""
     if dropout_rate and not deterministic:
         raise ValueError("dropout_rate must be 0, or deterministic True: attention dropout is not supported")
     if module is not None:
@@ -89,7 +90,7 @@ def _refuse(dropout_rate: float = 0.0, deterministic: bool = False, module: Any 
 
 
 def _as_in_flax(query_length: int, key_length: int, **keywords: Any) -> dict[str, Any]:
-    """The keywords of a direct call that means what a layer's call with these does."""
+    """Translate the keywords of a layer's call into those of the equivalent direct call."""
     keywords = {"is_causal": False, **keywords}
     mask = keywords.get("mask")
     if mask is not None:
@@ -104,6 +105,6 @@ def _as_in_flax(query_length: int, key_length: int, **keywords: Any) -> dict[str
 
 
 def _last_seen(mask: Bool[Array, "*#B #N 1 #S"], key_length: int) -> Int[Array, "#B 1"]:
-    """The last key that the one query of each row of the batch sees through a mask."""
+    """Index of the last key that a mask lets the single query of each batch row see."""
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     return jnp.where(mask, jnp.arange(key_length, dtype=jnp.int32), 0).max((1, 3))

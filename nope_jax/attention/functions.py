@@ -1,23 +1,28 @@
-"""One attention function per encoding, to import into any model: `<name>_attention(query, key, value, ...)`.
+"""One attention function per encoding, for use in any model: `<name>_attention(query, key, value, ...)`.
 
-Each takes the encoding's own parameters, then every keyword of `dot_product_attention`; returns what that returns; and
-can be given as `attention_fn` to Flax's attention modules.
+Each takes the encoding's own parameters and every keyword of `dot_product_attention`, returns the same results, and can
+be passed as `attention_fn` to Flax's attention modules. To add one, write a function that returns its encoding and
+parameters for validated queries, keys and values; `_attention_function` turns it into the public function.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from nope_jax.attention.dot_product import check_arrays, check_reach, dot_product_attention, per_token
+from nope_jax.attention.dot_product import check_arrays, dot_product_attention
+from nope_jax.attention.encoded import Encoded, attend_encoded
 from nope_jax.attention.flax_layer import for_flax_layers
-from nope_jax.attention.ring import with_explicit_axes
-from nope_jax.attention.visibility import positions_or_default
+from nope_jax.attention.mask_spec import per_token
+from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.encodings import (
     FIRE,
     KERPLE,
@@ -40,95 +45,62 @@ from nope_jax.encodings import (
     forget_sums,
 )
 from nope_jax.encodings.checks import known_values
-from nope_jax.encodings.temperature import temperature_product
+from nope_jax.encodings.encoding import Logit
 
 
-@with_explicit_axes
-@functools.partial(for_flax_layers, common=dot_product_attention)
-def encoded_attention(
-    encoding: Encoding,
-    params: Params,
-    query: Shaped[Array | np.ndarray, "B T N H"],
-    key: Shaped[Array | np.ndarray, "B S K H"],
-    value: Shaped[Array | np.ndarray, "B S K H2"],
-    *,
-    query_features: Any = None,
-    key_features: Any = None,
-    temperature: Any = None,
-    **common: Any,
-) -> Any:
-    """`dot_product_attention` with what an encoding does within a layer.
+@dataclasses.dataclass(frozen=True)
+class _Bias(Encoding):
+    """An encoding's bias as a function of its actual parameters, where the encoding learns them in another form."""
 
-    Its input place and its `positions` come before, and are the caller's to apply.
+    of: KERPLE | FIRE
 
-    Args:
-        encoding: The encoding, a user's own included.
-        params: Its parameters: what its `init_shared` and `init_layer` made, merged.
-        query: Queries, before the query/key place.
-        key: Keys, likewise.
-        value: Values.
-        query_features: `encoding.features` of the queries' tokens, where it has any.
-        key_features: The same of the keys' tokens.
-        temperature: Times the encoding's own temperature.
-        **common: As `dot_product_attention`, which also says what is returned.
+    def logit(self, params: Params, query, key, query_features=None, key_features=None) -> Logit:
+        return self.of.bias(**params)
 
-    Raises:
-        ValueError: As `dot_product_attention`; or a chunk_size that does not go with the encoding's own.
+
+_ARRAYS = """\
+    query: Queries [B, T, N, H], as projected; the encoding is applied to them here.
+    key: Keys [B, S, K, H], likewise.
+    value: Values [B, S, K, H2].
+"""
+_COMMON = """\
+    **common: Keywords of `dot_product_attention`, which documents the results and errors.
+"""
+
+
+def _attention_function(encoded: Callable[..., Encoded]) -> Callable[..., Any]:
+    """Make `<name>_attention` from a function (query, key, value, *, parameters) that returns an `Encoded`.
+
+    The result validates the arrays first, also takes the keywords of `dot_product_attention` (`encoded` may name some
+    of them), and documents both.
     """
-    check_arrays(query, key, value)
-    params = jax.tree.map(jnp.asarray, params)
-    (batch, query_length), key_length = query.shape[:2], key.shape[1]
-    query_positions, key_positions = positions_or_default(
-        per_token("query_positions", common.get("query_positions"), batch, query_length),
-        per_token("key_positions", common.get("key_positions"), batch, key_length),
-        query_length,
-        key_length,
-    )
-    own, (window, chunk_size) = encoding.reach(), check_reach(common.get("window"), common.get("chunk_size"))
-    chunks = [n for n in (own.chunk_size, chunk_size) if n is not None]
-    if chunks and max(chunks) % min(chunks):
-        raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
-    windows = [n for n in (own.window, window) if n is not None]
-    common |= {"chunk_size": min(chunks, default=None), "window": min(windows, default=None)}
-    if not (query_length and key_length):  # nothing to encode
-        return dot_product_attention(query, key, value, temperature=temperature, **common)
-    temperature = temperature_product(encoding.temperature(params, query_positions, key_positions), temperature)
-    turned_query, turned_key = encoding.query_key(
-        params, jnp.asarray(query), jnp.asarray(key), query_positions, key_positions
-    )
-    return dot_product_attention(
-        turned_query,
-        turned_key,
-        value,
-        logit=encoding.logit(params, turned_query, turned_key, query_features, key_features),
-        value_term=encoding.value(params),
-        temperature=temperature,
-        **common,
-    )
+    signature, common = inspect.signature(encoded), inspect.signature(dot_product_attention).parameters
+    own = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
 
-
-def _attention_function(function):
-    """An attention function on any mesh and in Flax's layers, whose arrays are checked before its own parameters."""
-    attend = with_explicit_axes(for_flax_layers(function, common=dot_product_attention))
-
-    @functools.wraps(attend)
-    def checked(query, key, value, **keywords):
+    @functools.wraps(encoded)
+    def attention(query, key, value, **keywords):
         check_arrays(query, key, value)
-        return attend(query, key, value, **keywords)
+        mine = {name: keywords[name] for name in own if name in keywords}
+        rest = {name: x for name, x in keywords.items() if name not in mine or name in common}
+        return attend_encoded(encoded(query, key, value, **mine), query, key, value, **rest)
 
-    return checked
+    parameters = [*signature.parameters.values(), inspect.Parameter("common", inspect.Parameter.VAR_KEYWORD)]
+    attention.__signature__ = signature.replace(parameters=parameters, return_annotation=Any)  # type: ignore[attr-defined]
+    text, _, references = inspect.cleandoc(encoded.__doc__ or "").partition("References:")
+    summary, _, own_args = text.partition("Args:\n")
+    own_args = own_args.strip("\n") + "\n" if own_args else ""
+    attention.__doc__ = f"{summary}Args:\n{_ARRAYS}{own_args}{_COMMON}\nReferences:{references}"
+    return with_auto_axes(for_flax_layers(attention, common=dot_product_attention))
 
 
 @_attention_function
-def nope_attention(query, key, value, **common: Any) -> Any:
+def nope_attention(query, key, value) -> Encoded:
     """Attention without positional encoding: softmax(q·k/√H) under the causal mask.
-
-    Args and Returns: `dot_product_attention`.
 
     References:
         Kazemnejad et al. 2023, arXiv 2305.19466.
     """
-    return encoded_attention(NoPE(), {}, query, key, value, **common)
+    return Encoded(NoPE(), {})
 
 
 @_attention_function
@@ -141,37 +113,27 @@ def rope_attention(
     rotary_dim: int | None = None,
     interleaved: bool = False,
     scaling: RotaryScaling | None = None,
-    **common: Any,
-) -> Any:
-    """Attention with rotary position embedding: queries and keys turned by their positions.
+) -> Encoded:
+    """Attention with rotary position embedding: queries and keys are rotated by angles proportional to position.
 
     Args:
-        query: Queries [B, T, N, H], not turned yet.
-        key: Keys [B, S, K, H], not turned yet.
-        value: Values [B, S, K, H].
         base: Wavelengths grow from 2π to base·2π.
-        rotary_dim: How many leading dimensions turn, an even number up to H; None for all.
-        interleaved: Pairs are neighbours (GPT-J, the paper); otherwise halves (Llama, GPT-NeoX).
-        scaling: Stretches the frequencies past the training length.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
+        rotary_dim: Number of leading dimensions to rotate, an even number up to H; None for all.
+        interleaved: Pair neighbouring dimensions (GPT-J, the paper) instead of halves (Llama, GPT-NeoX).
+        scaling: Rescales the frequencies for lengths past the training length.
 
     References:
         Su et al. 2021, arXiv 2104.09864.
     """
-    encoding = RoPE(base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling)
-    return encoded_attention(encoding, {}, query, key, value, **common)
+    return Encoded(RoPE(base=base, rotary_dim=rotary_dim, interleaved=interleaved, scaling=scaling), {})
 
 
 @_attention_function
-def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None = None, **common: Any) -> Any:
-    """Attention with linear biases: softmax(q·k/√H - slope · distance), the bias outside the division.
+def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None = None) -> Encoded:
+    """Attention with linear biases: softmax(q·k/√H - slope · distance); the bias is not divided by √H.
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         slopes: One per query head; None for `nope_jax.encodings.alibi_slopes(N)`.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Press et al. 2022, arXiv 2108.12409.
@@ -180,8 +142,7 @@ def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None =
         slopes = jnp.asarray(slopes)
         if slopes.shape != (query.shape[2],):
             raise ValueError(f"slopes must have shape [{query.shape[2]}], one per query head, not {list(slopes.shape)}")
-    params = {} if slopes is None else {"slopes": slopes}
-    return encoded_attention(ALiBi(), params, query, key, value, **common)
+    return Encoded(ALiBi(), {} if slopes is None else {"slopes": slopes})
 
 
 @_attention_function
@@ -194,19 +155,14 @@ def t5_attention(
     max_distance: int = 128,
     bidirectional: bool = False,
     scaled: bool = True,
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention with T5's learned bias: softmax(q·k/√H + table[bucket(distance), head]).
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         table: The bias of each bucket and query head; its gradient is exact in both implementations.
-        max_distance: The distance from which on all share the last bucket.
-        bidirectional: Half of the buckets are for keys after the query, as in an encoder.
-        scaled: Whether q·k is divided by √H; T5's own weights are made for logits that are not.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
+        max_distance: The distance at and beyond which all keys share the last bucket.
+        bidirectional: Use half of the buckets for keys after the query, as in an encoder.
+        scaled: Whether to divide q·k by √H; T5's own weights were trained without this division.
 
     References:
         Raffel et al. 2020, arXiv 1910.10683.
@@ -215,7 +171,7 @@ def t5_attention(
     if table.ndim != 2 or table.shape[1] != query.shape[2]:
         raise ValueError(f"table must have shape [num_buckets, {query.shape[2]}], not {list(table.shape)}")
     encoding = T5(table.shape[0], max_distance=max_distance, bidirectional=bidirectional, scaled=scaled)
-    return encoded_attention(encoding, {"table": table}, query, key, value, **common)
+    return Encoded(encoding, {"table": table})
 
 
 @_attention_function
@@ -227,36 +183,34 @@ def xpos_attention(
     base: float = 10_000.0,
     scale_base: float = 512.0,
     interleaved: bool = True,
-    **common: Any,
-) -> Any:
-    """Attention with xPos: RoPE whose pairs of dimensions fade with distance, the fast ones most.
+    query_positions=None,
+    key_positions=None,
+) -> Encoded:
+    """Attention with xPos: RoPE with pairs of dimensions that decay with distance, fast pairs most.
+
+    Positions that differ by `XPos.max_length()` or more raise a ValueError, or give NaN if they are traced under jit.
 
     Args:
-        query: Queries [B, T, N, H], not turned yet; H is even.
-        key: Keys [B, S, K, H], not turned yet.
-        value: Values [B, S, K, H].
         base: Wavelengths grow from 2π to base·2π.
-        scale_base: The distance, in positions, over which the first pair fades to 0.4/1.4.
-        interleaved: Pairs are neighbours (as in its code); otherwise halves (as in Llama).
-        **common: As `dot_product_attention`, which also says what is returned and raised. Positions that differ by more
-            than `XPos.max_length()` allows raise a ValueError, or give NaN where jit hides them.
+        scale_base: The distance, in positions, over which the first pair decays to 0.4/1.4.
+        interleaved: Pair neighbouring dimensions (as in the authors' code) instead of halves (as in Llama).
 
     References:
         Sun et al. 2022, arXiv 2212.10554.
     """
     encoding = XPos(base=base, scale_base=scale_base, interleaved=interleaved)
-    span = _span(query, key, common.get("query_positions"), common.get("key_positions"))
+    span = _span(query, key, query_positions, key_positions)
     if span is not None and span >= encoding.max_length():
         raise ValueError(
-            f"positions must differ by less than {encoding.max_length()}, all that xPos can span in float32 at "
+            f"positions must differ by less than {encoding.max_length()}, the limit of xPos in float32 at "
             f"scale_base {scale_base}, not by {span}"
         )
-    return encoded_attention(encoding, {}, query, key, value, **common)
+    return Encoded(encoding, {})
 
 
 def _span(query, key, query_positions, key_positions) -> int | None:
-    """The largest difference of two positions in one row, where there are any and they can be seen: not under jit, nor
-    on other hosts.
+    """The largest difference of two positions in one row; None if there are no positions, or if their values are not
+    available: under jit, or on other hosts.
     """
     (batch, length), total = query.shape[:2], key.shape[1]
     rows = []
@@ -266,7 +220,7 @@ def _span(query, key, query_positions, key_positions) -> int | None:
     ):
         if isinstance(positions, jax.core.Tracer) or not getattr(positions, "is_fully_addressable", True):
             return None
-        per_token(name, positions, batch, size)  # refuses other shapes
+        per_token(name, positions, batch, size)  # checks the shape
         if not size:
             return None
         rows.append(np.atleast_2d(default if positions is None else np.asarray(positions)))
@@ -276,32 +230,21 @@ def _span(query, key, query_positions, key_positions) -> int | None:
 
 @_attention_function
 def kerple_attention(
-    query,
-    key,
-    value,
-    *,
-    r1: Float[ArrayLike, "N"],
-    r2: Float[ArrayLike, "N"],
-    variant: Literal["log", "power"] = "log",
-    **common: Any,
-) -> Any:
+    query, key, value, *, r1: Float[ArrayLike, "N"], r2: Float[ArrayLike, "N"], variant: Literal["log", "power"] = "log"
+) -> Encoded:
     """Attention with KERPLE's biases: softmax(q·k/√H - r1·log(1 + r2·distance)), or - r1·distance^r2.
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         r1: One per query head, positive.
-        r2: One per query head, positive; the power is at most 2 in the paper.
+        r2: One per query head, positive; as a power, at most 2 in the paper.
         variant: "log" or "power".
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Chi et al. 2022, arXiv 2205.09921.
     """
     r1, r2 = (_shaped(name, x, (query.shape[2],)) for name, x in (("r1", r1), ("r2", r2)))
     known_values("positive", lambda x: x > 0, r1=r1, r2=r2)
-    return dot_product_attention(query, key, value, logit=KERPLE(variant).bias(r1, r2), **common)
+    return Encoded(_Bias(KERPLE(variant)), {"r1": r1, "r2": r2})
 
 
 @_attention_function
@@ -316,23 +259,18 @@ def fire_attention(
     bias: Float[ArrayLike, "N"] | None = None,
     c: Float[ArrayLike, ""] | float = 0.1,
     threshold: Float[ArrayLike, ""] | float = 512.0,
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention with FIRE's biases: softmax(q·k/√H + MLP(log(c·distance + 1) / log(c·max(i, L) + 1))).
 
-    The MLP is ReLU(x·hidden_weights + hidden_bias) · weights + bias, i the query's position.
+    The MLP is ReLU(x·hidden_weights + hidden_bias) · weights + bias; i is the query's position.
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
-        hidden_weights: From the distance to the W hidden units.
-        hidden_bias: Of the hidden units.
-        weights: From the hidden units to the query heads.
-        bias: Of the query heads; the softmax forgets it, and None leaves it out.
-        c: How fast the logarithm bends, positive.
+        hidden_weights: Weights from the distance to the W hidden units.
+        hidden_bias: Bias of the hidden units.
+        weights: Weights from the hidden units to the query heads.
+        bias: Bias of the query heads, to which the softmax is invariant; None omits it.
+        c: Curvature of the logarithm, positive.
         threshold: L, in positions, positive.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
 
     References:
         Li et al. 2024, arXiv 2310.04418.
@@ -341,37 +279,29 @@ def fire_attention(
     known_values("positive", lambda x: x > 0, c=c, threshold=threshold)
     hidden_weights = jnp.asarray(hidden_weights)
     width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
-    logit = FIRE().bias(
-        _shaped("hidden_weights", hidden_weights, (width,)),
-        _shaped("hidden_bias", hidden_bias, (width,)),
-        _shaped("weights", weights, (width, heads)),
-        jnp.zeros(heads) if bias is None else _shaped("bias", bias, (heads,)),
-        _shaped("c", c, ()),
-        _shaped("threshold", threshold, ()),
-    )
-    return dot_product_attention(query, key, value, logit=logit, **common)
+    params = {
+        "hidden_weights": _shaped("hidden_weights", hidden_weights, (width,)),
+        "hidden_bias": _shaped("hidden_bias", hidden_bias, (width,)),
+        "weights": _shaped("weights", weights, (width, heads)),
+        "bias": jnp.zeros(heads) if bias is None else _shaped("bias", bias, (heads,)),
+        "c": _shaped("c", c, ()),
+        "threshold": _shaped("threshold", threshold, ()),
+    }
+    return Encoded(_Bias(FIRE()), params)
 
 
 @_attention_function
 def cope_attention(
-    query,
-    key,
-    value,
-    *,
-    embeddings: Float[ArrayLike, "P H"] | Float[ArrayLike, "N P H"],
-    scaled: bool = False,
-    **common: Any,
-) -> Any:
+    query, key, value, *, embeddings: Float[ArrayLike, "P H"] | Float[ArrayLike, "N P H"], scaled: bool = False
+) -> Encoded:
     """Attention with contextual positions: softmax(q·k/√H + q·e[p]), p the sum of σ(q·k/√H) from the key on.
 
+    Only visible keys count. A logit scale multiplies the queries wherever they occur.
+
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
-        embeddings: Of the positions 0 to P - 1, for all heads or for each query head; p is clipped to P - 1.
-        scaled: Whether q·e is divided by √H too.
-        **common: As `dot_product_attention`, which also says what is returned and raised. Only visible keys count; a
-            temperature multiplies the queries wherever they are.
+        embeddings: Embeddings of the positions 0 to P - 1, shared by all heads or per query head; p is clipped to
+            P - 1.
+        scaled: Whether to divide q·e by √H as well.
 
     References:
         Golovneva et al. 2024, arXiv 2405.18719.
@@ -381,49 +311,38 @@ def cope_attention(
     positions = embeddings.shape[-2] if embeddings.ndim > 1 else "P"
     wanted = (positions, head_dim) if embeddings.ndim < 3 else (heads, positions, head_dim)
     _shaped("embeddings", embeddings, wanted)
-    encoding = CoPE(embeddings.shape[-2], scaled=scaled)
-    return encoded_attention(encoding, {"embeddings": embeddings}, query, key, value, **common)
+    return Encoded(CoPE(embeddings.shape[-2], scaled=scaled), {"embeddings": embeddings})
 
 
 @_attention_function
 def forgetting_attention(
-    query,
-    key,
-    value,
-    *,
-    log_forget: Float[ArrayLike, "#B S N"],
-    query_start: Int[ArrayLike, ""] | None = None,
-    **common: Any,
-) -> Any:
+    query, key, value, *, log_forget: Float[ArrayLike, "#B S N"], query_start: Int[ArrayLike, ""] | None = None
+) -> Encoded:
     """Attention with forget gates: softmax(q·k/√H + the sum of log_forget over the tokens after the key).
 
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
-        log_forget: The logarithm of each gate, one per key and query head, not above 0: log σ(w·x + b) in the paper.
-            The gate of a key's own token does not count for it, that of the query's does.
-        query_start: The queries are T of the keys' tokens in a row; which key is the first of them. Default: the last
-            T keys. In a cache that is not full yet, give it, and their positions.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
+        log_forget: Logarithm of each gate, one per key and query head, at most 0: log σ(w·x + b) in the paper. The sum
+            for a key excludes the gate of the key's own token and includes that of the query's.
+        query_start: Index of the key at the first query's token; the queries are T consecutive tokens of the keys.
+            Default: the last T keys. For a partially filled cache, pass it together with query_positions.
 
     References:
         Lin et al. 2025, arXiv 2503.02130.
     """
     length, total = query.shape[1], key.shape[1]
     if length > total:
-        raise ValueError(f"query must be of at most as many tokens as key, {total}, not {length}")
+        raise ValueError(f"query must have at most as many tokens as key, {total}, not {length}")
     log_forget = jnp.asarray(log_forget)
     known_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
     batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1
     sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
     start = total - length if query_start is None else query_start
     last = RunningSum(*(jax.lax.dynamic_slice_in_dim(part, start, length, axis=1) for part in sums))
-    return encoded_attention(Forgetting(), {}, query, key, value, query_features=last, key_features=sums, **common)
+    return Encoded(Forgetting(), {}, last, sums)
 
 
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
-    """An array of floating-point numbers of a shape, or an error that names it; a letter stands for any size."""
+    """Convert to an array and check its shape, naming it in the error; a string stands for any size."""
     x = jnp.asarray(x)
     if x.ndim != len(shape) or any(isinstance(n, int) and n != size for n, size in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], not {list(x.shape)}")
@@ -432,25 +351,15 @@ def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
 
 @_attention_function
 def shaw_attention(
-    query,
-    key,
-    value,
-    *,
-    key_table: Float[ArrayLike, "rows H"],
-    value_table: Float[ArrayLike, "rows H2"],
-    **common: Any,
-) -> Any:
+    query, key, value, *, key_table: Float[ArrayLike, "rows H"], value_table: Float[ArrayLike, "rows H2"]
+) -> Encoded:
     """Attention with learned relative vectors: softmax(q·(k + key_table[c])/√H) · (v + value_table[c]).
 
+    A logit scale multiplies q·key_table as well.
+
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H2].
-        key_table: Row clip + c is added to keys at c positions after the query; -clip <= c <= clip, where all farther
-            ones share the ends.
+        key_table: Row clip + c is added to keys c positions after the query, with c clipped to -clip <= c <= clip.
         value_table: The same for values.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
-            q·key_table as well.
 
     References:
         Shaw et al. 2018, arXiv 1803.02155.
@@ -460,26 +369,22 @@ def shaw_attention(
     if rows < 3 or rows % 2 == 0:
         raise ValueError(f"key_table must have an odd number of rows, 3 or more (2·clip + 1), not {rows}")
     params = {"keys": key_table, "values": _shaped("value_table", value_table, (rows, value.shape[3]))}
-    return encoded_attention(Shaw(clip=rows // 2), params, query, key, value, **common)
+    return Encoded(Shaw(clip=rows // 2), params)
 
 
 @_attention_function
-def nezha_attention(query, key, value, *, clip: int = 64, **common: Any) -> Any:
-    """Attention with the sinusoids of j - i, held within ±clip, added to keys and values.
+def nezha_attention(query, key, value, *, clip: int = 64) -> Encoded:
+    """Attention with the sinusoids of j - i, clipped to ±clip, added to keys and values.
 
     Args:
-        query: Queries [B, T, N, H]; H is even.
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
-        clip: The distance from which on all share a vector.
-        **common: As `dot_product_attention`, which also says what is returned and raised.
+        clip: The distance at and beyond which all keys share one vector.
 
     References:
         Wei et al. 2019, arXiv 1909.00204.
     """
     if query.shape[3] % 2 or value.shape[3] != query.shape[3]:
         raise ValueError(f"value must have the head dim of query, an even one: {value.shape[3]} and {query.shape[3]}")
-    return encoded_attention(NEZHA(clip=clip), {}, query, key, value, **common)
+    return Encoded(NEZHA(clip=clip), {})
 
 
 @_attention_function
@@ -491,19 +396,15 @@ def transformer_xl_attention(
     content_bias: Float[ArrayLike, "N H"],
     position_bias: Float[ArrayLike, "N H"],
     position_kernel: Float[ArrayLike, "D N H"],
-    **common: Any,
-) -> Any:
+) -> Encoded:
     """Attention of Transformer-XL and XLNet: softmax(((q+u)·k + (q+v)·W r)/√H), r the sinusoids of the distance.
 
+    Pass queries without u and v. A logit scale multiplies the whole logit.
+
     Args:
-        query: Queries [B, T, N, H], without u and v.
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
         content_bias: u.
         position_bias: v.
-        position_kernel: W; D is even, and r has D/2 sines before its D/2 cosines.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
-            all of the logit.
+        position_kernel: W; D is even, and r has D/2 sines followed by D/2 cosines.
 
     References:
         Dai et al. 2019, arXiv 1901.02860; Yang et al. 2019, arXiv 1906.08237.
@@ -517,7 +418,7 @@ def transformer_xl_attention(
     width = len(params["position_kernel"])
     if width < 2 or width % 2:
         raise ValueError(f"position_kernel must have a positive even number of rows (sines, cosines), not {width}")
-    return encoded_attention(TransformerXL(), params, query, key, value, **common)
+    return Encoded(TransformerXL(), params)
 
 
 @_attention_function
@@ -534,24 +435,23 @@ def tupe_attention(
     table: Float[ArrayLike, "num_buckets N"] | None = None,
     max_distance: int = 128,
     bidirectional: bool = False,
-    **common: Any,
-) -> Any:
+    query_positions=None,
+    key_positions=None,
+    is_causal: bool = True,
+) -> Encoded:
     """Attention with untied positions: softmax(q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + table[bucket(distance), head]).
 
+    A logit scale multiplies both products, but not the table.
+
     Args:
-        query: Queries [B, T, N, H].
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
-        positions: A vector per position, normalised to p; a position past it gives NaN.
+        positions: One vector per position, normalized to p; positions past the last row give NaN.
         query_kernel: U.
         key_kernel: V.
-        scale: Of the normalisation; None for ones.
-        shift: Of the normalisation; None for zeros.
+        scale: Scale of the normalization; None for ones.
+        shift: Shift of the normalization; None for zeros.
         table: T5's bias (TUPE-R); None for none (TUPE-A).
         max_distance: As `t5_attention`.
         bidirectional: As `t5_attention`.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
-            both products, not the table.
 
     References:
         Ke et al. 2021, arXiv 2006.15595.
@@ -559,11 +459,13 @@ def tupe_attention(
     positions = _shaped("positions", positions, ("length", "D"))
     length, width = positions.shape
     total, first = key.shape[1], key.shape[1] - query.shape[1]
-    if common.get("is_causal", True):
-        first = max(first, 0)  # queries before the first key see none, and need no position
-    for name, default in ("query_positions", np.arange(first, total)), ("key_positions", np.arange(total)):
-        where = default if common.get(name) is None else common[name]
-        known_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **{name: where})
+    if is_causal:
+        first = max(first, 0)  # queries before the first key see no key and need no position
+    where = {
+        "query_positions": np.arange(first, total) if query_positions is None else query_positions,
+        "key_positions": np.arange(total) if key_positions is None else key_positions,
+    }
+    known_values(f"below {length}, the rows of the table", lambda x: (x >= 0) & (x < length), **where)
     params = {
         "positions": positions,
         "query_kernel": _shaped("query_kernel", query_kernel, (width, *query.shape[2:])),
@@ -578,7 +480,7 @@ def tupe_attention(
         encoding = TUPE(
             length=length, num_buckets=len(params["bias"]), max_distance=max_distance, bidirectional=bidirectional
         )
-    return encoded_attention(encoding, params, query, key, value, **common)
+    return Encoded(encoding, params)
 
 
 @_attention_function
@@ -592,22 +494,18 @@ def deberta_attention(
     query_kernel: Float[ArrayLike, "D N H"],
     max_distance: int | None = None,
     released: bool = False,
-    **common: Any,
-) -> Any:
-    """Disentangled attention: softmax((q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H)), δ(i,j) = i - j + rows, held.
+) -> Encoded:
+    """Disentangled attention: softmax((q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H)), δ(i,j) = i - j + rows, clipped.
+
+    In the enhanced mask decoder, queries include the absolute positions. A logit scale multiplies the whole logit.
 
     Args:
-        query: Queries [B, T, N, H]; of the enhanced mask decoder, with the absolute positions in them.
-        key: Keys [B, S, K, H].
-        value: Values [B, S, K, H].
-        relative: A vector for each of the relative positions -rows..rows-1, [2·rows, D].
-        key_kernel: Projects them to K.
-        query_kernel: Projects them to Q.
-        max_distance: None: a row is a distance. Otherwise rows are buckets, logarithmic far away, of which the last
-            begins at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
-        released: Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need.
-        **common: As `dot_product_attention`, which also says what is returned and raised. A temperature multiplies
-            all of the logit.
+        relative: One vector for each of the relative positions -rows..rows-1, [2·rows, D].
+        key_kernel: Projects the vectors to K.
+        query_kernel: Projects the vectors to Q.
+        max_distance: None: one row per distance. Otherwise rows are buckets, logarithmic at long distances; the last
+            starts at this distance, as in the second version (`nope_jax.encodings.deberta_bucket`).
+        released: Use Q[δ(i,j)] instead of Q[δ(j,i)], as in the released code; required for its checkpoints.
 
     References:
         He et al. 2021, arXiv 2006.03654.
@@ -625,4 +523,4 @@ def deberta_attention(
         encoding = DeBERTa(max_distance=rows // 2, released=released)
     else:
         encoding = DeBERTa(max_distance=max_distance, buckets=rows // 2, released=released)
-    return encoded_attention(encoding, params, query, key, value, **common)
+    return Encoded(encoding, params)

@@ -1,7 +1,7 @@
-"""Products in which what is not finite reaches the rows that see it, and no others.
+"""Products in which non-finite keys and values affect only the queries that see them.
 
-A weight of 0 hides a token from a row, but 0 · NaN is NaN: a key or value that only later rows see, or that none does
-(padding, what a cache held before), would reach others through the products, forward or backward.
+A weight of 0 hides a token from a query, but 0 · NaN is NaN. Without these products, a key or value that only later
+queries see, or that no query sees (padding, stale cache entries), would affect other queries, forward or backward.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 
 def finite(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """With 0 for what is not finite."""
+    """Replace non-finite entries by 0."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
@@ -25,7 +25,7 @@ def _product(subscripts: str, precision: jax.lax.PrecisionLike, *operands: Array
 def content_logits(
     subscripts: str, query: Float[Array, "..."], key: Float[Array, "..."], precision: jax.lax.PrecisionLike
 ) -> Float[Array, "..."]:
-    """q·k, to be replaced where it is not seen; backward, a gradient of 0 gives 0 whatever the query and key."""
+    """q·k; the caller masks hidden pairs. In the backward pass, a gradient of 0 gives 0 for any query and key."""
     return _product(subscripts, precision, query, key)
 
 
@@ -41,7 +41,7 @@ def _content_logits_jvp(subscripts, precision, primals, tangents):
 def weighted_sum(
     subscripts: str, weights: Float[Array, "..."], value: Shaped[Array, "..."], precision: jax.lax.PrecisionLike
 ) -> Float[Array, "..."]:
-    """Σ weights · value, float32, in which a value of weight 0 has no part; backward as well."""
+    """Σ weights · value in float32, ignoring values of weight 0, also in the backward pass."""
     product = functools.partial(_product, subscripts, precision)
     weights = weights.astype(value.dtype)
     out = product(weights, value)
@@ -50,7 +50,7 @@ def weighted_sum(
         reached = product((weights != 0).astype(value.dtype), (~jnp.isfinite(value)).astype(value.dtype)) > 0
         return jnp.where(reached, out, product(weights, finite(value)))
 
-    # What has come out finite has met nothing else: the rule costs nothing where it is not needed.
+    # A finite output has no non-finite terms, so the correction costs nothing when it is not needed.
     return lax.cond(jnp.isfinite(out).all(), lambda out: out, parted, out)
 
 

@@ -1,4 +1,4 @@
-"""The batches of training and of the validation on its way: rows that depend on nothing but their index.
+"""Batches for training and for validation during training; each row depends only on its index.
 
 B rows of this process, T context length.
 """
@@ -21,11 +21,11 @@ class Batch(NamedTuple):
 
     tokens: Int[np.ndarray, "B T"]
     targets: Int[np.ndarray, "B T"]
-    """The token after each."""
+    """The next token of each token."""
     positions: Int[np.ndarray, "B T"] | None = None
-    """None: 0 to T - 1. With data.document_mask they restart with each document."""
+    """None: 0 to T - 1. With data.document_mask they restart at each document."""
     segment_ids: Int[np.ndarray, "B T"] | None = None
-    """None unless data.document_mask: which document of its row a token belongs to, from 1."""
+    """None unless data.document_mask: index, from 1, of the document in its row that a token belongs to."""
 
 
 def train_batches(
@@ -36,13 +36,13 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The batches of training from `start_step` on, without end, prepared ahead in background threads.
+    """Yield training batches from `start_step` on, indefinitely, prefetched in background threads.
 
-    Row r of step s is the same whatever the number of processes and wherever reading starts; a process gets its
-    contiguous share of the rows. `corpus` is the one of the training split, if it is loaded already.
+    Row r of step s does not depend on the number of processes or on `start_step`; each process gets a contiguous share
+    of the rows. Pass `corpus` if the training split is already loaded.
 
     Raises:
-        ValueError: data.batch_size is no multiple of the processes, or the corpus is shorter than one window.
+        ValueError: data.batch_size is not a multiple of the processes, or the corpus is shorter than one window.
     """
     rows = _rows(config, process_index, process_count)
     windows = _windows(config, "train", config.seed, corpus)
@@ -62,10 +62,10 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """Batches of windows spread evenly over the validation documents: the same whatever the seed, at every call.
+    """Return batches of windows spread evenly over the validation documents; they are the same for every seed and call.
 
-    When there are fewer windows than rows, they are repeated as evenly as can be. `corpus` is the one of the validation
-    split, if it is loaded already.
+    If there are fewer windows than rows, windows are repeated as evenly as possible. Pass `corpus` if the validation
+    split is already loaded.
 
     Raises:
         ValueError: as `train_batches`.

@@ -1,4 +1,4 @@
-"""Corpora: the documents of a source as tokens."""
+"""Corpora: the tokenized documents of a source."""
 
 import contextlib
 import dataclasses
@@ -18,34 +18,34 @@ from nope_jax.data.tasks import task_documents
 from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 LARGE = 2**30
-"""Bytes of text from which on a split is not tokenised at the start of a run: `prepare.py` does it once."""
+"""Bytes of text above which a split is not tokenized at the start of a run but has to be prepared by `prepare.py`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The documents of one split as tokens: `corpus[i]` is those that a model reads of document i."""
+    """The tokenized documents of one split: `corpus[i]` is document i as a model reads it."""
 
     tokens: Integer[np.ndarray, "tokens"]
-    """All documents one after another, each followed by the separator, in the smallest unsigned type."""
+    """All documents in sequence, each followed by the separator, in the smallest unsigned dtype."""
     offsets: Integer[np.ndarray, "boundaries"]
-    """Where in `tokens` each document starts, and the end of the last."""
+    """The start of each document in `tokens`, and the end of the last."""
     byte_lengths: Callable[[int], Integer[np.ndarray, "length"]] | None = None
-    """The bytes of text that belong to each token of a document; None where the documents were not made from text.
+    """The number of text bytes of each token of a document; None if the documents were not made from text.
 
-    Tokens other than bytes have to be looked up in the text: an OSError where that is not there, as it need not be."""
+    Tokens other than bytes are looked up in the text, with an OSError if the text is missing, as it may be."""
     bos: int | None = None
-    """The token that begins what a model reads (`data.bos`). It is not among `tokens`, and has no bytes."""
+    """The token that starts each sequence (`data.bos`). It is not in `tokens` and has no bytes."""
     digest_file: Path | None = None
-    """Where the digest is kept once it is known; None: nowhere."""
+    """File that caches the digest; None: no cache."""
 
     def digest(self) -> str:
-        """`digest_of` these documents, which is what a run is held to."""
+        """`digest_of` these documents; a resumed run checks it."""
         if self.digest_file is not None and self.digest_file.exists():
             return self.digest_file.read_text().strip()
         digest = digest_of(self.tokens, self.offsets)
         if self.digest_file is not None:
             unfinished = self.digest_file.with_suffix(f".{uuid.uuid4().hex}")
-            with contextlib.suppress(OSError):  # what others have prepared need not be ours to write to
+            with contextlib.suppress(OSError):  # the folder may belong to another user and be read-only
                 unfinished.write_text(digest + "\n")
                 unfinished.replace(self.digest_file)
         return digest
@@ -57,7 +57,7 @@ class Corpus:
         return self.read(index, 0, int(self.lengths[index]))
 
     def read(self, index: int, start: int, stop: int) -> Integer[np.ndarray, "length"]:
-        """What a model reads of `corpus[index][start:stop]`: where there is a bos, it takes the place of the first."""
+        """Return `corpus[index][start:stop]` as a model reads it: a bos, if there is one, replaces the first token."""
         first = self.offsets[index]
         if self.bos is None:
             return self.tokens[first + start : first + stop].astype(np.int32)
@@ -65,31 +65,30 @@ class Corpus:
 
     @property
     def lengths(self) -> Integer[np.ndarray, "documents"]:
-        """Tokens of each document: with its bos if there is one, without its separator."""
+        """Number of tokens of each document, including its bos if there is one, excluding its separator."""
         return np.diff(self.offsets) - (self.bos is None)
 
 
 def load_corpus(config: DataConfig, split: Split) -> Corpus:
-    """The documents of one split of `data.source`, as tokens of `data.tokenizer`.
+    """Load one split of `data.source` as tokens of `data.tokenizer`.
 
-    `python_stdlib`: the standard library of the running Python, prepared into `data.dir` the first time.
-    `text:PATH_OR_GLOB`: files, one document each; a folder stands for all files under it that are not hidden. Which are
-    validation is decided by their names under the folder (or the part of the glob before its first wildcard). With
-    `data.document_separator` a document is what lies between two of it, and its own text decides. At least one document
-    is on either side; a single one is cut in two: its last tenth is the validation document. Of documents with the same
-    text one is kept, so that none is on both sides. Files that are compressed (gzip, bzip2, xz) are read decompressed;
-    binary ones are left out, unless the path is that of a single one and the tokens are bytes.
-    `tfds:NAME`: a dataset with a feature `text` (or PG-19's `book_text`) that lies in `data.dir` as ArrayRecord; NAME
-    is `name`, `name/config` or `name/config:version`. Where it has no split `validation`, that is the last tenth of
-    `train`.
-    `task:NAME`: a task of `nope_jax.data.tasks`, made from `data.seed`: passkey. Each document, with its separator, has
-    `data.context_length` tokens, so that every window begins with one.
+    `python_stdlib`: the standard library of the running Python, prepared into `data.dir` on first use.
+    `text:PATH_OR_GLOB`: files, one document each; a folder stands for all files under it that are not hidden. The split
+    is decided by file names relative to the folder (or to the part of the glob before its first wildcard). With
+    `data.document_separator` a file contains many documents, and the split is decided by their text. Each split has at
+    least one document; a single document is cut, and its last tenth is the validation split. Documents with the same
+    text are kept once, so none is in both splits. Compressed files (gzip, bzip2, xz) are decompressed; binary files are
+    skipped, except a single file given by its path when the tokens are bytes.
+    `tfds:NAME`: a dataset with a feature `text` (or PG-19's `book_text`), stored in `data.dir` as ArrayRecord; NAME is
+    `name`, `name/config` or `name/config:version`. Without a `validation` split, the last tenth of `train` is used.
+    `task:NAME`: a task of `nope_jax.data.tasks`, generated from `data.seed`: passkey. Each document, with its
+    separator, has `data.context_length` tokens, so every window starts with a document.
 
-    Bytes are held in memory. Other tokens, and those of a split larger than LARGE, are read from a file under
-    `data.dir` as they are needed, which is written the first time; that of a larger one by `prepare.py` alone.
+    Bytes are held in memory. Other tokens, and those of a split larger than LARGE, are memory-mapped from a file under
+    `data.dir`. It is written on first use, or, for a split larger than LARGE, by `prepare.py` only.
 
     Raises:
-        ValueError: no such source, one that cannot be read as asked, or a large one that is not prepared.
+        ValueError: the source does not exist or cannot be read as asked, or it is large and not prepared.
     """
     if config.source.startswith("task:"):
         return _task_corpus(config, split)
@@ -105,14 +104,14 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
         of_bos = [] if bos is None else [np.zeros(1, np.int64)]
         if isinstance(tokenizer, ByteTokenizer):
             return np.concatenate([*of_bos, np.ones(offsets[index + 1] - offsets[index] - 1, np.int64)])
-        texts = documents.read([index])  # closes the file when it is gone
+        texts = documents.read([index])  # a generator, which closes the file when it is collected
         return np.concatenate([*of_bos, *(encoded.byte_lengths for encoded in tokenizer.encode_pieces(next(texts)))])
 
     if not offsets_file.exists():
         if documents.num_bytes > LARGE:
             raise ValueError(
                 f"data.source {config.source} has {documents.num_bytes / 1e9:.1f} GB of text in its {split} split, too "
-                f"many to tokenise at the start of a run, and is not prepared in data.dir {data_dir(config)} for "
+                f"much to tokenize at the start of a run, and is not prepared in data.dir {data_dir(config)} for "
                 f"data.tokenizer {config.tokenizer}: run prepare.py with this config once"
             )
         if isinstance(tokenizer, ByteTokenizer):

@@ -1,4 +1,4 @@
-"""The documents of a split, whatever source they come from."""
+"""The documents of a split, from any source."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -7,15 +7,15 @@ Split = Literal["train", "validation"]
 
 
 class Documents(NamedTuple):
-    """The documents of one split, not read yet."""
+    """The documents of one split, read on demand."""
 
     size: int
     num_bytes: int
-    """Of them all, about."""
+    """Approximate total size of the text."""
     read: Callable[[Iterable[int]], Iterator[Iterable[bytes]]]
-    """The text of some documents, one after another, each in pieces; cheapest in order."""
+    """Yields the texts of the given documents, each in pieces; fastest in ascending order."""
     name: Callable[[int], str]
     fingerprint: Any
-    """What changes when the documents do, as JSON."""
+    """JSON value that changes when the documents do."""
     notes: tuple[str, ...] = ()
-    """What the user is to know of them: a line each."""
+    """Messages for the user about the documents, one line each."""

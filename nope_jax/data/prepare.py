@@ -1,7 +1,7 @@
-"""The tokens of a corpus, written once and for all, with all cores and little memory.
+"""Tokenizes a corpus into files, once, on all cores and in little memory.
 
-A split is tokenised in parts of about PART bytes of text, which are then joined. A document is in one part, however
-large it is, but never whole in memory. What is interrupted goes on with the parts that are whole; of two processes that
+A split is tokenized in parts of about PART bytes of text, which are then joined. A document is always in one part, but
+is never held in memory whole. After an interruption, preparation continues with the missing parts. If two processes
 prepare the same split, the second waits and finds it done.
 """
 
@@ -36,18 +36,19 @@ from nope_jax.data.sources import data_dir, find_documents
 from nope_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 PART = 2**28
-"""Bytes of text that one worker tokenises at a time, to the next end of a document."""
+"""Bytes of text that one worker tokenizes at a time, rounded to the end of a document."""
 
 
 def prepare(config: DataConfig, workers: int) -> None:
-    """Writes the tokens of both splits of `data.source` under `data.dir`, where `load_corpus` finds them.
+    """Write the tokens of both splits of `data.source` under `data.dir`, for `load_corpus`.
 
     Args:
-        config: of which source, dir and tokenizer matter.
-        workers: processes that tokenise; 1 does without any but this one.
+        config: Source, dir and tokenizer are used.
+        workers: Number of processes that tokenize; with 1, this process does.
 
     Raises:
-        ValueError: as `load_corpus`, or nothing is to be prepared for this source.
+        ValueError: as `load_corpus`, or this source needs no preparation.
+        OSError: the files cannot be written.
         OSError: the files cannot be written.
     """
     if config.source.startswith("task:"):
@@ -57,7 +58,7 @@ def prepare(config: DataConfig, workers: int) -> None:
 
 
 def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
-    """Writes the tokens of one split; `prepare` does so with both."""
+    """Write the tokens of one split."""
     documents = find_documents(config, split)
     tokens_file, offsets_file = token_files(config, documents)
     count = min(documents.size, math.ceil(documents.num_bytes / PART) or 1)
@@ -84,8 +85,8 @@ def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
         if indices := sorted(itertools.chain(*undecodable)):
             first = documents.name(indices[0])
             print(
-                f"{config.source}, {split}: {len(indices):,} documents are not UTF-8, {first} the first: each byte of "
-                "theirs that is no UTF-8 is read as U+FFFD",
+                f"{config.source}, {split}: {len(indices):,} documents are not UTF-8, {first} the first: each "
+                "invalid byte is read as U+FFFD",
                 file=sys.stderr,
             )
         dtype = token_dtype(load_tokenizer(config.tokenizer))
@@ -94,22 +95,22 @@ def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
         digest_file.unlink(missing_ok=True)
         digest_file.write_text(digest_of(np.memmap(tokens_file, dtype, mode="r"), offsets) + "\n")
         with _replaced(offsets_file) as unfinished, unfinished.open("wb") as file:
-            np.save(file, offsets)  # last: whoever finds them finds the tokens
+            np.save(file, offsets)  # written last: if this file exists, the tokens are complete
         for part in parts:
             part.with_suffix(".npy").unlink()
         print(f"{config.source}, {split}: {offsets[-1]:,} tokens in {tokens_file}", file=sys.stderr)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest unsigned type that holds its tokens."""
+    """The smallest unsigned dtype for the tokenizer's tokens."""
     return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
 def token_files(config: DataConfig, documents: Documents) -> tuple[Path, Path]:
-    """Where the tokens of documents lie, and their offsets, once they are prepared.
+    """Paths of the tokens and of the offsets of documents, which exist once they are prepared.
 
-    The names depend on the documents and the tokenizer, not on where either lies, so that the files can be copied to
-    another machine.
+    The names depend on the content of the documents and the tokenizer, not on their paths, so the files can be copied
+    to another machine.
     """
     fingerprint = hashlib.sha256(json.dumps(documents.fingerprint).encode())
     is_file = config.tokenizer != "bytes"
@@ -119,24 +120,24 @@ def token_files(config: DataConfig, documents: Documents) -> tuple[Path, Path]:
 
 
 def digest_file_of(tokens_file: Path) -> Path:
-    """Where the digest of prepared tokens lies, so that a large file need not be read whole at each start."""
+    """Path of the digest of prepared tokens, stored so that a large file need not be read completely at each start."""
     return tokens_file.with_suffix(".sha256")
 
 
 def digest_of(tokens: Integer[np.ndarray, "tokens"], offsets: Integer[np.ndarray, "boundaries"]) -> str:
-    """SHA-256 of tokens and of where documents end: the same wherever they lie and whatever they are called."""
+    """SHA-256 of the tokens and document boundaries, independent of file names and locations."""
     content = hashlib.sha256(np.ascontiguousarray(offsets, np.int64).data)
     content.update(np.ascontiguousarray(tokens).data)
     return content.hexdigest()
 
 
 class Tokenized(NamedTuple):
-    """What is known of documents once their tokens are written."""
+    """The result of writing the tokens of documents."""
 
     offsets: Integer[np.ndarray, "boundaries"]
-    """Where the tokens of each start in the file, and the end of the last."""
+    """The start of each document's tokens in the file, and the end of the last."""
     undecodable: list[int]
-    """Which documents are not UTF-8, though the tokenizer reads characters."""
+    """Indices of the documents that are not UTF-8, if the tokenizer reads characters."""
 
 
 def tokenize(
@@ -146,14 +147,14 @@ def tokenize(
     file: io.BufferedIOBase,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Tokenized:
-    """Writes the tokens of some documents to a file, each followed by the separator.
+    """Write the tokens of some documents to a file, each followed by the separator.
 
     Args:
-        documents: of a split.
-        indices: which of them.
-        config: of which the tokenizer matters.
-        file: what is written to.
-        advance: called with the bytes of text that were read since it was called last.
+        documents: Documents of a split.
+        indices: Which of them to write.
+        config: The tokenizer is used.
+        file: File to write to.
+        advance: Called with the number of text bytes read since the last call.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = token_dtype(tokenizer)
@@ -179,23 +180,23 @@ def tokenize(
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Tells the user, once in a process."""
+    """Print a line to stderr, once per process."""
     print(line, file=sys.stderr)
 
 
 class _Task(NamedTuple):
-    """A part to be tokenised."""
+    """A part to tokenize."""
 
     indices: range
     file: Path
     fingerprint: Any
-    """Of the documents, which a worker finds anew."""
+    """Fingerprint of the documents, to check those that a worker finds."""
 
 
 def _tokenize_parts(
     config: DataConfig, split: Split, tasks: Sequence[_Task], workers: int, share: int, advance: Callable[[int], Any]
 ) -> Generator[list[int]]:
-    """Yields the documents of each part that are not UTF-8 when it is whole; advances by bytes, or a share per part."""
+    """Yield the non-UTF-8 documents of each finished part; advance by bytes, or by one share per part."""
     if workers == 1 or len(tasks) < 2:
         for task in tasks:
             yield _tokenize_part(config, split, task, advance)
@@ -214,16 +215,16 @@ def _tokenize_parts(
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; one line about it is enough
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated leaves behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but only the parent should report it
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a semaphore, which a terminated worker would leak
 
 
 def _tokenize_part(
     config: DataConfig, split: Split, task: _Task, advance: Callable[[int], Any] = lambda num_bytes: None
 ) -> list[int]:
-    documents = find_documents(config, split)  # opened for each part anew, so that few of its files are open at a time
+    documents = find_documents(config, split)  # per part, to keep few of its files open at a time
     if documents.fingerprint != task.fingerprint:
-        raise ValueError(f"data.source {config.source} has changed while it was prepared: start again")
+        raise ValueError(f"data.source {config.source} has changed during preparation: start again")
     with _replaced(task.file) as unfinished, unfinished.open("wb") as file:
         offsets, undecodable = tokenize(documents, task.indices, config, file, advance)
     with _replaced(task.file.with_suffix(".npy")) as unfinished, unfinished.open("wb") as file:
@@ -232,18 +233,18 @@ def _tokenize_part(
 
 
 def _join(parts: Sequence[Path], tokens_file: Path, itemsize: int) -> np.ndarray:
-    """Appends the tokens of all parts to one file, deleting each that is in it; returns the offsets of all documents.
+    """Append all parts to one file, deleting each once appended; return the offsets of all documents.
 
-    The file has another name until it is whole, so that what is read is never written to.
+    The file has a temporary name until it is complete, so readers never see a file that is being written.
 
     Raises:
-        OSError: a file cannot be written, or parts are gone that are not in it.
+        OSError: a file cannot be written, or deleted parts are missing from the file.
     """
     offsets = [np.load(part.with_suffix(".npy"), mmap_mode="r") for part in parts]
     ends = np.cumsum([0, *(part[-1] for part in offsets)])
-    joined = sum(not part.exists() for part in parts)  # by a process that was killed
+    joined = sum(not part.exists() for part in parts)  # appended by a process that was killed
     joining = tokens_file.with_suffix(".joining")
-    if joined == len(parts) and not joining.exists() and tokens_file.exists():  # killed just before it was done
+    if joined == len(parts) and not joining.exists() and tokens_file.exists():  # killed just before the end
         tokens_file.replace(joining)
     with joining.open("ab") as file:
         if file.tell() < ends[joined] * itemsize:
@@ -261,9 +262,9 @@ def _join(parts: Sequence[Path], tokens_file: Path, itemsize: int) -> np.ndarray
 
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, moved onto `path` when the block ends without an error.
+    """Yield a temporary path to write to, which replaces `path` if the block ends without an error.
 
-    No other has that name: a worker may live on for a while when the process that started it is killed.
+    The temporary name is unique, because a worker may outlive the killed process that started it.
     """
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
     try:
@@ -275,7 +276,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process is inside."""
+    """Hold an exclusive lock, waiting for any other process that has it."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The embedded corpus: the source files of the running Python's standard library, which every machine has."""
+"""The built-in corpus: the source files of the running Python's standard library, available on every machine."""
 
 import contextlib
 import io
@@ -15,13 +15,13 @@ from nope_jax.data.splits import is_validation
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """Every .py file of the standard library, its tests included, except empty files and those that are not UTF-8."""
+    """Every .py file of the standard library, including its tests, except empty and non-UTF-8 files."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=platform.python_version())]  # noqa: RUF012
 
     def __init__(self, *, root: Path | None = None, **kwargs):
-        """Reads the files under `root`; None: those of the running Python."""
+        """Read the files under `root`; None: those of the running Python."""
         self.root = root or Path(sysconfig.get_path("stdlib"))
         super().__init__(file_format="array_record", **kwargs)
 
@@ -44,10 +44,10 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: Path, root: Path | None = None) -> tfds.core.DatasetBuilder:
-    """The dataset in `data_dir`, written there by whoever comes first.
+    """Return the dataset in `data_dir`, writing it on first use.
 
-    TFDS writes into a folder of another name, renamed when it is whole: a process that is killed on the way leaves
-    nothing that would be read, and of two that write at once the second finds the work done.
+    TFDS writes into a temporary folder and renames it when complete: a killed process leaves nothing that would be
+    read, and of two concurrent writers the second finds the work done.
     """
     builder = PythonStdlib(root=root, data_dir=data_dir)
     if builder.data_path.exists():

@@ -1,4 +1,4 @@
-"""Where documents come from: what `data.source` may say, but for tasks."""
+"""The sources that `data.source` can name, except tasks."""
 
 import difflib
 import os
@@ -15,11 +15,11 @@ from nope_jax.data.text_files import text_documents
 from nope_jax.paths import on_disk
 
 TEXT_FEATURES = ("text", "book_text")
-"""Which feature of a TFDS dataset holds its documents; PG-19 has the second."""
+"""Features that may hold the documents of a TFDS dataset; PG-19 has the second."""
 
 
 def find_documents(config: DataConfig, split: Split) -> Documents:
-    """The documents of one split of a `data.source` that has any.
+    """Find the documents of one split of a `data.source` that has documents.
 
     Raises:
         ValueError: as `load_corpus`.
@@ -49,7 +49,7 @@ def _find_documents(config: DataConfig, split: Split) -> Documents:
 
 
 def data_dir(config: DataConfig) -> Path:
-    """Where prepared datasets and tokens lie."""
+    """Folder of prepared datasets and tokens."""
     folder = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(on_disk(folder, "data.dir")).expanduser().absolute()
 
@@ -64,7 +64,9 @@ def _prepared_dataset(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         raise ValueError(f"data.source tfds:{name} {says}")
     builder = tfds.builder_from_directory(found[0])
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(f"data.source tfds:{name} is no ArrayRecord; prepare it with file_format='array_record'")
+        raise ValueError(
+            f"data.source tfds:{name} is not stored as ArrayRecord; prepare it with file_format='array_record'"
+        )
     features: Any = builder.info.features
     if not set(TEXT_FEATURES) & set(features):
         raise ValueError(
@@ -88,10 +90,10 @@ def _tfds_documents(builder: tfds.core.DatasetBuilder, split: Split) -> Document
         try:
             for index in indices:
                 yield [source[index][feature]]
-        except RuntimeError as error:  # array_record has no other for a file that it cannot open
+        except RuntimeError as error:  # what array_record raises for a file that it cannot open
             raise OSError(f"the text of {info.full_name} cannot be read in data.dir ({error})") from error
 
-    whole = info.splits[part.partition("[")[0]]  # of a part, TFDS does not know the size
+    whole = info.splits[part.partition("[")[0]]  # TFDS has no size for a part of a split
     return Documents(
         len(source),
         whole.num_bytes * len(source) // max(1, whole.num_examples),

@@ -1,4 +1,4 @@
-"""Which documents are validation: a tenth of them, each by the hash of its own name, whatever the others are."""
+"""The validation split: a tenth of the documents, each chosen by the hash of its own name alone."""
 
 import hashlib
 

@@ -1,7 +1,7 @@
-"""Tasks whose documents are made from a seed: `data.source` `task:NAME` trains on them, eval.py measures them.
+"""Synthetic tasks generated from a seed: `data.source` `task:NAME` trains on them, eval.py evaluates them.
 
-passkey: a number hidden in filler text, to be found again (Mohtashami and Jaggi 2023, arXiv 2305.16300), worded as in
-Wang et al. 2024 (arXiv 2404.12224), whose numbers have five digits.
+passkey: retrieve a number hidden in filler text (Mohtashami and Jaggi 2023, arXiv 2305.16300), with the wording and the
+five-digit numbers of Wang et al. 2024 (arXiv 2404.12224).
 """
 
 import difflib
@@ -25,11 +25,11 @@ DOCUMENTS = {"train": 10_000, "validation": 500}
 
 
 class Passkey:
-    """Prompts that hide a key, in the tokens of one tokenizer, its bos before each if asked for.
+    """Prompts that hide a key, in the tokens of one tokenizer, each starting with its bos if asked for.
 
-    A prompt is the task, filler, the needle, filler and the question. Its length is exact: filler is repeated and then
-    cut, on either side of the needle, as Mohtashami and Jaggi do. (Wang et al. repeat it whole, and leave what remains
-    of the length unused.)
+    A prompt consists of the task, filler, the needle, filler and the question. Its length is exact: filler is repeated
+    and then cut on either side of the needle, as by Mohtashami and Jaggi. (Wang et al. repeat whole fillers and leave
+    the rest of the length unused.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, bos: bool = False):
@@ -39,24 +39,24 @@ class Passkey:
             self._task = np.insert(self._task.astype(np.int32), 0, tokenizer.bos)
 
     def shortest(self, key: int) -> int:
-        """Tokens of a prompt without filler, its answer counted."""
+        """Number of tokens of a prompt without filler, including its answer."""
         return len(self._task) + sum(map(len, self._needle_and_question(key)))
 
     def build(self, length: int, depth: float, key: int) -> tuple[Int[np.ndarray, "length"], int]:
-        """A prompt and its answer.
+        """Build a prompt with its answer.
 
         Args:
-            length: of both together, in tokens.
-            depth: the share of the filler that comes before the needle: 0 puts it right after the task, 1 right before
-                the question.
-            key: what is hidden, one of KEYS.
+            length: Tokens of prompt and answer together.
+            depth: Fraction of the filler that precedes the needle: 0 puts the needle right after the task, 1 right
+                before the question.
+            key: The hidden number, one of KEYS.
 
         Returns:
-            The tokens, and how many of them, at the end, are the answer: what the tokenizer makes of a space and the
-            key after the question.
+            The tokens, and how many at the end are the answer, which is a space and the key, tokenized after the
+            question.
 
         Raises:
-            ValueError: `length` is less than `shortest(key)`, `depth` outside 0 to 1, or `key` not of five digits.
+            ValueError: `length` is less than `shortest(key)`, `depth` is outside 0 to 1, or `key` is not in KEYS.
         """
         if key not in KEYS:
             raise ValueError(f"key must be from {KEYS[0]} to {KEYS[-1]}, not {key}")
@@ -71,10 +71,10 @@ class Passkey:
         return np.concatenate(parts).astype(np.int32), self._answer_length(question)
 
     def document(self, length: int, key: int, rng: np.random.Generator) -> Int[np.ndarray, "length"]:
-        """A prompt with its answer to train on, of `length` tokens, whose needle may come several times.
+        """Build a training document of `length` tokens: a prompt with its answer, possibly with several needles.
 
-        A random part of what is left of the length is for filler, a small one more often, and as many further needles
-        as fit take the rest. Filler is cut at random between task, needles and question.
+        A random part of the remaining length is filler, more often a small part, and as many extra needles as fit take
+        the rest. Filler is cut at random between task, needles and question.
         """
         needle, question = self._needle_and_question(key)
         room = length - self.shortest(key)
@@ -86,7 +86,7 @@ class Passkey:
         return np.concatenate(parts).astype(np.int32)
 
     def filler(self, length: int) -> Integer[np.ndarray, "length"]:
-        """Filler, repeated and cut to so many tokens."""
+        """Filler, repeated and cut to `length` tokens."""
         return np.resize(self._filler, length)
 
     def _needle_and_question(self, key: int) -> tuple[Integer[np.ndarray, "_"], Integer[np.ndarray, "_"]]:
@@ -94,7 +94,7 @@ class Passkey:
         return self._tokenizer.encode(NEEDLE.format(key=key)), self._tokenizer.encode(f"{QUESTION} {key}")
 
     def _answer_length(self, question: Integer[np.ndarray, "_"]) -> int:
-        # Not every tokenizer cuts between the question and the space: the answer is what the question alone lacks.
+        # Some tokenizers do not cut between the question and the space: the answer is what the question alone lacks.
         alone = self._tokenizer.encode(QUESTION)
         common = min(len(alone), len(question))
         same = alone[:common] == question[:common]
@@ -104,26 +104,26 @@ class Passkey:
 def task_documents(
     name: str, split: Literal["train", "validation"], tokenizer: Tokenizer, length: int, seed: int
 ) -> Integer[np.ndarray, "documents length"]:
-    """The documents of a task, all of `length` tokens, so that windows of one token more begin where documents do.
+    """Generate the documents of a task, each of `length` tokens, so windows of one more token start at documents.
 
-    passkey: task, filler, needle, often further needles with filler between, and last the question with its answer.
-    (A prompt alone repeats its key twice in hundreds of tokens, which tells a small model too seldom that it should
-    copy.) Every document ends after an answer and no answer comes before the end: the text alone tells where that is,
-    so a model need not count tokens for it, which would fail it in longer prompts.
+    passkey: task, filler, needle, often more needles separated by filler, and finally the question with its answer.
+    (A plain prompt repeats its key only twice in hundreds of tokens, too rarely for a small model to learn to copy.)
+    Every document ends right after its answer and has no answer before, so the end is evident from the text: a model
+    does not need to count tokens for it, which would fail in longer prompts.
 
     Args:
         name: passkey.
-        split: train draws from `seed`; validation is always the same, whatever it is.
-        tokenizer: whose tokens the documents are.
-        length: tokens of each document.
-        seed: of the training documents.
+        split: train depends on `seed`; validation is the same for every seed.
+        tokenizer: Tokenizer of the documents.
+        length: Tokens per document.
+        seed: Seed of the training documents.
 
     Raises:
-        ValueError: no such task, or documents too short for it.
+        ValueError: the task is unknown, or the documents are too short for it.
     """
     if name != "passkey":
         near = difflib.get_close_matches(name, ["passkey"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "the one there is is 'passkey'"
+        hint = f"did you mean {near[0]!r}?" if near else "the only task is 'passkey'"
         raise ValueError(f"data.source: unknown task {name!r}: {hint}")
     task = Passkey(tokenizer)
     rng = np.random.default_rng((seed, 0) if split == "train" else (0, 1))

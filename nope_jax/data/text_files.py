@@ -1,7 +1,7 @@
-"""The documents of `text:PATH_OR_GLOB`: files, or what lies between separators in them.
+"""The documents of `text:PATH_OR_GLOB`: files, or sections between separators.
 
-All files are read once to know what is in them: where documents begin, whether two are the same, which are no text. A
-document is known by a digest of its text from then on, not by the path or the time of its file.
+All files are read once to find out where documents start, which ones are duplicates, and which files are not text. From
+then on a document is identified by a digest of its text, not by the path or time of its file.
 """
 
 import bz2
@@ -28,39 +28,39 @@ from nope_jax.data.documents import Documents, Split
 from nope_jax.data.splits import VALIDATION_SHARE, name_hash
 
 PIECE = 2**20
-"""Bytes that are read at a time."""
+"""Bytes read at a time."""
 
 HEAD = 2**13
-"""Bytes at the start of a file among which no NUL is if it is text."""
+"""A file with a NUL among its first HEAD bytes is binary."""
 
 KEPT = 2**30
-"""Bytes of files from which on what was found in them is kept under data.dir, so that no run reads them all again."""
+"""Total file size, in bytes, from which the result of a scan is cached under data.dir."""
 
 COMPRESSIONS: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
 }
-"""What reads a compressed file, by the bytes it begins with."""
+"""Readers of compressed files, by the first bytes of the file."""
 
 SPAN = np.dtype([("file", "i4"), ("start", "i8"), ("stop", "i8"), ("digest", "u8")])
-"""Where a document lies: bytes of a file, decompressed."""
+"""The location of a document: byte range in a decompressed file."""
 
 
 def text_documents(
     pattern: str, split: Split, *, separator: str | None = None, any_bytes: bool = False, data_dir: Path
 ) -> Documents:
-    """The documents of one split of the files that a path or glob matches.
+    """Find the documents of one split of the files that match a path or glob.
 
     Args:
-        pattern: a file, a glob, or a folder, which stands for all files under it that are not hidden.
-        split: which of both.
-        separator: what lies between the documents of a file; None: each file is one.
-        any_bytes: whether a single file may be read though it is no text.
-        data_dir: where what was found in many files is kept.
+        pattern: A file, a glob, or a folder, which stands for all files under it that are not hidden.
+        split: Which split to return.
+        separator: Separates the documents of a file; None: each file is one document.
+        any_bytes: Whether to read a single file even if it is binary.
+        data_dir: Where scans of large inputs are cached.
 
     Raises:
-        ValueError: no file matches, none is text, one cannot be decompressed.
+        ValueError: no file matches, none is text, or one cannot be decompressed.
     """
     files, odd = _find_files(pattern)
     named = Path(pattern).expanduser().is_file()
@@ -112,10 +112,10 @@ def text_documents(
 
 
 def _find_files(pattern: str) -> tuple[dict[str, Path], list[Path]]:
-    """The files that a path or glob matches, each once, by their names, in their order; and what is none.
+    """Return the matching regular files by name, each once and in order, and the other matches.
 
-    A name is the path from the folder, or from the part of the glob before its first wildcard, whatever links lead
-    there. (Of a file that lies outside, it is the first of the paths that lead to it.)
+    A name is the path relative to the folder, or to the part of the glob before its first wildcard, with links
+    resolved. (A file outside it is named by the first path that leads to it.)
     """
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -134,7 +134,7 @@ def _find_files(pattern: str) -> tuple[dict[str, Path], list[Path]]:
         except PermissionError:
             raise
         except OSError:
-            mode = 0  # a link that leads nowhere
+            mode = 0  # a broken link
         if stat.S_ISREG(mode):
             real = Path(os.path.realpath(file))
             inside = real.is_relative_to(real_root)
@@ -148,7 +148,7 @@ def _find_files(pattern: str) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _expand(pattern: Path) -> Iterator[Path]:
-    """What a glob matches; ** enters each folder once, however many links lead to it."""
+    """Expand a glob; ** enters each folder once, even if several links lead to it."""
     if "**" not in pattern.parts:
         yield from map(Path, glob.glob(str(pattern)))
         return
@@ -174,17 +174,17 @@ def _folders(root: str) -> Iterator[str]:
 
 
 class _Found(NamedTuple):
-    """What is in files."""
+    """The result of a scan."""
 
     spans: np.ndarray
     """SPAN of each document, in the order of the files."""
     binary: tuple[int, ...]
-    """Which files are no text."""
+    """Indices of the files that are not text."""
 
 
 @functools.lru_cache(maxsize=8)
 def _scan(stats: tuple[tuple[str, int, int], ...], separator: str | None, any_bytes: bool, folder: Path) -> _Found:
-    """Reads files, given as (path, size, time), whole; what was found in many is kept in a folder."""
+    """Scan files, given as (path, size, time); the result of a large scan is cached in `folder`."""
     key = hashlib.sha256(json.dumps([stats, separator, any_bytes]).encode()).hexdigest()[:32]
     kept, total = folder / f"{key}.spans.npz", sum(size for _, size, _ in stats)
     if kept.exists():
@@ -222,7 +222,7 @@ def _scan(stats: tuple[tuple[str, int, int], ...], separator: str | None, any_by
 
 
 def _cut(pieces: Iterable[bytes], separator: str | None) -> Iterator[tuple[int, int, int]]:
-    """Start, stop and digest of each document of a file. What is blank between separators is none."""
+    """Yield start, stop and digest of each document of a file. Blank sections between separators are skipped."""
     between = separator.encode() if separator else b""
     start = position = 0
     digest, blank, held = hashlib.blake2b(digest_size=8), bool(between), b""
@@ -236,7 +236,7 @@ def _cut(pieces: Iterable[bytes], separator: str | None) -> Iterator[tuple[int, 
             start = position = stop + len(between)
             digest, blank = hashlib.blake2b(digest_size=8), True
         kept = max(0, len(last) - len(between) + 1) if between else len(last)
-        text, held = last[:kept], last[kept:]  # what may be the beginning of a separator is held back
+        text, held = last[:kept], last[kept:]  # hold back a possible beginning of a separator
         digest.update(text)
         blank = blank and (not text or text.isspace())
         position += len(text)
@@ -246,7 +246,7 @@ def _cut(pieces: Iterable[bytes], separator: str | None) -> Iterator[tuple[int, 
 
 
 def _share(document: np.ndarray, paths: list[Path], split: Split) -> np.ndarray:
-    """The part of a single document that belongs to a split, cut between two characters of UTF-8."""
+    """The part of a single document that belongs to a split, cut between two UTF-8 characters."""
     (start,), (stop,) = document["start"], document["stop"]
     cut = start + round(int(stop - start) * (1 - VALIDATION_SHARE))
     path = paths[document["file"][0]]
@@ -273,16 +273,16 @@ def _read(documents: np.ndarray, paths: list[Path], indices: Iterable[int]) -> I
 
 
 def _decompressed(file: BinaryIO, path: str | Path) -> Any:
-    """The text of a file, whatever it is compressed with: to be read, and sought in."""
+    """A seekable reader of the file's text, decompressed if necessary."""
     head = file.read(6)
     file.seek(0)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise ValueError(f"{path} is compressed with Zstandard, which is not read here: decompress it first (zstd -d)")
+        raise ValueError(f"{path} is compressed with Zstandard, which is not supported: decompress it first (zstd -d)")
     return next((opened(file) for magic, opened in COMPRESSIONS.items() if head.startswith(magic)), file)
 
 
 def _pieces(text: Any, path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """What lies between two places in the text of a file."""
+    """Yield the text of a file between two offsets."""
     position = start
     try:
         text.seek(start)

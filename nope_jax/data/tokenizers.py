@@ -1,7 +1,7 @@
-"""What turns text into token ids and back.
+"""Tokenizers: text to token ids and back.
 
-Text of any size is tokenised in blocks. What a tokenizer makes of a block depends on what lies about its edges, so two
-blocks overlap, and are joined in the middle of a stretch where both have the same tokens.
+Text is tokenized in blocks, to support any size. The tokens near the edges of a block depend on the text beyond it, so
+consecutive blocks overlap and are joined in the middle of a stretch where both have the same tokens.
 """
 
 import codecs
@@ -18,18 +18,18 @@ import tokenizers
 from jaxtyping import Integer
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-"""The tokens that may stand between documents; a tokenizer.json does not say which of its tokens does."""
+"""Tokens that can separate documents; a tokenizer.json does not say which of its tokens does."""
 BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
-"""The tokens that may begin a sequence."""
+"""Tokens that can start a sequence."""
 
 BLOCK = 2**16
-"""Characters that are tokenised at a time."""
+"""Characters tokenized at a time."""
 
 OVERLAPS = (64, 8, 1)
-"""The parts of a block that the next one is begun with: a further one if the tokens of the one before do not agree."""
+"""Overlaps to try, as fractions 1/n of the preceding block: the next larger one if the blocks' tokens disagree."""
 
 UNDECODABLE = re.compile("[\udc80-\udcff]")
-"""A byte that is no UTF-8, as the error handler surrogateescape has it."""
+"""A byte of invalid UTF-8, as decoded by the error handler surrogateescape."""
 
 
 class Encoded(NamedTuple):
@@ -37,9 +37,9 @@ class Encoded(NamedTuple):
 
     tokens: Integer[np.ndarray, "tokens"]
     byte_lengths: Integer[np.ndarray, "tokens"]
-    """How many bytes of the text belong to each, see `Tokenizer.byte_lengths`."""
+    """Number of text bytes of each token, see `Tokenizer.byte_lengths`."""
     undecodable: int = 0
-    """How many bytes of the text were read as U+FFFD."""
+    """Number of text bytes that were read as U+FFFD."""
 
 
 @runtime_checkable
@@ -51,42 +51,43 @@ class Tokenizer(Protocol):
 
     @property
     def separator(self) -> int:
-        """The token put after each document when documents are packed."""
+        """The token added after each document when documents are packed."""
         ...
 
     @property
     def bos(self) -> int:
-        """The token that begins a sequence where `data.bos` asks for one: its own, or else the separator."""
+        """The token that starts a sequence with `data.bos`: the tokenizer's own, or else the separator."""
         ...
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        """The tokens of a text, none added; of bytes, each that is no UTF-8 is read as U+FFFD."""
+        """Tokenize a text without adding special tokens; invalid UTF-8 bytes are read as U+FFFD."""
         ...
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[Encoded]:
-        """The same of a text of any size in a bounded memory, wherever it is cut into pieces.
+        """Tokenize a text of any size in bounded memory, given in arbitrary pieces.
 
-        The tokens are those of the whole text where a tokenizer goes by what is near, as those of words and of
-        SentencePiece do. They may differ where BLOCK characters hold nothing to agree on, as of one letter repeated.
+        The tokens are those of the whole text if the tokenizer depends only on local context, as word-level tokenizers
+        and SentencePiece do. They may differ where BLOCK characters have no stretch to join on, such as one repeated
+        letter.
         """
         ...
 
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> str:
-        """The text of tokens."""
+        """Convert tokens to text."""
         ...
 
     def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
-        """How many bytes of a text belong to each of its tokens; their sum is that of the text (in UTF-8, if a str).
+        """Number of text bytes of each token; they sum to the size of the text (in UTF-8, if a str).
 
-        The text is the one given, not one that the tokenizer has normalised or would decode. A token has what lies
-        between the end of the token before it and its own: of a character that several tokens spell one has all bytes.
+        The text is the given one, not the tokenizer's normalized or decoded one. A token owns the bytes from the end of
+        the token before it to its own end; if several tokens encode one character, one of them owns all its bytes.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """Each byte is a token: any file can be read, UTF-8 or not. The separator is byte 0, which text seldom holds."""
+    """Each byte is a token, so any file can be read, UTF-8 or not. The separator is byte 0, which is rare in text."""
 
     vocab_size: int = 256
     separator: int = 0
@@ -106,10 +107,10 @@ class ByteTokenizer:
 
 
 class _TextTokenizer:
-    """A tokenizer of characters, by what its library says of a text: the tokens and where each ends."""
+    """A tokenizer of characters, based on the tokens and end offsets that its library reports."""
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, and the characters up to the end of each."""
+        """The tokens of a text, and the number of characters up to the end of each."""
         raise NotImplementedError
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
@@ -118,7 +119,7 @@ class _TextTokenizer:
     def byte_lengths(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
         text = _decoded(text)
         _, ends = self._spans(text)
-        ends[-1:] = _size(text)  # the last token has what the tokenizer leaves out at the end
+        ends[-1:] = _size(text)  # the last token owns the end of the text that the tokenizer leaves out
         return np.diff(ends, prepend=0)
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[Encoded]:
@@ -139,7 +140,7 @@ class _TextTokenizer:
                 seam = len(tokens), 0
             tokens = np.concatenate([tokens[: seam[0]], following[seam[1] :]])
             ends = np.maximum.accumulate(np.concatenate([ends[: seam[0]], following_ends[seam[1] :]]))
-            # The last is kept: what the tokenizer leaves out at the end of the text belongs to it.
+            # Hold back the last token, which owns the end of the text that the tokenizer leaves out.
             if done := max(0, min(seam[0], len(tokens) - 1)):
                 yield Encoded(tokens[:done], np.diff(ends[:done], prepend=yielded), undecodable)
                 tokens, yielded, ends, undecodable = tokens[done:], ends[done - 1], ends[done:], 0
@@ -149,7 +150,7 @@ class _TextTokenizer:
         yield Encoded(tokens, np.diff(ends, prepend=yielded), undecodable)
 
     def _spans(self, text: str) -> tuple[Integer[np.ndarray, "tokens"], Integer[np.ndarray, "tokens"]]:
-        """The tokens of a text, and the bytes up to the end of each."""
+        """The tokens of a text, and the number of bytes up to the end of each."""
         tokens, ends = self._encode(UNDECODABLE.sub("\ufffd", text))
         characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         sizes = 1 + sum(characters >= least for least in (0x80, 0x800, 0x10000))
@@ -160,7 +161,7 @@ class _TextTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class JsonTokenizer(_TextTokenizer):
-    """A `tokenizer.json`, read by the library tokenizers."""
+    """A `tokenizer.json`, read by the tokenizers library."""
 
     tokenizer: tokenizers.Tokenizer
     vocab_size: int
@@ -177,7 +178,7 @@ class JsonTokenizer(_TextTokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceTokenizer(_TextTokenizer):
-    """A SentencePiece model, read by the library sentencepiece."""
+    """A SentencePiece model, read by the sentencepiece library."""
 
     processor: Any
     vocab_size: int
@@ -201,7 +202,7 @@ def _size(text: str) -> int:
 
 
 def _blocks(pieces: Iterable[bytes], size: int) -> Iterator[str]:
-    """The characters of a text, so many at a time."""
+    """The characters of a text in blocks of `size`."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     held = ""
     for piece in pieces:
@@ -220,10 +221,10 @@ def _seam(
     following: Integer[np.ndarray, "n"],
     following_ends: Integer[np.ndarray, "n"],
 ) -> tuple[int, int] | None:
-    """How many of the first tokens to take before how many of the second to leave out, where the texts of both overlap.
+    """Find where to join two overlapping token sequences: how many tokens to take of the first and skip of the second.
 
-    That is the middle of the longest stretch where both are the same tokens at the same places; None if it is shorter
-    than half of the overlap, or than 8 tokens.
+    That is the middle of the longest stretch in which both have the same tokens at the same offsets; None if it is
+    shorter than half of the overlap, or than 8 tokens.
     """
     if not len(tokens) or not len(following):
         return None
@@ -238,14 +239,14 @@ def _seam(
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Load the tokenizer given by `data.tokenizer`.
 
     Args:
-        spec: `bytes`, or the path of a tokenizer.json (ends in .json) or of a SentencePiece model (anything else).
+        spec: `bytes`, or the path of a tokenizer.json (ending in .json) or of a SentencePiece model (anything else).
 
     Raises:
-        ValueError: no such file, not a tokenizer, or one without a token that can separate documents (SEPARATORS, or
-            the end-of-sentence token of a SentencePiece model).
+        ValueError: the file does not exist, is not a tokenizer, or has no token that can separate documents
+            (SEPARATORS, or the end-of-sentence token of a SentencePiece model).
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -258,7 +259,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_digest(spec: str) -> str:
-    """What names a tokenizer by its content, wherever it lies: `bytes`, or the SHA-256 of its file."""
+    """Identify a tokenizer by content, independent of its path: `bytes`, or the SHA-256 of its file."""
     return spec if spec == "bytes" else hashlib.sha256(Path(spec).expanduser().read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Which tokens are in a window, and which window is row r of step s: functions of their indices alone.
+"""The tokens of each window, and the window of each row of a step, as functions of their indices only.
 
 T is the context length.
 """
@@ -10,10 +10,10 @@ from nope_jax.data.corpora import Corpus
 
 
 class Windows:
-    """Slices of T + 1 tokens of all documents, in an order that the seed gives, each followed by the separator.
+    """Slices of T + 1 tokens from all documents, in an order given by the seed, each followed by the separator.
 
-    Window i starts at token i·T, so every token but the very first is predicted in exactly one window (fewer than T at
-    the end are left out). Where the corpus has a bos, it stands before the T tokens from i·T on, and all are predicted.
+    Window i starts at token i·T, so every token but the first is predicted in exactly one window (up to T - 1 tokens at
+    the end are left out). With a bos, it precedes the T tokens from i·T on, and all of those are predicted.
     """
 
     def __init__(self, corpus: Corpus, context_length: int, seed: int):
@@ -22,7 +22,7 @@ class Windows:
         self._prefix = np.array([] if corpus.bos is None else [corpus.bos], np.int32)
         self._tokens = corpus.tokens
         self._context_length = context_length
-        self._sources = corpus.offsets[order]  # where each document, in this order, starts in the tokens
+        self._sources = corpus.offsets[order]  # start of each document, in this order, in the tokens
         self._starts = np.concatenate([[0], np.cumsum(np.diff(corpus.offsets)[order])])  # and in their concatenation
 
     def __len__(self) -> int:
@@ -41,13 +41,13 @@ class Windows:
         return np.concatenate([self._prefix, *pieces]).astype(np.int32)
 
     def segments(self, index: int) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
-        """Position and segment of each input of a window, when documents are not to see each other.
+        """Position and segment of each input of a window, for attention within documents only.
 
-        A separator is predicted by the document it ends and, as an input, opens the next at position 0. So the losses
-        of a segment are those of the same tokens alone. Segments count from 1; the first may begin inside its document,
-        at position 0 nevertheless. Where there is a bos, it is the input of every position 0.
+        A separator is a target of the document it ends and, as an input, position 0 of the next. The losses of a
+        segment are therefore those of the same tokens alone. Segments count from 1; the first may start inside its
+        document, but at position 0. With a bos, it is the input at every position 0.
         """
-        start = index * self._context_length - len(self._prefix)  # the bos stands where the token before would
+        start = index * self._context_length - len(self._prefix)  # the bos takes the place of the token before
         documents = self._documents(max(start, 0), start + self._context_length)
         separators = self._starts[1:][documents] - 1 - start
         opens = np.zeros(self._context_length, np.int32)
@@ -56,13 +56,13 @@ class Windows:
         return positions - np.maximum.accumulate(positions * opens), np.cumsum(opens, dtype=np.int32) + 1
 
     def _documents(self, start: int, stop: int) -> slice:
-        """Those with tokens in [start, stop) of the concatenation."""
+        """The documents with tokens in [start, stop) of the concatenation."""
         first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
         return slice(first, last + 1)
 
 
 def step_windows(step: int, rows: range, batch_size: int, count: int, seed: int) -> Int[np.ndarray, "rows"]:
-    """The windows of some rows of a step: each epoch visits all `count` windows once, in an order of its own."""
+    """The windows of some rows of a step: each epoch visits all `count` windows once, in its own order."""
     epochs, indices = np.divmod(step * batch_size + np.array(rows), count)
     windows = np.empty_like(indices)
     for epoch in np.unique(epochs):
@@ -71,10 +71,10 @@ def step_windows(step: int, rows: range, batch_size: int, count: int, seed: int)
 
 
 def permute(indices: Int[np.ndarray, "n"], size: int, key: tuple[int, ...]) -> Int[np.ndarray, "n"]:
-    """Where a random permutation of range(size), which the key chooses, sends some indices.
+    """Map indices by a random permutation of range(size), chosen by the key.
 
-    A Feistel network on the next larger power of four, walked until it comes back into the range: no table is kept,
-    however many windows there are.
+    A Feistel network on the next larger power of four, applied until the result is in range: no table is stored, for
+    any number of windows.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -91,7 +91,7 @@ def permute(indices: Int[np.ndarray, "n"], size: int, key: tuple[int, ...]) -> I
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    # The finaliser of splitmix64 (Steele et al. 2014): every bit of the input reaches the low bits, which are kept.
+    # The finalizer of splitmix64 (Steele et al. 2014): every input bit affects the low bits, which are the ones kept.
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

@@ -1,5 +1,6 @@
 """Positional encodings: frozen dataclasses that act at the places of `Encoding`, and the functions they are made of."""
 
+from nope_jax.encodings import former_names
 from nope_jax.encodings.absolute import (
     ComplexOrder,
     Hierarchical,
@@ -12,18 +13,28 @@ from nope_jax.encodings.bias import FIRE, KERPLE, T5, ALiBi, alibi_slopes, t5_bu
 from nope_jax.encodings.contextual import CoPE, Forgetting, RunningSum, forget_sums
 from nope_jax.encodings.convolution import Convolution
 from nope_jax.encodings.encoding import (
-    Block,
+    AttentionSpan,
     BlockLogit,
     BlockValue,
     DistanceLogit,
     Encoding,
+    ModelDims,
     Params,
-    Reach,
     ScanLogit,
-    Sizes,
-    Tokens,
+    Tile,
+    TokenInputs,
     skew,
     unskew,
+)
+from nope_jax.encodings.logit_scale import (
+    HeadScale,
+    Llama4Scale,
+    LogN,
+    SSMax,
+    SwanScale,
+    UniformScale,
+    keys_seen,
+    logit_scale_product,
 )
 from nope_jax.encodings.nope import NoPE
 from nope_jax.encodings.randomized import Randomized, randomized_positions
@@ -44,16 +55,6 @@ from nope_jax.encodings.rotary import (
     rope_frequencies,
 )
 from nope_jax.encodings.schedules import Chunked, Windowed
-from nope_jax.encodings.temperature import (
-    HeadScale,
-    Llama4Temperature,
-    LogN,
-    SSMax,
-    SwanTemperature,
-    UniformScale,
-    keys_seen,
-    temperature_product,
-)
 from nope_jax.encodings.wrapper import Wrapper
 
 __all__ = [
@@ -66,7 +67,7 @@ __all__ = [
     "T5",
     "TUPE",
     "ALiBi",
-    "Block",
+    "AttentionSpan",
     "BlockLogit",
     "BlockValue",
     "Chunked",
@@ -83,15 +84,15 @@ __all__ = [
     "Learned",
     "LinearScaling",
     "Llama3Scaling",
-    "Llama4Temperature",
+    "Llama4Scale",
     "LogN",
     "LongRoPEScaling",
+    "ModelDims",
     "Multiplicative",
     "NTKScaling",
     "NoPE",
     "Params",
     "Randomized",
-    "Reach",
     "Recursive",
     "RoPE",
     "RotaryScaling",
@@ -100,9 +101,9 @@ __all__ = [
     "ScanLogit",
     "Shaw",
     "Sinusoidal",
-    "Sizes",
-    "SwanTemperature",
-    "Tokens",
+    "SwanScale",
+    "Tile",
+    "TokenInputs",
     "TransformerXL",
     "UniformScale",
     "Windowed",
@@ -114,12 +115,16 @@ __all__ = [
     "deberta_bucket",
     "forget_sums",
     "keys_seen",
+    "logit_scale_product",
     "randomized_positions",
     "resolve",
     "rope_frequencies",
     "sinusoidal_positions",
     "skew",
     "t5_bucket",
-    "temperature_product",
     "unskew",
 ]
+
+
+def __getattr__(name: str) -> object:
+    return former_names.public(name, globals())

@@ -1,4 +1,4 @@
-"""Biases of the attention logit that depend on positions alone: ALiBi, T5, KERPLE, FIRE.
+"""Position biases of the attention logit: ALiBi, T5, KERPLE, FIRE.
 
 Shapes: N query heads, B batch, T query length, S key length; q and k the queries and keys of one block, W the width of
 FIRE's hidden layer.
@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import integer_at_least, positive
-from nope_jax.encodings.encoding import Block, BlockLogit, DistanceLogit, Encoding, Params, Sizes, skew
+from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
-    """Slopes of ALiBi, float32: 2^(-8h/N) for h = 1..N when N is a power of two.
+    """ALiBi slopes, float32: 2^(-8h/N) for h = 1..N if N is a power of two.
 
-    For other N: those of the power of two below, then every second one of the power of two above
+    For other N: the slopes for the next lower power of two, then every second slope for the next higher one
     (Press et al. 2022, arXiv 2108.12409, and its code).
 
     Raises:
@@ -38,16 +38,16 @@ def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
 class ALiBi(Encoding):
     """q·k/√H - slope_h · distance (Press et al. 2022, arXiv 2108.12409).
 
-    The bias is added after the division by √H, not inside it, and carries a slope per head. slope_h · key position is
-    the same after the softmax: what they differ by is constant in a row. Without a causal mask the bias is symmetric in
-    distance.
+    The bias is added after the division by √H, not inside it, with one slope per head. Using slope_h · key position
+    instead gives the same softmax, because the two differ by a constant per row. Without a causal mask the bias is
+    symmetric in distance.
     """
 
     learned: bool = False
-    """Whether the slopes are parameters of each layer that start from `alibi_slopes`; the paper's stay there."""
+    """Whether each layer learns its slopes, initialized by `alibi_slopes`; in the paper they are fixed."""
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return {"slopes": alibi_slopes(sizes.num_heads)} if self.learned else {}
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return {"slopes": alibi_slopes(dims.num_heads)} if self.learned else {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         slopes = params["slopes"] if "slopes" in params else alibi_slopes(query.shape[2])
@@ -65,14 +65,14 @@ def t5_bucket(
     num_buckets: int = 32,
     max_distance: int = 128,
 ) -> Integer[Array, "*shape"]:
-    """Bucket of each relative position: exact near, logarithmic far, one for all the farthest (Raffel et al. 2020).
+    """Map relative positions to buckets: exact at short distances, then logarithmic (Raffel et al. 2020).
 
     Args:
         relative_position: Key position minus query position: the past is negative.
-        bidirectional: Half of the buckets are for the future. A decoder does not need them: with the default 32 it has
-            16 exact buckets in the past, where the table often shown (8 exact ones) is the bidirectional one.
-        num_buckets: Buckets in all.
-        max_distance: The distance that uses up the logarithmic buckets; all farther ones share the last.
+        bidirectional: Whether half of the buckets are for the future. A decoder does not need them: with the default 32
+            it has 16 exact buckets for the past; the often-shown table with 8 exact buckets is the bidirectional one.
+        num_buckets: Total number of buckets.
+        max_distance: Distance at which the logarithmic buckets end; all longer distances share the last bucket.
 
     Raises:
         ValueError: num_buckets or max_distance leave no room for exact and logarithmic buckets.
@@ -89,7 +89,7 @@ def t5_bucket(
 
 
 def _past_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of the distances 0..max_distance. In float64, so that no device's logarithm moves a border."""
+    """Buckets of the distances 0..max_distance, in float64 so that boundaries are the same on every device."""
     exact = num_buckets // 2
     distance = np.arange(1, max_distance + 1)
     log = np.log(distance / exact) / np.log(max_distance / exact) * (num_buckets - exact)
@@ -110,20 +110,20 @@ def _check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> 
 class T5(Encoding):
     """q·k/√H + table[bucket(distance), h], one table for all layers (Raffel et al. 2020, arXiv 1910.10683).
 
-    Where both directions are seen the bias tells them apart.
+    With bidirectional attention, the bias distinguishes past from future.
     """
 
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
     scaled: bool = True
-    """Whether q·k is divided by √H. T5 itself does not, and starts its query weights smaller by √H instead."""
+    """Whether q·k is divided by √H. T5 itself does not divide, and initializes its query weights smaller by √H."""
 
     def __post_init__(self):
         _check_buckets(self.bidirectional, self.num_buckets, self.max_distance)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return {"table": 0.02 * jax.random.normal(key, (self.num_buckets, sizes.num_heads))}
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return {"table": 0.02 * jax.random.normal(key, (self.num_buckets, dims.num_heads))}
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         if self.scaled:
@@ -144,16 +144,16 @@ class T5(Encoding):
 
 
 _KERPLE_LEAST = 0.01
-"""What the authors' code keeps r1 and r2 above."""
+"""Lower bound of r1 and r2 in the authors' code."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KERPLE(Encoding):
-    """q·k/√H - r1·log(1 + r2·|i - j|), or - r1·|i - j|^r2, r1 and r2 of each head and layer learned.
+    """q·k/√H - r1·log(1 + r2·|i - j|), or - r1·|i - j|^r2, with r1 and r2 learned per head and layer.
 
-    Chi et al. 2022, arXiv 2205.09921. Both are positive, and the power at most 2: so that they stay so, what is learned
-    is log r1, and log r2 or the logit of r2/2. They start as in the authors' code, uniform in (0, 2) and (0, 1) for r1
-    and r2 of "log", in (0, 1) and (0, 2) for those of "power", none below 0.01.
+    Chi et al. 2022, arXiv 2205.09921. To keep both positive and the power at most 2, the parameters are log r1, and log
+    r2 or the logit of r2/2. They are initialized as in the authors' code: uniform in (0, 2) and (0, 1) for r1 and r2 of
+    "log", in (0, 1) and (0, 2) for those of "power", at least 0.01.
     """
 
     variant: Literal["log", "power"] = "log"
@@ -162,8 +162,8 @@ class KERPLE(Encoding):
         if self.variant not in ("log", "power"):
             raise ValueError(f'variant must be "log" or "power", not {self.variant!r}')
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        draws = jax.random.uniform(key, (2, sizes.num_heads))
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        draws = jax.random.uniform(key, (2, dims.num_heads))
         if self.variant == "log":
             r1, r2 = jnp.maximum(jnp.array([[2.0], [1.0]]) * draws, _KERPLE_LEAST)
             return {"log_r1": jnp.log(r1), "log_r2": jnp.log(r2)}
@@ -176,7 +176,7 @@ class KERPLE(Encoding):
         return self.bias(jnp.exp(params["log_r1"]), 2 * jax.nn.sigmoid(params["logit_r2"]))
 
     def bias(self, r1: Float[Array, "N"], r2: Float[Array, "N"]) -> DistanceLogit:
-        """The logit of r1 and r2 themselves."""
+        """The logit for given r1 and r2."""
         return DistanceLogit(_kerple_log if self.variant == "log" else _kerple_power, (r1, r2))
 
 
@@ -188,42 +188,42 @@ def _kerple_log(parameters, distance: Int[Array, "*shape"]) -> Float[Array, "N *
 def _kerple_power(parameters, distance: Int[Array, "*shape"]) -> Float[Array, "N *shape"]:
     r1, r2 = (x.astype(jnp.float32).reshape(-1, *[1] * distance.ndim) for x in parameters)
     distance = jnp.abs(distance).astype(jnp.float32)
-    # 0^r2 is 0 for every r2 > 0, but its derivative by the rule of powers 0·log 0.
+    # 0^r2 is 0 for every r2 > 0, but the power rule would compute its derivative as 0·log 0.
     return jnp.where(distance > 0, -r1 * jnp.exp(r2 * jnp.log(jnp.maximum(distance, 1.0))), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class FIRE(Encoding):
-    """q·k/√H + MLP(log(c·|i - j| + 1) / log(c·max(i, L) + 1)), the MLP, c and L of each layer learned.
+    """q·k/√H + MLP(log(c·|i - j| + 1) / log(c·max(i, L) + 1)), with the MLP, c and L learned per layer.
 
-    Li et al. 2024, arXiv 2310.04418. The MLP has one number in, one hidden layer of ReLU and one number out per head.
-    What is learned of c and L are their logarithms, so that they stay positive. Queries from position L on see their
-    whole past as distances 0 to 1, whatever its length; the bias of two tokens therefore depends on where they stand,
-    and not on their distance alone. The paper is causal: without the mask distances to both sides count alike, still
-    relative to the query's own position, so that those to keys far behind it pass 1.
+    Li et al. 2024, arXiv 2310.04418. The MLP has one input, one hidden layer of ReLU and one output per head. c and L
+    are parametrized by their logarithms to keep them positive. From position L on, a query sees its whole past as
+    distances 0 to 1, whatever its length; the bias therefore depends on absolute position, not only on distance. The
+    paper is causal. Without the mask, distances in both directions count alike, still relative to the query's position,
+    so keys far after the query get values above 1.
     """
 
     width: int = 32
     c: float = 0.1
-    """Where c starts."""
+    """Initial value of c."""
     threshold: float = 512.0
-    """Where L starts, in positions."""
+    """Initial value of L, in positions."""
 
     def __post_init__(self):
         integer_at_least(1, width=self.width)
         positive(c=self.c, threshold=self.threshold)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
+    def init_layer(self, key, dims: ModelDims) -> Params:
         keys = jax.random.split(key, 4)
 
-        def uniform(key, shape, inputs):  # as the paper's code leaves it to PyTorch's linear layers
+        def uniform(key, shape, inputs):  # PyTorch's default for linear layers, which the paper's code uses
             return jax.random.uniform(key, shape, minval=-(inputs**-0.5), maxval=inputs**-0.5)
 
         return {
             "hidden_weights": uniform(keys[0], (self.width,), 1),
             "hidden_bias": uniform(keys[1], (self.width,), 1),
-            "weights": uniform(keys[2], (self.width, sizes.num_heads), self.width),
-            "bias": uniform(keys[3], (sizes.num_heads,), self.width),
+            "weights": uniform(keys[2], (self.width, dims.num_heads), self.width),
+            "bias": uniform(keys[3], (dims.num_heads,), self.width),
             "log_c": jnp.log(jnp.float32(self.c)),
             "log_threshold": jnp.log(jnp.float32(self.threshold)),
         }
@@ -241,12 +241,12 @@ class FIRE(Encoding):
         c: Float[Array, ""],
         threshold: Float[Array, ""],
     ) -> BlockLogit:
-        """The logit of c and L themselves: ReLU(x·hidden_weights + hidden_bias) · weights + bias."""
+        """The logit for given parameters: ReLU(x·hidden_weights + hidden_bias) · weights + bias."""
         parameters = hidden_weights, hidden_bias, weights, bias, c, threshold
         return BlockLogit(_fire, parameters, heads=(None, None, 1, 0, None, None))
 
 
-def _fire(parameters, block: Block) -> Float[Array, "#B N q k"]:
+def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
     *mlp, c, threshold = (x.astype(jnp.float32) for x in parameters)
     if block.distances is None:
         log_distance = jnp.log1p(c * jnp.abs(block.distance))
@@ -258,8 +258,8 @@ def _fire(parameters, block: Block) -> Float[Array, "#B N q k"]:
     longest = jnp.where(position > threshold, position, threshold)
     x = log_distance / jnp.log1p(c * longest)[..., None]
 
-    # An MLP of one number is linear between the edges where a unit turns on or off. Which piece x falls in is found for
-    # all heads at once, and each head looks up its slope and offset, rather than summing its units for every x.
+    # An MLP of one number is linear between the edges where a unit turns on or off. The piece that contains x is found
+    # once for all heads, and each head looks up its slope and offset instead of summing its units for every x.
     edges, slopes, offsets = _pieces(*mlp)
     piece = (x[..., None] > edges).sum(-1)
     return jnp.moveaxis(slopes[piece] * x[..., None] + offsets[piece], -1, 1)
@@ -271,9 +271,9 @@ def _pieces(
     weights: Float[Array, "W N"],
     bias: Float[Array, "N"],
 ) -> tuple[Float[Array, "W"], Float[Array, "W+1 N"], Float[Array, "W+1 N"]]:
-    """Edges of the pieces of an MLP of one number, ascending, and slope and offset of each piece."""
+    """Piecewise linear form of an MLP of one number: ascending edges, and the slope and offset of each piece."""
     width = hidden_weights.shape[0]
-    constant = hidden_weights == 0  # on or off everywhere: its edge is never reached
+    constant = hidden_weights == 0  # constant units have no edge
     edges = jnp.where(constant, jnp.inf, -hidden_bias / jnp.where(constant, 1.0, hidden_weights))
     order = jnp.argsort(edges)
     passed = jnp.arange(width + 1)[:, None] > jnp.argsort(order)

@@ -1,4 +1,4 @@
-"""What the settings of encodings are held to: each refusal names the setting and its bound."""
+"""Checks of encoding settings; each error names the setting and its bound."""
 
 import math
 import numbers
@@ -10,10 +10,10 @@ import numpy as np
 
 
 def at_least(least: int, **settings: float | None) -> None:
-    """Refuses finite numbers below a bound, and what is no finite number. None is left alone.
+    """Check that settings are finite numbers of at least `least`. None is accepted.
 
     Raises:
-        ValueError: which setting it is and what it should be.
+        ValueError: names the setting and its bound.
     """
     for name, number in settings.items():
         if number is not None and not (_is_number(number) and number >= least):
@@ -21,10 +21,10 @@ def at_least(least: int, **settings: float | None) -> None:
 
 
 def integer_at_least(least: int, **settings: int | None) -> None:
-    """Refuses integers below a bound, and what is no integer. None is left alone.
+    """Check that settings are integers of at least `least`. None is accepted.
 
     Raises:
-        ValueError: which setting it is and what it should be.
+        ValueError: names the setting and its bound.
     """
     for name, number in settings.items():
         if number is None:
@@ -36,10 +36,10 @@ def integer_at_least(least: int, **settings: int | None) -> None:
 
 
 def positive(**settings: float | None) -> None:
-    """Refuses finite numbers that are not above 0, and what is no finite number. None is left alone.
+    """Check that settings are finite numbers above 0. None is accepted.
 
     Raises:
-        ValueError: which setting it is and what it should be.
+        ValueError: names the setting and its bound.
     """
     for name, number in settings.items():
         if number is not None and not (_is_number(number) and number > 0):
@@ -47,10 +47,10 @@ def positive(**settings: float | None) -> None:
 
 
 def known_values(what: str, holds: Callable[[np.ndarray], np.ndarray], **arrays: Any) -> None:
-    """Refuses arrays with an entry that does not hold, where entries are known: not under jit, nor on other hosts.
+    """Check that `holds` is true of every entry; skipped for arrays traced under jit or held by other hosts.
 
     Raises:
-        ValueError: which array it is, what its entries should be, and the first that is not.
+        ValueError: names the array, what its entries should be, and the first that is not.
     """
     for name, x in arrays.items():
         if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):

@@ -1,7 +1,7 @@
-"""Positions that depend on content: CoPE counts the keys a query picks out, the forget gate lets each token fade.
+"""Content-dependent positions: CoPE counts the keys that a query selects; the forget gate decays past tokens.
 
-Shapes: B batch, T query length, S key length, N query heads, H head dim, D model width, P positions that CoPE has
-embeddings of; q and k the queries and keys of one block.
+Shapes: B batch, T query length, S key length, N query heads, H head dim, D model width, P CoPE's embedded positions;
+q and k the queries and keys of one block.
 """
 
 import dataclasses
@@ -14,32 +14,32 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Block, BlockLogit, Encoding, Params, ScanLogit, Sizes
+from nope_jax.encodings.encoding import BlockLogit, Encoding, ModelDims, Params, ScanLogit, Tile
 
 
 @dataclasses.dataclass(frozen=True)
 class CoPE(Encoding):
-    """q·k/√H + q·e[p], where p is how many keys from j to i the query's gates count.
+    """q·k/√H + q·e[p], with p the gated count of the keys from j to i.
 
-    Golovneva et al. 2024, arXiv 2405.18719. p_ij = Σ_{l=j..i} σ(q_i·k_l/√H), clipped to P - 1; between whole numbers
-    q·e is interpolated. The gate is the sigmoid of the content logit as the softmax has it, and q·e is not divided by
-    √H: the paper's equations leave out every √H, its listing has them so. A temperature multiplies the queries, hence
-    content, gates and q·e alike.
+    Golovneva et al. 2024, arXiv 2405.18719. p_ij = Σ_{l=j..i} σ(q_i·k_l/√H), clipped to P - 1; q·e is interpolated
+    between integers. The gate is the sigmoid of the scaled content logit, and q·e is not divided by √H: the paper's
+    equations omit every √H, but its listing is as here. A logit scale multiplies the queries, hence content, gates and
+    q·e alike.
 
-    The keys that count are those that the query sees, in the order in which they are given: a window, segments or a
-    mask leave out others, and without a causal mask the sum runs on to the last key.
+    The sum runs over the keys that the query sees, in the order given: windows, segments and masks exclude keys, and
+    without a causal mask the sum continues to the last key.
     """
 
     num_positions: int = 64
-    """P, the embeddings of each layer, which its heads share; those of 0 to P - 1 counted keys."""
+    """P, the number of embeddings per layer, for counts 0 to P - 1; heads share them."""
     scaled: bool = False
-    """Whether q·e is divided by √H as well, which the authors' released code does unless told otherwise."""
+    """Whether q·e is also divided by √H, the default of the authors' released code."""
 
     def __post_init__(self):
         integer_at_least(1, num_positions=self.num_positions)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return {"embeddings": jnp.zeros((self.num_positions, sizes.head_dim))}
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return {"embeddings": jnp.zeros((self.num_positions, dims.head_dim))}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         embeddings = params["embeddings"]
@@ -48,7 +48,7 @@ class CoPE(Encoding):
     def _count(
         self,
         embeddings: Float[Array, "P H"] | Float[Array, "N P H"],
-        block: Block,
+        block: Tile,
         content: Float[Array, "B N q k"],
         visible: Bool[Array, "#B #N q k"],
         carry: Float[Array, "B N q"],
@@ -63,7 +63,7 @@ class CoPE(Encoding):
         if not self.scaled:
             at *= math.sqrt(block.query.shape[-1])
         step = jnp.diff(at, axis=-1, append=at[..., -1:])
-        # Both are looked up as one row of one table, which is faster than each along its axis.
+        # One lookup in a combined table is faster than one along each axis.
         table = jnp.stack([at, step], axis=-1).reshape(-1, 2)
         first = jnp.arange(0, table.shape[0], at.shape[-1]).reshape(*at.shape[:-1], 1)
         found = table.at[first + below.astype(jnp.int32)].get(mode="clip")
@@ -71,20 +71,20 @@ class CoPE(Encoding):
 
 
 class RunningSum(NamedTuple):
-    """A sum that runs over the tokens, in two parts: their differences are exact where one float32 would not be.
+    """A running sum over tokens, stored as two floats so that differences stay accurate over long ranges.
 
-    After thousands of tokens a sum of thousands is good to 1e-3 only, and so would be a small difference of two.
+    After thousands of tokens a single float32 sum is accurate to only 1e-3, and so is the difference of two.
     """
 
     high: Float[Array, "B T N"]
     """The sum, rounded."""
     low: Float[Array, "B T N"]
-    """What rounding left."""
+    """The rounding error."""
 
 
 @jax.custom_jvp
 def running_sum(x: Float[Array, "B T N"], start: RunningSum) -> RunningSum:
-    """Sums of x over the tokens up to each, on top of a start [B, N] (Dekker 1971: arithmetic with two floats)."""
+    """Cumulative sums of x over tokens, added to a start [B, N] (double-float arithmetic, Dekker 1971)."""
     x = x.astype(jnp.float32)
     sums = lax.associative_scan(_add, RunningSum(x, jnp.zeros_like(x)), axis=1)
     return _add(RunningSum(*(part[:, None] for part in start)), sums)
@@ -92,7 +92,7 @@ def running_sum(x: Float[Array, "B T N"], start: RunningSum) -> RunningSum:
 
 @running_sum.defjvp
 def _running_sum_jvp(primals, tangents):
-    # The rounding has no derivative: all of it is that of the sum.
+    # Rounding has no derivative: the tangent is that of the plain sum.
     x, start = tangents
     out = running_sum(*primals)
     moved = jnp.cumsum(x.astype(jnp.float32), axis=1) + (start.high + start.low)[:, None]
@@ -111,15 +111,15 @@ def _add(a: RunningSum, b: RunningSum) -> RunningSum:
 class Forgetting(Encoding):
     """q·k/√H + Σ_{j<l≤i} log σ(w·x_l + b): a forget gate per head, from the layer's input x (Lin et al. 2025).
 
-    arXiv 2503.02130, "FoX". w starts normal with deviation 0.02 and b at 0, as in the authors' code. The sum runs over
-    the tokens as they come, whatever their positions. The paper is causal: without the mask later keys fade with the
-    gates between, as earlier ones do.
+    arXiv 2503.02130, "FoX". w is initialized with standard deviation 0.02 and b to 0, as in the authors' code. The sum
+    runs over tokens in array order, whatever their positions. The paper is causal; without the mask, later keys decay
+    by the gates in between, as earlier ones do.
     """
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
+    def init_layer(self, key, dims: ModelDims) -> Params:
         return {
-            "weights": 0.02 * jax.random.normal(key, (sizes.model_dim, sizes.num_heads)),
-            "bias": jnp.zeros(sizes.num_heads),
+            "weights": 0.02 * jax.random.normal(key, (dims.model_dim, dims.num_heads)),
+            "bias": jnp.zeros(dims.num_heads),
         }
 
     def features(self, params: Params, inputs, previous: Any) -> RunningSum:
@@ -129,14 +129,12 @@ class Forgetting(Encoding):
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         if query_features is None or key_features is None:
-            raise ValueError(
-                "query_features and key_features must be given: what Forgetting.features makes of the inputs"
-            )
+            raise ValueError("query_features and key_features must be given: the outputs of Forgetting.features")
         return BlockLogit(_forgotten, None, query_features, key_features, heads=(2, 2, 2, 2))
 
 
 def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | None = None) -> RunningSum:
-    """`Forgetting.features` of the gates' logarithms themselves; `previous` [B, N] is that of the token before."""
+    """`Forgetting.features` for given log gates; `previous` [B, N] is the sum at the preceding token."""
     log_forget = jnp.asarray(log_forget)
     if previous is None:
         zeros = jnp.zeros((log_forget.shape[0], log_forget.shape[2]), jnp.float32)
@@ -144,7 +142,7 @@ def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | No
     return running_sum(log_forget, RunningSum(*previous))
 
 
-def _forgotten(_, block: Block) -> Float[Array, "B N q k"]:
+def _forgotten(_, block: Tile) -> Float[Array, "B N q k"]:
     query, key = (
         [jnp.swapaxes(part, 1, 2) for part in features] for features in (block.query_features, block.key_features)
     )

@@ -1,12 +1,12 @@
-"""What an encoding is: five places of a decoder where position can enter, each of which it may leave alone.
+"""The encoding interface: five places in a decoder where an encoding can act.
 
     once:      embeddings -> [input] -> x
-    per layer: q, k -> [query/key] -> [temperature] · q·k/√H + [logit] -> softmax -> weights · v + [value] -> output
+    per layer: q, k -> [query/key] -> [logit scale] · q·k/√H + [logit] -> softmax -> weights · v + [value] -> output
 
-The logit place comes in three kinds, which are all that an attention kernel has to know. A `DistanceLogit` is a
-function of the distance between query and key alone, so that a vector of length T stands for a [T, S] matrix. A
-`BlockLogit` is any function of a block's positions, queries and keys. A `ScanLogit` is one that also hands something on
-from block to block. All are evaluated block by block: no full bias ever exists.
+The logit place takes one of three kinds of term; attention kernels need to know nothing else. A `DistanceLogit` depends
+only on the distance between query and key, so a vector of length T represents a [T, S] matrix. A `BlockLogit` is any
+function of a block's positions, queries and keys. A `ScanLogit` also carries state from block to block. All are
+evaluated block by block, so the full bias is never materialized.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block.
@@ -21,63 +21,65 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from nope_jax.encodings import former_names
+
 Params = dict[str, Any]
 """The parameters of an encoding: arrays by name."""
 
 
 MASKED = -1e30
-"""Logit of a key that is not seen: far below any other, yet finite, so that no inf - inf arises."""
+"""Logit of a masked key: far below any other, but finite to avoid inf - inf."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of the model an encoding is created for."""
+class ModelDims:
+    """The dimensions of the model that an encoding is created for."""
 
     num_heads: int
     head_dim: int
     model_dim: int
     train_length: int | None = None
-    """The length the model is trained at, where it is known."""
+    """Training length of the model, if known."""
     num_kv_heads: int | None = None
-    """None: as many as num_heads."""
+    """None: the same as num_heads."""
     vocab_size: int | None = None
 
 
-class Tokens(NamedTuple):
-    """What the input place knows of the tokens beside their embeddings."""
+class TokenInputs(NamedTuple):
+    """Inputs of the input place other than the embeddings."""
 
     ids: Int[Array, "B T"]
     positions: Int[Array, "#B T"]
     segments: Int[Array, "#B T"] | None
-    """Tokens of different segments do not see each other."""
+    """Tokens in different segments do not attend to each other."""
     length: int
-    """Positions are below it: how much of a table has to be computed."""
+    """Upper bound of the positions (exclusive): the number of table rows to compute."""
 
 
-class Reach(NamedTuple):
-    """Which of the keys that are visible anyway a layer's queries see: `window` and `chunk_size` of attention."""
+class AttentionSpan(NamedTuple):
+    """The window and chunk size of a layer: which of the keys left by causality and segments its queries see."""
 
     window: int | None = None
     chunk_size: int | None = None
 
 
-class Block(NamedTuple):
-    """What the function of a term sees of one block of queries and keys; key heads are repeated to N."""
+class Tile(NamedTuple):
+    """One block of queries and keys, as passed to the function of a term. Key heads are repeated to N."""
 
     query: Float[Array, "B N q H"]
-    """After the query/key place, times `factor`: a logit linear in it is scaled as q·k is."""
+    """Queries after the query/key place, times `factor`: a logit linear in them is scaled as q·k is."""
     factor: Float[Array, "#B N q"]
-    """temperature/√H, for logits that are not linear in the query."""
+    """logit_scale/√H, for logits that are not linear in the query."""
     key: Float[Array, "B N k H"]
     query_positions: Int[Array, "#B q"]
     key_positions: Int[Array, "#B k"]
     query_features: Any
-    """`query_features` of the logit, cut to the block's queries."""
+    """`query_features` of the logit for the block's queries."""
     key_features: Any
     distances: Int[Array, "q+k-1"] | None = None
-    """Where positions run on: the distances that occur, ascending, from the first query and last key on. Else None."""
+    """For consecutive positions: the distances in the block, ascending from the first query and last key. Else None."""
     by_distance: Any = None
-    """`by_distance` of the logit at `distances`, a leading axis of q+k-1; None where positions do not run on."""
+    """`by_distance` of the logit at `distances`, leading axis q+k-1. None unless positions are consecutive."""
 
     @property
     def distance(self) -> Int[Array, "#B q k"]:
@@ -86,13 +88,13 @@ class Block(NamedTuple):
 
 
 def _finite(added: Any) -> Array:
-    """What a term adds to the logits, float32; -inf hides a key as a mask does."""
+    """Convert the output of a term to finite float32; -inf, which masks a key, becomes MASKED."""
     return jnp.maximum(jnp.asarray(added, jnp.float32), MASKED)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """A method that equals the same method of an equal object (Python's do not), so that jit caches on it."""
+    """A method that compares equal for equal owners (Python's methods compare by identity), so jit can cache on it."""
 
     function: Callable
     owner: Any
@@ -102,15 +104,15 @@ class _Method:
 
 
 class _Term:
-    """A function and the arrays it needs: a pytree whose function is static.
+    """A function and its arrays: a pytree whose function is static.
 
-    jit compiles once for each function, so define it once (in a module, or as a method of a frozen dataclass) and give
-    it its numbers as `parameters`. Only a `DistanceLogit` outside of jit, where positions run on, may have a new lambda
-    in every call.
+    jit compiles once per function, so define the function once (in a module, or as a method of a frozen dataclass) and
+    pass its numbers as `parameters`. The exception is a `DistanceLogit` outside jit with consecutive positions: it may
+    use a new lambda on every call.
 
-    Which axis of each array counts the query heads is said in `heads`, in the order of `jax.tree.leaves(term)`, None
-    for an array that serves all of them. Where devices share the heads among them, each gives the function its own
-    share of queries, keys and arrays; where `heads` is None, each has to compute all.
+    `heads` gives, for each array in the order of `jax.tree.leaves(term)`, the axis of its query heads, or None for an
+    array shared by all heads. When heads are sharded over devices, each device passes the function its shard of the
+    queries, keys and arrays; if `heads` is None, every device computes all heads.
     """
 
     function: Callable
@@ -125,34 +127,33 @@ class _Term:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistanceLogit(_Term):
-    """A logit that depends on distance alone: `function(parameters, distance [...]) -> [N, ...]`, float32.
+    """A logit that depends only on distance: `function(parameters, distance [...]) -> [N, ...]`, float32.
 
-    One for all heads is [1, ...] or [...]. -inf hides the keys at a distance. With causal attention distances below 0
-    are never asked for.
+    The result may be [1, ...] or [...] if all heads share it. -inf masks the keys at a distance. Causal attention never
+    asks for negative distances.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
     parameters: Any = None
 
     def values(self, distance: Int[Array, "*shape"]) -> Float[Array, "#N *shape"]:
-        """What it adds at each distance."""
+        """The logit at each distance."""
         values = _finite(self.function(self.parameters, distance))
         return values if values.ndim > distance.ndim else jnp.broadcast_to(values, distance.shape)[None]
 
-    def block(self, block: Block) -> Float[Array, "#B #N q k"]:
+    def block(self, block: Tile) -> Float[Array, "#B #N q k"]:
         return jnp.moveaxis(self.values(block.distance), 0, 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockLogit(_Term):
-    """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Block`.
+    """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Tile`.
 
-    -inf hides a key.
-    `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...] (or pytrees of them), which reach the
-    function cut to its block. `by_distance` is for what costs more per distance than one would pay in every block: a
-    function (parameters, distances [d]) -> [d, ...], evaluated once where positions run on, and cut to each block's
-    distances.
+    -inf masks a key. `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...] (or pytrees of them);
+    the function gets the slices for its block. `by_distance` is for work that is too expensive to repeat in every
+    block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive positions and
+    sliced to each block's distances.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
@@ -162,20 +163,20 @@ class BlockLogit(_Term):
     by_distance: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def block(self, block: Block) -> Float[Array, "#B #N q k"]:
+    def block(self, block: Tile) -> Float[Array, "#B #N q k"]:
         return _finite(self.function(self.parameters, block))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockValue(_Term):
-    """Added to the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights."""
+    """A term of the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights."""
 
     function: Callable = dataclasses.field(metadata={"static": True})
     parameters: Any = None
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def block(self, weights: Float[Array, "B N q k"], block: Block) -> Float[Array, "B N q H"]:
+    def block(self, weights: Float[Array, "B N q k"], block: Tile) -> Float[Array, "B N q H"]:
         return self.function(self.parameters, weights, block)
 
 
@@ -184,9 +185,9 @@ class BlockValue(_Term):
 class ScanLogit(_Term):
     """A logit that sums over the keys between query and key.
 
-    `function(parameters, block, content, visible, carry) -> (added, carry)` visits the blocks of a query's keys from
-    the last to the first. `content` [B, N, q, k] is the scaled q·k, `visible` [B or 1, N or 1, q, k] what the queries
-    see, `added` [B, N, q, k] goes to the logits; `carry` [B, N, q] is handed on, and is 0 before the last key.
+    `function(parameters, block, content, visible, carry) -> (added, carry)` is called on the blocks of a query's keys
+    from the last to the first. `content` [B, N, q, k] is the scaled q·k, `visible` [B or 1, N or 1, q, k] the mask, and
+    `added` [B, N, q, k] is added to the logits; `carry` [B, N, q] is passed to the next call and starts at 0.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
@@ -197,12 +198,12 @@ class ScanLogit(_Term):
 
     def block(
         self,
-        block: Block,
+        block: Tile,
         content: Float[Array, "B N q k"],
         visible: Bool[Array, "#B #N q k"],
         carry: Float[Array, "B N q"],
     ) -> tuple[Float[Array, "B N q k"], Float[Array, "B N q"]]:
-        """The content logits with what it adds to them, and what it hands on; of keys that are not seen, MASKED."""
+        """Return the content logits plus the term, with masked keys set to MASKED, and the carry."""
         content = jnp.where(visible, content, 0.0)
         added, carry = self.function(self.parameters, block, content, visible, carry)
         return jnp.where(visible, content + _finite(added), MASKED), carry.astype(jnp.float32)
@@ -212,7 +213,7 @@ Logit = DistanceLogit | BlockLogit | ScanLogit
 
 
 def skew(rows: Shaped[Array, "*B q span"], keys: int) -> Shaped[Array, "*B q k"]:
-    """Entry (x, y) of a block from rows x by ascending distance, as in `Block.distances`; no gather."""
+    """Entry (x, y) of a block from rows x in ascending distance, as in `Tile.distances`; without a gather."""
     queries, span = rows.shape[-2:]
     rows = jnp.pad(rows[..., ::-1], [(0, 0)] * (rows.ndim - 1) + [(0, 1)])
     flat = rows.reshape(*rows.shape[:-2], -1)[..., queries - 1 : queries - 1 + queries * span]
@@ -220,7 +221,7 @@ def skew(rows: Shaped[Array, "*B q span"], keys: int) -> Shaped[Array, "*B q k"]
 
 
 def unskew(block: Shaped[Array, "*B q k"]) -> Shaped[Array, "*B q q+k-1"]:
-    """The transpose of `skew`: each row of a block by ascending distance, 0 where the block has no such key."""
+    """The transpose of `skew`: each row of a block in ascending distance, 0 where the block has no key."""
     queries, keys = block.shape[-2:]
     span, outer = queries + keys - 1, [(0, 0)] * (block.ndim - 2)
     flat = jnp.pad(block, [*outer, (0, 0), (0, queries - 1)]).reshape(*block.shape[:-2], -1)
@@ -230,57 +231,64 @@ def unskew(block: Shaped[Array, "*B q k"]) -> Shaped[Array, "*B q q+k-1"]:
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """Base of all encodings: does nothing at any of the five places.
+    """Base class of all encodings; acts at none of the five places.
 
-    A subclass is a frozen dataclass of plain settings; what it learns it declares in `init_shared` (one set for the
-    whole model) and `init_layer` (one set per layer). Every place receives the two merged in one dict `params`.
+    A subclass is a frozen dataclass of plain settings. It declares its learned parameters in `init_shared` (one set for
+    the whole model) and `init_layer` (one set per layer). Every place gets both, merged into one dict `params`.
     """
 
-    def max_length(self, sizes: Sizes) -> int | None:
-        """Number of positions the encoding can take; None when nothing bounds it."""
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        former_names.adopt_methods(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        return former_names.method(self, name)
+
+    def max_length(self, dims: ModelDims) -> int | None:
+        """Number of positions the encoding supports; None if unbounded."""
         return None
 
-    def with_sizes(self, sizes: Sizes) -> "Encoding":
-        """Itself, with those settings that are left to the model (a training length) taken from it."""
+    def bind(self, dims: ModelDims) -> "Encoding":
+        """Return a copy with the settings that default to the model's (such as the training length) filled in."""
         return self
 
     @property
-    def core(self) -> "Encoding":
-        """What acts at the input place and holds the shared parameters: layers with the same one share it."""
+    def unwrapped(self) -> "Encoding":
+        """The encoding at the input place, which owns the shared parameters; layers with an equal one share them."""
         return self
 
-    def init_shared(self, key: Array, sizes: Sizes) -> Params:
-        """Parameters that all layers (and the input place) share."""
+    def init_shared(self, key: Array, dims: ModelDims) -> Params:
+        """Initialize the parameters shared by all layers and the input place."""
         return {}
 
-    def init_layer(self, key: Array, sizes: Sizes) -> Params:
-        """Parameters of one layer."""
+    def init_layer(self, key: Array, dims: ModelDims) -> Params:
+        """Initialize the parameters of one layer."""
         return {}
 
     def positions(self, positions: Int[Array, "#B T"], length: int, key: Array | None) -> Int[Array, "#B T"]:
-        """The positions that the other places are told, given those of the tokens, all below length.
+        """Map token positions, all below length, to the positions that the other places get.
 
-        They keep the tokens' order. The key is that of a training step; None outside of training.
+        The order of the tokens is kept. `key` is the random key of a training step, or None outside training.
         """
         return positions
 
-    def reach(self) -> Reach:
-        """Which keys the layer's queries see, of those that causality and segments leave."""
-        return Reach()
+    def span(self) -> AttentionSpan:
+        """Which of the keys left by causality and segments the layer's queries see."""
+        return AttentionSpan()
 
-    def lookback(self) -> int:
-        """How many tokens before a token its input place reads, for decoding token by token."""
+    def input_context(self) -> int:
+        """Number of preceding tokens that the input place reads; needed for decoding one token at a time."""
         return 0
 
-    def input(self, params: Params, embeddings: Float[Array, "B T D"], tokens: Tokens) -> Float[Array, "B T D"]:
-        """Input place: acts on the token embeddings, once. Its params are the shared ones."""
+    def input(self, params: Params, embeddings: Float[Array, "B T D"], tokens: TokenInputs) -> Float[Array, "B T D"]:
+        """Input place: transform the token embeddings, once per model. `params` are the shared ones."""
         return embeddings
 
     def features(self, params: Params, inputs: Float[Array, "B T D"], previous: Any) -> Any:
-        """Numbers per token [B, T, ...] that the logit place needs beside queries and keys, from the layer's input.
+        """Compute features [B, T, ...] of the layer's input that the logit place needs besides queries and keys.
 
-        Where they run on from token to token, `previous` is the entry [B, ...] of the token before the first; None
-        where there is none.
+        For features that accumulate over tokens, `previous` [B, ...] is the entry of the token before the first one, or
+        None at the start.
         """
         return None
 
@@ -292,9 +300,9 @@ class Encoding:
         query_positions: Int[Array, "#B T"],
         key_positions: Int[Array, "#B S"],
     ) -> tuple[Float[Array, "B T N H2"], Float[Array, "B S K H2"]]:
-        """Query/key place: transforms queries and keys before their product.
+        """Query/key place: transform queries and keys before their product.
 
-        It may change their head dim; the product is then divided by the root of the new one.
+        The head dim may change; the product is then divided by the square root of the new one.
         """
         return query, key
 
@@ -306,15 +314,15 @@ class Encoding:
         query_features: Any = None,
         key_features: Any = None,
     ) -> Logit | None:
-        """Logit place: what is added to q·k/√H."""
+        """Logit place: the term added to q·k/√H."""
         return None
 
     def value(self, params: Params) -> BlockValue | None:
-        """Value place: what is added to the weighted sum of values."""
+        """Value place: the term added to the weighted sum of values."""
         return None
 
-    def temperature(
+    def logit_scale(
         self, params: Params, query_positions: Int[Array, "#B T"], key_positions: Int[Array, "#B S"]
     ) -> Float[Array, "#B #N T"] | Float[Array, "N"] | float | None:
-        """Temperature place: the factor of q·k/√H."""
+        """Logit-scale place: the factor that multiplies q·k/√H."""
         return None

@@ -1,4 +1,4 @@
-"""No positional encoding: the causal mask alone tells a decoder where a token stands."""
+"""No positional encoding: position comes from the causal mask alone."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ from nope_jax.encodings.encoding import Encoding
 class NoPE(Encoding):
     """softmax(q·k/√H) under the causal mask, and nothing else.
 
-    The first layer can recover absolute positions from the number of tokens each query sees, later layers relative ones
-    (Kazemnejad et al. 2023, arXiv 2305.19466, theorems 1 and 2). Without the mask the model is permutation-equivariant.
+    The first layer can recover absolute positions from the number of tokens each query sees, and later layers relative
+    ones (Kazemnejad et al. 2023, arXiv 2305.19466, theorems 1 and 2). Without the mask the model is
+    permutation-equivariant.
     """

@@ -1,7 +1,7 @@
-"""Positions by recursion, added to the token embeddings: from one to the next by a learned cell, or along a flow.
+"""Recurrent positions at the input: each position is computed from the one before, by a learned cell or ODE.
 
-They go on past the training length. Every call computes all positions below `tokens.length`, one after another, in
-memory of length · D, for the gradient as well.
+They continue past the training length. Every call computes all positions below `tokens.length` sequentially, and uses
+length · D memory, for the gradient too.
 
 Shapes: B batch, T length, D model width, W hidden width.
 """
@@ -16,21 +16,21 @@ from jaxtyping import Array, Float, Int
 
 from nope_jax.encodings.absolute import rows_at
 from nope_jax.encodings.checks import integer_at_least, positive
-from nope_jax.encodings.encoding import Encoding, Params, Sizes, Tokens
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params, TokenInputs
 
-# A GPU's default would round to ten bits at every step of thousands.
+# At thousands of steps, a GPU's default of ten bits per step would accumulate error.
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recurrence(Encoding, abc.ABC):
-    """Base: x + p_k, p_0 the parameter `start`, and each next one the subclass's `step` from the one before."""
+    """Base class: x + p_k, where p_0 is the parameter `start` and the subclass's `step` computes each next one."""
 
     @abc.abstractmethod
     def step(self, params: Params, row: Float[Array, "D"], k: Int[Array, ""]) -> Float[Array, "D"]:
         """p_{k+1} from p_k."""
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         cell = {name: param.astype(jnp.float32) for name, param in params.items()}
 
         def next_row(row, k):
@@ -42,18 +42,18 @@ class _Recurrence(Encoding, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Recursive(_Recurrence):
-    """x + p_k with p_{k+1} = tanh(W·p_k + b), p_0 learned too: a recurrent network run over positions, without input.
+    """x + p_k with p_{k+1} = tanh(W·p_k + b) and p_0 learned: a recurrent network over positions, without input.
 
-    W starts orthogonal, a rotation of D dimensions, so that the first positions to be trained are sums of sinusoids of
-    random frequencies. The idea is that of Liu et al. 2020 (arXiv 2003.09229), who compare their flow with it.
+    W is initialized to an orthogonal matrix, a rotation in D dimensions, so the initial positions are sums of sinusoids
+    of random frequencies. The idea is from Liu et al. 2020 (arXiv 2003.09229), who compare FLOATER with it.
     """
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
+    def init_shared(self, key, dims: ModelDims) -> Params:
         start, kernel = jax.random.split(key)
         return {
-            "start": 0.02 * jax.random.normal(start, (sizes.model_dim,)),
-            "kernel": jax.random.orthogonal(kernel, sizes.model_dim),
-            "bias": jnp.zeros(sizes.model_dim),
+            "start": 0.02 * jax.random.normal(start, (dims.model_dim,)),
+            "kernel": jax.random.orthogonal(kernel, dims.model_dim),
+            "bias": jnp.zeros(dims.model_dim),
         }
 
     def step(self, params, row, k):
@@ -64,31 +64,31 @@ class Recursive(_Recurrence):
 class FLOATER(_Recurrence):
     """x + p(t_k) with dp/dt = h(t, p), t_k = k·step_size, h a learned MLP (Liu et al. 2020, arXiv 2003.09229).
 
-    p(0) is learned too. Solved by the classical Runge-Kutta method of fourth order, in `substeps` equal steps from one
-    position to the next. In the paper a flow gives every block its own positions, beside sinusoids at the input; here
-    one flow acts at the input alone. h is tanh inside where the authors' code has ReLU: it is smooth, which the order
-    of the method needs, and bounded, so that p grows no faster than t.
+    p(0) is learned too. The equation is solved by the classical fourth-order Runge-Kutta method, in `substeps` equal
+    steps per position. The paper uses one flow per block, in addition to sinusoids at the input; here one flow acts at
+    the input only. h uses tanh where the authors' code uses ReLU: tanh is smooth, as the order of the method requires,
+    and bounded, so p grows at most linearly in t.
     """
 
     step_size: float = 0.01
-    """Time between positions; that of the authors' code."""
+    """Time between consecutive positions; the default is from the authors' code."""
     substeps: int = 1
-    """The authors' code takes 5; with so short a step one differs by float32's rounding."""
+    """The authors' code uses 5; at this step size, 1 differs from it only by float32 rounding."""
     width: int | None = None
-    """Hidden width of h; None for the model's."""
+    """Hidden width of h; None for the model width."""
 
     def __post_init__(self):
         positive(step_size=self.step_size)
         integer_at_least(1, substeps=self.substeps, width=self.width)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        d, w = sizes.model_dim, self.width or sizes.model_dim
-        # Over the training length p travels about as far as embeddings are long, whatever that length.
-        duration = self.step_size * (sizes.train_length or 1024)
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        d, w = dims.model_dim, self.width or dims.model_dim
+        # Over the training length, p moves about as far as an embedding is long, whatever that length.
+        duration = self.step_size * (dims.train_length or 1024)
         start, inner, bias, outer = jax.random.split(key, 4)
         return {
             "start": 0.02 * jax.random.normal(start, (d,)),
-            "inner": (d + 1) ** -0.5 * jax.random.normal(inner, (d + 1, w)),  # the last row is that of time
+            "inner": (d + 1) ** -0.5 * jax.random.normal(inner, (d + 1, w)),  # the last row multiplies time
             "inner_bias": jax.random.normal(bias, (w,)),
             "outer": w**-0.5 / duration * jax.random.normal(outer, (w, d)),
             "outer_bias": jnp.zeros(d),

@@ -1,4 +1,4 @@
-"""What names stand for: encodings, wrappers around them, and schedules over layers."""
+"""The registry: encodings, wrappers and schedules by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from nope_jax.encodings.bias import FIRE, KERPLE, T5, ALiBi
 from nope_jax.encodings.contextual import CoPE, Forgetting
 from nope_jax.encodings.convolution import Convolution
 from nope_jax.encodings.encoding import Encoding
+from nope_jax.encodings.logit_scale import HeadScale, Llama4Scale, LogN, SSMax, SwanScale, UniformScale
 from nope_jax.encodings.nope import NoPE
 from nope_jax.encodings.randomized import Randomized
 from nope_jax.encodings.recurrent import FLOATER, Recursive
 from nope_jax.encodings.relative import NEZHA, TUPE, DeBERTa, Shaw, TransformerXL
 from nope_jax.encodings.rotary import RoPE, XPos
 from nope_jax.encodings.schedules import SCHEDULES, Chunked, Windowed
-from nope_jax.encodings.temperature import HeadScale, Llama4Temperature, LogN, SSMax, SwanTemperature, UniformScale
 from nope_jax.encodings.wrapper import Wrapper
 
 ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
@@ -47,24 +47,24 @@ ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
         "uniform_scale": UniformScale,
         "head_scale": HeadScale,
         "ssmax": SSMax,
-        "llama4_temperature": Llama4Temperature,
-        "swan_temperature": SwanTemperature,
+        "llama4_scale": Llama4Scale,
+        "swan_scale": SwanScale,
         "windowed": Windowed,
         "chunked": Chunked,
     }
 )
-"""Every encoding that a name stands for; called without arguments it has its paper's settings."""
+"""All encodings by name; called without arguments, each has its paper's settings."""
 
 
 def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding, ...]:
-    """The encodings of one period of layers.
+    """Return the encodings of one period of layers.
 
     Args:
-        spec: An encoding, a name in ENCODINGS or SCHEDULES, "wrapper:name" for a wrapper around what the name stands
-            for ("log_n:rope", "head_scale:smollm3"), or a tuple of these.
+        spec: An encoding, a name in ENCODINGS or SCHEDULES, "wrapper:name" for a wrapper around the named encoding or
+            schedule ("log_n:rope", "head_scale:smollm3"), or a tuple of these.
 
     Raises:
-        ValueError: A name that is none, a prefix that is not a wrapper's, or an empty tuple.
+        ValueError: An unknown name, a prefix that is not a wrapper, or an empty tuple.
     """
     if isinstance(spec, Encoding):
         return (spec,)
@@ -84,7 +84,7 @@ def resolve(spec: str | Encoding | tuple[str | Encoding, ...]) -> tuple[Encoding
 
 
 def _find(name: str) -> tuple[Encoding, ...]:
-    """What a single name stands for."""
+    """The encodings for a single name."""
     if name in ENCODINGS:
         return (ENCODINGS[name](),)
     if name in SCHEDULES:

@@ -1,8 +1,9 @@
-"""Relative positions that meet content: Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa.
+"""Content-dependent relative positions: Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa.
 
-Their logits multiply queries or keys with vectors that belong to a distance. Where positions run on, a block has few
-distances: each vector is multiplied with those and the products are skewed into place. Elsewhere it is multiplied with
-every row of the table, and what each pair needs is picked by index. A vector per pair of tokens never exists.
+Their logits multiply queries or keys by one vector per distance. With consecutive positions, a block has only q + k - 1
+distances: queries or keys are multiplied by those vectors, and the products are skewed into place. Otherwise they are
+multiplied by every row of the table, and each pair picks its product by index. No array of vectors per token pair is
+ever materialized.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block, x and y either of them; R rows of a table.
@@ -18,10 +19,10 @@ from jaxtyping import Array, Float, Int
 from nope_jax.encodings.absolute import rows_at, sinusoidal_positions, table_length
 from nope_jax.encodings.bias import T5
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import Block, BlockLogit, BlockValue, Encoding, Params, Sizes, skew, unskew
+from nope_jax.encodings.encoding import BlockLogit, BlockValue, Encoding, ModelDims, Params, Tile, skew, unskew
 
 _INIT = 0.02
-"""Standard deviation of the first weights in Transformer-XL, TUPE and DeBERTa."""
+"""Standard deviation of the initial weights in Transformer-XL, TUPE and DeBERTa."""
 
 
 def _products(
@@ -29,13 +30,13 @@ def _products(
 ) -> Float[Array, "B N x y"]:
     """vectors[x] · table[index[x, y]]."""
     rows = table.shape[1]
-    if index.shape[2] * vectors.shape[-1] <= rows:  # so few pairs that their rows are less than all products
+    if index.shape[2] * vectors.shape[-1] <= rows:  # gathering rows takes less memory than all products
         return jnp.einsum("bnxh,nbxyh->bnxy", vectors, table[:, index])
     return jnp.take_along_axis(vectors @ table.mT, index[:, None], axis=-1, mode="clip")
 
 
 def _sums(weights: Float[Array, "B N q k"], index: Int[Array, "#B q k"], rows: int) -> Float[Array, "B N q {rows}"]:
-    """Weights summed by the row that each pair has."""
+    """Weights summed by the table row of each pair."""
     b, n, q = jnp.ogrid[tuple(slice(size) for size in weights.shape[:3])]
     zeros = jnp.zeros((*weights.shape[:3], rows), weights.dtype)
     return zeros.at[b[..., None], n[..., None], q[..., None], index[:, None]].add(weights)
@@ -46,20 +47,20 @@ def _sums(weights: Float[Array, "B N q k"], index: Int[Array, "#B q k"], rows: i
 
 @dataclasses.dataclass(frozen=True)
 class Shaw(Encoding):
-    """q·(k + R[c])/√H, and weights · (v + R'[c]): c is j - i held within ±clip, R and R' serve all heads of a layer.
+    """q·(k + R[c])/√H and weights · (v + R'[c]), with c = j - i clipped to ±clip; the heads of a layer share R and R'.
 
-    Shaw et al. 2018, arXiv 1803.02155. Row clip + c of the tables is that of c; a causal decoder never reads the rows
-    past clip, of keys after the query.
+    Shaw et al. 2018, arXiv 1803.02155. Row clip + c of a table is for c; a causal decoder never reads the rows past
+    clip, which are for keys after the query.
     """
 
     clip: int = 16
-    """The distance from which on all share a row."""
+    """Distances from here on share one row."""
 
     def __post_init__(self):
         integer_at_least(1, clip=self.clip)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        init, shape = jax.nn.initializers.glorot_uniform(), (2 * self.clip + 1, sizes.head_dim)
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        init, shape = jax.nn.initializers.glorot_uniform(), (2 * self.clip + 1, dims.head_dim)
         return {name: init(k, shape) for name, k in zip(("keys", "values"), jax.random.split(key), strict=True)}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
@@ -71,13 +72,13 @@ class Shaw(Encoding):
     def _rows(self, distance: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         return self.clip - jnp.clip(distance, -self.clip, self.clip)
 
-    def _logit(self, table: Float[Array, "R H"], block: Block) -> Float[Array, "B N q k"]:
+    def _logit(self, table: Float[Array, "R H"], block: Tile) -> Float[Array, "B N q k"]:
         table = table.astype(jnp.float32)
         if block.distances is None:
             return _products(block.query, table[None], self._rows(block.distance))
         return skew(block.query @ table[self._rows(block.distances)].T, block.key.shape[2])
 
-    def _value(self, table: Float[Array, "R H"], weights, block: Block) -> Float[Array, "B N q H"]:
+    def _value(self, table: Float[Array, "R H"], weights, block: Tile) -> Float[Array, "B N q H"]:
         table = table.astype(jnp.float32)
         if block.distances is None:
             return _sums(weights, self._rows(block.distance), len(table)) @ table
@@ -86,17 +87,17 @@ class Shaw(Encoding):
 
 @dataclasses.dataclass(frozen=True)
 class NEZHA(Shaw):
-    """Shaw's attention with the sinusoids of j - i for both tables: nothing is learned.
+    """Shaw's attention with sinusoids of j - i as both tables; nothing is learned.
 
-    Wei et al. 2019, arXiv 1909.00204; its models clip at 64. The paper's sinusoids are of j - i, which is what this
-    does; its released code takes them of the row, clip + j - i.
+    Wei et al. 2019, arXiv 1909.00204; its models clip at 64. The sinusoids are of j - i, as in the paper; the released
+    code uses the row, clip + j - i, instead.
     """
 
     clip: int = 64
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        if sizes.head_dim % 2:
-            raise ValueError(f"head_dim must be even for NEZHA's sinusoids, not {sizes.head_dim}")
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        if dims.head_dim % 2:
+            raise ValueError(f"head_dim must be even for NEZHA's sinusoids, not {dims.head_dim}")
         return {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
@@ -105,13 +106,13 @@ class NEZHA(Shaw):
     def value(self, params: Params):
         return BlockValue(self._sinusoid_value, heads=())
 
-    def _table(self, block: Block) -> Float[Array, "R H"]:
+    def _table(self, block: Tile) -> Float[Array, "R H"]:
         return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), block.key.shape[-1])
 
-    def _sinusoid_logit(self, _, block: Block):
+    def _sinusoid_logit(self, _, block: Tile):
         return self._logit(self._table(block), block)
 
-    def _sinusoid_value(self, _, weights, block: Block):
+    def _sinusoid_value(self, _, weights, block: Tile):
         return self._value(self._table(block), weights, block)
 
 
@@ -120,14 +121,14 @@ class NEZHA(Shaw):
 
 @dataclasses.dataclass(frozen=True)
 class TransformerXL(Encoding):
-    """((q+u)·k + (q+v)·W r)/√H, r the sinusoids of the distance, D wide; u, v and W are the layer's own.
+    """((q+u)·k + (q+v)·W r)/√H, with r the D-wide sinusoids of the distance; u, v and W are learned per layer.
 
-    Dai et al. 2019, arXiv 1901.02860, and XLNet (Yang et al. 2019, arXiv 1906.08237). It adds nothing to the values.
-    A temperature multiplies all of it.
+    Dai et al. 2019, arXiv 1901.02860, and XLNet (Yang et al. 2019, arXiv 1906.08237). Values are unchanged. A logit
+    scale multiplies the whole expression.
     """
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        heads, width = (sizes.num_heads, sizes.head_dim), sizes.model_dim
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        heads, width = (dims.num_heads, dims.head_dim), dims.model_dim
         if width % 2:
             raise ValueError(f"model_dim must be even for Transformer-XL's sinusoids, not {width}")
         shapes = {"content_bias": heads, "position_bias": heads, "position_kernel": (width, *heads)}
@@ -138,7 +139,7 @@ class TransformerXL(Encoding):
         return (query + params["content_bias"].astype(jnp.float32)).astype(query.dtype), key
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
-        # The query has u already: q + v is (q + u) + (v - u).
+        # The query already includes u, and q + v = (q + u) + (v - u).
         bias, content, kernel = (
             params[name].astype(jnp.float32) for name in ("position_bias", "content_bias", "position_kernel")
         )
@@ -152,12 +153,12 @@ def _transformer_xl_rows(parameters, distances: Int[Array, "d"]) -> Float[Array,
     return jnp.einsum("df,fnh->dnh", sinusoidal_positions(distances, len(kernel), layout="halves"), kernel)
 
 
-def _transformer_xl_logit(parameters, block: Block) -> Float[Array, "B N q k"]:
+def _transformer_xl_logit(parameters, block: Tile) -> Float[Array, "B N q k"]:
     bias, kernel = parameters
     query = block.query + block.factor[..., None] * bias[:, None]
     if block.by_distance is not None:
         return skew(jnp.einsum("bnqh,dnh->bnqd", query, block.by_distance), block.key.shape[2])
-    # The sinusoids of i - j split into products of those of i and of j.
+    # The sinusoids of i - j are sums of products of those of i and of j.
     width = len(kernel)
     of_query, of_key = (
         sinusoidal_positions(positions, width, layout="halves")
@@ -174,49 +175,49 @@ def _transformer_xl_logit(parameters, block: Block) -> Float[Array, "B N q k"]:
 
 @dataclasses.dataclass(frozen=True)
 class TUPE(Encoding):
-    """q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + bias[bucket(distance), h]: words meet words and positions meet positions.
+    """q·k/√(2H) + (p_i U)·(p_j V)/√(2H) + bias[bucket(distance), h]: content and position terms without cross terms.
 
-    Ke et al. 2021, arXiv 2006.15595: TUPE-R, or TUPE-A where not relative. p, U, V and the bias serve all layers; p is
-    a learned table, normalised as in the paper's code. The positions' part is joined to queries and keys, so that a
-    temperature multiplies it as well; not the relative bias. What the paper unties besides, the [CLS] token of an
-    encoder, a causal decoder does not have.
+    Ke et al. 2021, arXiv 2006.15595: TUPE-R, or TUPE-A with relative=False. All layers share p, U, V and the bias; p is
+    a learned table, normalized as in the paper's code. The position part is concatenated to queries and keys, so a
+    logit scale multiplies it too, but not the relative bias. The paper's separate treatment of an encoder's [CLS] token
+    does not apply to a causal decoder.
     """
 
     relative: bool = True
     """Whether T5's bias is added."""
     length: int | None = None
-    """Rows of the table. None: the model's training length, or 1,024 where that is not known."""
+    """Rows of the table. None: the model's training length, or 1,024 if that is unknown."""
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
-    """Half of the buckets are for the future, as in the paper's encoder."""
+    """Whether half of the buckets are for the future, as in the paper's encoder."""
 
     def __post_init__(self):
         integer_at_least(1, length=self.length)
         if self.relative:
-            self._bias()  # refuses what cannot be
+            self._bias()  # validates the bucket settings
 
     def _bias(self) -> T5:
         return T5(self.num_buckets, self.max_distance, self.bidirectional)
 
-    def max_length(self, sizes: Sizes) -> int:
-        return table_length(self.length, sizes)
+    def max_length(self, dims: ModelDims) -> int:
+        return table_length(self.length, dims)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        width, head_dim, kv_heads = sizes.model_dim, sizes.head_dim, sizes.num_kv_heads or sizes.num_heads
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        width, head_dim, kv_heads = dims.model_dim, dims.head_dim, dims.num_kv_heads or dims.num_heads
         shapes = {
-            "positions": (self.max_length(sizes), width),
-            "query_kernel": (width, sizes.num_heads, head_dim),
+            "positions": (self.max_length(dims), width),
+            "query_kernel": (width, dims.num_heads, head_dim),
             "key_kernel": (width, kv_heads, head_dim),
         }
         *keys, last = jax.random.split(key, len(shapes) + 1)
         params = {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
         params |= {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
-        return params | ({"bias": self._bias().init_shared(last, sizes)["table"]} if self.relative else {})
+        return params | ({"bias": self._bias().init_shared(last, dims)["table"]} if self.relative else {})
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         def joined(x, kernel, positions):
-            # NaN where there is no such position, after the projection: its gradient is that of the others.
+            # Set NaN for missing positions after the projection, so that its gradient comes from the others only.
             rows = rows_at(params["positions"], positions)
             exists = ~jnp.isnan(rows[..., :1])
             rows = _layer_norm(jnp.where(exists, rows, 0.0), params["scale"], params["shift"])
@@ -245,21 +246,21 @@ def _layer_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], shift: Float[
 def deberta_bucket(
     distance: Int[Array, "*shape"], *, num_buckets: int = 256, max_distance: int = 512
 ) -> Int[Array, "*shape"]:
-    """Signed bucket of each distance: exact up to num_buckets/2, logarithmic up to max_distance, one for all farther.
+    """Signed bucket of each distance: exact up to num_buckets/2, then logarithmic up to max_distance, then shared.
 
-    He et al. 2021, arXiv 2006.03654, as the second version of its code has it.
+    He et al. 2021, arXiv 2006.03654, as in the second version of its code.
 
     Args:
-        distance: Query position minus key position; a bucket has its sign.
-        num_buckets: The bucket of all that is far; even.
-        max_distance: The distance from which on all is far.
+        distance: Query position minus key position; the bucket has its sign.
+        num_buckets: The bucket of the farthest distances; must be even.
+        max_distance: The distance at which the last bucket starts.
 
     Raises:
         ValueError: num_buckets or max_distance leave no room for exact and logarithmic buckets.
     """
     _check_buckets("num_buckets", num_buckets, max_distance)
     exact = num_buckets // 2
-    # In float64, so that no device's logarithm moves a border.
+    # In float64, so that boundaries are the same on every device.
     log = np.log(np.arange(exact, max_distance) / exact) / np.log((max_distance - 1) / exact)
     far = exact + np.ceil(log * (exact - 1) - 1e-9)
     buckets = np.concatenate([np.arange(exact), far, [num_buckets]]).astype(np.int32)
@@ -277,24 +278,24 @@ def _check_buckets(name: str, num_buckets: int, max_distance: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DeBERTa(Encoding):
-    """(q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H): content meets content, and each side the other's position.
+    """(q_i·k_j + q_i·K[δ(i,j)] + k_j·Q[δ(j,i)])/√(3H): content to content, content to position, position to content.
 
-    He et al. 2021, arXiv 2006.03654. δ(i,j) is i - j + max_distance, held within 0..2·max_distance - 1; K and Q are the
-    layer's projections of one table that all layers share. A temperature multiplies all of it.
+    He et al. 2021, arXiv 2006.03654. δ(i,j) is i - j + max_distance, clipped to 0..2·max_distance - 1; K and Q are the
+    layer's projections of one table shared by all layers. A logit scale multiplies the whole expression.
     """
 
     max_distance: int = 512
-    """The distance from which on all share a row."""
+    """Distances from here on share one row."""
     buckets: int | None = None
-    """Rows on either side, logarithmic far away as in the second version (256 there); None: one per distance."""
+    """Rows on either side, logarithmic as in the second version (256 there); None: one per distance."""
     absolute: bool = False
-    """The enhanced mask decoder: absolute positions enter the queries. It is for the last layers only, as in
-    `("deberta",) * 10 + (DeBERTa(absolute=True),) * 2`. Each such layer has a table of its own, as wide as its queries,
-    where the paper projects one table with the layer's weights of the queries, which an encoding does not see."""
+    """The enhanced mask decoder: add absolute positions to the queries. For the last layers only, as in
+    `("deberta",) * 10 + (DeBERTa(absolute=True),) * 2`. Each such layer has its own table, as wide as its queries; the
+    paper instead projects one table with the layer's query weights, which an encoding has no access to."""
     length: int | None = None
-    """Rows of the absolute table. None: the model's training length, or 1,024 where that is not known."""
+    """Rows of the absolute table. None: the model's training length, or 1,024 if that is unknown."""
     released: bool = False
-    """Q[δ(i,j)] for Q[δ(j,i)]: what the released code computes, and so what its checkpoints need."""
+    """Use Q[δ(i,j)] instead of Q[δ(j,i)], as the released code does; its checkpoints need this."""
 
     def __post_init__(self):
         integer_at_least(1, length=self.length, max_distance=self.max_distance)
@@ -302,25 +303,25 @@ class DeBERTa(Encoding):
             _check_buckets("buckets", self.buckets, self.max_distance)
 
     @property
-    def core(self) -> Encoding:
-        # Layers with absolute positions share the relative table of those without.
+    def unwrapped(self) -> Encoding:
+        # Layers with absolute positions share the relative table with those without.
         return dataclasses.replace(self, absolute=False, length=None)
 
     @property
     def _span(self) -> int:
         return self.buckets or self.max_distance
 
-    def max_length(self, sizes: Sizes) -> int | None:
-        return table_length(self.length, sizes) if self.absolute else None
+    def max_length(self, dims: ModelDims) -> int | None:
+        return table_length(self.length, dims) if self.absolute else None
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return {"relative": _INIT * jax.random.normal(key, (2 * self._span, sizes.model_dim))}
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return {"relative": _INIT * jax.random.normal(key, (2 * self._span, dims.model_dim))}
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        width, heads, head_dim = sizes.model_dim, sizes.num_heads, sizes.head_dim
-        kv_heads = sizes.num_kv_heads or heads
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        width, heads, head_dim = dims.model_dim, dims.num_heads, dims.head_dim
+        kv_heads = dims.num_kv_heads or heads
         shapes = {"key_kernel": (width, kv_heads, head_dim), "query_kernel": (width, heads, head_dim)}
-        length = self.max_length(sizes)
+        length = self.max_length(dims)
         if length is not None:
             shapes["absolute"] = (length, heads, head_dim)
         keys = jax.random.split(key, len(shapes))
@@ -333,7 +334,7 @@ class DeBERTa(Encoding):
         rows = rows_at(table.reshape(len(table), -1), query_positions).reshape(*query_positions.shape, *table.shape[1:])
         return (query + rows).astype(query.dtype), key
 
-    def temperature(self, params: Params, query_positions, key_positions):
+    def logit_scale(self, params: Params, query_positions, key_positions):
         return 3**-0.5
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
@@ -345,7 +346,7 @@ class DeBERTa(Encoding):
         return BlockLogit(self._logit, (keys, queries), by_distance=self._by_distance, heads=(0, 0))
 
     def _rows(self, distance: Int[Array, "*shape"]) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
-        """Rows of K and of Q."""
+        """Row indices of K and of Q."""
         if self.buckets is not None:
             distance = deberta_bucket(distance, num_buckets=self.buckets, max_distance=self.max_distance)
         keys, queries = (
@@ -360,12 +361,12 @@ class DeBERTa(Encoding):
         )
         return keys, queries
 
-    def _logit(self, tables, block: Block) -> Float[Array, "B N q k"]:
+    def _logit(self, tables, block: Tile) -> Float[Array, "B N q k"]:
         key, (num_queries, num_keys) = block.key.astype(jnp.float32), (block.query.shape[2], block.key.shape[2])
         if block.by_distance is not None:
             keys, queries = block.by_distance
             to_keys = skew(jnp.einsum("bnqh,dnh->bnqd", block.query, keys), num_keys)
-            # Seen from the keys, distances ascend the other way.
+            # From the keys' side, distances ascend in the other direction.
             to_queries = skew(jnp.einsum("bnkh,dnh->bnkd", key, queries[::-1]), num_queries)
         else:
             (keys, queries), (key_rows, query_rows) = tables, self._rows(block.distance)

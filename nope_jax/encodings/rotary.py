@@ -1,7 +1,7 @@
-"""RoPE (Su et al. 2021, arXiv 2104.09864), the scalings that stretch it past its training length, and xPos.
+"""RoPE (Su et al. 2021, arXiv 2104.09864), its scalings for context extension, and xPos.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim; "half" is half of the
-dimensions that turn, one number for each pair of them.
+rotated dimensions, the number of pairs.
 """
 
 import abc
@@ -16,33 +16,33 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
-from nope_jax.encodings.encoding import Encoding, Params, Sizes
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params
 
 Frequencies = Float[np.ndarray, "half"] | Float[Array, "half"]
-"""Radians per position: float64 in NumPy as long as they are known beforehand, float32 in JAX otherwise."""
+"""Radians per position: float64 in NumPy when known in advance, otherwise float32 in JAX."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling(abc.ABC):
-    """Base of the scalings that stretch RoPE past its training length: what becomes of the frequencies."""
+    """Base of the scalings that extend RoPE past its training length by changing its frequencies."""
 
     @abc.abstractmethod
     def frequencies(
         self, frequencies: Frequencies, *, base: float, length: Integer[ArrayLike, ""] | None
     ) -> Frequencies:
-        """The scaled frequencies, given the plain ones, their base and the number of positions in use."""
+        """Scale the frequencies, given the unscaled ones, their base and the number of positions in use."""
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied by, so that q·k is multiplied by its square ("attention factor")."""
+        """Factor of the cosines and sines; q·k is multiplied by its square ("attention factor")."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RotaryScaling):
-    """Position interpolation: every angle divided by factor, so that factor·L positions fit in the trained range.
+    """Position interpolation: divide every angle by factor, so factor·L positions fit into the trained range.
 
-    Chen et al. 2023, arXiv 2306.15595. NTK-aware scaling is another thing: it changes the base instead.
+    Chen et al. 2023, arXiv 2306.15595. Not to be confused with NTK-aware scaling, which changes the base.
     """
 
     factor: float
@@ -56,15 +56,15 @@ class LinearScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class NTKScaling(RotaryScaling):
-    """NTK-aware scaling: base · factor^(d/(d-2)) in the place of base, d the dimensions that turn.
+    """NTK-aware scaling: replace the base by base · factor^(d/(d-2)), with d the number of rotated dimensions.
 
-    The fastest pair keeps its frequency, the slowest is divided by factor, those between by powers of it. It came from
-    a post by bloc97 (2023), not from a paper; Peng et al. 2023 (arXiv 2309.00071) write it out.
+    The fastest pair keeps its frequency, the slowest is divided by factor, and those between by powers of it. The
+    method came from a post by bloc97 (2023), not from a paper; Peng et al. 2023 (arXiv 2309.00071) give the formula.
 
-    One may read a position as a number and each pair of dimensions as one of its digits, in base base^(2/d): neighbours
-    differ in the fast digits, far positions in the slow ones. Position interpolation makes numbers fit by dividing
-    them, which leaves neighbours a fraction of a digit apart; here they are converted to a larger base, in which as
-    many digits reach factor times as far and neighbours still differ by a whole one.
+    A position can be read as a number and each pair of dimensions as one of its digits, in base base^(2/d): neighbours
+    differ in the fast digits, distant positions in the slow ones. Position interpolation divides the numbers, which
+    leaves neighbours a fraction of a digit apart. Here the numbers are converted to a larger base: the same number of
+    digits reaches factor times as far, and neighbours still differ by a whole digit.
     """
 
     factor: float
@@ -78,13 +78,13 @@ class NTKScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNTKScaling(RotaryScaling):
-    """NTK-aware scaling by no more than the length asks for: base · (s·n/L - (s-1))^(d/(d-2)) for n > L positions.
+    """NTK-aware scaling only as strong as the length requires: base · (s·n/L - (s-1))^(d/(d-2)) for n > L positions.
 
-    s is factor, L is original_length, d the dimensions that turn; up to L positions RoPE stays as it is. Like
+    s is factor, L is original_length, d the number of rotated dimensions; up to L positions RoPE is unchanged. Like
     `NTKScaling` it was posted, not published (bloc97 and emozilla 2023); see Peng et al. 2023, arXiv 2309.00071.
 
-    The frequencies depend on n, the number of positions in use: a longer sequence turns its first tokens otherwise than
-    a shorter one does. In decoding n is the room of the cache.
+    The frequencies depend on n, the number of positions in use, so the first tokens of a longer sequence are rotated
+    differently. In decoding, n is the capacity of the KV cache.
     """
 
     factor: float
@@ -96,18 +96,18 @@ class DynamicNTKScaling(RotaryScaling):
 
     def frequencies(self, frequencies, *, base, length):
         excess = jnp.maximum(_known(length, self) - self.original_length, 0)
-        # The growth of the base, s·n/L - (s-1), without the difference of two large numbers.
+        # The growth of the base, s·n/L - (s-1), computed without subtracting two large numbers.
         growth = jnp.log1p(excess * (self.factor / self.original_length))
         return frequencies * jnp.exp(-_ntk_exponents(len(frequencies)) * growth)
 
 
 @dataclasses.dataclass(frozen=True)
 class YaRNScaling(RotaryScaling):
-    """YaRN: fast pairs stay, slow ones are interpolated, a ramp between; cosines and sines times 0.1·ln(factor) + 1.
+    """YaRN: keep fast pairs, interpolate slow ones, with a ramp between; cosines and sines times 0.1·ln(factor) + 1.
 
-    A pair is fast if it turns more than beta_fast times within original_length positions, slow if fewer than beta_slow
-    times. The ramp is linear in the index of the pair, as in the code published with the paper and in the models made
-    with it; the paper's text makes it linear in the number of turns. With attention_factor=1 it is "NTK-by-parts".
+    A pair is fast if it rotates more than beta_fast times within original_length positions, slow if fewer than
+    beta_slow times. The ramp is linear in the pair's index, as in the authors' code and the models trained with it; the
+    paper's text makes it linear in the number of rotations. With attention_factor=1 this is "NTK-by-parts".
 
     Peng et al. 2023, arXiv 2309.00071.
     """
@@ -117,9 +117,9 @@ class YaRNScaling(RotaryScaling):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
-    """What cosines and sines are multiplied by. None: 0.1·ln(factor) + 1."""
+    """Factor of the cosines and sines. None: 0.1·ln(factor) + 1."""
     truncate: bool = True
-    """Move the ends of the ramp outwards to whole pairs, as the published code does. gpt-oss does not."""
+    """Round the ends of the ramp outwards to whole pairs, as the authors' code does. gpt-oss does not."""
 
     def __post_init__(self):
         at_least(1, factor=self.factor)
@@ -136,7 +136,7 @@ class YaRNScaling(RotaryScaling):
         if not base > 1:
             raise ValueError(f"base must be above 1 for YaRNScaling, not {base}")
         dim = 2 * len(frequencies)
-        # The index, a fraction, of a pair that turns so many times within original_length.
+        # The fractional index of the pair that rotates this many times within original_length.
         first, last = (
             dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(base))
             for turns in (self.beta_fast, self.beta_slow)
@@ -150,34 +150,34 @@ class YaRNScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class LongRoPEScaling(RotaryScaling):
-    """LongRoPE: every pair's frequency divided by a factor of its own; two sets, for short and for long sequences.
+    """LongRoPE: divide each pair's frequency by its own factor, with separate factors for short and long sequences.
 
-    The factors were searched for by the model's makers. Cosines and sines are multiplied by √(1 + ln s / ln L) at every
-    length, s being factor and L original_length. Ding et al. 2024, arXiv 2402.13753.
+    The factors come from a search by the model's authors. Cosines and sines are multiplied by √(1 + ln s / ln L) at
+    every length, with s = factor and L = original_length. Ding et al. 2024, arXiv 2402.13753.
 
-    The frequencies depend on the number of positions in use: a sequence beyond original_length turns its first tokens
-    otherwise than a shorter one does. In decoding that number is the room of the cache.
+    The frequencies depend on the number of positions in use, so the first tokens of a sequence beyond original_length
+    are rotated differently. In decoding, that number is the capacity of the KV cache.
     """
 
     short_factors: Sequence[float] | np.ndarray
-    """One per pair, up to original_length positions in use."""
+    """One per pair, for up to original_length positions in use."""
     long_factors: Sequence[float] | np.ndarray
-    """One per pair, beyond."""
+    """One per pair, for more positions."""
     original_length: int
     factor: float | None = None
-    """The longest length over original_length; needed unless attention_factor is given."""
+    """The longest length divided by original_length; required unless attention_factor is given."""
     attention_factor: float | None = None
-    """What cosines and sines are multiplied by. None: √(1 + ln(factor) / ln(original_length))."""
+    """Factor of the cosines and sines. None: √(1 + ln(factor) / ln(original_length))."""
 
     def __post_init__(self):
         for name in ("short_factors", "long_factors"):
-            factors = tuple(getattr(self, name))  # so that a list can be given, too
+            factors = tuple(getattr(self, name))  # also accepts a list
             if not factors or not all(isinstance(x, Real) and 0 < x < math.inf for x in factors):
                 raise ValueError(f"{name} must be positive numbers, one per pair, not {factors}")
             object.__setattr__(self, name, tuple(map(float, factors)))
         if len(self.short_factors) != len(self.long_factors):
             raise ValueError(
-                f"long_factors must be as many as short_factors, {len(self.short_factors)}, "
+                f"long_factors must have as many entries as short_factors, {len(self.short_factors)}, "
                 f"not {len(self.long_factors)}"
             )
         integer_at_least(1, original_length=self.original_length)
@@ -185,8 +185,8 @@ class LongRoPEScaling(RotaryScaling):
         at_least(1, factor=self.factor)
         if self.attention_factor is None:
             if self.factor is None:
-                raise ValueError("factor must be given where attention_factor is not: it decides it")
-            integer_at_least(2, original_length=self.original_length)  # its logarithm is divided by
+                raise ValueError("factor must be given if attention_factor is not")
+            integer_at_least(2, original_length=self.original_length)  # amplitude divides by its logarithm
 
     @property
     def amplitude(self) -> float:
@@ -195,8 +195,8 @@ class LongRoPEScaling(RotaryScaling):
     def frequencies(self, frequencies, *, base, length):
         if len(self.short_factors) != len(frequencies):
             raise ValueError(
-                f"short_factors and long_factors must have {len(frequencies)} entries, one per pair of dimensions "
-                f"that turn, not {len(self.short_factors)}"
+                f"short_factors and long_factors must have {len(frequencies)} entries, one per rotated pair of "
+                f"dimensions, not {len(self.short_factors)}"
             )
         short, long = frequencies / np.array(self.short_factors), frequencies / np.array(self.long_factors)
         return jnp.where(_known(length, self) > self.original_length, long, short)
@@ -204,10 +204,10 @@ class LongRoPEScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling(RotaryScaling):
-    """Llama 3.1's scaling: fast pairs stay, slow ones are interpolated, a ramp between, linear in turns.
+    """Llama 3.1's scaling: keep fast pairs, interpolate slow ones, with a ramp linear in rotations between.
 
-    A pair is slow if it turns fewer than low_frequency_factor times within original_length positions, fast if more than
-    high_frequency_factor times. It has no attention factor. Llama team 2024, arXiv 2407.21783, and its code.
+    A pair is slow if it rotates fewer than low_frequency_factor times within original_length positions, fast if more
+    than high_frequency_factor times. There is no attention factor. Llama team 2024, arXiv 2407.21783, and its code.
     """
 
     factor: float = 8.0
@@ -231,7 +231,7 @@ class Llama3Scaling(RotaryScaling):
 
 
 def _ntk_exponents(half: int) -> Float[np.ndarray, "{half}"]:
-    """2m/(d-2): a base times g^(d/(d-2)) divides the frequency of pair m by g to this power."""
+    """2m/(d-2): multiplying the base by g^(d/(d-2)) divides the frequency of pair m by g to this power."""
     if half < 2:
         raise ValueError("dim must be at least 4 for NTK-aware scaling, which divides by dim - 2, not 2")
     return np.arange(half) / (half - 1)
@@ -250,16 +250,16 @@ def rope_frequencies(
     scaling: RotaryScaling | None = None,
     length: Integer[ArrayLike, ""] | None = None,
 ) -> Float[Array, "{dim}//2"]:
-    """Angle per position of each pair of dimensions: base^(-2m/dim), float32, radians.
+    """Radians per position of each pair of dimensions: base^(-2m/dim), float32.
 
     Args:
-        dim: Dimensions that are rotated; even.
+        dim: Number of rotated dimensions; must be even.
         base: Wavelengths grow from 2π to base·2π.
-        scaling: Stretches the frequencies past the training length. Its `amplitude` is not in the frequencies.
-        length: Number of positions in use, which `DynamicNTKScaling` and `LongRoPEScaling` depend on; may be traced.
+        scaling: Scales the frequencies for context extension. They do not include its `amplitude`.
+        length: Number of positions in use; `DynamicNTKScaling` and `LongRoPEScaling` need it. May be traced.
 
     Raises:
-        ValueError: dim is odd or not positive, base is not positive, or length is None and the scaling depends on it.
+        ValueError: dim is odd or not positive, base is not positive, or the scaling needs length and it is None.
     """
     return jnp.asarray(_frequencies(dim, base, scaling, length), jnp.float32)
 
@@ -282,21 +282,22 @@ def apply_rope(
     scaling: RotaryScaling | None = None,
     length: Integer[ArrayLike, ""] | None = None,
 ) -> Shaped[Array, "B T N H"]:
-    """Turn each pair of dimensions of x by position times its frequency; angles in float32 whatever x's dtype.
+    """Rotate each pair of dimensions of x by position times its frequency; angles are float32 for any dtype of x.
 
     Args:
         x: Queries or keys.
         positions: Their positions.
         base: See `rope_frequencies`.
-        rotary_dim: How many leading dimensions turn; None for all of them. Kazemnejad et al. 2023 turn a quarter.
-        interleaved: Pairs are neighbours (2m, 2m+1) as in the paper and GPT-J; otherwise (m, m + rotary_dim/2), as in
-            GPT-NeoX and Llama. The two differ by a permutation of dimensions, so checkpoints do not mix.
-        scaling: See `rope_frequencies`; what turns is also multiplied by its `amplitude`.
-        length: See `rope_frequencies`; None for the largest position in use, plus 1.
+        rotary_dim: Number of leading dimensions to rotate; None for all. Kazemnejad et al. 2023 rotate a quarter.
+        interleaved: Pair neighbouring dimensions (2m, 2m+1), as in the paper and GPT-J; otherwise pair
+            (m, m + rotary_dim/2), as in GPT-NeoX and Llama. The two differ by a permutation of dimensions, so
+            checkpoints are not interchangeable.
+        scaling: See `rope_frequencies`; rotated dimensions are also multiplied by its `amplitude`.
+        length: See `rope_frequencies`; None for the largest position in use plus 1.
 
     Raises:
-        ValueError: rotary_dim is odd, not positive or larger than the head dim; base is not positive; what the scaling
-            refuses.
+        ValueError: rotary_dim is odd, not positive or larger than the head dim; base is not positive; or the scaling
+            does not fit.
     """
     x, positions = jnp.asarray(x), jnp.asarray(positions)
     head_dim = x.shape[-1]
@@ -316,7 +317,7 @@ def _turn(
     amplitude: Float[Array, "*#B T half"] | float,
     interleaved: bool,
 ) -> Shaped[Array, "B T N H"]:
-    """Turn the leading pairs of dimensions by their angles, and multiply them by amplitude; x in x's dtype."""
+    """Rotate the leading pairs of dimensions by their angles and multiply them by amplitude, in the dtype of x."""
     dim = 2 * angles.shape[-1]
     cos, sin = ((f(angles) * amplitude)[..., None, :] for f in (jnp.cos, jnp.sin))
     turned = x[..., :dim].astype(jnp.float32)
@@ -331,19 +332,19 @@ def _turn(
 
 @dataclasses.dataclass(frozen=True)
 class RoPE(Encoding):
-    """Rotary position embedding: q and k turned by position, so that q·k depends on their distance.
+    """Rotary position embedding: q and k rotated by position, so that q·k depends on distance.
 
-    Su et al. 2021, arXiv 2104.09864. Alone it does not extrapolate: perplexity rises within about a tenth past the
-    training length (Wang et al. 2024, arXiv 2404.12224). Reaching further takes a scaling: position interpolation
+    Su et al. 2021, arXiv 2104.09864. RoPE alone does not extrapolate: perplexity rises within about a tenth past the
+    training length (Wang et al. 2024, arXiv 2404.12224). Context extension takes a scaling: position interpolation
     divides the angles (`LinearScaling`), NTK-aware scaling changes the base (`NTKScaling`).
     """
 
     base: float = 10_000.0
     rotary_dim: int | None = None
-    """How many leading dimensions of a head turn; None for all."""
+    """Number of leading dimensions of a head to rotate; None for all."""
     interleaved: bool = False
     scaling: RotaryScaling | None = None
-    """`DynamicNTKScaling` and `LongRoPEScaling` depend on the number of positions in use: the largest one, plus 1."""
+    """`DynamicNTKScaling` and `LongRoPEScaling` depend on the number of positions in use: the largest one plus 1."""
 
     def __post_init__(self):
         positive(base=self.base)
@@ -354,7 +355,7 @@ class RoPE(Encoding):
             raise ValueError(f"scaling must be a RotaryScaling, such as LinearScaling(2.0), not {self.scaling!r}")
 
     def query_key(self, params: Params, query, key, query_positions, key_positions):
-        # Queries and keys turn by the same frequencies: a scaling that depends on length is told the longer of the two.
+        # Queries and keys use the same frequencies, so a scaling that depends on length gets the larger of the two.
         length = None if self.scaling is None else jnp.maximum(query_positions.max(), key_positions.max()) + 1
         turn = functools.partial(
             apply_rope,
@@ -368,33 +369,33 @@ class RoPE(Encoding):
 
 
 XPOS_RANGE = 80
-"""Powers of two that xPos may put between the nearest and the farthest product; float32 has 127, logits need some."""
+"""log2 of the largest ratio xPos allows between the nearest and farthest product; float32 has 127, logits need some."""
 
 
 @dataclasses.dataclass(frozen=True)
 class XPos(Encoding):
-    """RoPE whose pairs fade with distance: q times ζ_m^(i/scale_base), k times ζ_m^(-j/scale_base).
+    """RoPE with pairs that decay with distance: q times ζ_m^(i/scale_base), k times ζ_m^(-j/scale_base).
 
-    ζ_m = (2m + 0.4H) / (1.4H) for pair m of a head: its product is multiplied by ζ_m^((i-j)/scale_base), so that fast
-    pairs fade most. Towards the future products grow, which is why xPos is for causal attention. Sun et al. 2022, arXiv
+    ζ_m = (2m + 0.4H) / (1.4H) for pair m of a head. Its product is multiplied by ζ_m^((i-j)/scale_base), so fast pairs
+    decay most. Products grow towards the future, which is why xPos is for causal attention. Sun et al. 2022, arXiv
     2212.10554, and its code (torchscale).
 
-    As only distance counts, positions are taken from the middle of those in use, which halves the exponents. What is
-    left bounds the span of positions that float32 can take: 22,663 positions at scale_base 512, and in proportion. A
-    wider span gives NaN where the check of `max_length` cannot see it.
+    Only distance matters, so positions are measured from the middle of those in use, which halves the exponents. The
+    remaining range limits the span of positions in float32 to 22,663 at scale_base 512, proportional to scale_base. A
+    wider span gives NaN if the check of `max_length` cannot see it.
     """
 
     base: float = 10_000.0
     scale_base: float = 512.0
-    """The distance, in positions, over which the first pair fades to 0.4/1.4."""
+    """The distance, in positions, over which the first pair decays to 0.4/1.4."""
     interleaved: bool = True
-    """Pairs are neighbours (2m, 2m+1), as in its code; otherwise (m, m + H/2), as in Llama."""
+    """Pair neighbouring dimensions (2m, 2m+1), as in the authors' code; otherwise (m, m + H/2), as in Llama."""
 
     def __post_init__(self):
         positive(base=self.base, scale_base=self.scale_base)
 
-    def max_length(self, sizes: Sizes | None = None) -> int:
-        """1 + the largest difference of two positions, and so the number of positions counted from 0."""
+    def max_length(self, dims: ModelDims | None = None) -> int:
+        """The largest difference of two positions plus 1, which is the number of positions counted from 0."""
         span = XPOS_RANGE * math.log(2) * self.scale_base / math.log(1.4 / 0.4)
         return 1 + math.floor(min(span, 2**31 - 2))  # positions are 32-bit integers
 
@@ -412,7 +413,7 @@ class XPos(Encoding):
         def turn(x, positions, sign):
             offset = (positions - middle)[..., None].astype(jnp.float32)
             scale = jnp.exp(sign * jnp.where(span[..., None] < self.max_length(), offset, jnp.nan) * fading)
-            # float16 cannot hold these numbers, and is promoted to float32.
+            # float16 overflows here, so it is promoted to float32.
             x = x.astype(jnp.promote_types(x.dtype, jnp.bfloat16))
             return _turn(x, offset * frequencies, scale, self.interleaved)
 

@@ -1,9 +1,9 @@
-"""Encodings that change one thing about another."""
+"""The base class of encodings that modify another encoding."""
 
 import dataclasses
 from typing import Any
 
-from nope_jax.encodings.encoding import Encoding, Params, Reach, Sizes, Tokens
+from nope_jax.encodings.encoding import AttentionSpan, Encoding, ModelDims, Params, TokenInputs
 from nope_jax.encodings.nope import NoPE
 
 _NOPE = NoPE()
@@ -11,9 +11,9 @@ _NOPE = NoPE()
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper(Encoding):
-    """Base of wrappers: does at every place what the encoding within does. A subclass overrides what it changes.
+    """Base class of wrappers: forwards every place to the inner encoding. A subclass overrides what it changes.
 
-    Its own parameters, if any, are those of a layer, under names that the encoding within does not use.
+    Its own parameters, if any, are per layer, under names that the inner encoding does not use.
     """
 
     encoding: Encoding = _NOPE
@@ -22,32 +22,32 @@ class Wrapper(Encoding):
         if not isinstance(self.encoding, Encoding):
             raise ValueError(f"encoding must be an Encoding, such as RoPE(), not {self.encoding!r}")
 
-    def with_sizes(self, sizes: Sizes) -> Encoding:
-        return dataclasses.replace(self, encoding=self.encoding.with_sizes(sizes))
+    def bind(self, dims: ModelDims) -> Encoding:
+        return dataclasses.replace(self, encoding=self.encoding.bind(dims))
 
     @property
-    def core(self) -> Encoding:
-        return self.encoding.core
+    def unwrapped(self) -> Encoding:
+        return self.encoding.unwrapped
 
-    def max_length(self, sizes: Sizes) -> int | None:
-        return self.encoding.max_length(sizes)
+    def max_length(self, dims: ModelDims) -> int | None:
+        return self.encoding.max_length(dims)
 
-    def init_shared(self, key, sizes: Sizes) -> Params:
-        return self.encoding.init_shared(key, sizes)
+    def init_shared(self, key, dims: ModelDims) -> Params:
+        return self.encoding.init_shared(key, dims)
 
-    def init_layer(self, key, sizes: Sizes) -> Params:
-        return self.encoding.init_layer(key, sizes)
+    def init_layer(self, key, dims: ModelDims) -> Params:
+        return self.encoding.init_layer(key, dims)
 
     def positions(self, positions, length: int, key):
         return self.encoding.positions(positions, length, key)
 
-    def reach(self) -> Reach:
-        return self.encoding.reach()
+    def span(self) -> AttentionSpan:
+        return self.encoding.span()
 
-    def lookback(self) -> int:
-        return self.encoding.lookback()
+    def input_context(self) -> int:
+        return self.encoding.input_context()
 
-    def input(self, params: Params, embeddings, tokens: Tokens):
+    def input(self, params: Params, embeddings, tokens: TokenInputs):
         return self.encoding.input(params, embeddings, tokens)
 
     def features(self, params: Params, inputs, previous: Any) -> Any:
@@ -62,5 +62,5 @@ class Wrapper(Encoding):
     def value(self, params: Params):
         return self.encoding.value(params)
 
-    def temperature(self, params: Params, query_positions, key_positions):
-        return self.encoding.temperature(params, query_positions, key_positions)
+    def logit_scale(self, params: Params, query_positions, key_positions):
+        return self.encoding.logit_scale(params, query_positions, key_positions)

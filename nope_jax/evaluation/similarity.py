@@ -1,86 +1,77 @@
-"""How alike the attention of two runs is, and how far each of their heads looks: what `eval.py similarity` does.
+"""Similarity of the attention of two runs, and the attention distance of their heads (`eval.py similarity`).
 
-Shapes: T length (queries and keys), L layers, N heads of the one run, M heads of the other. Distances in nats.
-Layers and heads are counted from 0.
+Shapes: T length (queries and keys), L layers, N heads of the first run, M heads of the second. Distances in nats.
+Layers and heads are numbered from 0.
 """
 
-import csv
 import dataclasses
 import itertools
 import math
-import operator
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from nope_jax.checkpoint import load_model
-from nope_jax.cli import EvalArguments
 from nope_jax.data import load_corpus
 from nope_jax.encodings import unskew
-from nope_jax.evaluation.console import plural, print_table, progress_bar
-from nope_jax.evaluation.figures import COLOURS, INK, QUIET
-from nope_jax.evaluation.files import replace_file
-from nope_jax.evaluation.inside import Subject, find_subjects, walk
-from nope_jax.evaluation.protocol import choose_documents
-from nope_jax.evaluation.report import add_section, command_line, download, figure, paragraph, table_of
-from nope_jax.evaluation.uncertainty import Estimate, mean, number, plus_minus
+from nope_jax.evaluation.common import plots
+from nope_jax.evaluation.common.activations import walk
+from nope_jax.evaluation.common.console import Bar, plural
+from nope_jax.evaluation.common.documents import choose_documents
+from nope_jax.evaluation.common.evaluation import Evaluation
+from nope_jax.evaluation.common.files import Csv
+from nope_jax.evaluation.common.plots import COLOURS, INK, QUIET
+from nope_jax.evaluation.common.report import Section, Table
+from nope_jax.evaluation.common.runs import Run, find_runs, refuse_differing, refuse_length
+from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
+from nope_jax.evaluation.registry import Options
 from nope_jax.models import Decoder
 
-COLUMNS = (
-    "layer",
-    "distance",
-    "head_a",
-    "head_b",
-    "distance_stderr",
-    "mean_distance",
-    "mean_distance_stderr",
-    "documents",
-)
-"""Of similarity.csv: one row per layer that both runs have; distances in nats, means over queries and documents.
+COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_distance_stderr documents"
+"""Columns of similarity.csv, one row per layer of both runs; distances in nats, means over queries and documents.
 
-`distance` is that of the two heads that are closest, `mean_distance` that of all pairs of heads. A column `..._stderr`
-is the standard error of another over documents (`nope_jax.evaluation.uncertainty`), empty where there is one. The two
-heads are chosen by the same documents: their distance on others is somewhat larger."""
+`distance` is the distance of the two closest heads, `mean_distance` the mean over all pairs of heads. A column
+`..._stderr` is the standard error of the column it names, over documents (`nope_jax.evaluation.common.uncertainty`);
+empty for a single document. The closest heads are selected on the same documents; their distance on others is somewhat
+larger."""
 HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
 
 
 @jax.jit
 def head_distances(p: Float[Array, "N T T"], q: Float[Array, "M T T"]) -> Float[Array, "N M"]:
-    """Distance of every head of one layer from every head of another, nats: 0 for equal weights, at most ln 2.
+    """Distances between the heads of two layers, in nats: 0 for equal weights, at most ln 2.
 
     D(P, Q) is the Jensen-Shannon divergence of two heads' attention rows, (KL(P || M) + KL(Q || M)) / 2 with
-    M = (P + Q) / 2, averaged over the queries (Kazemnejad et al. 2023, arXiv 2305.19466, Figure 4). Their code has the
-    arguments of the Kullback-Leibler divergence the other way round, KL(M || P), which nothing bounds, and leaves out
-    pairs of heads with the same number; this is the divergence by its definition, over all pairs, so that its numbers
-    are not those of their figure.
+    M = (P + Q) / 2, averaged over the queries (Kazemnejad et al. 2023, arXiv 2305.19466, Figure 4). Their code
+    swaps the arguments of the Kullback-Leibler divergence, KL(M || P), which is unbounded, and omits pairs of heads
+    with the same number. This function implements the definition, over all pairs, so its numbers differ from those of
+    their figure.
 
     Args:
         p: attention weights, query by key; rows sum to 1.
-        q: those of other heads.
+        q: attention weights of the other layer.
     """
 
     def from_all(head: Float[Array, "T T"]) -> Float[Array, "M"]:
         both = _relative_to_mean(head, q) + _relative_to_mean(q, head)
         return jnp.clip(both.sum(-1).mean(-1) / 2, 0, math.log(2))
 
-    return jax.lax.map(from_all, p)  # one head against all at a time: a few [M, T, T] are the most memory it takes
+    return jax.lax.map(from_all, p)  # one head at a time: the peak memory is a few [M, T, T]
 
 
 def _relative_to_mean(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x ln(x / mean of x and y), 0 where x is."""
+    """x ln(x / mean of x and y), 0 where x is 0."""
     some = x >= jnp.finfo(x.dtype).tiny
     x = jnp.where(some, x, 1.0)
-    # Where the two are close, rounding leaves little of the logarithm of their ratio; far apart, of their difference.
+    # Rounding ruins the logarithm of the ratio where x and y are close, and log1p of the difference where they are not.
     close = x > y / 3
     near = jnp.log1p(jnp.where(close, (x - y) / (x + y), 0.0))
     return jnp.where(some, x * jnp.where(close, near, jnp.log(2 * x / (x + y))), 0.0)
@@ -88,13 +79,13 @@ def _relative_to_mean(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[A
 
 @jax.jit
 def weight_by_distance(weights: Float[Array, "N T T"]) -> Float[Array, "N T"]:
-    """Mean weight that a query gives the key d tokens before it, over the queries that have one."""
+    """Mean weight of the key d tokens before the query, over the queries that have such a key."""
     length = weights.shape[-1]
     return unskew(weights).sum(-2)[:, length - 1 :] / (length - jnp.arange(length))
 
 
 def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
-    """Edges of the bands of distance 0, 1, 2-3, 4-7, ..., the last one clipped to `length`."""
+    """Edges of the distance bands 0, 1, 2-3, 4-7, ..., the last one clipped to `length`."""
     edges = [0, 1]
     while edges[-1] < length:
         edges.append(min(2 * edges[-1], length))
@@ -102,64 +93,91 @@ def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
 
 
 def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... bands"]:
-    """The share of all weight that falls into each of `distance_bands`, from the mean weight by distance.
+    """Share of the total weight in each of `distance_bands`, from the mean weight by distance.
 
-    Shares sum to 1: a distance counts as often as there are queries that have it.
+    Each distance is weighted by the number of queries that have it, so the shares sum to 1.
     """
     length = weight.shape[-1]
     share = weight * (length - np.arange(length)) / length
     return np.add.reduceat(share, distance_bands(length)[:-1], axis=-1)
 
 
-@dataclasses.dataclass
-class Comparison:
-    """The attention of two runs on the documents read so far."""
+def plan(options: Options) -> "Similarity":
+    """Plans a comparison of two runs, layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
 
-    runs: tuple[Subject, Subject]
+    Raises:
+        ValueError: there are not exactly two runs, the runs cannot be compared, or no document reaches the length or an
+            encoding does not support it.
+    """
+    if len(options.workdirs) != 2:
+        raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
+    a, b = runs = find_runs(options, ("data.source", "eval.seed"))
+    why = ": only runs that read the same tokens can be compared"
+    refuse_differing(runs, ["data.tokenizer"], why, _content)
+    refuse_differing(runs, ["data.bos", "model.vocab_size"], why)
+    length = options.settings.length or min(a.train_length, b.train_length)
+    refuse_length(runs, length, "--similarity.length")
+    corpus = load_corpus(a.config.data, "validation")
+    count, seed = options.settings.documents, a.config.eval.seed
+    chosen = choose_documents(corpus.lengths, [length], count, seed, option="--similarity.length")
+    return Similarity(runs, length, [corpus[int(index)][:length] for index in chosen[length]])
+
+
+def _content(tokenizer: str) -> str | bytes:
+    """Content by which tokenizers are compared, since two paths may hold copies of one file."""
+    return tokenizer if tokenizer == "bytes" else Path(tokenizer).expanduser().read_bytes()
+
+
+@dataclasses.dataclass
+class Similarity(Evaluation):
+    """Attention of two runs on the documents read so far."""
+
+    runs: Sequence[Run[Any]]
     length: int
+    to_read: Sequence[Int[np.ndarray, "T"]] = ()
     of_documents: list[Float[np.ndarray, "L N M"]] = dataclasses.field(default_factory=list)
-    """The distances on each document, of the layers that both have."""
+    """Distances on each document, for the layers that both runs have."""
     weight_sums: tuple[Float[np.ndarray, "L N T"] | float, ...] = (0.0, 0.0)
-    """By distance, of either run."""
+    """Sum over documents of the mean weight by distance, for each run."""
 
     def add(self, models: Sequence[Decoder], document: Int[np.ndarray, "T"]) -> None:
-        """Reads one more document; of either run one layer's weights exist at a time."""
+        """Reads one document, holding the weights of only one layer per run at a time."""
         distances: list[np.ndarray] = []
         by_distance: tuple[list[np.ndarray], ...] = ([], [])
         walks = [walk(model, document[None], weights=True) for model in models]
-        for insides in itertools.zip_longest(*walks):
-            weights = [None if inside is None else inside.weights for inside in insides]
+        for layer in itertools.zip_longest(*walks):
+            weights = [None if one is None else one.weights for one in layer]
             for means, one in zip(by_distance, weights, strict=True):
                 if one is not None:
                     means.append(np.asarray(weight_by_distance(one[0]), np.float64))
             if weights[0] is not None and weights[1] is not None:
                 distances.append(np.asarray(head_distances(weights[0][0], weights[1][0]), np.float64))
         weight_sums = tuple(before + np.stack(now) for before, now in zip(self.weight_sums, by_distance, strict=True))
-        # All at once: what has been read is written when this is interrupted.
+        # Assigned together, since the results so far are written when this is interrupted.
         self.of_documents, self.weight_sums = [*self.of_documents, np.stack(distances)], weight_sums
 
     @property
     def documents(self) -> int:
-        """So many have been read."""
+        """Number of documents read."""
         return len(self.of_documents)
 
     @property
     def distances(self) -> Estimate:
-        """[L, N, M], means over documents."""
+        """Distances [L, N, M], means over documents."""
         return mean(np.stack(self.of_documents))
 
     @property
     def mean_distances(self) -> Estimate:
-        """[L], means over documents and all pairs of heads."""
+        """Distances [L], means over documents and all pairs of heads."""
         return mean(np.stack(self.of_documents).mean((2, 3)))
 
     @property
     def weights(self) -> tuple[Float[np.ndarray, "L N T"], ...]:
-        """Mean weight by distance of either run, over documents."""
+        """Mean weight by distance of each run, over documents."""
         return tuple(np.asarray(total / self.documents) for total in self.weight_sums)
 
     def closest(self) -> list[tuple[float, float, int, int]]:
-        """For each layer the smallest distance of two heads, its error, and these two: the first, where several are."""
+        """For each layer, the smallest distance of two heads, its standard error, and the two heads."""
         found = []
         distances = self.distances
         for layer, error in zip(distances.value, distances.stderr, strict=True):
@@ -168,16 +186,16 @@ class Comparison:
         return found
 
     def notes(self) -> list[str]:
-        """What a reader of the results must know."""
+        """Notes below the table."""
         (a, b), layers = self.runs, [weights.shape[0] for weights in self.weights]
         notes = [
             f"Read: the first {self.length:,} tokens of {plural(self.documents, 'validation document')} of "
             f"{a.config.data.source}.",
             f"Closest heads: the pair (head of {a.name}, head of {b.name}) of the same layer whose attention differs "
             "least. Distance: Jensen-Shannon divergence of the attention rows in nats, mean over queries and "
-            "documents; 0: the same weights, ln 2 = 0.693: never on the same token. "
+            "documents; 0: identical weights, ln 2 = 0.693: no overlap. "
             + ("±: standard error over documents." if self.documents > 1 else "One document has no standard error."),
-            "The closest heads were chosen by the same documents; on others their distance is somewhat larger.",
+            "The closest heads were selected on the same documents; on others their distance is somewhat larger.",
         ]
         if layers[0] != layers[1]:
             notes.append(
@@ -186,7 +204,7 @@ class Comparison:
         return notes
 
     def rows(self) -> list[tuple[str, ...]]:
-        """One row of cells per layer, under HEADER."""
+        """Table cells under HEADER, one row per layer."""
         pairs = self.mean_distances
         return [
             (
@@ -199,109 +217,57 @@ class Comparison:
             for layer, (distance, error, a, b) in enumerate(self.closest())
         ]
 
+    def measure(self, out: Path, bar: Bar) -> Iterator[None]:
+        bar.total(len(self.to_read))
+        models = []
+        for run in self.runs:
+            bar.describe(f"{run.name}: loading")
+            models.append(run.load())
+        for i, document in enumerate(self.to_read):
+            bar.describe(f"document {i + 1} of {len(self.to_read)}")
+            self.add(models, document)
+            bar.advance()
+            yield
 
-def similarity(options: EvalArguments, *, command: str) -> None:
-    """Compares the attention of two runs layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
+    def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:
+        """similarity.csv, and similarity.npz: `distances` [L, N, M] of all pairs of heads, their `distances_stderr`,
+        and `<run>/weight_by_distance` [L, N, T]."""
+        distances, pairs = self.distances, self.mean_distances
+        rows = [
+            (layer, distance, a, b, error, float(pairs.value[layer]), float(pairs.stderr[layer]), self.documents)
+            for layer, (distance, error, a, b) in enumerate(self.closest())
+        ]
+        arrays = {"distances": distances.value, "distances_stderr": distances.stderr}
+        for run, weights in zip(self.runs, self.weights, strict=True):
+            arrays[f"{run.name}/weight_by_distance"] = weights
+        singles = {name: array.astype(np.float32) for name, array in arrays.items()}
+        return {"similarity.csv": Csv(COLUMNS, rows), "similarity.npz": singles}
 
-    Writes similarity.csv (per layer the distance of the two heads that are closest), similarity.npz (`distances`
-    [L, N, M] of all pairs of heads, their `distances_stderr`, and `<run>/weight_by_distance` [L, N, T]), similarity.png
-    and a section of the report, and prints a table. What has been read is written even if the rest fails or is
-    interrupted.
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        yield "similarity.png", draw(self)
 
-    Args:
-        options: the command line: two workdirs, where to write, and settings (`SimilarityConfig`).
-        command: what the user typed, for the report.
-
-    Raises:
-        ValueError: not two runs, runs that cannot be compared, or a length that documents or encodings do not have.
-        OSError: the results cannot be written.
-    """
-    runs, documents = _plan(options)
-    out, length = options.out, len(documents[0])
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-    comparison = Comparison(runs, length)
-    try:
-        with progress_bar() as progress:
-            bar = progress.add_task("", total=len(documents))
-            models = []
-            for run in runs:
-                progress.update(bar, description=f"{run.name}: loading")
-                models.append(load_model(run.workdir)[1])
-            for i, document in enumerate(documents):
-                progress.update(bar, description=f"document {i + 1} of {len(documents)}")
-                comparison.add(models, document)
-                _write_numbers(out, comparison)
-                progress.advance(bar)
-            progress.update(bar, description="compared")
-    finally:
-        if comparison.documents:
-            plot(out / "similarity.png", comparison)
-            add_section(out, "similarity", _section(out, comparison, command), options.workdirs)
-            title = f"Attention of {runs[0].name} and {runs[1].name}"
-            print_table(
-                title, HEADER, comparison.rows(), *comparison.notes(), f"Written to {out}: see report.html there."
-            )
-
-
-def _plan(options: EvalArguments) -> tuple[tuple[Subject, Subject], list[np.ndarray]]:
-    """Finds out all that can be wrong before anything large is loaded; returns the runs and what they read."""
-    if len(options.workdirs) != 2:
-        raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
-    a, b = find_subjects(options.workdirs, options.overrides)
-    for field in ("data.tokenizer", "data.bos", "model.vocab_size"):
-        ours, theirs = (operator.attrgetter(field)(run.config) for run in (a, b))
-        if ours != theirs and not (field == "data.tokenizer" and _same_file(ours, theirs)):
-            raise ValueError(
-                f"{field} differs between the runs ({a.name}: {ours}, {b.name}: {theirs}): "
-                "only runs that read the same tokens can be compared"
-            )
-    length = options.settings.length or min(a.train_length, b.train_length)
-    for run in (a, b):
-        if not run.takes(length):
-            raise ValueError(
-                f"--similarity.length must be at most {run.max_length}, all the positions that the {run.encoding} "
-                f"encoding of {run.name} has, not {length}"
-            )
-    corpus = load_corpus(a.config.data, "validation")
-    count, seed = options.settings.documents, a.config.eval.seed
-    chosen = choose_documents(corpus.lengths, [length], count, seed, option="--similarity.length")
-    return (a, b), [corpus[int(index)][:length] for index in chosen[length]]
+    def sections(self) -> list[Section]:
+        a, b = (run.name for run in self.runs)
+        section = Section(
+            "Attention of two runs",
+            f"Similarity of the attention of {a} and {b} by layer (Kazemnejad et al. 2023, Figure 4), and the "
+            "attention distance of their heads.",
+            Table(f"Attention of {a} and {b}", HEADER, self.rows()),
+            self.notes(),
+            figures={
+                "similarity.png": f"Distance of the attention of {a} and {b} by layer, and the reach of their heads"
+            },
+            files={
+                "similarity.csv": "the two closest heads of each layer; distances in nats.",
+                "similarity.npz": "all pairs of heads, and the mean weight of every head by distance in tokens.",
+            },
+        )
+        return [section]
 
 
-def _same_file(first: str, second: str) -> bool:
-    """Whether two tokenizers are copies of one file."""
-    if "bytes" in (first, second):
-        return False
-    return Path(first).expanduser().read_bytes() == Path(second).expanduser().read_bytes()
-
-
-def _write_numbers(out: Path, comparison: Comparison) -> None:
-    with replace_file(out / "similarity.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for layer, (distance, error, a, b) in enumerate(comparison.closest()):
-            numbers = (
-                error,
-                float(comparison.mean_distances.value[layer]),
-                float(comparison.mean_distances.stderr[layer]),
-            )
-            writer.writerow((layer, number(distance), a, b, *map(number, numbers), comparison.documents))
-    distances = comparison.distances
-    arrays = {
-        "distances": distances.value.astype(np.float32),
-        "distances_stderr": distances.stderr.astype(np.float32),
-    }
-    for run, weights in zip(comparison.runs, comparison.weights, strict=True):
-        arrays[f"{run.name}/weight_by_distance"] = weights.astype(np.float32)
-    with replace_file(out / "similarity.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def plot(path: Path, comparison: Comparison) -> None:
-    """Draws the distance by layer under its ceiling, and for both runs where the weight of every head falls."""
-    drawing = Figure(figsize=(7.5, 8), dpi=160, layout="constrained")
-    FigureCanvasAgg(drawing)
+def draw(comparison: Similarity) -> Figure:
+    """Draws the distance by layer with its ceiling, and for both runs the weight of every head by distance."""
+    drawing = plots.new_figure(7.5, 8)
     grid = drawing.add_gridspec(2, 2, height_ratios=(2, 3))
     axes = drawing.add_subplot(grid[0, :])
     distances, errors, _, _ = np.transpose(comparison.closest())
@@ -309,20 +275,14 @@ def plot(path: Path, comparison: Comparison) -> None:
     means = comparison.mean_distances
     axes.axhline(math.log(2), color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
     axes.text(layers[-1], math.log(2) - 0.01, "ceiling: ln 2", ha="right", va="top", color=QUIET, fontsize=9)
-    for values, error, marker, colour, name in (
-        (means.value, means.stderr, "s--", QUIET, "mean of all pairs"),
-        (distances, errors, "o-", COLOURS[0], "closest heads"),
-    ):
-        axes.errorbar(
-            layers, values, np.nan_to_num(error), fmt=marker, color=colour, markersize=5, capsize=3, label=name
-        )
+    pairs, closest = (means.value, means.stderr, "s--", QUIET), (distances, errors, "o-", COLOURS[0])
+    for name, (values, error, marker, colour) in {"mean of all pairs": pairs, "closest heads": closest}.items():
+        error = np.nan_to_num(error)
+        axes.errorbar(layers, values, error, fmt=marker, color=colour, markersize=5, capsize=3, label=name)
     axes.set_ylim(0, 1.05 * math.log(2))
-    axes.set_xlabel("Layer")
-    axes.set_ylabel("Distance of attention (nats)")
+    plots.finish(axes, "Layer", "Distance of attention (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"Attention of {comparison.runs[0].name} and {comparison.runs[1].name}", fontsize=11, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.legend(frameon=False, fontsize=9)
     maps = [drawing.add_subplot(grid[1, i]) for i in range(2)]
     brightest = max(share_by_band(weights).max() for weights in comparison.weights)
@@ -331,50 +291,26 @@ def plot(path: Path, comparison: Comparison) -> None:
         for axes, run, weights in zip(maps, comparison.runs, comparison.weights, strict=True)
     ]
     drawing.colorbar(images[0], ax=maps, label="Share of the head's weight", shrink=0.7)
-    drawing.supxlabel(
+    plots.note(
+        drawing,
         f"{plural(comparison.documents, 'validation document')}, {comparison.length:,} tokens each."
         + " Bars: one standard error over documents." * (comparison.documents > 1),
-        fontsize=8,
-        color=QUIET,
     )
-    with replace_file(path) as temporary:
-        drawing.savefig(temporary, format="png", facecolor="white")
+    return drawing
 
 
 def _draw_bands(axes: Axes, name: str, weights: Float[np.ndarray, "L N T"], brightest: float) -> AxesImage:
-    """A map of heads (down, layer by layer) by bands of distance (across)."""
+    """Draws a map of heads (down, layer by layer) by distance bands (across)."""
     layers, heads, length = weights.shape
     share = share_by_band(weights).reshape(layers * heads, -1)
-    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=brightest, interpolation="nearest")
+    image = plots.draw_map(axes, share, 0, brightest, name)
     bands = [(int(start), int(end) - 1) for start, end in itertools.pairwise(distance_bands(length))]
     names = [str(start) if start == end else f"{start}-{end}" for start, end in bands]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     shown = range(0, layers, -(-layers // 16))
-    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown], fontsize=8)
+    axes.set_yticks([heads * layer + (heads - 1) / 2 for layer in shown], [str(layer) for layer in shown])
     for layer in range(1, layers):
         axes.axhline(heads * layer - 0.5, color="white", linewidth=1)
     axes.set_xlabel("Distance (tokens)")
     axes.set_ylabel("Layer, and the heads in it")
-    axes.set_title(name, fontsize=10, color=INK)
     return image
-
-
-def _section(out: Path, comparison: Comparison, command: str) -> str:
-    notes = "".join(paragraph(note, quiet=True) for note in comparison.notes())
-    a, b = (run.name for run in comparison.runs)
-    say = f"How alike {a} and {b} attend, layer by layer (Kazemnejad et al. 2023, Figure 4), and how far heads look."
-    picture = figure(
-        out / "similarity.png", f"Distance of the attention of {a} and {b} by layer, and the reach of their heads"
-    )
-    numbers = download(out / "similarity.csv", "per layer the two heads that are closest; distances in nats.")
-    numbers += download(
-        out / "similarity.npz", "all pairs of heads, and the mean weight of every head by distance in tokens."
-    )
-    return f"""<h2>Attention of two runs</h2>
-{paragraph(say)}
-{table_of(HEADER, comparison.rows())}
-{notes}
-{picture}
-{numbers}
-{command_line(command)}
-"""

@@ -1,7 +1,7 @@
-"""The Flax NNX decoder, text from it, and its weights under another encoding."""
+"""The Flax NNX decoder, text generation, and weight transfer between encodings."""
 
-from nope_jax.models.adoption import adopt_weights
-from nope_jax.models.decoder import Cache, Decoder
+from nope_jax.models.decoder import Decoder, DecodeState
 from nope_jax.models.generation import generate
+from nope_jax.models.weight_transfer import transfer_weights
 
-__all__ = ["Cache", "Decoder", "adopt_weights", "generate"]
+__all__ = ["DecodeState", "Decoder", "generate", "transfer_weights"]

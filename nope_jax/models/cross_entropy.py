@@ -1,6 +1,6 @@
-"""Softmax cross-entropy of hidden states against a large vocabulary, whose logits are never all there at once.
+"""Softmax cross-entropy over a large vocabulary, computed in chunks so that the full logits are never materialized.
 
-B batch, T length, D model width, V vocabulary; R x S devices that share rows and sequences, n chunks of C tokens each.
+B batch, T length, D model width, V vocabulary; R x S devices that shard rows and sequences, n chunks of C tokens each.
 """
 
 import jax
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
-from nope_jax.sharding import constrain, ways
+from nope_jax.sharding import num_shards, with_logical_constraint
 
 CHUNK = "batch", "length", None
-"""Logical axes of what belongs to one chunk, [R, S, C]: each device takes tokens of its own at a time."""
+"""Logical axes of one chunk, [R, S, C]: each device processes its own tokens."""
 
 
 def nll_in_chunks(
@@ -20,13 +20,13 @@ def nll_in_chunks(
     targets: Integer[Array | np.ndarray, "B T"],
     chunks: int,
 ) -> Float[Array, "B T"]:
-    """Negative log-likelihood of each target, nats, from so many chunks of the tokens, one after another.
+    """Negative log-likelihood of each target, nats, computed in `chunks` sequential chunks of tokens.
 
-    Differentiable; the logits of a chunk are computed again for it. The gradient of the weights is summed in float32,
-    on each device over its own tokens, and over devices once.
+    Differentiable: the backward pass recomputes the logits of each chunk. The gradient of the weights is accumulated in
+    float32 on each device and summed over devices once.
     """
     batch, length = targets.shape
-    rows, spans = ways("batch", batch), ways("length", length)
+    rows, spans = num_shards("batch", batch), num_shards("length", length)
     tokens = batch // rows * (length // spans)
     size = -(-tokens // chunks)
 
@@ -37,11 +37,11 @@ def nll_in_chunks(
         x = x.reshape(rows, spans, tokens, *features)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * size - tokens), *[(0, 0)] * len(features)))
         x = jnp.moveaxis(x.reshape(rows, spans, chunks, size, *features), 2, 0)
-        return constrain(x, (None, *CHUNK, *[None] * len(features)))
+        return with_logical_constraint(x, (None, *CHUNK, *[None] * len(features)))
 
     nll = jnp.moveaxis(_nll(cut(hidden), weights, cut(targets)), 0, 2).reshape(rows, spans, -1)[:, :, :tokens]
     nll = jnp.moveaxis(nll.reshape(rows, spans, batch // rows, length // spans), 1, 2)
-    return constrain(nll.reshape(batch, length), ("batch", "length"))
+    return with_logical_constraint(nll.reshape(batch, length), ("batch", "length"))
 
 
 @jax.custom_vjp
@@ -53,11 +53,11 @@ def _nll(
 
 def _logits(hidden: Shaped[Array, "R S C D"], weights: Shaped[Array, "D V"]) -> Float[Array, "R S C V"]:
     logits = jnp.einsum("rscd,dv->rscv", hidden, weights, preferred_element_type=jnp.float32)
-    return constrain(logits, (*CHUNK, "vocab"))
+    return with_logical_constraint(logits, (*CHUNK, "vocab"))
 
 
 def _is_target(logits: Float[Array, "R S C V"], targets: Int[Array, "R S C"]) -> Bool[Array, "R S C V"]:
-    # Compared rather than gathered, so that devices that share the vocabulary only add up one number per token.
+    # A comparison, not a gather: devices that shard the vocabulary then only sum one number per token.
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
@@ -82,13 +82,15 @@ def _backward(kept, gradient):
         of_logits = (gradient[..., None] * of_logits).astype(hidden.dtype)
         more = jnp.einsum("rscd,rscv->rsdv", hidden, of_logits, preferred_element_type=jnp.float32)
         of_hidden = jnp.einsum("rscv,dv->rscd", of_logits, weights, preferred_element_type=jnp.float32)
-        of_weights = constrain(of_weights + more, ("batch", "length", None, "vocab"))
-        return of_weights, constrain(of_hidden.astype(hidden.dtype), (*CHUNK, None))
+        of_weights = with_logical_constraint(of_weights + more, ("batch", "length", None, "vocab"))
+        return of_weights, with_logical_constraint(of_hidden.astype(hidden.dtype), (*CHUNK, None))
 
     zeros = jnp.zeros((*hidden.shape[1:3], *weights.shape), jnp.float32)
-    zeros = constrain(zeros, ("batch", "length", None, "vocab"))
+    zeros = with_logical_constraint(zeros, ("batch", "length", None, "vocab"))
     of_weights, of_hidden = jax.lax.scan(chunk, zeros, (hidden, targets, logsumexp, gradient))
-    of_weights = constrain(of_weights.sum((0, 1)), ("embed", "vocab"))  # each device keeps the sum of its own part
+    of_weights = with_logical_constraint(
+        of_weights.sum((0, 1)), ("embed", "vocab")
+    )  # each device keeps the sum of its own shard
     return of_hidden, of_weights.astype(weights.dtype), None
 
 

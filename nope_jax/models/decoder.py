@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers stacked on a leading axis and scanned, head.
+"""The decoder: token embedding, layers stacked on a leading axis and scanned, and head.
 
 Shapes: B batch, T length, L layers, N query heads, D model width, V vocabulary; P the encodings' period.
 """
@@ -16,32 +16,32 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
-from nope_jax.attention.dot_product import per_token
+from nope_jax.attention.mask_spec import per_token
 from nope_jax.config import Config, ModelConfig
-from nope_jax.encodings import Encoding, Params, Sizes, Tokens, resolve
+from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
 from nope_jax.models.cross_entropy import nll_in_chunks
-from nope_jax.models.layers import RESIDUAL, Block, Past, encoding_params, kernel, rms_norm
-from nope_jax.sharding import auto_axes, constrain, gathered, ways
+from nope_jax.models.layers import RESIDUAL, Block, KVCache, encoding_params, kernel, rms_norm
+from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
 LOGITS_AT_ONCE = 2**26
-"""At most so many logits exist at a time on a device where only losses are asked for: 256 MiB."""
+"""Maximum number of logits materialized at a time on a device when computing losses: 256 MiB in float32."""
 
 
-class Cache(NamedTuple):
-    """What `Decoder.decode_step` remembers."""
+class DecodeState(NamedTuple):
+    """The state of autoregressive decoding."""
 
     length: Int[Array, ""]
-    """Tokens so far."""
-    inputs: list[Shaped[Array, "B lookback D"]]
-    """The last embeddings before each encoding's input place, as many as it looks back."""
-    pasts: list[Past]
-    """Per place in the encodings' period, layers on a leading axis: [layers, B, S, ...]."""
+    """Number of tokens so far."""
+    inputs: list[Shaped[Array, "B context D"]]
+    """The last embeddings before each encoding's input place, `input_context` of them."""
+    kv_caches: list[KVCache]
+    """One per place in the encodings' period, with layers on a leading axis: [layers, B, S, ...]."""
 
 
 def _compiled(method: Callable) -> Callable:
-    """A method of the decoder as one program: outside of jit too, it is compiled once for all decoders of a structure.
+    """Compile a method of the decoder, also outside jit, once for all decoders with the same structure.
 
-    jit keeps the structure, and none of the parameters.
+    jit caches on the structure and holds none of the parameters.
     """
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "return_stats"))
@@ -56,20 +56,20 @@ def _compiled(method: Callable) -> Callable:
 
 
 class Decoder(nnx.Module):
-    """A pre-norm causal transformer whose way of knowing positions is its config's `encoding`.
+    """A pre-norm causal transformer; its config's `encoding` sets the positional encoding.
 
     Args:
-        config: The shape of the model.
+        config: Architecture of the model.
         rngs: Keys for the initial parameters.
 
     Raises:
-        ValueError: An unknown encoding, more encodings than layers, or heads that do not divide.
+        ValueError: The encoding is unknown, there are more encodings than layers, or numbers of heads do not divide.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        Config(model=config)  # refuses what cannot be
+        Config(model=config)  # validates the fields
         self.config = config
-        sizes = Sizes(
+        dims = ModelDims(
             num_heads=config.num_heads,
             head_dim=config.head_dim or config.model_dim // config.num_heads,
             model_dim=config.model_dim,
@@ -77,26 +77,26 @@ class Decoder(nnx.Module):
             num_kv_heads=config.num_kv_heads or config.num_heads,
             vocab_size=config.vocab_size,
         )
-        self.encodings = tuple(encoding.with_sizes(sizes) for encoding in resolve(config.encoding))
-        self.cores = tuple(dict.fromkeys(encoding.core for encoding in self.encodings))
+        self.encodings = tuple(encoding.bind(dims) for encoding in resolve(config.encoding))
+        self.base_encodings = tuple(dict.fromkeys(encoding.unwrapped for encoding in self.encodings))
         period = len(self.encodings)
-        limits = [limit for encoding in self.encodings if (limit := encoding.max_length(sizes)) is not None]
+        limits = [limit for encoding in self.encodings if (limit := encoding.max_length(dims)) is not None]
         self.max_length = min(limits, default=None)
 
         embedding = jax.nn.initializers.normal(config.model_dim**-0.5)
         self.embedding = nnx.Param(
             embedding(rngs.params(), (config.vocab_size, config.model_dim), jnp.float32), axes=("vocab", "embed")
         )
-        self.positions = nnx.List([encoding_params(e.init_shared(rngs.params(), sizes)) for e in self.cores])
+        self.positions = nnx.List([encoding_params(e.init_shared(rngs.params(), dims)) for e in self.base_encodings])
 
         def stack(slot: int) -> Block:
-            """All layers of one place in the period, their parameters stacked on a leading axis."""
+            """Create all layers at one place in the period, with parameters stacked on a leading axis."""
             count = len(range(slot, config.num_layers, period))
 
             @nnx.split_rngs(splits=count)
             @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
             def blocks(rngs: nnx.Rngs) -> Block:
-                return Block(config, self.encodings[slot], sizes, rngs=rngs)
+                return Block(config, self.encodings[slot], dims, rngs=rngs)
 
             return blocks(rngs)
 
@@ -112,33 +112,33 @@ class Decoder(nnx.Module):
         *,
         positions: Integer[ArrayLike, "T"] | Integer[ArrayLike, "#B T"] | None = None,
         segment_ids: Integer[ArrayLike, "T"] | Integer[ArrayLike, "#B T"] | None = None,
-        temperature: Any = None,
+        logit_scale: Any = None,
         key: Array | None = None,
         return_stats: bool = False,
     ) -> Any:
-        """Logits of the next token at every position.
+        """Compute the logits of the next token at every position.
 
         Args:
-            tokens: Token ids below V; one outside gives NaN where jit hides it from the check.
-            positions: Where the tokens stand; None for 0..T-1. Where jit hides them, encodings that compute a table of
-                positions (recursive, floater) take them to be below T or the training length, and give NaN past it.
+            tokens: Token ids below V; traced under jit, an id outside the vocabulary gives NaN instead of an error.
+            positions: Positions of the tokens; None for 0..T-1. Traced under jit, encodings that compute a table of
+                positions (recursive, floater) assume them to be below T or the training length, and give NaN beyond.
             segment_ids: Tokens attend only within their segment.
-            temperature: Factor of every content logit, beside the encoding's own: a number, [N], [L, N] or
+            logit_scale: Factor of every content logit, in addition to the encoding's own: a number, [N], [L, N] or
                 [B or 1, N or 1, T].
-            key: In training, what random encodings draw from; None for what they do outside of training.
+            key: Random key of a training step, for randomized encodings; None outside training.
             return_stats: Also return entropy and logsumexp, [L, B, N, T] each.
 
         Returns:
             Logits [B, T, V] in float32, or a pair (logits, AttentionStats).
 
         Raises:
-            ValueError: Tokens outside the vocabulary, positions the encoding does not have, or a shape that cannot be.
+            ValueError: Tokens outside the vocabulary, positions that the encoding does not support, or invalid shapes.
         """
         hidden, stats = self.hidden(
             tokens,
             positions=positions,
             segment_ids=segment_ids,
-            temperature=temperature,
+            logit_scale=logit_scale,
             key=key,
             return_stats=return_stats,
         )
@@ -152,16 +152,19 @@ class Decoder(nnx.Module):
         *,
         positions: Any = None,
         segment_ids: Any = None,
-        temperature: Any = None,
+        logit_scale: Any = None,
         key: Array | None = None,
         return_stats: bool = False,
     ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None]:
-        """What the head reads: the normed output of the last layer; and the statistics. Args as `__call__`."""
-        x, arguments = self.enter(tokens, positions=positions, segment_ids=segment_ids, key=key)
-        x, stats, _ = self._layers(x, arguments, temperature=temperature, return_stats=return_stats)
+        """Return the input of the head, which is the normalized output of the last layer, and the statistics.
+
+        Args as `__call__`.
+        """
+        x, arguments = self.embed(tokens, positions=positions, segment_ids=segment_ids, key=key)
+        x, stats, _ = self._layers(x, arguments, logit_scale=logit_scale, return_stats=return_stats)
         return x, stats
 
-    def enter(
+    def embed(
         self,
         tokens: Integer[Array | np.ndarray, "B T"],
         *,
@@ -169,52 +172,53 @@ class Decoder(nnx.Module):
         segment_ids: Any = None,
         key: Array | None = None,
     ) -> tuple[Shaped[Array, "B T D"], list[tuple[Params, dict[str, Any]]]]:
-        """What the first layer reads, and what the layers of each place in the period are called with beside it.
+        """Return the input of the first layer, and the other arguments of the layers at each place in the period.
 
-        With `layer`, to look inside: `x, _, _ = model.layer(i)(x, shared, **keywords)`. Args as `__call__`.
+        Use it with `layer` to inspect activations: `x, _, _ = model.layer(i)(x, shared, **keywords)`. Args as
+        `__call__`.
 
         Returns:
-            The embeddings after the input places, and for each place in the period the shared parameters of its
-            encoding and the keywords of attention.
+            The embeddings after the input places and, for each place in the period, the shared parameters of its
+            encoding and the keyword arguments of attention.
         """
         tokens = jnp.asarray(tokens)
         self.check_tokens(tokens, positions)
         positions = per_token("positions", positions, *tokens.shape)
         segment_ids = per_token("segment_ids", segment_ids, *tokens.shape)
-        return self._enter(tokens, positions, segment_ids, key, length=self._bound(tokens, positions))
+        return self._embed(tokens, positions, segment_ids, key, length=self._bound(tokens, positions))
 
     @_compiled
-    def _enter(self, tokens, positions, segment_ids, key, *, length: int):
-        """`enter` after its checks; all positions are below `length`."""
+    def _embed(self, tokens, positions, segment_ids, key, *, length: int):
+        """`embed` after its checks; all positions are below `length`."""
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        seen = Tokens(tokens, where, segment_ids, length)
+        seen = TokenInputs(tokens, where, segment_ids, length)
 
         shared = self._shared()
-        x = self._embed(tokens)
-        for core, params in shared.items():
-            told = seen._replace(positions=core.positions(where, seen.length, key))
-            x = core.input(params, x, told)
+        x = self._token_embeddings(tokens)
+        for encoding, params in shared.items():
+            told = seen._replace(positions=encoding.positions(where, seen.length, key))
+            x = encoding.input(params, x, told)
 
         arguments: list[tuple[Params, dict[str, Any]]] = []
         for encoding in self.encodings:
             at: Array | None = encoding.positions(where, seen.length, key)
-            # Positions that run on are not spelled out: attention is faster when it knows.
+            # Leave consecutive positions implicit, because attention is faster when it knows they are.
             at = None if positions is None and at is where else at
             keywords = {"query_positions": at, "key_positions": at, "segment_ids": segment_ids}
-            arguments.append((shared[encoding.core], keywords))
+            arguments.append((shared[encoding.unwrapped], keywords))
         return x, arguments
 
     def layer(self, index: int) -> Block:
-        """One layer, taken out of the stack that it is kept in."""
+        """Return one layer, sliced from its stack."""
         period = len(self.encodings)
         structure, state = nnx.split(self.blocks[index % period])
         return nnx.merge(structure, jax.tree.map(lambda x: x[index // period], state))
 
-    def init_cache(self, batch_size: int, length: int) -> Cache:
-        """An empty cache for `decode_step` with room for `length` tokens per row.
+    def init_cache(self, batch_size: int, length: int) -> DecodeState:
+        """Create an empty cache for `decode_step`, with capacity for `length` tokens per row.
 
         Raises:
-            ValueError: A size below 1, or more tokens than the encoding has positions.
+            ValueError: A size is below 1, or length exceeds the positions that the encoding supports.
         """
         for name, number in {"batch_size": batch_size, "length": length}.items():
             if number < 1:
@@ -226,85 +230,88 @@ class Decoder(nnx.Module):
             )
         dtype, shared = jnp.dtype(self.config.dtype), self._shared()
 
-        def past(slot: int, encoding: Encoding) -> Past:
+        def kv_cache(slot: int, encoding: Encoding) -> KVCache:
             layers = self.blocks[slot].attention_norm.shape[0]
-            empty = self.layer(slot).attention.empty_past(shared[encoding.core], batch_size, length, dtype)
+            empty = self.layer(slot).attention.empty_kv_cache(shared[encoding.unwrapped], batch_size, length, dtype)
             return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), empty)
 
-        return Cache(
+        return DecodeState(
             jnp.zeros((), jnp.int32),
-            [jnp.zeros((batch_size, core.lookback(), self.config.model_dim), dtype) for core in self.cores],
-            [past(slot, encoding) for slot, encoding in enumerate(self.encodings)],
+            [
+                jnp.zeros((batch_size, encoding.input_context(), self.config.model_dim), dtype)
+                for encoding in self.base_encodings
+            ],
+            [kv_cache(slot, encoding) for slot, encoding in enumerate(self.encodings)],
         )
 
     @auto_axes
     def decode_step(
         self,
         tokens: Integer[Array | np.ndarray, "B T"],
-        cache: Cache,
+        cache: DecodeState,
         *,
-        temperature: Any = None,
+        logit_scale: Any = None,
         return_stats: bool = False,
     ) -> Any:
-        """Logits after more tokens, given those before: one, or a whole prompt at once.
+        """Compute the logits of one more token, or of a whole prompt, given the tokens in the cache.
 
-        They are those of one pass over the same tokens. A few encodings depend on how many tokens there are in all
-        (dynamic scalings of RoPE, randomized positions); while decoding that is the cache's room, so that a cache with
-        room for T tokens gives the logits of one pass over T tokens.
+        They equal those of one pass over the same tokens. A few encodings depend on the total length (dynamic scalings
+        of RoPE, randomized positions). In decoding, that is the capacity of the cache: a cache with capacity T gives
+        the logits of one pass over T tokens.
 
         Args:
             tokens: The next tokens of every row.
-            cache: What `init_cache` or the last step returned.
-            temperature: As `__call__`.
+            cache: The result of `init_cache` or of the previous step.
+            logit_scale: As `__call__`.
             return_stats: Also return the statistics, [L, B, N, T] each.
 
         Returns:
-            Logits [B, T, V] in float32 and the new cache; with return_stats (logits, stats, cache). Past the cache's
-            room logits are NaN where jit hides it from the check.
+            Logits [B, T, V] in float32 and the new cache; with return_stats (logits, stats, cache). If the length is
+            traced under jit, tokens beyond the cache's capacity give NaN.
 
         Raises:
-            ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache has room for.
+            ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache can hold.
         """
         self.check_tokens(tokens, np.zeros(1, int))
-        (batch, steps), (_, rows, room) = tokens.shape, cache.pasts[0].key.shape[:3]
+        (batch, steps), (_, rows, room) = tokens.shape, cache.kv_caches[0].key.shape[:3]
         if batch != rows:
             raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
         used = _values(cache.length)
         if steps + (0 if used is None else int(used)) > room:
             raise ValueError(f"tokens: {steps} more do not fit the cache, which has room for {room} and holds {used}")
-        return self._decode_step(jnp.asarray(tokens), cache, temperature, return_stats=return_stats)
+        return self._decode_step(jnp.asarray(tokens), cache, logit_scale, return_stats=return_stats)
 
     @_compiled
-    def _decode_step(self, tokens, cache, temperature, *, return_stats: bool):
+    def _decode_step(self, tokens, cache, logit_scale, *, return_stats: bool):
         """`decode_step` after its checks."""
-        start, steps, room = cache.length, tokens.shape[1], cache.pasts[0].key.shape[2]
+        start, steps, room = cache.length, tokens.shape[1], cache.kv_caches[0].key.shape[2]
         where, everywhere = start + jnp.arange(steps)[None], jnp.arange(room)[None]
 
         shared = self._shared()
-        x = self._embed(tokens)
+        x = self._token_embeddings(tokens)
         inputs = []
         for (encoding, params), before in zip(shared.items(), cache.inputs, strict=True):
-            back = encoding.lookback()
+            back = encoding.input_context()
             window = jnp.concatenate([before, x], axis=1)
             ids = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)
             at = encoding.positions(start + jnp.arange(-back, steps)[None], room, None)
-            x = encoding.input(params, window, Tokens(ids, at, None, room))[:, back:]
+            x = encoding.input(params, window, TokenInputs(ids, at, None, room))[:, back:]
             inputs.append(window[:, steps:])
 
         arguments = []
         for encoding in self.encodings:
             query_positions, key_positions = (encoding.positions(p, room, None) for p in (where, everywhere))
             keywords = {"query_positions": query_positions, "key_positions": key_positions}
-            arguments.append((shared[encoding.core], keywords))
-        x, stats, pasts = self._layers(
-            x, arguments, temperature=temperature, return_stats=return_stats, pasts=cache.pasts, start=start
+            arguments.append((shared[encoding.unwrapped], keywords))
+        x, stats, kv_caches = self._layers(
+            x, arguments, logit_scale=logit_scale, return_stats=return_stats, kv_caches=cache.kv_caches, start=start
         )
         logits = jnp.where(start + steps <= room, self.logits(x), jnp.nan)
-        cache = Cache(start + steps, inputs, pasts)
+        cache = DecodeState(start + steps, inputs, kv_caches)
         return (logits, stats, cache) if return_stats else (logits, cache)
 
     def _bound(self, tokens, positions) -> int:
-        """What all positions are below; where they cannot be seen, they are taken to be a training batch's."""
+        """Upper bound (exclusive) of the positions; traced positions are assumed to be those of a training batch."""
         if positions is None:
             return tokens.shape[1]
         known = _values(positions)
@@ -312,34 +319,37 @@ class Decoder(nnx.Module):
         return max(tokens.shape[1], seen)
 
     def _shared(self) -> dict[Encoding, Params]:
-        """The parameters that layers share, by the encoding they belong to."""
-        return {e: {k: p[...] for k, p in params.items()} for e, params in zip(self.cores, self.positions, strict=True)}
+        """The shared parameters by encoding."""
+        return {
+            e: {k: p[...] for k, p in params.items()}
+            for e, params in zip(self.base_encodings, self.positions, strict=True)
+        }
 
-    def _embed(self, tokens) -> Shaped[Array, "B T D"]:
-        # Held once more: so is its gradient, which sums over rows before it is split along the width.
-        table = constrain(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
+    def _token_embeddings(self, tokens) -> Shaped[Array, "B T D"]:
+        # Constrained again so that its gradient is too: it is summed over rows before it is split along the width.
+        table = with_logical_constraint(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
         rows = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        # The scale of a sinusoid, as in Vaswani et al. 2017.
-        return constrain((rows * self.config.model_dim**0.5).astype(self.config.dtype), RESIDUAL)
+        # Scaled to the size of a sinusoid, as in Vaswani et al. 2017.
+        return with_logical_constraint((rows * self.config.model_dim**0.5).astype(self.config.dtype), RESIDUAL)
 
     @_compiled
-    def _layers(self, x, arguments, *, temperature, return_stats, pasts=None, start=0):
-        """All layers and the last norm: output, statistics [L, B, N, T], and the pasts with these tokens in them.
+    def _layers(self, x, arguments, *, logit_scale, return_stats, kv_caches=None, start=0):
+        """Run all layers and the final norm; return output, statistics [L, B, N, T] and updated KV caches.
 
-        `arguments` are those of `enter`.
+        `arguments` are those of `embed`.
         """
         config = self.config
         structures, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
-        def layer(x, slot: int, state, temperature, past):
+        def layer(x, slot: int, state, logit_scale, kv_cache):
             block = nnx.merge(structures[slot], state)
             shared, keywords = arguments[slot]
             return block(
                 x,
                 shared,
-                temperature=temperature,
+                logit_scale=logit_scale,
                 return_stats=return_stats,
-                past=past,
+                kv_cache=kv_cache,
                 start=start,
                 **keywords,
             )
@@ -349,46 +359,46 @@ class Decoder(nnx.Module):
 
         def period(x, layers):
             stats, new = [], []
-            for slot, (state, temperature, past) in enumerate(layers):
-                x, s, past = layer(x, slot, state, temperature, past)
+            for slot, (state, logit_scale, kv_cache) in enumerate(layers):
+                x, s, kv_cache = layer(x, slot, state, logit_scale, kv_cache)
                 stats.append(s)
-                new.append(past)
+                new.append(kv_cache)
             return x, (stats, new)
 
         slots, whole = len(states), config.num_layers // len(states)
-        per_layer = _per_layer(temperature, config.num_layers)
-        decodes = pasts is not None
-        pasts = pasts if decodes else [None] * slots
-        layers = [(state, per_layer[slot::slots], pasts[slot]) for slot, state in enumerate(states)]
+        per_layer = _per_layer(logit_scale, config.num_layers)
+        decodes = kv_caches is not None
+        kv_caches = kv_caches if decodes else [None] * slots
+        layers = [(state, per_layer[slot::slots], kv_caches[slot]) for slot, state in enumerate(states)]
         x, (stats, new) = jax.lax.scan(period, x, jax.tree.map(lambda a: a[:whole], layers))
         x, (rest, rest_new) = period(x, jax.tree.map(lambda a: a[whole], layers[: config.num_layers % slots]))
         if decodes:
-            for slot, past in enumerate(rest_new):  # layers of an unfinished last period
-                new[slot] = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), new[slot], past)
+            for slot, kv_cache in enumerate(rest_new):  # layers of an incomplete last period
+                new[slot] = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), new[slot], kv_cache)
 
         x = rms_norm(x, self.norm[...])
         if not return_stats:
             return x, None, new
-        # From [periods, ...] per slot to one axis of layers in their order, then those of an unfinished last period.
+        # From [periods, ...] per slot to one axis of layers in order, followed by those of an incomplete last period.
         stats = jax.tree.map(lambda *s: jnp.stack(s, axis=1).reshape(-1, *s[0].shape[1:]), *stats)
         return x, jax.tree.map(lambda *s: jnp.concatenate([s[0], *(r[None] for r in s[1:])]), stats, *rest), new
 
     @auto_axes
     def logits(self, hidden: Shaped[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The head: logits in float32."""
+        """The head: compute logits in float32."""
         logits = jnp.einsum("btd,dv->btv", hidden, self._head(hidden.dtype), preferred_element_type=jnp.float32)
-        return constrain(logits, ("batch", "length", "vocab"))
+        return with_logical_constraint(logits, ("batch", "length", "vocab"))
 
     @auto_axes
     def nll(self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T"]:
         """Negative log-likelihood of each target, nats: the loss of training, validation and evaluation.
 
-        Differentiable. Where there are many logits only those of some tokens exist at a time (`LOGITS_AT_ONCE`).
+        Differentiable. Large logits are computed in chunks of tokens (`LOGITS_AT_ONCE`).
         """
         axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.vocab_size), strict=True)
-        logits = math.prod(size // ways(name, size) for name, size in axes)
+        logits = math.prod(size // num_shards(name, size) for name, size in axes)
         chunks = 1
-        while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which mostly divides the tokens of a device
+        while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
             chunks *= 2
         if chunks > 1:
             return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks)
@@ -399,13 +409,15 @@ class Decoder(nnx.Module):
         return gathered(weights.astype(dtype), ("embed", "vocab"))
 
     def check_tokens(self, tokens: Any, positions: Any = None) -> None:
-        """Refuse what can be seen to be wrong; values under jit cannot.
+        """Check tokens and positions; values traced under jit are not checked.
 
         Raises:
-            ValueError: Tokens that are not [B, T] or outside the vocabulary, or positions that the encoding lacks.
+            ValueError: tokens are not [B, T] or outside the vocabulary, or positions are not supported by the encoding.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape [batch, length], not {list(tokens.shape)}")
+        if not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers, at least one per row, not {tokens.dtype} {list(tokens.shape)}")
         seen = _values(tokens)
         if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= self.config.vocab_size):
             bad = seen.min() if seen.min() < 0 else seen.max()
@@ -422,17 +434,17 @@ class Decoder(nnx.Module):
 
 
 def _values(x: Any) -> np.ndarray | None:
-    """What an array holds, where that can be seen: not under jit, nor on other hosts."""
+    """The values of an array, or None if they are traced under jit or on other hosts."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
-def _per_layer(temperature: Any, num_layers: int) -> Array:
-    """A temperature as one entry per layer."""
-    temperature = jnp.asarray(1.0 if temperature is None else temperature, jnp.float32)
-    if temperature.ndim == 2:
-        if temperature.shape[0] != num_layers:
-            raise ValueError(f"temperature [L, N] must have L = {num_layers} rows, not {temperature.shape[0]}")
-        return temperature
-    return jnp.broadcast_to(temperature, (num_layers, *temperature.shape))
+def _per_layer(logit_scale: Any, num_layers: int) -> Array:
+    """Expand a logit scale to one entry per layer."""
+    logit_scale = jnp.asarray(1.0 if logit_scale is None else logit_scale, jnp.float32)
+    if logit_scale.ndim == 2:
+        if logit_scale.shape[0] != num_layers:
+            raise ValueError(f"logit_scale [L, N] must have L = {num_layers} rows, not {logit_scale.shape[0]}")
+        return logit_scale
+    return jnp.broadcast_to(logit_scale, (num_layers, *logit_scale.shape))

@@ -1,4 +1,4 @@
-"""Text from a decoder, token by token.
+"""Autoregressive text generation.
 
 Shapes: B batch, T prompt length, V vocabulary.
 """
@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Integer
 
@@ -24,22 +25,25 @@ def generate(
     top_k: int | None = None,
     key: Array | None = None,
 ) -> Integer[Array, "B T+{max_new_tokens}"]:
-    """The prompt and what the model continues it with.
+    """Extend a prompt by max_new_tokens tokens, greedily or by sampling.
 
     Args:
         model: The decoder.
         prompt: Tokens to continue, at least one per row.
-        max_new_tokens: How many tokens to add. An encoding that depends on how many tokens there are in all (see
-            `Decoder.decode_step`) is told all that are read, T + max_new_tokens - 1.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-        top_k: Draw among so many likeliest tokens only.
-        key: What is drawn from; needed when temperature is above 0.
+        max_new_tokens: Number of tokens to add. Encodings that depend on the total length (see `Decoder.decode_step`)
+            use T + max_new_tokens - 1, the number of tokens read.
+        temperature: 0 selects the most likely token; above 0, tokens are sampled from softmax(logits / temperature).
+        top_k: Sample from the top_k most likely tokens only.
+        key: Random key for sampling; required if temperature is above 0.
+
+    Returns:
+        The prompt followed by the new tokens.
 
     Raises:
-        ValueError: An argument that cannot be right, or a length that the model's encoding does not have.
+        ValueError: An argument is invalid, or the encoding does not support the length.
     """
     vocab = model.config.vocab_size
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, an integer, not {max_new_tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
@@ -50,6 +54,7 @@ def generate(
     prompt = jnp.asarray(prompt)
     if prompt.ndim != 2 or not prompt.size:
         raise ValueError(f"prompt must have shape [batch, length], at least one token each, not {list(prompt.shape)}")
+    max_new_tokens = int(max_new_tokens)
     if max_new_tokens == 0:
         return prompt
     cache = model.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens - 1)
@@ -71,7 +76,7 @@ def _continue(graphdef, draws: bool, count: int, top_k: int | None, state, cache
         if top_k is not None:
             least = jax.lax.top_k(logits, top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        logits -= logits.max(-1, keepdims=True)  # so that the likeliest stays finite however low the temperature
+        logits -= logits.max(-1, keepdims=True)  # keeps the most likely finite at low temperatures
         return jax.random.categorical(key, logits / temperature).astype(prompt.dtype)
 
     def step(carry, key):

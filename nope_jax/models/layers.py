@@ -1,9 +1,8 @@
-"""The layers of a decoder. Flax holds the parameters; what is computed are plain functions.
+"""The layers of a decoder. Flax modules hold the parameters; the computations are plain functions.
 
 Shapes: B batch, T length, N query heads, K key/value heads, H head dim, D model width, F feed-forward.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -14,23 +13,23 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from nope_jax.attention import AttentionStats, encoded_attention
+from nope_jax.attention import AttentionStats, attention_weights, encoded_attention
 from nope_jax.config import ModelConfig
-from nope_jax.encodings import Encoding, Params, Sizes, Wrapper
-from nope_jax.sharding import constrain, gathered, ways
+from nope_jax.encodings import Encoding, ModelDims, Params
+from nope_jax.sharding import gathered, num_shards, with_logical_constraint
 
 RESIDUAL = "batch", "length", None
-"""Logical axes of the residual stream: every device has all of the width of its tokens."""
+"""Logical axes of the residual stream: the width is not sharded."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(
     x: Shaped[Array, "B T *inputs"], weights: Float[Array, "..."], axes: tuple[str, ...]
 ) -> Shaped[Array, "B T *outputs"]:
-    """x times weights [*inputs, *outputs], whose logical axes are given, in the dtype of x.
+    """Multiply x by weights [*inputs, *outputs] with the given logical axes, in the dtype of x.
 
-    For the gradient it keeps the weights as they are, where autodiff would keep a copy that is cast and gathered from
-    all devices; and it does not transpose the cotangent in memory, as autodiff would on a CPU.
+    The custom gradient saves the weights as they are, whereas autodiff would save a copy that is cast and gathered from
+    all devices. It also avoids the transpose of the cotangent in memory that autodiff would make on a CPU.
     """
     outputs = weights.shape[x.ndim - 2 :]
     return (_rows(x) @ _matrix(x, weights, axes)).reshape(*x.shape[:2], *outputs)
@@ -44,12 +43,12 @@ def _project_backward(axes, residuals, d_out):
     x, weights = residuals
     d_x = _rows(d_out) @ _matrix(x, weights, axes).T
     rows, columns = [axis for axis in axes if axis != "head"]
-    if columns == "embed" and ways("embed") > 1:
-        # Summing over devices that each keep a part is one operation of a TPU, but only along a matrix' first axis.
-        d_matrix = constrain(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x)), (columns, rows)).T
+    if columns == "embed" and num_shards("embed") > 1:
+        # On a TPU, a sum over devices that each keep a shard is one operation, but only along a matrix's first axis.
+        d_matrix = with_logical_constraint(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x)), (columns, rows)).T
     else:
-        d_matrix = constrain(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out)), (rows, columns))
-    d_weights = constrain(d_matrix.reshape(weights.shape), axes)
+        d_matrix = with_logical_constraint(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out)), (rows, columns))
+    d_weights = with_logical_constraint(d_matrix.reshape(weights.shape), axes)
     return d_x.reshape(x.shape), d_weights.astype(weights.dtype)
 
 
@@ -58,7 +57,7 @@ def _rows(x: Shaped[Array, "B T *features"]) -> Shaped[Array, "B T F"]:
 
 
 def _matrix(x, weights, axes) -> Shaped[Array, "D F"]:
-    """The weights that x is multiplied with, its features in one axis and theirs in another."""
+    """The weights as a matrix, with the features of x in one axis and the outputs in the other."""
     return gathered(weights.astype(x.dtype), axes).reshape(math.prod(x.shape[2:]), -1)
 
 
@@ -66,62 +65,62 @@ project.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: Shaped[Array, "*B D"], scale: Float[Array, "D"]) -> Shaped[Array, "*B D"]:
-    """x over its root mean square, times scale; in float32 inside (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """Divide x by its root mean square and scale it, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
     return (wide * scale).astype(x.dtype)
 
 
 def kernel(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int, gain: float = 1.0) -> nnx.Param:
-    """A weight matrix with its logical axes; `inputs` is how many numbers each output sums."""
+    """Create a weight matrix with its logical axes; `inputs` is the number of terms that each output sums."""
     init = jax.nn.initializers.truncated_normal(gain * inputs**-0.5)
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 def encoding_params(params: Params) -> nnx.Dict:
-    """Parameters of an encoding: replicated over the mesh and not decayed, since they name no axes."""
+    """Parameters of an encoding. They name no axes, so they are replicated over the mesh and not decayed."""
     return nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with an encoding."""
 
-    def __init__(self, config: ModelConfig, encoding: Encoding, sizes: Sizes, *, rngs: nnx.Rngs):
-        d, n, h = config.model_dim, sizes.num_heads, sizes.head_dim
+    def __init__(self, config: ModelConfig, encoding: Encoding, dims: ModelDims, *, rngs: nnx.Rngs):
+        d, n, h = config.model_dim, dims.num_heads, dims.head_dim
         k = config.num_kv_heads or n
         self.encoding = encoding
         self.implementation = config.attention
         self.query = kernel(rngs, (d, n, h), ("embed", "heads", "head"), inputs=d)
         self.key = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
         self.value = kernel(rngs, (d, k, h), ("embed", "kv_heads", "head"), inputs=d)
-        residual = (2 * config.num_layers) ** -0.5  # as many outputs add up on the residual stream (GPT-2)
+        residual = (2 * config.num_layers) ** -0.5  # for the number of outputs added to the residual stream (GPT-2)
         self.out = kernel(rngs, (n, h, d), ("heads", "head", "embed"), inputs=n * h, gain=residual)
-        self.position = encoding_params(encoding.init_layer(rngs.params(), sizes))
+        self.position = encoding_params(encoding.init_layer(rngs.params(), dims))
 
     def __call__(
         self,
         x: Shaped[Array, "B T D"],
         shared: Params,
         *,
-        past: "Past | None" = None,
+        kv_cache: "KVCache | None" = None,
         start: Int[Array, ""] | int = 0,
         return_stats: bool = False,
         **common: Any,
-    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, "Past | None"]:
-        """Attend; returns the output, the statistics and the past with these tokens written into it.
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, "KVCache | None"]:
+        """Apply attention; return the output, the statistics and the KV cache with these tokens written into it.
 
         Args:
             x: The layer's input.
-            shared: The encoding's parameters that all layers share.
-            past: When decoding: what the layer remembers.
-            start: Where in it these tokens go.
+            shared: The encoding's shared parameters.
+            kv_cache: The layer's cache, when decoding.
+            start: Index in the cache at which to write these tokens.
             return_stats: Whether to compute statistics.
             **common: As `dot_product_attention`.
         """
         params = self.encoding_params(shared)
-        features = self.encoding.features(params, x, None if past is None else past.before(start))
-        now = Past(_to_heads(x, self.key, "kv_heads"), _to_heads(x, self.value, "kv_heads"), features)
-        seen = now if past is None else past.write(now, start)
+        features = self.encoding.features(params, x, None if kv_cache is None else kv_cache.before(start))
+        now = KVCache(_to_heads(x, self.key, "kv_heads"), _to_heads(x, self.value, "kv_heads"), features)
+        seen = now if kv_cache is None else kv_cache.write(now, start)
         out = encoded_attention(
             self.encoding,
             params,
@@ -136,56 +135,42 @@ class Attention(nnx.Module):
         )
         out, stats = out if return_stats else (out, None)
         out = project(out, self.out[...], ("heads", "head", "embed"))
-        return out, stats, None if past is None else seen
+        return out, stats, None if kv_cache is None else seen
 
     def weights(self, x: Shaped[Array, "B T D"], shared: Params, **common: Any) -> Float[Array, "B N T T"]:
-        """The attention weights, written out: every row sums to 1. Args as `__call__`."""
+        """Compute the full attention weights; every row sums to 1. Args as `__call__`."""
         params = self.encoding_params(shared)
         features = self.encoding.features(params, x, None)
         query, key = _to_heads(x, self.query, "heads"), _to_heads(x, self.key, "kv_heads")
-        # Attention to values that are the identity returns its weights, whatever the encoding does to them.
-        batch, length, heads = key.shape[:3]
-        identity = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
-        out = encoded_attention(
-            _Weights(self.encoding),
+        return attention_weights(
+            self.encoding,
             params,
             query,
             key,
-            identity,
             query_features=features,
             key_features=features,
-            implementation="reference",
             precision="highest",
             **common,
         )
-        return jnp.swapaxes(out, 1, 2)
 
     def encoding_params(self, shared: Params) -> Params:
-        """What the encoding's places receive."""
+        """The shared and layer parameters of the encoding, merged."""
         return {**shared, **{name: param[...] for name, param in self.position.items()}}
 
-    def empty_past(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "Past":
-        """Room for the keys and values of so many tokens."""
+    def empty_kv_cache(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "KVCache":
+        """An empty cache for the keys and values of `length` tokens."""
         (d, k, h), room = self.key.shape, (batch_size, length)
         features = jax.eval_shape(
             lambda x: self.encoding.features(self.encoding_params(shared), x, None), jnp.zeros((*room, d), dtype)
         )
         heads = jnp.zeros((*room, k, h), dtype)
-        return Past(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
+        return KVCache(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weights(Wrapper):
-    """The encoding within, but for what it adds to the output."""
+class KVCache(NamedTuple):
+    """The keys and values of the tokens so far, with capacity for more.
 
-    def value(self, params: Params) -> None:
-        return None
-
-
-class Past(NamedTuple):
-    """What attention remembers of the tokens so far, and room for those to come.
-
-    Keys are kept as projected: the query/key place is applied to all of them at every step, as it is in one pass.
+    Keys are stored as projected: every step applies the query/key place to all of them, as a single pass does.
     """
 
     key: Shaped[Array, "B S K H"]
@@ -193,19 +178,19 @@ class Past(NamedTuple):
     features: Any
     """The encoding's features of the tokens, [B, S, ...]."""
 
-    def write(self, now: "Past", start: Int[Array, ""] | int) -> "Past":
-        """With the entries from `start` on replaced."""
+    def write(self, now: "KVCache", start: Int[Array, ""] | int) -> "KVCache":
+        """Return the cache with the entries from `start` on replaced by `now`."""
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=1), self, now)
 
     def before(self, start: Int[Array, ""] | int) -> Any:
-        """The features of the token before `start`; zeros when there is none."""
+        """The features of the token before `start`; zeros if there is none."""
         index = jnp.maximum(start - 1, 0)
         entry = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), self.features)
         return jax.tree.map(lambda x: jnp.where(start > 0, x, 0), entry)
 
 
 def _to_heads(x: Shaped[Array, "B T D"], weights: nnx.Param, axis: str) -> Shaped[Array, "B T N H"]:
-    return constrain(project(x, weights[...], ("embed", axis, "head")), ("batch", "length", axis, "head"))
+    return with_logical_constraint(project(x, weights[...], ("embed", axis, "head")), ("batch", "length", axis, "head"))
 
 
 class MLP(nnx.Module):
@@ -220,7 +205,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Shaped[Array, "B T D"]) -> Shaped[Array, "B T D"]:
         hidden = self._hidden(x, self.up)
-        # The nonlinearities in float32: their gradients are several times slower in bfloat16 on a CPU, and less exact.
+        # Nonlinearities in float32: on a CPU, their gradients in bfloat16 are several times slower, and less accurate.
         if self.gate is None:
             hidden = jax.nn.gelu(hidden.astype(jnp.float32)).astype(x.dtype)
         else:
@@ -229,22 +214,22 @@ class MLP(nnx.Module):
         return project(hidden, self.down[...], ("mlp", "embed"))
 
     def _hidden(self, x: Shaped[Array, "B T D"], weights: nnx.Param) -> Shaped[Array, "B T F"]:
-        return constrain(project(x, weights[...], ("embed", "mlp")), ("batch", "length", "mlp"))
+        return with_logical_constraint(project(x, weights[...], ("embed", "mlp")), ("batch", "length", "mlp"))
 
 
 class Block(nnx.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, config: ModelConfig, encoding: Encoding, sizes: Sizes, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, encoding: Encoding, dims: ModelDims, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.Param(jnp.ones(config.model_dim))
-        self.attention = Attention(config, encoding, sizes, rngs=rngs)
+        self.attention = Attention(config, encoding, dims, rngs=rngs)
         self.mlp_norm = nnx.Param(jnp.ones(config.model_dim))
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
         self, x: Shaped[Array, "B T D"], shared: Params, **common: Any
-    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, Past | None]:
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, KVCache | None]:
         """Args and Returns as `Attention`."""
-        attended, stats, past = self.attention(rms_norm(x, self.attention_norm[...]), shared, **common)
-        x = constrain(x + attended, RESIDUAL)
-        return constrain(x + self.mlp(rms_norm(x, self.mlp_norm[...])), RESIDUAL), stats, past
+        attended, stats, kv_cache = self.attention(rms_norm(x, self.attention_norm[...]), shared, **common)
+        x = with_logical_constraint(x + attended, RESIDUAL)
+        return with_logical_constraint(x + self.mlp(rms_norm(x, self.mlp_norm[...])), RESIDUAL), stats, kv_cache

@@ -1,4 +1,4 @@
-"""Training: the state, one step, the optimizer, and the loop around them."""
+"""Training: the state, the step, the optimizer and the training loop."""
 
 from nope_jax.training.loop import Interrupted, train
 

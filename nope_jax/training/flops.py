@@ -1,4 +1,4 @@
-"""What a training step costs on paper, and what the chips that it may run on can do: the two sides of `mfu`.
+"""Model FLOPs of a training step and the peak performance of chips, the two numbers behind `mfu`.
 
 B batch, T length, L layers, N query heads, H head dim.
 """
@@ -18,18 +18,18 @@ from nope_jax.training.optimizer import decays
 
 
 class Chip(NamedTuple):
-    """An accelerator as its maker publishes it."""
+    """An accelerator's published specifications."""
 
     flops: float
-    """Peak of dense bfloat16 matrix products, FLOP per second."""
+    """Peak of dense bfloat16 matrix multiplication, FLOP per second."""
     memory: float
-    """Bytes of high-bandwidth memory; the runtime keeps a few per cent of it."""
+    """Bytes of high-bandwidth memory; the runtime reserves a few per cent of it."""
     memory_bandwidth: float
     """Bytes per second."""
     interconnect_bandwidth: float
-    """Bytes per second that one chip sends to others of its slice or node, over all its links: one of both ways."""
+    """Bytes per second that one chip sends to others in its slice or node over all its links, in one direction."""
     device_kinds: tuple[str, ...]
-    """What JAX calls it: `jax.Device.device_kind`."""
+    """Names in JAX: `jax.Device.device_kind`."""
 
 
 _GIB = 2**30
@@ -43,35 +43,35 @@ CHIPS = {
     "H100": Chip(989e12, 80 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
     "H200": Chip(989e12, 141 * _GIB, 4800e9, 450e9, ("NVIDIA H200",)),
 }
-"""By their usual names; GPUs are the SXM boards.
+"""Chips by their usual names; GPUs are the SXM boards.
 
 Sources: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, for v4's links Jouppi et al. 2023 (arXiv 2304.01433, table 4);
-NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPUs, whose peaks with sparsity and whose NVLink bandwidths
-of both ways are halved here."""
+NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPUs. Their peaks with sparsity and their bidirectional
+NVLink bandwidths are halved here."""
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """What is known of a device; None of one that is not in `CHIPS`, such as a CPU."""
+    """Return the specifications of a device, or None for one that is not in `CHIPS`, such as a CPU."""
     return next((chip for chip in CHIPS.values() if device.device_kind in chip.device_kinds), None)
 
 
 def model_flops_per_token(config: Config) -> float:
-    """Floating-point operations that one token of training takes: 6·P + 12·Σ N·H·S over the layers.
+    """Floating-point operations to train on one token: 6·P + 12·Σ N·H·S over the layers.
 
-    P counts the weights of all matrix products, the head among them (tied or not) and the lookup of the embedding not:
-    a multiplication and an addition each, once forward and twice backward. S is how many keys a query sees on average,
-    (T + 1) / 2 where a layer sees all that came before, fewer in one with a window or chunks; QKᵀ and weights·V take
-    2·N·H·S each, and twice that again backward. As Chowdhery et al. 2022 (arXiv 2204.02311, appendix B), but for
-    causality, which they do not count. What is computed again (remat, streaming attention) is no part of it, nor what
-    an encoding adds, norms, softmax and the optimizer; pairs that `data.document_mask` hides count all the same.
+    P is the number of weights in matrix multiplications, including the head (tied or not) but not the embedding lookup:
+    a multiplication and an addition each, once forward and twice backward. S is the average number of keys a query
+    sees: (T + 1) / 2 with full attention, fewer with a window or chunks; QKᵀ and weights·V take 2·N·H·S each, and twice
+    that backward. This follows Chowdhery et al. 2022 (arXiv 2204.02311, appendix B), except that they ignore causality.
+    Recomputation (remat, streaming attention), the encoding, norms, softmax and the optimizer are not counted; pairs
+    masked by `data.document_mask` are.
     """
     model = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)))
     params = nnx.state(model)
     sizes = jax.tree.map(lambda array, is_matrix: math.prod(array.shape) if is_matrix else 0, params, decays(params))
     weights = sum(jax.tree.leaves(sizes)) - (0 if config.model.tie_embeddings else model.embedding.size)
     period = len(model.encodings)
-    reaches = [model.encodings[layer % period].reach() for layer in range(config.model.num_layers)]
+    reaches = [model.encodings[layer % period].span() for layer in range(config.model.num_layers)]
     positions = jnp.arange(config.data.context_length)
-    keys = sum(float(np.asarray(keys_seen(positions, reach)).mean()) for reach in reaches)
+    keys = sum(float(np.asarray(keys_seen(positions, span)).mean()) for span in reaches)
     heads_width = math.prod(model.blocks[0].attention.query.shape[-2:])
     return 6.0 * weights + 12.0 * heads_width * keys

@@ -1,4 +1,4 @@
-"""A run, from its config to its last checkpoint, continued from wherever its workdir stands."""
+"""The training loop: runs a config up to its last step, resuming from the newest checkpoint in the workdir."""
 
 import contextlib
 import os
@@ -22,10 +22,10 @@ from nope_jax.data.corpora import Split
 from nope_jax.distributed import agreed_stop, said_by_all
 from nope_jax.errors import is_refusal
 from nope_jax.locks import held
-from nope_jax.models import Decoder, adopt_weights
+from nope_jax.models import Decoder, transfer_weights
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
-from nope_jax.training.metrics import Clock, Record, check_can_record, has_validation
+from nope_jax.training.metrics import GoodputTimer, MetricWriter, check_can_record, has_validation
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, init_state, no_skips
@@ -33,7 +33,7 @@ from nope_jax.training.step import Metrics, jit_train_step, jit_validation, reas
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop, and it is saved."""
+    """A signal stopped the run after saving its state."""
 
     def __init__(self, signum: int, step: int):
         name = signal.Signals(signum).name
@@ -42,21 +42,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> None:
-    """Trains up to `config.train.steps`, from the newest checkpoint in `workdir` or else from the start.
+    """Train up to `config.train.steps`, from the newest checkpoint in `workdir` or else from the start.
 
-    A run that is stopped at any moment and started again arrives at the bits of one that never stopped; up to rounding
-    where something may have changed that leaves the trained function alone, such as devices or the number of processes
-    (`nope_jax.training.resume`). Several processes (`nope_jax.distributed`) all call this.
+    A run that is stopped at any point and resumed gives the same bits as an uninterrupted one. It is equal only up to
+    rounding if something changed that does not affect the trained function, such as devices or the number of processes
+    (`nope_jax.training.resume`). With several processes (`nope_jax.distributed`), all of them call this.
 
     Raises:
-        ValueError: something in `config` cannot be had, or it or the data are not what the run in `workdir` was started
-            with; another process writes to `workdir`; or the processes do not read the same data.
-        OSError: `workdir` cannot be written; the checkpoints in it are as they were.
-        FloatingPointError: the loss or its gradient is not finite, or too often bad in a row where bad steps are
-            skipped (`train.on_bad_step`); that state is not saved.
+        ValueError: a setting in `config` is not possible; the config or the data differ from those of the run in
+            `workdir`; another process writes to `workdir`; or the processes do not read the same data.
+        OSError: `workdir` cannot be written; its checkpoints are unchanged.
+        FloatingPointError: the loss or its gradient is not finite or, if bad steps are skipped (`train.on_bad_step`),
+            too many in a row are bad; that state is not saved.
         Interrupted: Ctrl-C, SIGTERM or a hang-up; the state is saved.
     """
-    clock = Clock()
+    clock = GoodputTimer()
     workdir = location(workdir)
     check_reachable(workdir)
     steps = config.train.steps
@@ -77,12 +77,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         ]
         graphdef, abstract = abstract_state(config, optimizer, mesh)
 
-        donor = _donor(config, workdir, mesh)
+        source = _init_source(config, workdir, mesh)
         _make_shared(workdir)
         check_is_ours = stack.enter_context(_held_by_process_0(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir))
         start, state = _restore(config, data, workdir, checkpointer, abstract)
-        # What comes after a save is not saved: a run that ended in between has its validation loss still to come.
+        # The validation loss is computed after a save: if the run ended in between, compute it now.
         unmeasured = _evaluates(start, config) and not _has_validation(workdir, start)
         if start == steps and not unmeasured:
             if jax.process_index() == 0:
@@ -94,12 +94,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             configs.save(config, workdir)
         if state is None:
             state = init_state(config, optimizer, abstract)
-            if donor is not None:
-                state = state._replace(params=_adopted(state.params, graphdef, donor))
+            if source is not None:
+                state = state._replace(params=_initialized_from(state.params, graphdef, source))
 
         batch = place_batch(next(batches), mesh)
         tokens_per_step = batch.targets.size
-        record = stack.enter_context(Record(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
+        record = stack.enter_context(MetricWriter(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
         with clock.during("compile"):
             jitted = jit_train_step(
                 graphdef,
@@ -111,7 +111,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
                 spike_factor=config.train.spike_factor,
             )
             take_step = jitted.lower(state, batch).compile()
-            # Before the first step, too: what does not fit is known now and not after a day.
+            # Compile validation before the first step too: if it does not fit, the run fails now and not after a day.
             jitted = jit_validation(graphdef, config.optimizer.accumulation)
             validate = jitted.lower(state.params, batch).compile()
 
@@ -139,28 +139,28 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             stops = signum is not None and step < steps
             evaluates = _evaluates(step, config)
             saves = step % config.train.checkpoint_every == 0 or step == steps or stops
-            # One step stays unread, so that the device works while we read; none before a save: what is saved is sound.
+            # Leave one step unread, so the device stays busy, but none before a save: only good states are saved.
             while len(unread) > (0 if evaluates or saves else 1):
                 record.step(*_sound(*unread.popleft(), config, checkpointer))
-            if saves:  # after this step's line is written: a run resumed from here does not write it
+            if saves:  # after logging this step: a run resumed from here does not log it
                 with clock.during("save"):
                     record.flush()
                     checkpointer.save(step, state._asdict())
             if signum is not None and stops:
                 checkpointer.wait()
                 raise Interrupted(signum, step)
-            if evaluates:  # after the save, which it must not cost: a run resumed from there writes its line
+            if evaluates:  # after the save, which evaluation must not delay: a run resumed from there logs it
                 evaluate(step, state.params)
         checkpointer.wait()  # while signals are still caught
 
 
 def _evaluates(step: int, config: Config) -> bool:
-    """Whether the validation loss is measured after so many steps."""
+    """Whether to compute the validation loss after this step."""
     return step > 0 and (step % config.train.eval_every == 0 or step == config.train.steps)
 
 
 def _has_validation(workdir: Location, step: int) -> bool:
-    """Whether the validation loss after so many steps is written, as process 0 sees it: all measure it, or none."""
+    """Whether process 0 has logged the validation loss of this step; all processes must agree to compute it."""
     written = jax.process_index() == 0 and has_validation(workdir, step)
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(written)))
 
@@ -177,7 +177,7 @@ def _check(config: Config, workdir: Location, mesh: Mesh) -> None:
 
 
 def _make_shared(workdir: Location) -> None:
-    """Process 0 makes the folder; all must see what it writes there."""
+    """Create the workdir on process 0, and check that all processes see it."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_count() == 1:
@@ -191,14 +191,14 @@ def _make_shared(workdir: Location) -> None:
         probe.unlink()
     if blind.size:
         raise ValueError(
-            f"process {blind[0]} does not see what process 0 writes to {workdir}: the workdir must lie on a file "
-            "system that all hosts share"
+            f"process {blind[0]} does not see what process 0 writes to {workdir}: the workdir must be on a file "
+            "system shared by all hosts"
         )
 
 
 @contextlib.contextmanager
 def _held_by_process_0(workdir: Location) -> Iterator[Callable[[], None]]:
-    """Keeps the workdir to this run, as `held`; where process 0 is refused, all are."""
+    """Hold the lock of the workdir, as `held`; if process 0 is refused, all are."""
     with contextlib.ExitStack() as stack:
         check, refusal = None, ""
         if jax.process_index() == 0:
@@ -214,7 +214,7 @@ def _held_by_process_0(workdir: Location) -> Iterator[Callable[[], None]]:
 def _restore(
     config: Config, data: DataDigests, workdir: Location, checkpointer: Checkpointer, abstract: TrainState
 ) -> tuple[int, TrainState | None]:
-    """The steps that the run in `workdir` has taken and its state; 0 and None if it has saved none."""
+    """Return the number of steps taken by the run in `workdir` and its state; 0 and None if it has saved none."""
     if checkpointer.latest_step is None:
         return 0, None
     check_goes_on(config, data, workdir)
@@ -226,26 +226,26 @@ def _restore(
     return step, TrainState(**trees)
 
 
-def _donor(config: Config, workdir: Location, mesh: Mesh) -> Decoder | None:
-    """The decoder whose weights a run that has saved nothing yet starts from."""
-    source = config.train.start_from
-    # As process 0 sees the workdir: all must read the donor together, or none.
-    if source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
+def _init_source(config: Config, workdir: Location, mesh: Mesh) -> Decoder | None:
+    """Return the decoder to initialize from, if the run has not saved anything yet."""
+    workdir_of_source = config.train.init_from
+    # Decided by what process 0 sees: either all processes read the source or none does.
+    if workdir_of_source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
         return None
-    _, donor, _ = load_model(source, mesh)
+    _, source, _ = load_model(workdir_of_source, mesh)
     try:
-        adopt_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), donor)
+        transfer_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), source)
     except ValueError as error:
         if not is_refusal(error):
             raise
-        raise ValueError(f"train.start_from {source}: {error}") from error
-    return donor
+        raise ValueError(f"train.init_from {workdir_of_source}: {error}") from error
+    return source
 
 
-def _adopted(params: nnx.State, graphdef: nnx.GraphDef[Decoder], donor: Decoder) -> nnx.State:
-    """The parameters with the donor's weights, where they were on the mesh."""
+def _initialized_from(params: nnx.State, graphdef: nnx.GraphDef[Decoder], source: Decoder) -> nnx.State:
+    """The parameters with the source's weights, in their shardings."""
     model = nnx.merge(graphdef, params)
-    adopt_weights(model, donor)
+    transfer_weights(model, source)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model), params)
 
 
@@ -262,10 +262,10 @@ def _sound(step: int, metrics: Metrics, config: Config, checkpointer: Checkpoint
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """The stop signals received so far. A second one of the same kind ends the process at once.
+    """Collect the stop signals received. A second one of the same kind ends the process at once.
 
-    Not so a hang-up, of which a closed terminal and its shell send one each; and where it was ignored at the start
-    (nohup), it is. With several processes SIGTERM is left to JAX, see `agreed_stop`.
+    Exception: hang-ups, because a closed terminal and its shell send one each. A hang-up that was ignored at startup
+    (nohup) stays ignored. With several processes SIGTERM is left to JAX, see `agreed_stop`.
     """
     received: list[int] = []
 

@@ -1,30 +1,30 @@
-"""The record of a run: `metrics.jsonl`, one JSON object per logged step, and a progress bar or a line of text for each.
+"""The log of a run: `metrics.jsonl`, one JSON object per logged step, and a progress bar or one line of text per step.
 
-A step is logged once however often the run was stopped, and its loss is that of an uninterrupted run. What is not
-finite is left out of its line. The fields of step `step`, every `train.log_every` steps (the first step is 1):
+Each step is logged once even if the run is stopped and resumed, with the loss of an uninterrupted run. Non-finite
+values are omitted. The fields of step `step`, every `train.log_every` steps (the first step is 1):
 
     loss                nats per token, before the update
-    learning_rate       that of the update
+    learning_rate       of the update
     grad_norm           global norm of the gradient, before clipping
     param_norm          global norm of the parameters, after the update
-    skipped_steps       bad steps so far that changed nothing (with `train.on_bad_step skip` alone)
-    tokens_per_second   since the line before: of all devices, in steps and waiting for their input
-    mfu                 model-FLOPs utilisation: tokens_per_second x `model_flops_per_token` over the bfloat16 peak of
-                        all devices (`training/flops.py`, for the formula and the peaks; absent on other devices)
-    goodput             share of the time that went into steps
-    startup_seconds     reading the corpus, making or restoring the state
+    skipped_steps       bad steps skipped so far (only with `train.on_bad_step skip`)
+    tokens_per_second   since the previous line: over all devices, in steps and waiting for input
+    mfu                 model-FLOPs utilization: tokens_per_second x `model_flops_per_token` over the bfloat16 peak of
+                        all devices (`training/flops.py` has the formula and the peaks; absent for other devices)
+    goodput             fraction of the time spent in steps
+    startup_seconds     reading the corpus, creating or restoring the state
     compile_seconds     compiling the step and the validation loss
-    input_seconds       the devices had finished a step, and the batch of the next was not there yet
-    validation_seconds  measuring the validation loss
-    save_seconds        beginning to save a checkpoint, and waiting for the save before it; writing goes on beside steps
+    input_seconds       the devices had finished a step, but the next batch was not ready
+    validation_seconds  computing the validation loss
+    save_seconds        starting to save a checkpoint, and waiting for the previous save; writing overlaps with steps
 
-Seconds and goodput count from the call of `train` in this process: a run that goes on begins them anew. What is
-neither a step nor one of these losses (logging, beginning and ending a trace) counts as time alone. Beside these lines
-there is one of `step` and `validation_loss` (nats per token) every `train.eval_every` steps and after the last. Where a
-checkpoint is saved at the same step it comes first; a run that ends in between measures that loss when it goes on.
+Seconds and goodput count from the call of `train` in this process; a resumed run starts again from 0. Time that is
+neither a step nor one of these losses (logging, starting and stopping a trace) counts only in the total. In addition,
+there is one line of `step` and `validation_loss` (nats per token) every `train.eval_every` steps and after the last. If
+a checkpoint is saved at the same step, it is saved first; a run that ends in between computes the loss when resumed.
 
-With `train.tensorboard` the same numbers go to `<workdir>/tensorboard`. With `train.profile_steps` a trace of a few
-steps goes to `<workdir>/profile`: XProf reads it, and Perfetto (ui.perfetto.dev) its trace.json.gz.
+With `train.tensorboard`, the same numbers go to `<workdir>/tensorboard`. With `train.profile_steps`, a trace of a few
+steps goes to `<workdir>/profile`; view it in XProf, or its trace.json.gz in Perfetto (ui.perfetto.dev).
 """
 
 import contextlib
@@ -44,24 +44,24 @@ import jax
 from tqdm import tqdm
 
 from nope_jax.config import Config
-from nope_jax.paths import Location
+from nope_jax.paths import Location, write_whole
 from nope_jax.training.flops import chip_of, model_flops_per_token
 from nope_jax.training.optimizer import learning_rate_schedule
 
 Activity = Literal["startup", "compile", "step", "input", "validation", "save", "other"]
 
 LOST: tuple[Activity, ...] = ("startup", "compile", "input", "validation", "save")
-"""What a run would rather not spend time on."""
+"""Activities that reduce goodput."""
 STEPS_BEFORE_PROFILE = 3
-"""How many steps come before the traced ones: the first of a process differ."""
+"""Number of steps before the traced ones, because the first steps of a process are not typical."""
 INPUT_SHARE = 0.1
-"""A run that spends more of its training time than this waiting for input is told so."""
+"""A run that spends more than this fraction of its training time waiting for input gets a warning."""
 INPUT_SECONDS = 10.0
-"""Over how much of that time, at least, it is judged."""
+"""Minimum training time over which that fraction is measured."""
 
 
-class Clock:
-    """Where the time of a run goes: from its making on, every moment belongs to one activity."""
+class GoodputTimer:
+    """Accounts for the time of a run: from creation on, every moment belongs to one activity."""
 
     def __init__(self) -> None:
         self._seconds: dict[Activity, float] = dict.fromkeys(get_args(Activity), 0.0)
@@ -69,7 +69,7 @@ class Clock:
         self._since = time.perf_counter()
 
     def switch(self, activity: Activity) -> Activity:
-        """Begins another activity; returns the one that it ends."""
+        """Start another activity; return the one that ends."""
         now = time.perf_counter()
         self._seconds[self._doing] += now - self._since
         before, self._doing, self._since = self._doing, activity, now
@@ -77,7 +77,7 @@ class Clock:
 
     @contextlib.contextmanager
     def during(self, activity: Activity) -> Iterator[None]:
-        """Another activity for a while, then again the one before."""
+        """Switch to another activity for the duration of a block."""
         before = self.switch(activity)
         try:
             yield
@@ -85,7 +85,7 @@ class Clock:
             self.switch(before)
 
     def move(self, seconds: float, to: Activity) -> None:
-        """Counts so much of the activity under way to another."""
+        """Reassign some seconds of the current activity to another."""
         self._seconds[self._doing] -= seconds
         self._seconds[to] += seconds
 
@@ -96,22 +96,20 @@ class Clock:
 
 
 class MetricsLog:
-    """Appends to a JSON-lines file, after dropping from it what came after the step that the run resumes from."""
+    """Appends to a JSON-lines file, after removing lines past the step that the run resumes from."""
 
     def __init__(self, path: Path, *, start: int):
-        """Opens `path`, keeping its lines up to step `start`."""
+        """Open `path`, keeping its lines up to step `start`."""
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _is_up_to(line, start)]
             if len(kept) < len(lines):
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text("".join(kept))
-                os.replace(temporary, path)
+                write_whole(path, "".join(kept).encode())
         self._path = path
-        self._file = path.open("ab", buffering=0)  # what is logged survives a kill
+        self._file = path.open("ab", buffering=0)  # unbuffered, so that lines survive a kill
 
     def flush(self) -> None:
-        """All lines are where they belong."""
+        """Do nothing: every line is already written."""
 
     def close(self) -> None:
         self._file.close()
@@ -119,12 +117,12 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         try:
             self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-        except OSError as error:  # a full disk does not say where
+        except OSError as error:  # the error of a full disk has no path
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 class BucketMetricsLog:
-    """The same in a bucket, whose objects cannot be appended to: written anew at `flush` and at the end."""
+    """A `MetricsLog` in a bucket, whose objects do not support appending: rewritten at `flush` and at the end."""
 
     def __init__(self, path: Location, *, start: int):
         self._path = path
@@ -144,12 +142,12 @@ class BucketMetricsLog:
 def _is_up_to(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
-    except ValueError:  # a line that a killed process left half written
+    except ValueError:  # a line half written by a killed process
         return False
 
 
 def has_validation(workdir: Location, step: int) -> bool:
-    """Whether the record in `workdir` has the validation loss after so many steps."""
+    """Whether the log in `workdir` has the validation loss of this step."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if _is_up_to(line, step)]
@@ -157,10 +155,10 @@ def has_validation(workdir: Location, step: int) -> bool:
 
 
 def check_can_record(config: Config, workdir: Location) -> None:
-    """Refuses what cannot be recorded here.
+    """Check that the requested outputs are possible.
 
     Raises:
-        ValueError: it takes a package that is not installed, or a workdir on a disk.
+        ValueError: an output needs a package that is not installed, or a workdir on a disk.
     """
     for name in "tensorboard", "profile_steps":
         if getattr(config.train, name) and not isinstance(workdir, Path):
@@ -169,14 +167,14 @@ def check_can_record(config: Config, workdir: Location) -> None:
         raise ValueError("train.tensorboard needs a package that is not installed: pip install tensorboardX")
 
 
-class Record:
-    """What a run says of itself as it goes: lines in its `metrics.jsonl`, and a progress bar on a terminal.
+class MetricWriter:
+    """Reports the progress of a run: lines in `metrics.jsonl`, and a progress bar on a terminal.
 
-    Where stdout or stderr is none (a file, a pipe, the log of a job), each logged step is a line on stdout, at once.
-    Only the first process says anything.
+    If stdout or stderr is not a terminal (a file, a pipe, a job log), each logged step is a line on stdout, unbuffered.
+    Only the first process reports.
     """
 
-    def __init__(self, config: Config, workdir: Location, clock: Clock, *, start: int, tokens_per_step: int):
+    def __init__(self, config: Config, workdir: Location, clock: GoodputTimer, *, start: int, tokens_per_step: int):
         is_main = jax.process_index() == 0
         self._config = config.train
         self._workdir = workdir
@@ -210,23 +208,23 @@ class Record:
             if config.train.tensorboard and is_main:
                 from tensorboardX import SummaryWriter  # optional
 
-                # Steps from `purge_step` on, of the process before, are dropped by whoever reads.
+                # Readers drop the steps from `purge_step` on that an earlier process wrote.
                 directory, suffix = str(workdir / "tensorboard"), f".{start}"
                 self._tensorboard = SummaryWriter(directory, purge_step=start + 1, filename_suffix=suffix)
                 stack.callback(self._tensorboard.close)
             stack.callback(self._end_trace)
-            # A thread that waits for the devices can tell when they were done; the loop does not wait for them.
+            # A thread waits for the devices to record when they finish, so the loop does not have to.
             self._watcher = stack.enter_context(ThreadPoolExecutor(1))
             self._open = stack.pop_all()
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def dispatching(self, step: int) -> contextlib.AbstractContextManager:
-        """Around the call that begins step `step`: traces it, if it is one of those that are."""
+        """Context of the call that starts step `step`; traces the step if it is to be profiled."""
         if step not in self._profiled:
             return contextlib.nullcontext()
         if not self._is_tracing:
@@ -237,9 +235,9 @@ class Record:
 
     @contextlib.contextmanager
     def fetching(self, running: Any) -> Iterator[None]:
-        """Around getting the batch of the next step, while the devices compute `running`, an output of this one.
+        """Context of fetching the next batch, while the devices compute `running`, an output of the current step.
 
-        What they still had to do meanwhile was a step; the rest was waiting for input.
+        Time until the devices finish counts as the step; the rest counts as waiting for input.
         """
         began = time.perf_counter()
         finished = self._watcher.submit(_time_when_ready, running)
@@ -249,7 +247,7 @@ class Record:
             self._clock.move(waited, to="input")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Step `step` (the first is 1) is done; `values` are what `train_step` measured in it."""
+        """Log step `step` (the first is 1) with the metrics of `train_step`."""
         self._bar.update()
         skipped = int(values.get("skipped_steps", 0))
         was_skipped = values.get("skipped_in_a_row", 0) > 0
@@ -286,11 +284,11 @@ class Record:
             self._warn_of_input(seconds)
 
     def flush(self) -> None:
-        """What has been logged is not lost with this process; must come before a checkpoint that goes on after it."""
+        """Make the lines logged so far persistent; call it before the checkpoint of a later step."""
         self._log.flush()
 
     def validation(self, step: int, loss: float) -> None:
-        """The validation loss after `step` steps, in nats per token."""
+        """Log the validation loss after `step` steps, in nats per token."""
         self._write(step, {"validation_loss": loss})
         self._say(f"step {step}: validation loss {loss:.4f}")
 
@@ -325,7 +323,7 @@ class Record:
     def _say(self, message: str) -> None:
         if jax.process_index():
             return
-        with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads: the run goes on
+        with contextlib.suppress(OSError):  # continue the run if the terminal was closed or a pipe has no reader
             if self._bar.disable:
                 print(message, flush=True)
             else:

@@ -1,4 +1,4 @@
-"""The optimizers by name, their learning rate by step, and which parameters they decay."""
+"""Optimizers by name, the learning-rate schedule, and which parameters get weight decay."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from nope_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of the update after `count` updates: up linearly, then along a cosine to a tenth at `steps`.
+    """Learning rate of the update after `count` updates: linear warm-up, then cosine decay to a tenth at `steps`.
 
-    The first update already moves (its rate is peak / warmup_steps), and a run shorter than its warm-up ends within it.
+    The first update has the rate peak / warmup_steps, not 0. A run shorter than its warm-up ends during it.
     """
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
@@ -29,7 +29,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def decays(params: nnx.State) -> nnx.State:
     """True for the matrices that read or write the residual stream, False for norms and an encoding's own parameters.
 
-    Such a matrix is one whose logical axes hold "embed" beside another; "layers" only stacks.
+    These are the matrices with the logical axis "embed" and another one besides "layers", which only stacks.
     """
 
     def decay(variable: nnx.Variable) -> nnx.Variable:
@@ -44,12 +44,12 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the matrices of the layers; Adam, with Nesterov's momentum too, for the rest.
+    """Muon (Jordan et al. 2024) for the matrices of the layers; Adam, also with Nesterov momentum, for the rest.
 
-    Its updates are scaled to the size of Adam's, so that one learning rate serves both (Liu et al. 2025, arXiv
+    Muon's updates are scaled to the size of Adam's, so one learning rate serves both (Liu et al. 2025, arXiv
     2502.16982).
     """
-    # With -1 it gives what is to be subtracted, as every direction of OPTIMIZERS does.
+    # The rate -1 gives the direction to subtract, as every entry of OPTIMIZERS does.
     return optax.contrib.muon(
         -1.0,
         adam_b1=config.b1,
@@ -60,10 +60,10 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def layer_matrices(params: nnx.State) -> nnx.State:
-    """For the weights of layers, which of their axes are the rows and columns of a matrix; None for all else.
+    """For the weights of layers, which of their axes are the rows and columns of a matrix; None for all others.
 
-    A matrix is what one layer multiplies the residual stream with or adds to it: the heads of an attention kernel
-    [D, N, H] are its columns side by side, and layers stacked on a leading axis have a matrix each.
+    A matrix is what one layer multiplies the residual stream by or adds to it: the heads of an attention kernel
+    [D, N, H] are its columns side by side, and layers stacked on a leading axis have one matrix each.
     """
 
     def matrix(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers | None:
@@ -78,11 +78,11 @@ def layer_matrices(params: nnx.State) -> nnx.State:
 
 
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adamw": _adam, "muon": _muon}
-"""By the names of `optimizer.name`: from gradients to the direction of an update, before decay and learning rate."""
+"""Optimizers by `optimizer.name`: from gradients to the direction of an update, before decay and learning rate."""
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimizer of that name over `steps` updates, its weight decay decoupled."""
+    """Chain clipping by global norm, the named optimizer over `steps` updates, and decoupled weight decay."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(

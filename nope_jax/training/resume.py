@@ -1,4 +1,4 @@
-"""Whether a run may go on from what is in its workdir: only to train the same function, on the same data."""
+"""Checks whether a run may resume from its workdir: it must train the same function on the same data."""
 
 import json
 import operator
@@ -12,7 +12,7 @@ from nope_jax.config import HINTS, Config, DataConfig
 from nope_jax.data import Corpus
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.distributed import said_by_all
-from nope_jax.paths import Location
+from nope_jax.paths import Location, write_whole
 
 MAY_CHANGE = frozenset(
     {
@@ -36,24 +36,24 @@ MAY_CHANGE = frozenset(
         *(name for name in HINTS if name.startswith(("mesh.", "eval."))),
     }
 )
-"""The fields that a run may be started again with differently.
+"""Fields that may change when a run is resumed.
 
-Most say how a step is computed (the mesh, microbatches, recomputation, the implementation of attention), which changes
-its result by rounding alone; or what is measured, written and shown beside it, which changes nothing. Where the data
-lie may change because `DataDigests` hold what they are. Two change the training itself, and are meant to: with another
-`train.steps` the rest of the run follows the cosine of the new length, and what becomes of bad steps may change so that
-a run which one of them stopped can go on without it. `model.dtype` changes more than rounding does. `train.start_from`
-has had its effect and says where the run comes from."""
+Most set how a step is computed (mesh, microbatches, rematerialization, attention implementation), which affects the
+result only by rounding, or what is measured, written and shown, which does not affect it. The location of the data may
+change because `DataDigests` identify their content. Two fields change the training itself, on purpose: with another
+`train.steps` the rest of the run follows the cosine of the new length, and the handling of bad steps may change so that
+a run stopped by one can continue past it. `model.dtype` is not included, because it changes more than rounding, and
+neither is `train.init_from`, which has already taken effect and records where the run comes from."""
 
 DataDigests = dict[str, str]
-"""What a run is trained on, by content: digests of the tokenizer, and of the tokens of either split."""
+"""The data of a run by content: digests of the tokenizer and of the tokens of each split."""
 
 
 def digest_data(config: DataConfig, corpora: Mapping[str, Corpus]) -> DataDigests:
-    """The digests of what this process reads.
+    """Compute the digests of the data that this process reads.
 
     Raises:
-        ValueError: the processes of the run do not read the same; all raise it.
+        ValueError: the processes of the run read different data; all of them raise it.
     """
     ours = {"tokenizer": tokenizer_digest(config.tokenizer)}
     ours |= {split: corpus.digest() for split, corpus in corpora.items()}
@@ -67,15 +67,14 @@ def digest_data(config: DataConfig, corpora: Mapping[str, Corpus]) -> DataDigest
 
 
 def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
-    """Refuses to go on with the run in a workdir as another one.
+    """Check that a run may resume from a workdir.
 
     Raises:
-        ValueError: a field of the config, or the code of its encoding, is not what it was and must be, or the data are
-            others.
+        ValueError: a config field that must not change has changed, or the code of the encoding, or the data.
     """
     then = load_digests(workdir)
     may_change = MAY_CHANGE
-    if then is None:  # saved by an earlier version: nothing but the names can tell
+    if then is None:  # saved by an earlier version: only the names identify the data
         may_change -= {"data.source", "data.tokenizer"}
         if jax.process_index() == 0:
             print(f"{workdir} does not say what its data were: from now on they are today's", file=sys.stderr)
@@ -87,7 +86,9 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
         if was != is_now and name not in may_change:
             differences.append(f"{name} was {was!r}, not {is_now!r}")
     if differences:
-        raise ValueError(f"{workdir} holds a run of another config: {'; '.join(differences)}; choose another workdir")
+        raise ValueError(
+            f"{workdir} holds a run with a different config: {'; '.join(differences)}; choose another workdir"
+        )
     if then is not None and then != data:
         raise ValueError(
             f"{workdir} holds a run on other data: {_difference(data, then, config.data)}; choose another workdir"
@@ -95,14 +96,12 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
 
 
 def save_digests(data: DataDigests, workdir: Location) -> None:
-    """Writes `data.json` into a workdir."""
-    unfinished = workdir / "data.json.tmp"
-    unfinished.write_text(json.dumps(data, indent=2) + "\n")
-    unfinished.replace(workdir / "data.json")
+    """Write `data.json` into a workdir."""
+    write_whole(workdir / "data.json", (json.dumps(data, indent=2) + "\n").encode())
 
 
 def load_digests(workdir: Location) -> DataDigests | None:
-    """What is in the `data.json` of a workdir; None if there is none.
+    """Read the `data.json` of a workdir; None if there is none.
 
     Raises:
         ValueError: it cannot be read.
@@ -120,7 +119,7 @@ def load_digests(workdir: Location) -> DataDigests | None:
 
 
 def _difference(ours: DataDigests, theirs: DataDigests, config: DataConfig) -> str:
-    """What is not the same, in words; other tokens are no wonder under another tokenizer."""
+    """Describe the difference; with another tokenizer, the tokens necessarily differ too."""
     if ours["tokenizer"] != theirs.get("tokenizer"):
         return f"data.tokenizer {config.tokenizer} is another tokenizer"
     splits = [name for name in ours if ours[name] != theirs.get(name)]

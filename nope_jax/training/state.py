@@ -1,4 +1,4 @@
-"""What changes from one step to the next, born on the mesh: no device ever holds more than its share."""
+"""The training state, created sharded on the mesh: no device ever holds more than its shard."""
 
 from typing import NamedTuple
 
@@ -14,25 +14,25 @@ from nope_jax.sharding import PARAMETER_RULES, abstract_on_mesh
 
 
 class Skips(NamedTuple):
-    """What `train.on_bad_step skip` knows of the steps so far; nothing else reads or changes it."""
+    """State of `train.on_bad_step skip`; unused otherwise."""
 
     total: jax.Array
-    """Steps skipped, int32."""
+    """Number of skipped steps, int32."""
     in_a_row: jax.Array
-    """Steps skipped since the last that was not, int32."""
+    """Number of steps skipped since the last good one, int32."""
     averaged: jax.Array
-    """Steps that `grad_norm` is the average of, int32."""
+    """Number of steps averaged in `grad_norm`, int32."""
     grad_norm: jax.Array
-    """Running average of the global gradient norm over the steps that were not skipped, float32."""
+    """Running average of the global gradient norm over good steps, float32."""
 
 
 def no_skips() -> Skips:
-    """Before the first step."""
+    """The state before the first step."""
     return Skips(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
 
 class TrainState(NamedTuple):
-    """Everything a checkpoint holds. The number of updates made is the optimizer's own count."""
+    """The contents of a checkpoint. The number of updates is the optimizer's own count."""
 
     params: nnx.State
     opt_state: optax.OptState
@@ -47,10 +47,10 @@ def _init(config: Config, optimizer: optax.GradientTransformation, key: jax.Arra
 def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[nnx.GraphDef[Decoder], TrainState]:
-    """The structure of the model, and the shape, dtype and sharding of every array of its state.
+    """Return the structure of the model, and the shape, dtype and sharding of every array of its state.
 
     Raises:
-        ValueError: an axis of a parameter does not divide over the mesh.
+        ValueError: an axis of a parameter does not divide evenly over the mesh.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
     abstract = jax.eval_shape(lambda: _init(config, optimizer, jax.random.key(0)))
@@ -59,9 +59,9 @@ def abstract_state(
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """The state before the first step, drawn from `config.train.seed` straight into the shardings of `abstract`."""
+    """Initialize the state from `config.train.seed`, directly in the shardings of `abstract`."""
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    # It runs once: on a CPU the lower level compiles in a fifth of the time, to the same bits.
+    # This runs once. On a CPU the lower level compiles in a fifth of the time and gives the same bits.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     init = jax.jit(lambda key: _init(config, optimizer, key), out_shardings=shardings, compiler_options=options)
     return init(jax.random.key(config.train.seed))

@@ -1,4 +1,4 @@
-"""One update, and one validation loss: pure functions of the state and a batch.
+"""The training step and the validation loss, as pure functions of the state and a batch.
 
 B batch, T length, V vocabulary.
 """
@@ -22,16 +22,16 @@ Metrics = dict[str, jax.Array]
 _Sums = TypeVar("_Sums")
 
 AVERAGED_STEPS = 100
-"""About how many steps the running average of the gradient norm looks back on."""
+"""Approximate number of steps in the running average of the gradient norm."""
 STEPS_BEFORE_SPIKES = 20
-"""How many steps it must be the average of before a step is compared with it: the first ones differ much."""
+"""Number of steps to average before comparing a step with the average; the first steps vary a lot."""
 
 
 @auto_axes
 def total_nll(
     graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, key: jax.Array | None = None
 ) -> jax.Array:
-    """The negative log-likelihood of the targets, summed over the batch: nats, float32. `key` as `Decoder`'s."""
+    """Negative log-likelihood of the targets, summed over the batch: nats, float32. `key` as in `Decoder`."""
     tokens, targets, positions, segment_ids = jax.tree.map(jnp.asarray, batch)
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
@@ -49,23 +49,23 @@ def train_step(
     skip_bad: bool = False,
     spike_factor: float | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update on the mean negative log-likelihood per token.
+    """Take one optimizer step on the mean negative log-likelihood per token.
 
-    With `skip_bad`, a step is bad whose loss or gradient norm is not finite, or whose gradient norm is more than
-    `spike_factor` times its running average: it leaves parameters and optimizer state as they were, and is counted.
+    With `skip_bad`, a step is bad if its loss or gradient norm is not finite, or if its gradient norm is more than
+    `spike_factor` times the running average. A bad step is counted and leaves parameters and optimizer state unchanged.
 
     Args:
-        batch: arrays [B, T], with B a multiple of `accumulation`.
-        accumulation: microbatches that the batch is taken in, one after another; the update is that of the whole.
-        key: what random encodings draw from.
-        skip_bad: whether bad steps are skipped.
-        spike_factor: None if only what is not finite is bad.
+        batch: Arrays [B, T], with B a multiple of `accumulation`.
+        accumulation: Number of microbatches, processed in sequence; the update is that of the whole batch.
+        key: Random key for randomized encodings.
+        skip_bad: Whether to skip bad steps.
+        spike_factor: None to treat only non-finite values as bad.
 
     Returns:
-        The new state, with `loss` (nats per token) and `grad_norm` (global, unclipped) of the state given, and
-        `param_norm` (global) of the new one. If all three are finite, so is the new state. Beside them `skipped_steps`
-        (all so far) and, with `skip_bad`, `skipped_in_a_row` (0 when this step was not); the new state is then finite
-        if `param_norm` is.
+        The new state, and metrics: `loss` (nats per token) and `grad_norm` (global, unclipped) of the given state, and
+        `param_norm` (global) of the new one. If all three are finite, so is the new state. Also `skipped_steps` (total)
+        and, with `skip_bad`, `skipped_in_a_row` (0 if this step was not skipped); the new state is then finite if
+        `param_norm` is.
     """
     value_and_grad = jax.value_and_grad(lambda params, rows: total_nll(graphdef, params, rows, key))
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
@@ -76,7 +76,7 @@ def train_step(
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     skips = state.skips
     if skip_bad:
-        good, skips = judge(skips, loss, metrics["grad_norm"], spike_factor)
+        good, skips = detect_bad_step(skips, loss, metrics["grad_norm"], spike_factor)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
@@ -86,13 +86,15 @@ def train_step(
     return TrainState(params, opt_state, skips), metrics
 
 
-def judge(skips: Skips, loss: jax.Array, grad_norm: jax.Array, spike_factor: float | None) -> tuple[jax.Array, Skips]:
-    """Whether a step is good, given those before it; and `Skips` after it."""
+def detect_bad_step(
+    skips: Skips, loss: jax.Array, grad_norm: jax.Array, spike_factor: float | None
+) -> tuple[jax.Array, Skips]:
+    """Return whether a step is good, given the steps before it, and the new `Skips`."""
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if spike_factor is not None:
         good &= (grad_norm <= spike_factor * skips.grad_norm) | (skips.averaged < STEPS_BEFORE_SPIKES)
     averaged = skips.averaged + 1
-    # The mean of all at first, then an exponential one.
+    # The plain mean at first, then an exponential moving average.
     average = skips.grad_norm + (grad_norm - skips.grad_norm) / jnp.minimum(averaged, AVERAGED_STEPS)
     after_good = Skips(skips.total, jnp.zeros_like(skips.in_a_row), averaged, average)
     after_bad = skips._replace(total=skips.total + 1, in_a_row=skips.in_a_row + 1)
@@ -100,7 +102,7 @@ def judge(skips: Skips, loss: jax.Array, grad_norm: jax.Array, spike_factor: flo
 
 
 def reason_to_stop(metrics: Mapping[str, float], config: TrainConfig) -> str | None:
-    """Why a run cannot go on after a step that measured this; None if it can."""
+    """Return why a run must stop after a step with these metrics, or None if it can continue."""
     in_a_row = metrics.get("skipped_in_a_row", 0)
     if in_a_row > config.max_skipped:
         return (
@@ -114,12 +116,12 @@ def reason_to_stop(metrics: Mapping[str, float], config: TrainConfig) -> str | N
 
 
 def _over_microbatches(function: Callable[[Batch], _Sums], batch: Batch, count: int, zeros: _Sums) -> _Sums:
-    """The sum of a function of rows over the batch, taken in so many parts one after another."""
+    """Sum a function of rows over the batch, processed in `count` microbatches in sequence."""
     if count == 1:
         return function(batch)
 
     def microbatches(array: jax.Array) -> jax.Array:
-        # Microbatch i is rows i, i + count, ...: every device then takes part in each with rows that it already holds.
+        # Microbatch i is rows i, i + count, ..., so every device computes part of each from rows it already holds.
         return array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
 
     sums, _ = jax.lax.scan(
@@ -138,9 +140,9 @@ def jit_train_step(
     skip_bad: bool = False,
     spike_factor: float | None = None,
 ) -> jax.stages.Wrapped:
-    """`train_step` jitted for the shardings of `abstract`; the state it is given is donated to the one it returns.
+    """Jit `train_step` for the shardings of `abstract`, donating the state it is given.
 
-    Random encodings draw from `seed` and the number of steps taken, so that a resumed run draws as one never stopped.
+    Randomized encodings draw from `seed` and the step count, so a resumed run draws the same as an uninterrupted one.
     """
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
 
@@ -161,7 +163,7 @@ def jit_train_step(
 
 
 def jit_validation(graphdef: nnx.GraphDef[Decoder], accumulation: int = 1) -> jax.stages.Wrapped:
-    """`total_nll` of parameters and a batch, jitted: in as many microbatches as a training step."""
+    """Jit `total_nll` of parameters and a batch, in as many microbatches as a training step."""
 
     def validation(params: nnx.State, batch: Batch) -> jax.Array:
         return _over_microbatches(lambda rows: total_nll(graphdef, params, rows), batch, accumulation, jnp.float32(0))

@@ -1,0 +1,94 @@
+"""The backends of attention: a table with one row for each value of `implementation`.
+
+To add a backend, add a file to this folder and a row to the table. The file defines a function
+`attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy)`, whose arguments have been
+validated:
+
+- `query` [B, T, N, H], `key` [B, S, K, H], `value` [B, S, K, H2]: floating-point arrays, possibly of different dtypes;
+  K divides N, and neither T nor S is 0.
+- `factor` [B or 1, N or 1, T]: float32, the factor logit_scale/√H of q·k.
+- `logit`: None, or a `DistanceLogit`, `BlockLogit` or `ScanLogit` (`nope_jax.encodings`), to be evaluated block by
+  block. Where it adds -inf, the key is hidden.
+- `value_term`: None, or a `BlockValue` to add to the output.
+- `mask_spec`: which keys each query sees (`nope_jax.attention.mask_spec`).
+- `precision`: precision of the products, as in `jax.lax.dot`.
+- `with_entropy`: if False, the entropy is not used and may have any value.
+
+It returns the output [B, T, N, H2] in value's dtype, and entropy [B, N, T] in nats and logsumexp [B, N, T], both
+float32. It is traced under jit and, with several devices, under `shard_map`, where it gets the local rows and heads. A
+query that sees no key gives 0, 0 and -inf. Non-finite inputs must affect only the queries that see them; the products
+of `nope_jax.attention.nonfinite` ensure this. Results must be differentiable and agree with `reference.py`, the
+definition.
+
+`supports` takes the same arguments, concrete or traced, before any sharding. It returns None if the backend can serve
+the call, and otherwise the reason, such as "head dim must be a multiple of 128, not 64".
+
+A backend with `in_parts` supports sequences sharded over several devices, where `attend` sees the keys in parts
+(`nope_jax.attention.ring`). It then also takes `final_rows=`, the results over all keys, which it returns unchanged;
+the backward pass computes only the gradient contribution of the given keys. For a `ScanLogit` it takes `carry=`, the
+carry from later keys, and returns its own carry as a fourth result.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from jaxtyping import Array, Float, Shaped
+
+from nope_jax.attention.backends.reference import reference_attention
+from nope_jax.attention.backends.streaming import streaming_attention
+from nope_jax.attention.blocks import BLOCK_SIZE
+from nope_jax.attention.mesh import ring_size
+
+Results = tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]
+"""Output, entropy and logsumexp."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A row of the backend table."""
+
+    attend: Callable[..., Any]
+    supports: Callable[..., str | None] = lambda *call: None
+    """Returns the reason why a call cannot be served, or None if it can. By default, every call can be served."""
+    in_parts: bool = False
+
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {
+        "reference": Backend(reference_attention),
+        "streaming": Backend(streaming_attention, in_parts=True),
+    }
+)
+"""The backend of every implementation name."""
+
+
+def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
+    """Default names: streaming, unless all weights of a head fit in one block on one device."""
+    return ("reference",) if query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1 else ("streaming",)
+
+
+def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
+    """Return the first named backend that can serve a call.
+
+    Args:
+        implementation: One name or several, tried in order; None for `default_order`.
+        *call: The arguments of `attend`.
+
+    Raises:
+        ValueError: A name is unknown, or none of the named backends can serve the call; the message gives the reasons.
+    """
+    if implementation is None:
+        implementation = default_order(call[0].shape[1], call[2].shape[1])
+    names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
+    if not names or not all(isinstance(name, str) and name in BACKENDS for name in names):
+        known = ", ".join(f'"{name}"' for name in BACKENDS)
+        raise ValueError(f"implementation must be one of {known}, a sequence of these or None, not {implementation!r}")
+    reasons = []
+    for name in names:
+        reason = BACKENDS[name].supports(*call)
+        if reason is None:
+            return BACKENDS[name]
+        reasons.append(f'"{name}" cannot serve this call: {reason}')
+    raise ValueError(f"implementation {'; '.join(reasons)}")

@@ -1,0 +1,65 @@
+"""Parsing of compiled programs: computations, calls between them, and trip counts of loops.
+
+The text is the result of `as_text()` of a compiled function, for CPU, GPU or TPU.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+Computations = dict[str, dict[str, str]]
+"""The line of each instruction, by computation and instruction name. The header of a computation is its entry ""."""
+
+
+def parse_program(text: str) -> tuple[Computations, str]:
+    """Return the computations of a compiled program, and the name of its entry computation.
+
+    Raises:
+        ValueError: the text is not a compiled program.
+    """
+    computations: Computations = {}
+    entry: str | None = None
+    lines: dict[str, str] = {}
+    for line in text.split("\n"):
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        instruction = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+        if header and not line.startswith("HloModule"):
+            lines = computations[header[2]] = {"": line}
+            entry = header[2] if header[1] else entry
+        elif instruction:
+            lines[instruction[1]] = line
+    if entry is None:
+        raise ValueError("text must be that of a compiled program: what as_text() of a compiled function returns")
+    return computations, entry
+
+
+def called_computations(line: str) -> Iterator[str]:
+    """Yield the names of the computations that an instruction calls."""
+    if re.search(r" async-(?:update|done)\(", line):
+        return  # async-start already calls their computation
+    attribute = r"\b(?:calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
+    for names in re.findall(attribute, line):
+        yield from re.findall(r"[\w.\-]+", names)
+
+
+def loop_turns(line: str, computations: Computations, name: str) -> float | None:
+    """Trip count of a loop: NaN if the text does not determine it, None if the instruction is not a loop."""
+    loop = re.search(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+)", line)
+    if loop is None:
+        return None
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(known[1])
+    # A loop that counts up by one from a constant to a constant, as JAX emits for loops of known length.
+    condition = computations[loop[2]]
+    if not (test := re.search(r" compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", "\n".join(condition.values()))):
+        return math.nan
+    end = re.search(r" constant\((\d+)\)", condition.get(test[2], ""))
+    counter = re.search(r" get-tuple-element\(.*\), index=(\d+)", condition.get(test[1], ""))
+    values = re.search(r" tuple\((.*?)\)", computations[name].get(loop[1], ""))
+    if not (end and counter and values):
+        return math.nan
+    first = computations[name].get(re.findall(r"%([\w.\-]+)", values[1])[int(counter[1])], "")
+    while copied := re.search(r" (?:copy|bitcast)\(%?([\w.\-]+)\)", first):
+        first = computations[name].get(copied[1], "")
+    start = re.search(r" constant\((\d+)\)", first)
+    return int(end[1]) - int(start[1]) if start else math.nan

@@ -1,0 +1,199 @@
+"""The config schema: frozen dataclasses that define each field once, with its type, default and meaning."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from nope_jax.config.validation import check, unknown
+from nope_jax.encodings import Encoding
+
+EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: every setting that determines its parameter shapes or its computation."""
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    """Number of key/value heads; must divide num_heads. None: num_heads."""
+    head_dim: int | None = None
+    """Dimension of each head. None: model_dim / num_heads."""
+    model_dim: int = 128
+    mlp_dim: int | None = None
+    """Hidden dimension of the MLP. None: 4 model_dim if plain.
+
+    If gated: 8/3 model_dim, rounded up to a multiple of 64, for about as many parameters."""
+    mlp: Literal["gated", "plain"] = "gated"
+    """Type of MLP. gated: SwiGLU (Shazeer 2020); plain: GELU."""
+    tie_embeddings: bool = False
+    encoding: EncodingSpec = "nope"
+    """A name in ENCODINGS, an Encoding, or a tuple of these, cycled over the layers."""
+    train_length: int | None = None
+    """Training length: the rows of a learned position table, and the reference length of evaluation.
+
+    None: data.context_length."""
+    attention: Literal["reference", "streaming"] | None = None
+    """Attention implementation. None: chosen by sequence length."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Computation dtype. Parameters, softmax, entropies and losses are always float32."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    @property
+    def mlp_size(self) -> int:
+        """`mlp_dim`, or its default if it is None."""
+        gated = self.mlp == "gated"
+        return self.mlp_dim or (-(-8 * self.model_dim // (3 * 64)) * 64 if gated else 4 * self.model_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The dataset of a run, and how it is split into rows."""
+
+    source: str = "python_stdlib"
+    """Dataset: python_stdlib, text:PATH_OR_GLOB, tfds:NAME, or task:passkey."""
+    dir: str | None = None
+    """Directory of prepared datasets, on a local disk. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a tokenizer.json or SentencePiece model."""
+    document_separator: str | None = None
+    """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file."""
+    context_length: int = 128
+    """Tokens per row: the training length."""
+    batch_size: int = 32
+    """Rows per optimizer step, over all devices and hosts."""
+    document_mask: bool = False
+    """Mask attention between different documents in a row; positions then restart at each document."""
+    bos: bool = False
+    """Start every row with the tokenizer's beginning-of-sequence token, or its document separator if it has none.
+
+    The token counts towards context_length and is never a prediction target."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer. The learning rate has a linear warm-up, then a cosine decay to a tenth."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the weight matrices of the layers, Adam for the rest; weight decay as in adamw."""
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Maximum global gradient norm; larger gradients are clipped."""
+    accumulation: int = 1
+    """Microbatches per step (gradient accumulation); must divide the batch of each device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop: its length, logging, checkpoints and error handling."""
+
+    steps: int = 500
+    log_every: int = 10
+    """Steps between log lines."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    eval_every: int = 250
+    """Steps between measurements of the validation loss."""
+    eval_batches: int = 4
+    """Number of batches over which the validation loss is averaged."""
+    seed: int = 0
+    init_from: str | None = None
+    """Workdir of a run whose weights initialize training. That run may use a different encoding.
+
+    Learned encoding parameters are kept in layers that keep their encoding, and reinitialized in all others."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """If loss or gradient norm is not finite: stop the run, or skip the update and go on with the next batch."""
+    spike_factor: float | None = None
+    """With on_bad_step skip: a gradient norm above this factor times its running average is also bad."""
+    max_skipped: int = 10
+    """With on_bad_step skip: the maximum number of consecutive bad steps; one more stops the run."""
+    tensorboard: bool = False
+    """Also write the metrics to WORKDIR/tensorboard (pip install tensorboardX)."""
+    profile_steps: int = 0
+    """Profile this many steps, soon after the start, and write the trace to WORKDIR/profile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; the product must be the number of devices. One axis may be -1: the remaining devices."""
+
+    data: int = -1
+    """Shard the rows of a batch and replicate the parameters. If another axis is also -1, this one is 1."""
+    fsdp: int = 1
+    """Shard the rows; shard parameters, gradients and optimizer state along model_dim."""
+    tensor: int = 1
+    """Shard heads, feed-forward dimension and vocabulary."""
+    sequence: int = 1
+    """Shard the positions of every row; parameters, gradients and optimizer state as for fsdp."""
+    rules: Literal["fsdp", "zero1"] = "fsdp"
+    """Sharding of the parameters between steps. fsdp: sharded, and gathered layer by layer, twice per microbatch.
+
+    zero1: replicated along fsdp and sequence, and gathered once per step, if they fit in memory; only gradients and
+    optimizer state are sharded (Rajbhandari et al. 2020, arXiv 1910.02054)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Settings of eval.py curves. Other evaluations use some of these and their own settings."""
+
+    documents: int = 64
+    """Maximum number of validation documents per length."""
+    batch_size: int = 8
+    stride: int | None = None
+    """None: evaluate each document from its start.
+
+    A number: slide a window of the evaluated length by this many tokens, and count only the new tokens."""
+    seed: int = 0
+    entropy_unit: Literal["nats", "bits"] = "nats"
+    """Unit of attention entropy in the output of eval.py curves; the data files are always in nats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The complete config of a run: the contents of config.json."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self):
+        check(self, HINTS)
+        if self.model.train_length is None:
+            model = dataclasses.replace(self.model, train_length=self.data.context_length)
+            object.__setattr__(self, "model", model)
+
+
+GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
+HINTS = {
+    f"{group}.{field}": hint for group, cls in GROUPS.items() for field, hint in typing.get_type_hints(cls).items()
+}
+"""The type of every field by its dotted name."""
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return a copy of the config with new values for some fields, given by their dotted names.
+
+    Raises:
+        ValueError: a field does not exist, or its value is invalid.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in HINTS:
+            raise unknown(name, HINTS)
+        group, field = name.split(".")
+        groups.setdefault(group, {})[field] = value
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **fields) for group, fields in groups.items()}
+    )

@@ -1,0 +1,144 @@
+"""Validation of configs, of single fields and of combinations, with the error messages."""
+
+import dataclasses
+import difflib
+import operator
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nope_jax.encodings import ENCODINGS, SCHEDULES, Encoding, resolve
+from nope_jax.paths import check_location, on_disk
+
+if TYPE_CHECKING:
+    from nope_jax.config.schema import Config
+
+_AT_LEAST = {
+    1: """model.vocab_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.model_dim
+        model.mlp_dim model.train_length data.context_length data.batch_size optimizer.accumulation train.steps
+        train.log_every train.checkpoint_every train.eval_every train.eval_batches eval.documents eval.batch_size
+        eval.stride""",
+    0: """data.seed optimizer.warmup_steps optimizer.weight_decay train.seed train.max_skipped train.profile_steps
+        eval.seed""",
+}
+
+
+def check(config: "Config", hints: Mapping[str, Any]) -> None:
+    """Refuse invalid values, as far as they can be detected without building anything.
+
+    Args:
+        config: Config of a run.
+        hints: The type of every field by its dotted name.
+
+    Raises:
+        ValueError: a value is invalid; the message names the field and what it should be.
+    """
+    values = {name: operator.attrgetter(name)(config) for name in hints}
+    for name, value in values.items():
+        if not _matches(value, hints[name]):
+            raise ValueError(f"{name} must be {wanted(hints[name])}, not {value!r}")
+    for least, names in _AT_LEAST.items():
+        for name in names.split():
+            if values[name] is not None and not values[name] >= least:
+                raise ValueError(f"{name} must be at least {least}, not {values[name]}")
+    for name in "optimizer.learning_rate", "optimizer.clip_norm":
+        if not values[name] > 0:
+            raise ValueError(f"{name} must be greater than 0, not {values[name]}")
+    for name in "optimizer.b1", "optimizer.b2":
+        if not 0 <= values[name] < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, not {values[name]}")
+
+    if config.train.profile_steps > config.train.steps:
+        raise ValueError(
+            f"train.profile_steps must be at most train.steps {config.train.steps}, not {config.train.profile_steps}"
+        )
+    factor = values["train.spike_factor"]
+    if factor is not None and config.train.on_bad_step != "skip":
+        raise ValueError(f"train.spike_factor {factor} needs train.on_bad_step skip, not {config.train.on_bad_step}")
+    if factor is not None and not factor > 1:
+        raise ValueError(f"train.spike_factor must be greater than 1, not {factor}")
+
+    model, data = config.model, config.data
+    if model.num_heads % (model.num_kv_heads or 1):
+        raise ValueError(f"model.num_kv_heads {model.num_kv_heads} must divide model.num_heads {model.num_heads}")
+    if model.head_dim is None and model.model_dim % model.num_heads:
+        raise ValueError(
+            f"model.num_heads {model.num_heads} must divide model.model_dim {model.model_dim}, "
+            "unless model.head_dim is given"
+        )
+    if data.batch_size % config.optimizer.accumulation:
+        raise ValueError(
+            f"optimizer.accumulation {config.optimizer.accumulation} must divide data.batch_size {data.batch_size}"
+        )
+    mesh = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "rules"}
+    for axis, size in mesh.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis} must be at least 1, or -1 for what the other axes leave, not {size}")
+    several = [axis for axis in mesh if mesh[axis] == -1 and axis != "data"]
+    if len(several) > 1:
+        raise ValueError(f"mesh: at most one axis may be -1, not {', '.join(several)}")
+    for name, path in [
+        ("data.source", data.source.removeprefix("text:") if data.source.startswith("text:") else ""),
+        ("data.dir", data.dir or ""),
+        ("data.tokenizer", data.tokenizer),
+    ]:
+        on_disk(path, name)
+    if data.document_separator is not None and not (data.document_separator and data.source.startswith("text:")):
+        raise ValueError(
+            "data.document_separator must be the string between the documents of a text: source, or None, not "
+            f"{data.document_separator!r} with data.source {data.source}"
+        )
+    if config.train.init_from is not None:
+        check_location(config.train.init_from, "train.init_from")
+    try:
+        period = len(resolve(model.encoding))
+    except ValueError as error:
+        raise ValueError(f"model.encoding: {error}") from error
+    if period > model.num_layers:
+        raise ValueError(
+            f"model.encoding: its period of {period} layers is more than model.num_layers {model.num_layers}"
+        )
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type. An integer also counts as a float; a bool counts as neither."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(part, arguments[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def takes_several(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple or any(map(takes_several, typing.get_args(hint)))
+
+
+def wanted(hint: Any) -> str:
+    """Describe a type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if Encoding in arguments:
+        return "a name, an Encoding, or a tuple of them"
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"{wanted(arguments[0])} or several"
+    if arguments:
+        return " or ".join(map(wanted, arguments))
+    words = {int: "an integer", float: "a number", str: "a string", bool: "True or False", Path: "a path"}
+    return words.get(hint, "None")
+
+
+def unknown(name: str, known: Iterable[str]) -> ValueError:
+    """Return the error for a field that does not exist, with the closest known name as a suggestion."""
+    known, bare = list(known), name.removeprefix("--")
+    near = difflib.get_close_matches(name, known, n=1)
+    if bare in ENCODINGS.keys() | SCHEDULES.keys() and "--model.encoding" in known:
+        near = [f"--model.encoding {bare}"]
+    return ValueError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else ""))

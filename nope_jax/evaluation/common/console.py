@@ -1,0 +1,64 @@
+"""Terminal output of the evaluations: the progress bar and the result tables."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nope_jax.evaluation.common.report import Section
+
+
+class Bar:
+    """Progress of an evaluation, with the time left."""
+
+    def __init__(self, progress: Progress):
+        self._progress, self._task = progress, progress.add_task("", total=None)
+
+    def total(self, amount: float) -> None:
+        """Sets the total amount of work, in any unit."""
+        self._progress.update(self._task, total=amount)
+
+    def describe(self, words: str) -> None:
+        """Sets the description of the current step."""
+        self._progress.update(self._task, description=words)
+
+    def advance(self, amount: float = 1) -> None:
+        """Advances the bar by `amount` of work."""
+        self._progress.advance(self._task, amount)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Bar]:
+    """Shows a progress bar with the time left on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = Bar(progress)
+        yield bar
+        progress.update(bar._task, description="measured", total=1, completed=1)
+
+
+def print_sections(sections: Sequence[Section], *remarks: str) -> None:
+    """Prints the tables of the sections to stdout, each followed by its notes, and then the remarks."""
+    # Without a terminal, rich would wrap the table at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    for section in sections:
+        if table := section.table:
+            grid = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD)
+            for i, name in enumerate(table.header):
+                grid.add_column(name, justify="left" if i < table.names else "right", overflow="fold")
+            for row in table.rows:
+                grid.add_row(*row)
+            console.print(grid)
+        for remark in (*section.notes, *section.spoken):
+            console.print(remark)
+    for remark in remarks:
+        console.print(remark)
+
+
+def plural(count: int, what: str) -> str:
+    """Formats a count with its noun: `2 documents`, `1 document`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"

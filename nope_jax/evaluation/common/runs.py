@@ -1,0 +1,230 @@
+"""The trained runs that an evaluation compares, and their results."""
+
+import dataclasses
+import operator
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.config import Config, EncodingSpec
+from nope_jax.data import load_tokenizer
+from nope_jax.encodings import ENCODINGS, Wrapper
+from nope_jax.evaluation.registry import Options
+from nope_jax.models import Decoder
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass
+class Run(Generic[Result]):
+    """One trained model and its results at each length, filled in as they are measured."""
+
+    workdir: Path
+    name: str
+    """The shortest end of its path that differs from those of the other runs."""
+    config: Config
+    """Config of the run, with the overrides of the command line."""
+    max_length: int | None = None
+    """Number of positions that its encoding supports; None: unlimited."""
+    lengths: tuple[int, ...] = ()
+    """The requested lengths, ascending."""
+    results: dict[int, Result] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    """Step of the evaluated checkpoint."""
+
+    @property
+    def encoding(self) -> str:
+        """Name of its encoding."""
+        return encoding_name(self.config.model.encoding)
+
+    @property
+    def train_length(self) -> int:
+        assert self.config.model.train_length is not None  # Config fills it in
+        return self.config.model.train_length
+
+    def takes(self, length: int) -> bool:
+        """Whether its encoding supports `length` positions."""
+        return self.max_length is None or length <= self.max_length
+
+    @property
+    def possible(self) -> tuple[int, ...]:
+        """The requested lengths that its encoding supports."""
+        return tuple(filter(self.takes, self.lengths))
+
+    @property
+    def refused(self) -> tuple[int, ...]:
+        """The requested lengths that its encoding does not support."""
+        return tuple(length for length in self.lengths if not self.takes(length))
+
+    @property
+    def longest(self) -> Result | None:
+        """The result at the longest length measured so far."""
+        return self.results[max(self.results)] if self.results else None
+
+    def load(self, mesh: Mesh | None = None) -> Decoder:
+        """Loads the decoder from the newest readable checkpoint (`nope_jax.checkpoint.load_model`)."""
+        _, model, self.step = load_model(self.workdir, mesh)
+        return model
+
+
+def find_runs(options: Options, same: Sequence[str] = ()) -> list[Run[Any]]:
+    """Finds the runs of `--workdirs`, without results yet. Loads nothing large.
+
+    Args:
+        options: the parsed command line.
+        same: config fields that must agree.
+
+    Raises:
+        ValueError: a workdir is given twice, or holds no run or no checkpoint; a tokenizer does not fit its run; the
+            runs differ in a field; or a run supports none of the lengths.
+    """
+    names = run_names(options.workdirs)
+    loaded = [configs.override(configs.load(workdir), options.overrides) for workdir in options.workdirs]
+    runs: list[Run[Any]] = [
+        Run(*each, lengths=options.lengths) for each in zip(options.workdirs, names, loaded, strict=True)
+    ]
+    refuse_differing(runs, same)
+    for run in runs:
+        run.step = newest_step(run)
+        run.max_length = _max_length(run.config)
+        if run.lengths and not run.possible:
+            raise ValueError(f"--lengths: {run.name} reads none of them, {_limit(run)}")
+    return runs
+
+
+def refuse_differing(
+    runs: Sequence[Run[Any]],
+    fields: Sequence[str],
+    why: str = "; give --{field} for all of them",
+    content: Callable[[Any], Any] = lambda value: value,
+) -> None:
+    """Rejects runs whose configs differ in fields that must agree.
+
+    Args:
+        runs: all runs.
+        fields: dotted names of config fields.
+        why: end of the message.
+        content: maps the value of a field to what must be equal.
+
+    Raises:
+        ValueError: names the field and its value in each run.
+    """
+    for field in fields:
+        values = {run.name: operator.attrgetter(field)(run.config) for run in runs}
+        if len(set(map(content, values.values()))) > 1:
+            listed = ", ".join(f"{name}: {value}" for name, value in values.items())
+            raise ValueError(f"{field} differs between the runs ({listed}){why.format(field=field)}")
+
+
+def refuse_length(runs: Sequence[Run[Any]], length: int, option: str = "--lengths") -> None:
+    """Rejects a length that some run does not support.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for run in runs:
+        if not run.takes(length):
+            raise ValueError(f"{option}: {run.name} cannot read {length} tokens, {_limit(run)}")
+
+
+def cannot_read(runs: Sequence[Run[Any]]) -> list[str]:
+    """One sentence for each run that does not support some of the lengths, naming them."""
+    return [
+        f"{run.name} cannot read {', '.join(f'{n:,}' for n in run.refused)} tokens: {_limit(run)}."
+        for run in runs
+        if run.refused
+    ]
+
+
+def _max_length(config: Config) -> int | None:
+    return nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length
+
+
+def _limit(run: Run[Any]) -> str:
+    return f"its {run.encoding} encoding has {run.max_length:,} positions"
+
+
+def newest_step(run: Run[Any]) -> int:
+    """The step of the newest checkpoint of a run.
+
+    Raises:
+        ValueError: there is no checkpoint yet, or the tokenizer (possibly overridden) has more tokens than the model.
+    """
+    with Checkpointer(run.workdir, read_only=True) as checkpointer:
+        step = checkpointer.latest_step
+        if step is None:
+            raise ValueError(f"{run.workdir}: no checkpoint yet")
+    tokens = load_tokenizer(run.config.data.tokenizer).vocab_size
+    if tokens > run.config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer {run.config.data.tokenizer!r} has {tokens} tokens, but {run.workdir} was trained with "
+            f"model.vocab_size {run.config.model.vocab_size}"
+        )
+    return step
+
+
+def result_identity(run: Run[Any], *read: Any) -> str:
+    """Identity of a result, to decide whether a stored one is still valid: checkpoint, model, code, backend and input.
+
+    If the checkpoint has been removed in the meantime, the identity is one that never matches again.
+
+    Args:
+        run: its `step` is that of the checkpoint.
+        read: everything else that determines the result; its repr is used.
+    """
+    try:
+        saved = (run.workdir / "checkpoints" / str(run.step)).stat().st_mtime_ns
+    except FileNotFoundError:
+        saved = time.time_ns()
+    code = configs.code_digest(run.config)
+    return repr((str(run.workdir.resolve()), run.step, saved, run.config.model, code, jax.default_backend(), *read))
+
+
+def run_names(workdirs: Sequence[Path]) -> list[str]:
+    """Names each run by the shortest end of its path that makes all names differ.
+
+    Raises:
+        ValueError: a workdir is given twice.
+    """
+    paths = [workdir.resolve() for workdir in workdirs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ValueError(f"--workdirs names {workdirs[i]} twice")
+    names = []
+    for path in paths:
+        ends = ["/".join(path.parts[-depth:]) for depth in range(1, len(path.parts))]
+        others = ["/".join(other.parts) for other in paths if other != path]
+        names.append(next(end for end in ends if not any(other.endswith(f"/{end}") for other in others)))
+    return names
+
+
+def encoding_name(spec: EncodingSpec) -> str:
+    """The registered name of an encoding; its Python expression if it has other settings or is not registered.
+
+    A wrapper's name, whatever its settings, precedes that of the encoding it wraps: "head_scale:nope".
+    """
+    if isinstance(spec, str):
+        return spec
+    if isinstance(spec, tuple | list):
+        return "+".join(encoding_name(part) for part in spec)
+    if isinstance(spec, Wrapper):
+        for name, encoding in ENCODINGS.items():
+            if type(spec) is encoding:
+                return f"{name}:{encoding_name(spec.encoding)}"
+    return next((name for name, encoding in ENCODINGS.items() if spec == encoding()), None) or _written(spec)
+
+
+def _written(value: Any) -> str:
+    """The Python expression of a dataclass, with the fields that differ from their defaults."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    given = [f"{field.name}={_written(own)}" for field, own in fields if own != field.default]
+    return f"{type(value).__name__}({', '.join(given)})"

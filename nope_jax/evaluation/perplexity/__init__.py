@@ -1,0 +1,167 @@
+"""Perplexity and attention entropy by position, within and past the training length (`eval.py` without a name)."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+from nope_jax.config import MeshConfig
+from nope_jax.evaluation.common.console import Bar, plural
+from nope_jax.evaluation.common.documents import Documents, plan_windows, read_documents
+from nope_jax.evaluation.common.evaluation import Evaluation
+from nope_jax.evaluation.common.files import Csv, store, stored
+from nope_jax.evaluation.common.placement import evaluation_mesh, on_mesh
+from nope_jax.evaluation.common.report import Section
+from nope_jax.evaluation.common.runs import Run, find_runs, newest_step, result_identity
+from nope_jax.evaluation.perplexity import dispersion, table
+from nope_jax.evaluation.perplexity.figures import draw, entropy, scores
+from nope_jax.evaluation.perplexity.measure import Curve, Sums, measure
+from nope_jax.evaluation.perplexity.units import Units
+from nope_jax.evaluation.registry import Options
+from nope_jax.sharding import make_mesh, place_batch
+
+SHARED = ("data.source", "eval.documents", "eval.stride", "eval.seed", "eval.entropy_unit")
+"""Config fields that must agree between runs."""
+
+
+def plan(options: Options) -> "Perplexity":
+    """Plans the evaluation of each run at every length its encoding supports, on the same documents.
+
+    Raises:
+        ValueError: a run, a length, a corpus or a tokenizer is invalid, or the runs cannot be compared.
+    """
+    runs: list[Run[Curve]] = find_runs(options, SHARED)
+    settings, tokenizers = runs[0].config.eval, {run.config.data.tokenizer for run in runs}
+    if settings.stride is not None and settings.stride > options.lengths[0]:
+        raise ValueError(
+            f"eval.stride must be at most {options.lengths[0]}, the shortest of --lengths, not {settings.stride}"
+        )
+    units = Units(settings.stride, bits_per_byte=len(tokenizers) > 1, entropy_unit=settings.entropy_unit)
+    return Perplexity(runs, read_documents(runs), units)
+
+
+@dataclasses.dataclass
+class Perplexity(Evaluation):
+    """Perplexity and entropy curves; `Run.results` holds the curve of each run at each length."""
+
+    runs: Sequence[Run[Curve]]
+    documents: Sequence[Documents]
+    """The documents that each run reads."""
+    units: Units
+
+    def measure(self, out: Path, bar: Bar) -> Iterator[None]:
+        bar.total(sum(map(num_tokens, self.runs, self.documents)))
+        for run, documents in zip(self.runs, self.documents, strict=True):
+            newest = run.step = newest_step(run)
+            identities = _take_kept(run, documents, out)
+            if run.results:
+                yield
+            if len(run.results) < len(run.possible):
+                bar.describe(f"{run.name}: loading")
+                model = run.load(make_mesh(MeshConfig()))
+                if run.step != newest:  # a run in training has moved on, or its newest checkpoint is unreadable
+                    identities = _take_kept(run, documents, out)
+            missing = [length for length in run.possible if length not in run.results]
+            bar.advance(num_tokens(run, documents, set(run.results)))
+            settings = run.config.eval
+            for length in missing:
+                bar.describe(f"{run.name} at {length:,}")
+                unfinished = _path(out, run, length, "unfinished-")
+                batch_size = min(settings.batch_size, num_tokens(run, documents, [length]) // length)
+                mesh = evaluation_mesh(run.config.model, batch_size, length)
+                with jax.set_mesh(mesh):
+                    run.results[length] = measure(
+                        on_mesh(model, mesh),
+                        [document.tokens for document in documents[length]],
+                        length,
+                        byte_lengths=[document.byte_lengths for document in documents[length]],
+                        stride=settings.stride,
+                        bos=run.config.data.bos,
+                        batch_size=batch_size,
+                        place=functools.partial(place_batch, mesh=mesh),
+                        advance=bar.advance,
+                        done=stored(unfinished, Sums, identities[length]),
+                        keep=functools.partial(store, unfinished, identity=identities[length]),
+                    )
+                store(_path(out, run, length), run.results[length], identities[length])
+                unfinished.unlink(missing_ok=True)
+                yield
+
+    def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:
+        return {
+            "curves.csv": Csv(table.COLUMNS, table.curve_rows(self.measured, self.units)),
+            "differences.csv": Csv(table.DIFFERENCE_COLUMNS, table.pair_rows(self.measured, self.units)),
+            "heads.npz": table.head_arrays(self.measured),
+            "heads.csv": Csv(dispersion.COLUMNS, dispersion.head_rows(self.measured, self.units)),
+        }
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        yield "perplexity.png", draw(self.measured, self.units, scores)
+        yield "entropy.png", draw(self.measured, self.units, entropy)
+        yield "curves.png", draw(self.measured, self.units, scores, entropy)
+        if dispersion.past_training(self.measured):
+            yield "dispersion.png", dispersion.draw(self.measured)
+
+    def sections(self) -> list[Section]:
+        runs, units = self.measured, self.units
+        sections = [table.section(runs, units, self.describe_corpus())]
+        if len(runs) > 1:
+            sections.append(table.difference_section(runs, units))
+        return [*sections, dispersion.entropy_section(runs, units), dispersion.section(runs, units), table.memory(runs)]
+
+    def describe_corpus(self) -> str:
+        """Describes the documents, the checkpoints, and the unit of the losses."""
+        documents = self.documents[0]
+        counts = {length: plural(len(read), "document") for length, read in documents.items()}
+        if len(set(counts.values())) == 1:
+            read = f"{counts[min(counts)]}, the same at every length,"
+        else:
+            read = ", ".join(f"{count} at {length:,}" for length, count in counts.items()) + ","
+        tokenizers = list(dict.fromkeys(run.config.data.tokenizer for run in self.runs))
+        if len(tokenizers) == 1:
+            score = f"Perplexity is per token ({tokenizers[0]})."
+            if not any(document.byte_lengths.any() for read_at in documents.values() for document in read_at):
+                score += " Bits per byte are unknown: the corpus has tokens but no text."
+        else:
+            score = (
+                f"The runs differ in tokenizer ({', '.join(tokenizers)}), so losses are in bits per byte: the sum over "
+                "the scored tokens, divided by the bytes of UTF-8 text from the end of the preceding token to the end "
+                "of each. All runs read the same documents, each in its own tokens: at the same position they have "
+                "read different amounts of text."
+            )
+        steps = ", ".join(f"{run.name} at {run.step:,}" for run in self.measured)
+        source = self.runs[0].config.data.source
+        return f"Read: {read} of the validation split of {source}. Checkpoints, by step: {steps}. {score}"
+
+
+def num_tokens(run: Run[Curve], documents: Documents, lengths: Collection[int] | None = None) -> int:
+    """Number of tokens the model reads at some lengths (None: all), including those that are not scored."""
+    return sum(
+        length * len(plan_windows([len(d.tokens) for d in documents[length]], length, run.config.eval.stride))
+        for length in (run.possible if lengths is None else lengths)
+    )
+
+
+def _take_kept(run: Run[Curve], documents: Documents, out: Path) -> dict[int, str]:
+    """Loads the curves of `run.step` stored in `out` into `run.results`; returns the identity of each length."""
+    run.results.clear()
+    identities = {}
+    for length in run.possible:
+        digest, data, stride = hashlib.sha256(), run.config.data, run.config.eval.stride
+        for document in documents[length]:
+            # Without a stride, a document may hold more tokens than this length reads, for the sake of longer lengths.
+            end = None if stride else length + 1
+            digest.update(document.tokens[:end].tobytes() + b"|" + document.byte_lengths[:end].tobytes() + b"|")
+        identities[length] = result_identity(run, data.tokenizer, data.bos, stride, length, digest.hexdigest())
+        if (curve := stored(_path(out, run, length), Curve, identities[length])) is not None:
+            run.results[length] = curve
+    return identities
+
+
+def _path(out: Path, run: Run[Curve], length: int, kind: str = "") -> Path:
+    return out / "measured" / f"{kind}{run.name.replace('/', '-')}-{length}.npz"

@@ -1,0 +1,137 @@
+"""The registry of evaluations, read by the command line, the report and the documentation.
+
+To add an evaluation:
+
+1. Write a module with a function `plan(options: Options)` that validates the options and returns an `Evaluation`
+   (`nope_jax.evaluation.common.evaluation`): its `runs`; `measure()`, which yields after each new result; and
+   `numbers()`, `figures()` and `sections()`, which return the output.
+2. Add an entry to EVALUATIONS, and a dataclass for its settings if it has any.
+
+These two steps provide `eval.py NAME` with `--help`, a progress bar, tables, files, figures and a part of the report.
+If the evaluation fails or is interrupted, the results so far are written. This module imports nothing large, so that
+bad arguments are rejected at once; that is why the settings of an evaluation are here and not next to its code.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from nope_jax.config import EvalConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Settings of eval.py tune (defaults: Wang et al. 2024, arXiv 2404.12224, appendix)."""
+
+    documents: int = 16
+    """Number of training documents per length on which factors are evaluated."""
+    steps: int = 200
+    """Number of updates of the learned factors (head, ssmax)."""
+    warmup_steps: int = 20
+    batch_size: int = 8
+    learning_rate: float = 0.1
+    start: Literal["uniform", "one"] = "uniform"
+    """Initial value of learned factors: the best uniform factor, or 1."""
+    focus: bool = True
+    """Whether to keep every factor at 1 or above (head)."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PasskeyConfig:
+    """Settings of eval.py passkey (Wang et al. 2024, arXiv 2404.12224)."""
+
+    depths: int = 10
+    keys: int = 10
+    """Number of keys per depth and length."""
+    batch_size: int = 8
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilarityConfig:
+    """Settings of eval.py similarity."""
+
+    length: int | None = None
+    """Tokens per document. None: the shorter training length of the two runs."""
+    documents: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """Settings of eval.py probe."""
+
+    documents: int = 32
+    """Number of documents: half to train the probe, half to test it."""
+    ridge: float = 1e-3
+    """Ridge penalty: weight of the squared norm of the probe, relative to the variance of the hidden states."""
+
+
+class Entry(NamedTuple):
+    """Registry entry of an evaluation."""
+
+    description: str
+    module: str
+    """Module that defines `plan`."""
+    settings: Any = None
+    """An instance of its settings dataclass, with the defaults; each field is an option, `--NAME.FIELD`."""
+    takes_lengths: bool = True
+    """Whether `--lengths` is required."""
+    takes_eval: tuple[str, ...] = ()
+    """The eval.* fields that it uses."""
+    methods: tuple[str, ...] = ()
+    """Choices of `--method`; empty: no such option."""
+    out: str = "Directory for the report."
+    """Help text of `--out`."""
+
+
+EVALUATIONS = {
+    "curves": Entry(
+        "Measures perplexity and attention entropy by position.",
+        "nope_jax.evaluation.perplexity",
+        takes_eval=tuple(field.name for field in dataclasses.fields(EvalConfig)),
+    ),
+    "tune": Entry(
+        "Finds logit factors or a RoPE scaling that extend the context of a run, and writes the tuned run.",
+        "nope_jax.evaluation.tune",
+        TuneConfig(),
+        methods=("uniform", "head", "log-n", "ssmax", "linear", "ntk", "dynamic", "yarn"),
+        out="Workdir of the tuned run.",
+    ),
+    "passkey": Entry(
+        "Measures how often a model retrieves a number hidden in filler text.",
+        "nope_jax.evaluation.passkey",
+        PasskeyConfig(),
+    ),
+    "similarity": Entry(
+        "Compares the attention of two runs.",
+        "nope_jax.evaluation.similarity",
+        SimilarityConfig(),
+        takes_lengths=False,
+        takes_eval=("seed",),
+    ),
+    "probe": Entry(
+        "Measures how well a linear probe decodes positions from the hidden states of each layer.",
+        "nope_jax.evaluation.probe",
+        ProbeConfig(),
+        takes_eval=("batch_size", "seed"),
+    ),
+}
+"""Evaluations by name, in the order of the report. Without a name, eval.py runs the first."""
+
+
+class Options(NamedTuple):
+    """The parsed command line of eval.py, without the name of the evaluation."""
+
+    workdirs: tuple[Path, ...]
+    lengths: tuple[int, ...]
+    """In tokens, ascending, without duplicates; empty for an evaluation that takes no lengths."""
+    out: Path
+    overrides: dict[str, Any]
+    """The given data.* and eval.* fields, by dotted name; `override` applies them to the config of each run."""
+    settings: Any = None
+    """An instance of the evaluation's settings dataclass."""
+    method: str | None = None
+    """One of `Entry.methods`."""
+    command: str = ""
+    """The command as typed, for the report."""

@@ -1,0 +1,160 @@
+"""Attention as users run it: optimised by the compiler, in full blocks; accuracy, block boundaries and memory."""
+
+import functools
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nope_jax.attention import encoded_attention
+from nope_jax.attention.blocks import BLOCK_SIZE
+from nope_jax.encodings import ENCODINGS, Encoding, ModelDims, Wrapper
+from tests.support.attention_cases import (
+    ATTENTION,
+    assert_close,
+    every_encoding,
+    every_implementation,
+    expected,
+    inputs,
+    parameters,
+)
+
+OPTIMISED: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+if "fusion_emitters" in os.environ["XLA_FLAGS"]:
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+
+
+def optimised(encoding, query, key, value, **keywords):
+    """Output and statistics; the other tests are compiled quickly instead (conftest.py), and round differently."""
+    attend = functools.partial(ATTENTION[encoding], return_stats=True, **keywords)
+    return jax.jit(attend, compiler_options=OPTIMISED)(query, key, value)
+
+
+@every_implementation
+@every_encoding
+def test_values_and_statistics_agree_with_float64_over_several_blocks(encoding, implementation):
+    arrays, keywords = inputs(B=1, T=BLOCK_SIZE + 20, N=2, K=1), parameters(encoding, N=2)
+    out, stats = optimised(encoding, *arrays, **keywords, implementation=implementation)
+    wanted = expected(encoding, *arrays, **keywords)
+    assert_close(out, wanted.output)
+    assert_close(stats.entropy, wanted.entropy)
+    assert_close(stats.logsumexp, wanted.logsumexp)
+
+
+@every_implementation
+def test_the_entropy_of_a_decided_row_is_zero_however_large_its_logits(implementation):
+    # ln Σ e^s - Σ p·s, taken literally, loses it: both are in the millions, where float32 is good to an eighth.
+    query, key, value = inputs()
+    query, key = 1e3 * query, 1e3 * key
+    _, stats = optimised("nope", query, key, value, implementation=implementation)
+    wanted = expected("nope", query, key, value)
+    assert np.abs(wanted.logsumexp).max() > 1e6 and wanted.entropy.max() < 1e-6
+    assert_close(stats.entropy, wanted.entropy)
+
+
+OTHER_LENGTHS = [pytest.param(length, marks=pytest.mark.slow) for length in (BLOCK_SIZE, 2 * BLOCK_SIZE + 1)]
+
+
+@pytest.mark.parametrize("length", [BLOCK_SIZE + 1, *OTHER_LENGTHS])
+def test_streaming_is_reference_at_block_boundaries(length):
+    # Also with all queries but the first, so that queries and keys are cut at different places.
+    query, key, value = inputs(B=1, T=length, N=2, K=1)
+    attend = functools.partial(ATTENTION["t5"], return_stats=True, **parameters("t5", N=2))
+    for queries in (query, query[:, 1:]):
+        streaming, reference = (attend(queries, key, value, implementation=name) for name in ("streaming", "reference"))
+        jax.tree.map(assert_close, streaming, reference)
+
+
+def test_a_window_in_a_long_sequence_is_reference():
+    query, key, value = inputs(B=1, T=5 * BLOCK_SIZE, N=2, K=1)
+    for window in (BLOCK_SIZE, BLOCK_SIZE + 1):
+        streaming, reference = (
+            ATTENTION["alibi"](query, key, value, window=window, return_stats=True, implementation=name)
+            for name in ("streaming", "reference")
+        )
+        jax.tree.map(assert_close, streaming, reference)
+
+
+def temporaries(encoding, length, *, gradient, **keywords):
+    """Bytes of scratch memory of the compiled function, entropy included; nothing is run."""
+    heads = 2
+    settings = parameters(encoding, heads)
+    arrays = {name: x for name, x in settings.items() if isinstance(x, np.ndarray)}
+    settings = {name: x for name, x in settings.items() if name not in arrays} | keywords
+    array = jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32)
+
+    def attend(query, key, value, arrays):
+        return ATTENTION[encoding](
+            query, key, value, **arrays, **settings, implementation="streaming", return_stats=True
+        )
+
+    def loss(*operands):
+        out, stats = attend(*operands)
+        return (out**2).sum() + stats.entropy.sum()
+
+    function = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)) if gradient else attend)
+    return function.lower(array, array, array, arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+GROWTH = 2.3
+"""At most, for each doubling of the length; weights would grow by 4."""
+
+
+@pytest.mark.parametrize(("encoding", "gradient"), [("t5", False), ("nope", True), ("alibi", True), ("t5", True)])
+def test_memory_grows_with_length_and_not_with_its_square(encoding, gradient):
+    small, large = (temporaries(encoding, length, gradient=gradient) for length in (1024, 4096))
+    assert large < GROWTH**2 * small
+    # One head's weights would be 64 MiB at 4,096.
+    assert large < 16 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("encoding", ["nope", "rope", "alibi", "t5"])
+def test_memory_grows_linearly_at_every_doubling(encoding, gradient):
+    dims = [temporaries(encoding, length, gradient=gradient) for length in (1024, 2048, 4096, 8192, 16_384)]
+    assert all(large < GROWTH * small for small, large in itertools.pairwise(dims))
+
+
+def test_memory_grows_with_length_under_positions_segments_and_a_window_too():
+    def size(length):
+        positions = np.arange(length)
+        keywords = {"query_positions": positions, "key_positions": positions, "segment_ids": positions[None] // 700}
+        return temporaries("t5", length, gradient=True, window=900, **keywords)
+
+    small, large = size(1024), size(4096)
+    assert large < GROWTH**2 * small
+
+
+KINDS = [name for name, cls in ENCODINGS.items() if not issubclass(cls, Wrapper) and cls.logit is not Encoding.logit]
+LIGHT = ["shaw", "cope"]  # one that skews, with a value term, and the one that scans
+
+
+@pytest.mark.parametrize(
+    "name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name not in LIGHT)]
+)
+def test_memory_of_every_kind_of_logit_grows_with_length(name):
+    encoding, dims = ENCODINGS[name](), ModelDims(num_heads=2, head_dim=16, model_dim=32, train_length=4096)
+
+    def size(length):
+        params = jax.eval_shape(
+            lambda key: {**encoding.init_shared(key, dims), **encoding.init_layer(key, dims)}, jax.random.key(0)
+        )
+        array, tokens = (jax.ShapeDtypeStruct((1, length, *rest), jnp.float32) for rest in ((2, 16), (32,)))
+
+        def loss(params, query, key, value, tokens):
+            features = encoding.features(params, tokens, None)
+            keywords = {"query_features": features, "key_features": features, "implementation": "streaming"}
+            out, stats = encoded_attention(encoding, params, query, key, value, return_stats=True, **keywords)
+            return (out**2).sum() + stats.entropy.sum()
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        compiled = gradient.lower(params, array, array, array, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = size(1024), size(4096)
+    assert large < GROWTH**2 * small
+    assert large < 32 * 2**20  # one head's weights would be 64 MiB

@@ -1,0 +1,408 @@
+"""What attention takes: as a part of Flax's own layers, and what it refuses."""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from nope_jax import attention
+from nope_jax.attention import (
+    alibi_attention,
+    attention_weights,
+    backends,
+    dot_product_attention,
+    encoded_attention,
+    nope_attention,
+    rope_attention,
+    t5_attention,
+)
+from nope_jax.encodings import ALiBi, CoPE, DistanceLogit, Encoding, NoPE, Shaw
+from tests.support.attention_cases import ATTENTION, LENGTH, assert_close, every_encoding, inputs, parameters, random
+
+# --- Inside Flax's own attention layers
+
+
+def causal_layer_arguments(encoding):
+    x = random(2, 12, 16)
+    return x, nnx.make_causal_mask(np.ones((2, 12))), functools.partial(ATTENTION[encoding], **parameters(encoding))
+
+
+@every_encoding
+def test_it_drops_into_nnx_multi_head_attention(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=True,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    direct = layer.out(attend(layer.query(x), layer.key(x), layer.value(x)))
+    assert_close(layer(x, mask=mask), direct, tolerance=2e-6)
+    assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
+
+
+@every_encoding
+def test_it_drops_into_linen_multi_head_attention(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=True)
+    variables = layer.init(jax.random.key(0), x, mask=mask)
+    weights = variables["params"]
+
+    def project(name):
+        return jnp.einsum("btd,dnh->btnh", x, weights[name]["kernel"]) + weights[name]["bias"]
+
+    direct = attend(project("query"), project("key"), project("value"))
+    direct = jnp.einsum("btnh,nhd->btd", direct, weights["out"]["kernel"]) + weights["out"]["bias"]
+    assert_close(layer.apply(variables, x, mask=mask), direct, tolerance=2e-6)
+
+
+def linen_layer(attend, x, *more, **keywords):
+    """What a linen layer gives of x with this attention, with the same weights as any other's."""
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend)
+    return layer.init_with_output(jax.random.key(0), x, *more, **keywords)[0]
+
+
+TOKENS = {"bool": np.array([[True] * 9 + [False] * 3] * 2), "float32": np.array([[1.0] * 9 + [0.0] * 3] * 2)}
+LAYER_MASKS = {
+    "none": None,
+    "causal": linen.make_causal_mask(np.ones((2, 12))),  # float32
+    "padding": linen.make_attention_mask(TOKENS["float32"], TOKENS["float32"]),
+    "both": linen.combine_masks(
+        linen.make_causal_mask(np.ones((2, 12)), dtype=bool), TOKENS["bool"][:, None, None], dtype=bool
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("mask", LAYER_MASKS)
+def test_linen_layers_mean_what_they_mean_with_flax_s_own_attention(mask, jit):
+    """Without a mask they are bidirectional; masks of floating-point zeros and ones are masks."""
+    x = random(2, 12, 16)
+
+    def run(attend, mask):
+        return linen_layer(attend, x, mask=mask)
+
+    run = jax.jit(run, static_argnums=0) if jit else run
+    kept = slice(None) if mask != "padding" else slice(9)  # rows without a key are another thing in Flax
+    for attend in nope_attention, dot_product_attention, functools.partial(encoded_attention, NoPE(), {}):
+        found, wanted = run(attend, LAYER_MASKS[mask]), run(linen.dot_product_attention, LAYER_MASKS[mask])
+        assert_close(found[:, kept], wanted[:, kept], tolerance=5e-6)
+
+
+def test_linen_cross_attention_is_flax_s():
+    x, memory, seen = random(2, 5, 16), random(2, 12, 16), TOKENS["float32"][:, None, None]
+    for mask in None, seen:
+        found, wanted = (
+            linen_layer(attend, x, memory, mask=mask) for attend in (nope_attention, linen.dot_product_attention)
+        )
+        assert_close(found, wanted, tolerance=5e-6)
+
+
+def test_a_linen_layer_may_be_given_causal_attention():
+    x = random(2, 12, 16)
+    found = linen_layer(functools.partial(nope_attention, is_causal=True), x)
+    wanted = linen_layer(linen.dot_product_attention, x, mask=LAYER_MASKS["causal"])
+    assert_close(found, wanted, tolerance=5e-6)
+
+
+@every_encoding
+def test_linen_decodes_token_by_token_as_in_one_pass(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    wanted = linen_layer(attend, x, mask=mask)
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, decode=True)
+    variables = layer.init(jax.random.key(0), x)
+    step = jax.jit(functools.partial(layer.apply, mutable=["cache"]))
+    for t in range(x.shape[1]):
+        out, cache = step(variables, x[:, t : t + 1])
+        variables = variables | cache
+        assert_close(out[:, 0], wanted[:, t], tolerance=5e-6)
+
+
+@every_encoding
+def test_nnx_decodes_token_by_token_as_in_one_pass(encoding):
+    x, mask, attend = causal_layer_arguments(encoding)
+    layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+    wanted = layer(x, mask=mask)
+    layer.init_cache(x.shape)
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    for t in range(x.shape[1]):
+        assert_close(step(layer, x[:, t : t + 1])[:, 0], wanted[:, t], tolerance=5e-6)
+
+
+@pytest.mark.parametrize("more", [{}, {"is_causal": False}, {"is_causal": True}], ids=["unsaid", "both ways", "causal"])
+@pytest.mark.parametrize("length", [5, 12])
+def test_nnx_layers_mean_what_they_mean_with_flax_s_own_attention(length, more):
+    """Also where lengths differ: Flax's causal mask is aligned at the first tokens."""
+    x, memory, outputs = random(2, length, 16), random(2, 12, 16, seed=1), []
+    for attend in nope_attention, nnx.dot_product_attention:
+        layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+        outputs.append(layer(x, memory, **more))
+    assert_close(*outputs, tolerance=5e-6)
+
+
+def test_additive_masks_are_refused_in_layers_too_where_they_can_be_seen():
+    with pytest.raises(ValueError, match=r"(?m)\Amask must be booleans, or zeros and ones, not -inf$"):
+        linen_layer(nope_attention, random(2, 12, 16), mask=np.where(np.tri(12), 0.0, -np.inf)[None, None])
+
+
+def test_nnx_is_not_causal_unless_it_says_so():
+    x, _, attend = causal_layer_arguments("nope")
+    layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+    direct = attend(layer.query(x), layer.key(x), layer.value(x), is_causal=False)
+    assert_close(layer(x), layer.out(direct), tolerance=2e-6)
+
+
+def test_active_dropout_is_refused_inside_nnx():
+    x, mask, attend = causal_layer_arguments("nope")
+    layer = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=False,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"\A.*dropout_rate.*\Z"):
+        layer(x, mask=mask)
+
+
+def test_active_dropout_is_refused_inside_linen():
+    x, mask, attend = causal_layer_arguments("nope")
+    layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=False)
+    with pytest.raises(ValueError, match=r"\Adropout_rate "):
+        layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, mask=mask)
+
+
+# --- Bad input
+
+
+@every_encoding
+def test_an_unknown_keyword_is_a_type_error(encoding):
+    with pytest.raises(TypeError, match="windw"):
+        ATTENTION[encoding](*inputs(), windw=3, **parameters(encoding))
+
+
+BAD = [
+    ("implementation", "fast"),
+    ("implementation", ("streaming", "fast")),
+    ("implementation", ()),
+    ("window", 0),
+    ("window", 2.5),
+    ("chunk_size", 0),
+    ("chunk_size", 2.5),
+    ("mask", np.ones((3, 1), bool)),
+    ("mask", np.where(np.tri(LENGTH), 0.0, -np.inf)),
+    ("mask", np.tri(LENGTH, dtype=np.float32)),
+    ("mask", np.where(np.tri(LENGTH), 0, -(10**9))),
+    ("query_positions", np.arange(5)),
+    ("query_positions", np.arange(LENGTH) / 2),
+    ("key_positions", np.zeros((3, LENGTH), int)),
+    ("segment_ids", np.zeros((2, 5), int)),
+    ("logit_scale", np.ones(3)),
+]
+
+
+@every_encoding
+@pytest.mark.parametrize(("name", "bad"), BAD, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BAD)])
+def test_a_bad_argument_is_refused_in_one_line_that_names_it(encoding, name, bad):
+    with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+        ATTENTION[encoding](*inputs(), **{name: bad}, **parameters(encoding))
+
+
+def test_a_mask_of_floating_point_is_refused_by_naming_what_a_bias_is_given_as():
+    with pytest.raises(ValueError, match=r"\Amask must be boolean.*\blogit=.*dot_product_attention"):
+        jax.jit(nope_attention)(*inputs(), mask=np.zeros((LENGTH, LENGTH), np.float32))
+
+
+def test_an_integer_mask_of_zeros_and_ones_is_a_boolean_one():
+    mask = np.tri(LENGTH)[::-1]
+    found, wanted = (nope_attention(*inputs(), mask=mask.astype(dtype)) for dtype in (np.int32, bool))
+    np.testing.assert_array_equal(found, wanted)
+
+
+BAD_SHAPES = [
+    ("query", [(2, 3, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
+    ("key", [(2, 3, 4, 8), (3, 8), (2, 3, 1, 8)]),
+    ("value", [(2, 3, 4, 8), (2, 3, 1, 8), (2, 4, 1, 8)]),
+    ("value", [(2, 3, 4, 8), (2, 3, 2, 8), (2, 3, 1, 8)]),
+    ("key", [(2, 3, 4, 8), (1, 3, 2, 8), (1, 3, 2, 8)]),
+    ("key", [(2, 3, 4, 8), (2, 3, 2, 4), (2, 3, 2, 8)]),
+    ("heads", [(2, 3, 4, 8), (2, 3, 3, 8), (2, 3, 3, 8)]),
+    ("heads", [(2, 3, 4, 8), (2, 3, 8, 8), (2, 3, 8, 8)]),
+]
+
+
+@every_encoding
+@pytest.mark.parametrize(("name", "shapes"), BAD_SHAPES)
+def test_shapes_that_do_not_fit_are_refused_in_one_line_that_names_the_argument(encoding, name, shapes):
+    with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+        ATTENTION[encoding](*(jnp.ones(shape) for shape in shapes), **parameters(encoding))
+
+
+def test_segments_need_a_pair_when_lengths_differ():
+    with pytest.raises(ValueError, match=r"\A.*segment_ids.*pair.*\Z"):
+        nope_attention(inputs(T=3)[0], *inputs(T=5)[1:], segment_ids=np.zeros((2, 3), int))
+
+
+@pytest.mark.parametrize("rotary_dim", [3, 10, 0])
+def test_rope_refuses_a_rotary_dim_that_is_odd_or_larger_than_the_head(rotary_dim):
+    with pytest.raises(ValueError, match=r"\Arotary_dim .*\Z"):
+        rope_attention(*inputs(), rotary_dim=rotary_dim)
+
+
+def test_alibi_and_t5_refuse_parameters_for_another_number_of_heads():
+    with pytest.raises(ValueError, match=r"\A.*\bslopes\b.*\Z"):
+        alibi_attention(*inputs(), slopes=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
+        t5_attention(*inputs(), table=np.ones((32, 3), np.float32))
+    with pytest.raises(ValueError, match=r"\A.*\btable\b.*\Z"):
+        t5_attention(*inputs(), table=np.ones(32, np.float32))
+
+
+# --- Every function
+
+COMMON = inspect.signature(dot_product_attention).parameters
+FUNCTIONS = [name for name in attention.__all__ if name.endswith("_attention")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_takes_and_documents_what_all_of_them_do(name):
+    function = getattr(attention, name)
+    parameters, doc = inspect.signature(function).parameters, inspect.getdoc(function)
+    missing = COMMON.keys() - parameters.keys()
+    assert missing == (set() if name == "dot_product_attention" else {"logit", "value_term"})
+    named = [p for p in parameters if p in ("query", "key", "value") or p not in COMMON]
+    assert all(f"    {p}: " in doc for p in named)
+    assert doc.count("Args:") == 1 and function.__name__ == name
+
+
+def test_what_a_call_is_given_is_checked_once(monkeypatch):
+    checked = []
+    original = attention.mask_spec.per_token
+    monkeypatch.setattr(
+        attention.mask_spec, "per_token", lambda name, *rest: checked.append(name) or original(name, *rest)
+    )
+    at = np.arange(LENGTH)
+    alibi_attention(*inputs(), query_positions=at, key_positions=at)
+    assert sorted(checked) == ["key_positions", "query_positions"]
+
+
+# --- Backends
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A backend that serves some calls alone, and whose output is the queries."""
+
+    def attend(query, factor, key, value, *rest):
+        return query, *backends.BACKENDS["reference"].attend(query, factor, key, value, *rest)[1:]
+
+    def supports(query, factor, key, value, logit, *rest):
+        return None if logit is None else f"logit must be None, not a {type(logit).__name__}"
+
+    table = {**backends.BACKENDS, "picky": backends.Backend(attend, supports)}
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+@pytest.mark.usefixtures("picky")
+def test_of_several_backends_the_first_that_can_serve_a_call_does():
+    query, key, value = inputs()
+    for implementation in "picky", ["picky", "reference"]:
+        np.testing.assert_array_equal(nope_attention(query, key, value, implementation=implementation), query)
+    for implementation in ("picky", "reference"), ("reference", "picky"):
+        found = alibi_attention(query, key, value, implementation=implementation)
+        np.testing.assert_array_equal(found, alibi_attention(query, key, value, implementation="reference"))
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize("implementation", ["picky", ("picky",)])
+def test_a_backend_that_cannot_serve_a_call_says_why(implementation):
+    with pytest.raises(
+        ValueError, match=r'\Aimplementation "picky" cannot serve this call: logit must be None, not a DistanceLogit\Z'
+    ):
+        alibi_attention(*inputs(), implementation=implementation)
+
+
+# --- Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ShawKeys(Shaw):
+    """Without what it adds to the output."""
+
+    def value(self, params):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "params", "same"),
+    [
+        (ALiBi(), {}, ALiBi()),
+        (CoPE(5), {"embeddings": random(5, 8)}, CoPE(5)),
+        (Shaw(2), {"keys": random(5, 8), "values": random(5, 8)}, ShawKeys(2)),
+    ],
+    ids=["distance", "scan", "value term"],
+)
+def test_the_weights_are_what_attention_multiplies_values_with(encoding, params, same: Encoding):
+    query, key, _ = inputs(T=9, S=13)
+    identity = np.broadcast_to(np.eye(13, dtype=np.float32)[:, None], (2, 13, 2, 13))
+    common = {"window": 7, "segment_ids": (np.ones((2, 9), int), np.minimum(np.arange(13), 1) + np.zeros((2, 1), int))}
+    weights, stats = attention_weights(encoding, params, query, key, return_stats=True, **common)
+    assert weights.shape == (2, 4, 9, 13)
+    out, wanted = encoded_attention(
+        same, params, query, key, identity, return_stats=True, implementation="reference", **common
+    )
+    np.testing.assert_array_equal(weights, np.swapaxes(out, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, stats, wanted)
+
+
+def test_a_row_that_sees_no_key_weighs_none():
+    weights = attention_weights(NoPE(), {}, *inputs()[:2], mask=np.arange(LENGTH) > 3)
+    assert_close(weights.sum(-1), np.broadcast_to(np.arange(LENGTH) > 3, (2, 4, LENGTH)))
+
+
+# --- Outside of jit
+
+
+@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+def test_a_function_of_distance_made_anew_in_every_call_is_compiled_once(implementation, compilations):
+    query, key, value = inputs()
+    slopes = np.linspace(1.0, 2.0, 4)
+
+    def attend(slope):
+        bias = DistanceLogit(lambda slopes, distance: -slope * jnp.multiply.outer(slopes, distance), slopes)
+        return dot_product_attention(query, key, value, logit=bias, implementation=implementation)
+
+    attend(1.0)
+    before = compilations()
+    out = attend(2.0)
+    assert compilations() == before
+    assert_close(out, alibi_attention(query, key, value, slopes=2.0 * slopes, implementation="reference"))
+
+
+def test_temperature_is_called_logit_scale_here():
+    with pytest.raises(TypeError, match="^temperature: .*is logit_scale; above 1, it sharpens"):
+        ATTENTION["alibi"](*inputs(), temperature=2.0)
+
+
+@pytest.mark.parametrize("length", [12, 300])
+def test_one_row_of_distances_may_serve_all_heads(length):
+    query, key, value = random(3, 1, length, 2, 8)
+    shared = DistanceLogit(lambda _, distance: -0.1 * distance)
+    each = DistanceLogit(lambda _, distance: jnp.stack([-0.1 * distance] * 2))
+    wanted = dot_product_attention(query, key, value, logit=each)
+    assert_close(dot_product_attention(query, key, value, logit=shared), wanted, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda q: dot_product_attention(q, q, q, logit=jnp.zeros((12, 12))), "logit must be a DistanceLogit"),
+        (lambda q: dot_product_attention(q, q, q, implementation=3), "implementation must be one of"),
+        (lambda q: dot_product_attention(q, q, q, segment_ids=(q[..., 0, 0],)), "segment_ids must be an array or a"),
+        (lambda q: nope_attention(q.tolist(), q, q), "query must be an array, not a list"),
+        (lambda q: encoded_attention("rope", {}, q, q, q), "encoding must be an Encoding, such as"),
+    ],
+)  # fmt: skip
+def test_what_is_no_term_array_or_encoding_is_named(call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call(random(1, 12, 2, 8))

@@ -1,0 +1,276 @@
+"""What numbers attention may meet: mixed dtypes, 64 bits, NaN and infinities, terms of one row, no tokens at all."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nope_jax import attention
+from nope_jax.attention import dot_product_attention, nope_attention
+from nope_jax.encodings import ENCODINGS, BlockLogit, CoPE, DistanceLogit, Shaw
+from tests.support.attention_cases import IMPLEMENTATIONS, assert_close, every_implementation, others_slow, random
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+B, T, N, K, H, D = 1, 21, 4, 2, 8, 16
+
+
+def arrays(length=T, keys=None):
+    keys = length if keys is None else keys
+    return [
+        jnp.asarray(random(B, n, heads, H, seed=i)) for i, (n, heads) in enumerate([(length, N), (keys, K), (keys, K)])
+    ]
+
+
+def own_parameters(name, keys=T):
+    """What `<name>_attention` needs beside queries, keys and values."""
+    positive = np.full(N, 0.5, np.float32)
+    return {
+        "cope": {"embeddings": random(5, H)},
+        "deberta": {"relative": random(8, D), "key_kernel": random(D, K, H), "query_kernel": random(D, N, H)},
+        "fire": {"hidden_weights": random(6), "hidden_bias": random(6), "weights": random(6, N)},
+        "forgetting": {"log_forget": -np.abs(random(B, keys, N))},
+        "kerple": {"r1": positive, "r2": positive},
+        "shaw": {"key_table": random(9, H), "value_table": random(9, H)},
+        "t5": {"table": random(32, N)},
+        "transformer_xl": {
+            "content_bias": random(N, H),
+            "position_bias": random(N, H),
+            "position_kernel": random(D, N, H),
+        },
+        "tupe": {
+            "positions": random(64, D),
+            "query_kernel": random(D, N, H),
+            "key_kernel": random(D, K, H),
+            "table": random(32, N),
+        },
+    }.get(name, {})
+
+
+FUNCTIONS = sorted(name.removesuffix("_attention") for name in attention.__all__ if name.endswith("_attention"))
+FUNCTIONS = [name for name in FUNCTIONS if name in ENCODINGS]
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def value_and_gradient(attend, operands, **keywords):
+    """A function of the operands: output and statistics in float32, and the gradient of all of them."""
+
+    def loss(*operands):
+        out, stats = attend(*operands, return_stats=True, **keywords)
+        assert out.dtype == operands[2].dtype
+        assert stats.entropy.dtype == stats.logsumexp.dtype == jnp.float32
+        out, (entropy, logsumexp) = out.astype(jnp.float32), stats
+        total = (out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape))).sum() + (entropy**2).sum()
+        return total + jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0).sum(), (out, entropy, logsumexp)
+
+    return jax.value_and_grad(loss, argnums=tuple(range(len(operands))), has_aux=True)
+
+
+def results(attend, *operands, **keywords):
+    """Output and statistics, and the gradient."""
+    (_, values), gradient = jax.jit(value_and_gradient(attend, operands, **keywords))(*operands)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), (values, gradient))
+
+
+# --- Dtypes
+
+F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
+MIXES = [mix for mix in itertools.product([F32, BF16, F16], repeat=3) if len(set(mix)) > 1]
+FEW = [(F32, BF16, BF16), (BF16, F32, F32), (F16, BF16, F32)]
+
+
+def block_term(table, block):
+    return jnp.einsum("bnqh,bnkh,h->bnqk", block.query, block.key.astype(jnp.float32), table)
+
+
+def distance_term(rate, distance):
+    return -rate[:, None] * jnp.abs(distance) if distance.ndim == 1 else -jnp.multiply.outer(rate, jnp.abs(distance))
+
+
+TERMS = {
+    "none": dict,
+    "distance": lambda: {"logit": DistanceLogit(distance_term, jnp.linspace(0.1, 0.5, N))},
+    "block": lambda: {"logit": BlockLogit(block_term, jnp.asarray(random(H)))},
+    "scan": lambda: {"logit": CoPE().logit({"embeddings": jnp.asarray(random(5, H))}, None, None)},
+    "value": lambda: {"value_term": Shaw(clip=4).value({"values": jnp.asarray(random(9, H))})},
+}
+
+
+@pytest.mark.parametrize(
+    ("term", "mix"),
+    [
+        (term, mix) if mix in FEW and term != "value" else pytest.param(term, mix, marks=pytest.mark.slow)
+        for term, mix in itertools.product(TERMS, MIXES)
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(jnp.dtype(d).name for d in x),
+)
+def test_dtypes_may_be_mixed(term, mix):
+    operands = [x.astype(dtype) for x, dtype in zip(arrays(), mix, strict=True)]
+    streaming, reference = (
+        results(dot_product_attention, *operands, implementation=name, **TERMS[term]())
+        for name in ("streaming", "reference")
+    )
+    for actual, wanted in zip(streaming[0], reference[0], strict=True):
+        assert_close(actual, wanted, tolerance=0.02)
+    for actual, wanted in zip(streaming[1], reference[1], strict=True):
+        assert_close(actual, wanted, tolerance=0.03)
+
+
+def test_narrow_keys_and_values_cost_a_float32_query_nothing():
+    """What is computed of them is computed in float32, as the reference does."""
+    query, key, value = arrays()
+    key = key.astype(BF16)
+    (values, gradient), (wanted, wanted_gradient) = (
+        results(nope_attention, query, key, value, implementation=name) for name in ("streaming", "reference")
+    )
+    jax.tree.map(assert_close, values, wanted)
+    assert_close(gradient[0], wanted_gradient[0], tolerance=5e-5)
+
+
+@every_function
+@pytest.mark.parametrize("dtype", [F32, *(pytest.param(x, marks=pytest.mark.slow) for x in (BF16, jnp.float64))])
+def test_all_can_be_traced_with_64_bits(dtype, name):
+    function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
+    with jax.enable_x64(True):
+        operands = [jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays()]
+        for positions, implementation in itertools.product([None, np.arange(T)], IMPLEMENTATIONS):
+            common = {"query_positions": positions, "key_positions": positions, "implementation": implementation}
+            _, gradient = jax.eval_shape(value_and_gradient(function, operands, **common, **own), *operands)
+            assert all(x.dtype == dtype for x in gradient)
+
+
+@pytest.mark.parametrize("name", ["t5", "forgetting", "cope"])
+def test_float64_is_computed_in_float32(name):
+    function, own, operands = getattr(attention, f"{name}_attention"), own_parameters(name), arrays()
+    wanted, wanted_gradient = results(function, *operands, implementation="reference", **own)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in operands]
+        values, gradient = results(function, *wide, implementation="streaming", **own)
+    jax.tree.map(assert_close, values, wanted)
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), gradient, wanted_gradient)
+
+
+# --- NaN and infinities
+
+
+@every_implementation
+@pytest.mark.parametrize("term", TERMS)
+def test_what_is_not_finite_does_not_reach_rows_that_do_not_see_it(term, implementation):
+    query, key, value = arrays()
+    bad_key = key.at[:, 13, :, 3].set(np.nan), value
+    bad_value = key, value.at[:, 13, :, 3].set(np.inf)
+    keywords = {"implementation": implementation, **TERMS[term]()}
+    attend = jax.jit(functools.partial(dot_product_attention, **keywords))
+    wanted = attend(query, key, value)
+    for damaged in bad_key, bad_value:
+        out = attend(query, *damaged)
+        assert_close(out[:, :13], wanted[:, :13])
+        assert not np.isfinite(out[:, 13:, :, 3]).any()
+
+    # Hidden from all it is as any other number, backward too.
+    mask = np.arange(T) != 13
+    values, gradient = results(dot_product_attention, query, bad_key[0], bad_value[1], mask=mask, **keywords)
+    clean = results(dot_product_attention, query, key, value, mask=mask, **keywords)
+    jax.tree.map(assert_close, values, clean[0])
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), gradient, clean[1])
+
+
+def hide_far(_, distance):
+    return jnp.where(distance > 5, -jnp.inf, -0.1 * distance)
+
+
+def hide_far_blocks(_, block):
+    return jnp.where(block.distance > 5, -jnp.inf, -0.1 * block.distance)[:, None]
+
+
+def hide_all_from_two(_, block):
+    return jnp.where((block.query_positions == 2)[:, None, :, None], -jnp.inf, hide_far_blocks(None, block))
+
+
+@every_implementation
+@pytest.mark.parametrize("positions", [None, np.arange(T)], ids=["run on", "explicit"])
+@pytest.mark.parametrize("logit", [DistanceLogit(hide_far), BlockLogit(hide_far_blocks)], ids=["distance", "block"])
+def test_a_bias_of_minus_infinity_hides_a_key_as_a_window_does(logit, positions, implementation):
+    keywords = {"implementation": implementation, "query_positions": positions, "key_positions": positions}
+    wanted = results(dot_product_attention, *arrays(), logit=DistanceLogit(lambda _, d: -0.1 * d), window=6, **keywords)
+    found = results(dot_product_attention, *arrays(), logit=logit, **keywords)
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), found, wanted)
+
+
+@every_implementation
+def test_a_row_whose_bias_hides_every_key_gives_zeros(implementation):
+    (out, entropy, logsumexp), gradient = results(
+        dot_product_attention, *arrays(), logit=BlockLogit(hide_all_from_two), implementation=implementation
+    )
+    assert (out[:, 2] == 0).all() and (entropy[..., 2] == 0).all() and (logsumexp[..., 2] == -np.inf).all()
+    assert all(np.isfinite(x).all() for x in gradient)
+
+
+# --- One row for all heads
+
+
+@every_implementation
+@pytest.mark.parametrize("positions", [None, np.arange(T)], ids=["run on", "explicit"])
+@pytest.mark.parametrize("axes", [0, 1], ids=["[...]", "[1, ...]"])
+def test_a_function_of_distance_may_give_one_row_for_all_heads(axes, positions, implementation):
+    rate = jnp.float32(0.3)
+
+    def attend(function):
+        def of(query, key, value, rate, **keywords):
+            logit = DistanceLogit(function, rate)
+            return dot_product_attention(query, key, value, logit=logit, **keywords)
+
+        keywords = {"query_positions": positions, "key_positions": positions, "implementation": implementation}
+        return results(of, *arrays(), rate, **keywords)
+
+    def one(rate, distance):
+        return (-rate * distance).reshape((1,) * axes + distance.shape)
+
+    found, wanted = attend(one), attend(lambda rate, d: jnp.broadcast_to(-rate * d, (N, *d.shape)))
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), found, wanted)
+
+
+# --- No tokens
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["tupe", *others_slow([name for name in FUNCTIONS if name != "tupe"])])
+def test_rows_without_keys_give_zeros(name, implementation):
+    """Queries before the first key, no keys at all, and no queries."""
+    function = getattr(attention, f"{name}_attention")
+    for queries, keys in [(T, 13), (3, 0), (0, 3)]:
+        if name == "forgetting" and queries > keys:
+            continue  # whose queries are tokens of the keys
+        (out, entropy, logsumexp), gradient = results(
+            function, *arrays(queries, keys), implementation=implementation, **own_parameters(name, keys)
+        )
+        empty = max(queries - keys, 0)
+        assert out.shape == (B, queries, N, H) and entropy.shape == logsumexp.shape == (B, N, queries)
+        assert (out[:, :empty] == 0).all() and (entropy[..., :empty] == 0).all()
+        assert (logsumexp[..., :empty] == -np.inf).all()
+        assert all(np.isfinite(x).all() for x in (out, entropy, logsumexp[..., empty:], *gradient))
+
+
+def test_tupe_refuses_default_positions_before_its_table():
+    with pytest.raises(ValueError, match=r"\Aquery_positions must be .*, not -8\Z"):
+        attention.tupe_attention(*arrays(T, 13), is_causal=False, **own_parameters("tupe"))
+
+
+# --- Integers
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, jnp.int32])
+def test_a_window_and_chunks_may_be_any_integer(kind):
+    for name in ("window", "chunk_size"):
+        found = nope_attention(*arrays(), **{name: kind(4)})
+        np.testing.assert_array_equal(found, nope_attention(*arrays(), **{name: 4}))
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, 4.0, "4", np.array([4, 4])], ids=str)
+@pytest.mark.parametrize("name", ["window", "chunk_size"])
+def test_other_windows_and_chunks_are_refused(name, bad):
+    with pytest.raises(ValueError, match=rf"\A{name} must be an integer"):
+        nope_attention(*arrays(), **{name: bad})

@@ -1,0 +1,523 @@
+"""Compiling for a slice that is not there: its names and refusals, the arithmetic of the estimate, and one real one."""
+
+import ast
+import functools
+import importlib.util
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+
+from benchmarks import pods
+from nope_jax.cli import parse_train, run
+from nope_jax.compile import report as reports
+from nope_jax.compile import tpu
+from nope_jax.compile.collectives import Collective
+from nope_jax.compile.estimate import Estimate, estimate_run
+from nope_jax.compile.memory import DoesNotFitError, Memory, compiled, memory_of
+from nope_jax.compile.report import describe
+from nope_jax.compile.tpu import SLICES, cycles, link_shares, slice_devices
+from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
+from nope_jax.data import Batch
+from nope_jax.models import Decoder
+from nope_jax.sharding import AXES, check_fits, make_mesh
+from nope_jax.training.flops import CHIPS, model_flops_per_token
+from nope_jax.training.step import total_nll
+
+ROOT = Path(__file__).parents[2]
+
+
+# The configs that fit real work
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # The published sizes: TinyLlama's, SmolLM3's, and T5's decoder without cross-attention or biases of distance.
+        ("nope_1b", 1_100_048_384),
+        ("smollm3_3b", 3_075_098_624),
+        ("t5_base_decoder", 32_128 * 768 + 12 * (4 * 768 * 768 + 2 * 768 * 3072 + 2 * 768) + 768),
+        # GPT-2's 124,439,808 without its positions (1024 rows) and biases, with 47 rows of padding.
+        ("gpt2", 124_439_808 - 1024 * 768 - 12 * (3 * 768 + 768 + 4 * 768 + 768 + 2 * 768) - 768 + 47 * 768),
+    ],
+)
+def test_configs_have_the_parameters_of_their_papers(name, expected):
+    config = load_file(ROOT / f"configs/{name}.py")
+    model = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model))) == expected
+    assert (config.data.batch_size * config.data.context_length) % 2**15 == 0  # many meshes divide it
+
+
+def test_every_cell_of_the_table_has_runs_that_divide_over_its_slice():
+    for cell in pods.cells():
+        chips = math.prod(map(int, cell[2].partition(":")[2].split("x")))
+        for mesh in pods.meshes(cell):
+            tried = list(pods.configs(cell, mesh))
+            sizes = {axis: getattr(mesh, axis) for axis in AXES}
+            rest = chips // math.prod(size for size in sizes.values() if size != -1)
+            sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+            for config in tried:
+                check_fits(config, jax.sharding.AbstractMesh(tuple(sizes.values()), AXES))
+            rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]
+            assert rows == sorted(rows, reverse=True)
+            assert rows[-1] == chips // mesh.tensor  # one at a time of each chip, or of those that share heads
+
+
+def test_the_table_has_the_best_mesh_of_each_cell():
+    def line(rows: int, seconds: float, fits: bool = True) -> dict:
+        return {
+            "cell": ["1 B", "NoPE", "v5e:4x4"],
+            "rows": rows,
+            "fits": fits,
+            "memory": {"parameters": 2**30, "temporaries": 2**33},
+            "seconds": [seconds / 2, seconds],
+            "mfu": [0.2, 0.4],
+            "shape": {"data": 1, "fsdp": 8, "tensor": 2, "sequence": 1},
+            "date": "2026-11-20",
+            "versions": "jax 1, libtpu 2",
+        }
+
+    text = pods.table([line(32, 1.0, fits=False), line(8, 6.0), line(4, 5.0)])
+    assert "| 1 B | NoPE | v5e:4x4 | 16 | fsdp 8 x tensor 2 | 4 | 9.0 of 16 | 2.50 to 5.00 | 20% to 40% |" in text
+    assert text.count("| 1 B |") == 1
+    assert "1 B NoPE on v5e:8x8" in text
+
+
+# Slices
+
+
+def test_the_published_peaks_give_plausible_clocks():
+    clocks = {kind: CHIPS[kind].flops / flops / 1e9 for kind, flops in tpu.FLOPS_PER_CYCLE.items()}
+    assert clocks.keys() == SLICES.keys()
+    assert {kind: round(clock, 2) for kind, clock in clocks.items()} == {
+        "v4": 1.05,
+        "v5e": 1.5,
+        "v5p": 1.75,
+        "v6e": 1.75,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("v5e:16x61", "v5e:16x16"), ("v5p:2x2", "v5p:2x2x1"), ("v5:16x16", "v5e:16x16"), ("v6e", "v6e:"), ("", "v")],
+)
+def test_a_slice_that_does_not_exist_is_refused_with_those_that_are_near(name, near):
+    with pytest.raises(ValueError, match=re.escape(near)) as error:
+        slice_devices(name)
+    assert f"--compile_for must be a slice of TPUs, not {name!r}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(ValueError, match=r"not installed: pip install '\.\[tpu\]'"):
+        slice_devices("v5e:2x2")
+
+
+def test_which_dimensions_are_rings():
+    assert tpu._wraps("v5e:8x16") == (False, True)
+    assert tpu._wraps("v5p:2x2x4") == (False,) * 3
+    assert tpu._wraps("v5p:4x4x8") == (True,) * 3
+
+
+# The command line
+
+
+def test_compile_for_needs_no_workdir():
+    arguments = parse_train(["--config", str(ROOT / "configs/tiny.py"), "--compile_for", "v5e:2x2"])
+    assert arguments.compile_for == "v5e:2x2"
+    assert parse_train(["--config", str(ROOT / "configs/tiny.py"), "--workdir", "x"]).compile_for is None
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("v5e:3x3", "--compile_for must be a slice of TPUs, not 'v5e:3x3'"),
+        ("", "--compile_for must be a string or None, not ''"),
+        ("v5e:2x2 v5e:4x4", "--compile_for must be a string or None, not 'v5e:2x2 v5e:4x4'"),
+    ],
+)
+def test_bad_slices_end_the_command(given, complaint, monkeypatch, capsys):
+    import train
+
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", str(ROOT / "configs/tiny.py"), "--compile_for", *given.split()]
+    )
+    assert run(train.main) == 2
+    said = capsys.readouterr()
+    assert complaint in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+# The arithmetic
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  ROOT %neg = f32[8] negate(%p), backend_config={"window_config":{"estimated_cycles":"1000000"}}
+}
+
+%inner_body (i: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
+  %i = (s32[], s32[], f32[8]) parameter(0)
+  ROOT %f3 = f32[8] fusion(%i), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%inner_condition (i: (s32[], s32[], f32[8])) -> pred[] {
+  %i.1 = (s32[], s32[], f32[8]) parameter(0)
+  %now = s32[] get-tuple-element(%i.1), index=0
+  %stop = s32[] get-tuple-element(%i.1), index=1
+  ROOT %lt.1 = pred[] compare(%now, %stop), direction=LT
+}
+
+%outer_body (o: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %o = (s32[], f32[8]) parameter(0)
+  %f2 = f32[8] fusion(%o), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %w2 = (s32[], s32[], f32[8]) while(%f2), condition=%inner_condition, body=%inner_body
+}
+
+%outer_condition (o: (s32[], f32[8])) -> pred[] {
+  %o.1 = (s32[], f32[8]) parameter(0)
+  %end = s32[] constant(7)
+  %count = s32[] get-tuple-element(%o.1), index=0
+  ROOT %lt = pred[] compare(%count, %end), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]) tuple(%zero, %x)
+  %f1 = f32[8] fusion(%x), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"3"}}
+  ROOT %w1 = (s32[], f32[8]) while(%start), condition=%outer_condition, body=%outer_body
+}
+"""
+
+
+def test_cycles_count_loops_as_often_as_they_turn():
+    # Eight blocks of keys have seven diagonals below the main one, of 7, 6, ... 1 blocks: the inner loop's turns.
+    assert cycles(PROGRAM, blocks=8) == 3 + 7 * 100 + sum(range(1, 8)) * 7
+
+
+def test_operations_without_an_estimate_count_as_none():
+    for unknown in -1 % 2**64, 2**63 - 1:
+        assert cycles(PROGRAM.replace('"100"', f'"{unknown}"'), blocks=8) == 3 + sum(range(1, 8)) * 7
+
+
+@pytest.mark.parametrize(("blocks", "diagonals"), [(8, 7), (8, 3), (5, 9)])
+def test_turns_of_the_loop_over_a_diagonal(blocks, diagonals):
+    """Below the main diagonal, or (9 of 5 blocks) over all diagonals, where blocks above the main one are skipped."""
+    causal = np.tril(np.ones((blocks, blocks)))
+    offsets = range(-diagonals, 0) if diagonals < blocks else range(1 - blocks, blocks)
+    visited = [np.trace(causal, offset) for offset in offsets]
+    assert tpu._blocks_of_a_diagonal(diagonals, blocks) == pytest.approx(np.mean(visited))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_links_that_a_collective_can_use():
+    """Of a chip's four links: 4 x 4 chips are no torus, 16 x 16 are one. The mesh is 2 x 8, and 2 x 128, chips."""
+
+    def shares(name: str, *found: tuple[str, list[list[int]]]) -> list[float]:
+        size = int(name.split("x")[-1])
+        chips = [types.SimpleNamespace(coords=(x, y, 0)) for x in range(size) for y in range(size)]
+        mesh = types.SimpleNamespace(
+            devices=np.array(chips).reshape(2, -1), shape={"data": 2, "fsdp": size * size // 2}
+        )
+        each = [Collective(kind, (), 0, tuple(map(tuple, groups)), 1, 0, "") for kind, groups in found]
+        return link_shares(each, mesh, name)
+
+    column, everything = [list(range(4))], [list(range(16))]
+    assert shares("v5e:4x4", ("all-gather", everything), ("all-gather", column)) == [2 / 4, 1 / 4]
+    row, square = [list(range(16))], [list(range(256))]
+    assert shares("v5e:16x16", ("all-gather", square), ("all-reduce", row)) == [4 / 4, 2 / 4]
+    on, back = [[0, 1], [1, 2], [2, 0]], [[1, 0], [2, 1], [0, 2]]
+    across = [[0, 8], [8, 0]]  # along "data"
+    assert shares("v5e:4x4", ("collective-permute", on), ("collective-permute", across)) == [1 / 4, 1 / 4]
+    assert shares("v5e:4x4", ("collective-permute", on), ("collective-permute", back)) == [2 / 4, 2 / 4]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (40.25G) exceeds available HBM (15.75G). HLO module: jit_f.",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.25G of 15.75G hbm. Exceeded hbm capacity "
+        "by 24.5G.",
+    ],
+)
+@pytest.mark.usefixtures("stand_ins")
+def test_what_the_compiler_lacks_is_said_in_numbers(message):
+    def refuse():
+        raise jax.errors.JaxRuntimeError(message)
+
+    kept = Memory(parameters=2**30, optimizer=2**31, temporaries=0, other=0)
+    with pytest.raises(DoesNotFitError) as caught:
+        compiled("the step", types.SimpleNamespace(compile=refuse), kept, "v5e:2x2")
+    error = caught.value
+    said = "the step does not fit a chip of v5e:2x2: it needs 40.25 GiB of the 15.75 GiB there are (parameters 1.00 GiB"
+    assert str(error).startswith(f"{said}, optimizer 2.00 GiB")
+    assert (error.needed, error.available, error.kept) == (40.25 * 2**30, 15.75 * 2**30, 3 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("state", "row", "settings", "says", "compiled"),
+    [
+        # By the rows: of 15 GiB 8 are kept, and 7 are a ninth of what 16 rows take; or 14 are a fifth.
+        (8, 4, {}, "it fits with --optimizer.accumulation 16", 2),
+        (8, 4, {"mesh.fsdp": 8}, "it fits with --optimizer.accumulation 8", 2),
+        # It takes more than 16 microbatches can do, and what comes next in cost.
+        (16, 4, {}, "it fits with --mesh.data 1 --mesh.fsdp 8 --optimizer.accumulation 8", 2),
+        (8, 20, {"mesh.fsdp": 8}, "it fits with --model.remat True --optimizer.accumulation 16", 3),
+        (
+            8,
+            40,
+            {"mesh.fsdp": 8, "model.remat": True},
+            "it fits with --mesh.data 1 --mesh.fsdp 2 --mesh.tensor 4 --optimizer.accumulation 32",
+            3,
+        ),
+        (
+            8,
+            400,
+            {"mesh.fsdp": 8, "model.remat": True, "model.num_kv_heads": 1},
+            "nor does it fit with --optimizer.accumulation 16",
+            2,
+        ),
+        (8, 400, {"mesh.fsdp": 8, "model.remat": True, "model.num_kv_heads": 1, "data.batch_size": 8}, "nothing", 1),
+    ],
+)
+def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, says, compiled, monkeypatch):
+    """A compiler of the test's own, for eight chips: what the state takes of them, and a row of a microbatch, GiB."""
+    config = override(Config(), {"data.batch_size": 128} | settings)
+    tried: list[Config] = []
+
+    def mesh_of(mesh: MeshConfig, _) -> jax.sharding.AbstractMesh:
+        sizes = mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence
+        return jax.sharding.AbstractMesh((8 // math.prod(sizes[1:]), *sizes[1:]), AXES)
+
+    def estimate_run(config: Config, _) -> None:
+        tried.append(config)
+        sizes = mesh_of(config.mesh, None).shape
+        rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * config.optimizer.accumulation)
+        kept = state / (sizes["fsdp"] * sizes["tensor"])
+        needed = kept + rows * row / sizes["tensor"] / (2 if config.model.remat else 1)
+        if needed > 15:
+            raise DoesNotFitError("too much", needed, 15, kept)
+
+    monkeypatch.setattr(reports, "estimate_run", estimate_run)
+    monkeypatch.setattr(reports, "make_mesh", mesh_of)
+    monkeypatch.setattr(reports, "slice_devices", lambda _: None)
+    with pytest.raises(DoesNotFitError, match=f"^too much; .*{says}"):
+        reports.report(config, "v5e:2x4")
+    assert len(tried) == compiled
+    named = {name: value == "True" or int(value) for name, value in re.findall(r"--(\S+) (\w+)", says)}
+    assert override(config, named) == tried[-1]
+    for one in tried:
+        check_fits(one, mesh_of(one.mesh, None))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_memory_is_the_peak_and_the_program_itself():
+    # 12 bytes of temporaries, 5 of which in the place of what was given.
+    stats = types.SimpleNamespace(
+        argument_size_in_bytes=10,
+        temp_size_in_bytes=12,
+        output_size_in_bytes=8,
+        alias_size_in_bytes=7,
+        peak_memory_in_bytes=17,
+        generated_code_size_in_bytes=1,
+    )
+    program = types.SimpleNamespace(memory_analysis=lambda: stats)
+    memory = memory_of(program, Memory(parameters=3, optimizer=5, temporaries=0, other=0))
+    assert memory == Memory(parameters=3, optimizer=5, temporaries=7, other=3)
+
+
+def test_an_estimate_in_words():
+    config = override(Config(), {"data.batch_size": 32, "data.context_length": 1000})
+    memory = Memory(parameters=2**30, optimizer=2**31, temporaries=2**32, other=2**20)
+    estimate = Estimate(
+        chips=16,
+        mesh={"data": 1, "fsdp": 16},
+        training=memory,
+        validation=memory._replace(optimizer=0),
+        flops=1e15,
+        peak=16 * 197e12,
+        computing=0.6,
+        communicating=0.2,
+        sent={"all-gather": 12_000_000_000},
+    )
+    assert estimate.seconds == (0.6, pytest.approx(0.8))
+    assert estimate.mfu == pytest.approx((1e15 / (0.8 * 16 * 197e12), 1e15 / (0.6 * 16 * 197e12)))
+    said = describe(config, "v5e:4x4", estimate)
+    assert "16 chips, mesh data 1 x fsdp 16; it fits" in said
+    assert "7.00 of 16 GiB: parameters 1.00, optimizer 2.00, temporaries 4.00" in said
+    assert "all-gather 12 GB" in said
+    assert "0.6 s if all communication hides behind computation, 0.8 s if none does" in said
+    assert "40% to 53%" in said
+    assert "40,000 to 53,333 tokens per second" in said
+
+
+def test_model_flops_are_the_matrix_products_that_xla_counts():
+    """Of a model of one layer: XLA counts the body of a loop once, however often it turns."""
+    model = ModelConfig(
+        vocab_size=1024, num_layers=1, num_heads=4, num_kv_heads=2, model_dim=256, mlp_dim=512, attention="reference"
+    )
+    config = Config(model=model, data=DataConfig(context_length=32, batch_size=2))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+    rows = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    gradient = jax.grad(lambda params, rows: total_nll(graphdef, params, rows))
+    counted = jax.jit(gradient).lower(params, Batch(rows, rows)).cost_analysis()["flops"] / (2 * 32)
+    above_the_mask = 12 * 256 * (32 - 33 / 2)  # the reference computes all T keys of a query, (T + 1) / 2 count
+    assert model_flops_per_token(config) + above_the_mask == pytest.approx(counted, rel=0.03)
+
+
+# A real one
+
+
+def compile_for(slice_name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "train.py", "--config", "configs/tiny.py", "--compile_for", slice_name, *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.tpu
+def test_the_compiler_knows_every_slice():
+    for generation, shapes in SLICES.items():
+        for shape in shapes:
+            chips = slice_devices(f"{generation}:{shape}")
+            assert len(chips) == math.prod(map(int, shape.split("x")))
+            assert {chip.device_kind for chip in chips} <= set(CHIPS[generation].device_kinds)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("slice_name", ["v6e:8x8", "v5e:16x16", "v5p:4x8x8"])
+@pytest.mark.parametrize("axes", [{"fsdp": -1, "tensor": 4}, {"data": 2, "fsdp": -1, "tensor": 2, "sequence": 2}])
+def test_an_axis_may_take_a_part_of_one_dimension_of_a_slice(slice_name, axes):
+    chips = slice_devices(slice_name)
+    mesh = make_mesh(MeshConfig(**axes), chips)
+    assert set(mesh.devices.flat) == set(chips)
+    assert all(mesh.shape[axis] == size for axis, size in axes.items() if size != -1)
+
+
+@pytest.mark.tpu
+def test_a_run_is_compiled_for_a_slice():
+    done = compile_for("v5e:2x2", "--mesh.data", "2", "--mesh.fsdp", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "v5e:2x2: 4 chips, mesh data 2 x fsdp 2" in done.stdout
+    sent = re.search(r"sent +(.*)", done.stdout)
+    assert sent and "all-gather" in sent[1]
+    best, worst = map(float, re.search(r"time +(\S+) s if .*, (\S+) s if none", done.stdout).groups())
+    assert 1e-5 < best <= worst < 1e-2
+
+
+@pytest.mark.tpu
+def test_a_run_that_does_not_fit_says_what_would_help():
+    done = compile_for("v5e:1x1", "--data.batch_size", "65536")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert re.search(
+        r"the training step does not fit a chip of v5e:1x1: it needs \S+ GiB of the 15.75 GiB", done.stderr
+    )
+    assert re.search(r"; it fits with --optimizer.accumulation \d+\n$", done.stderr)
+
+
+# What the files say of slices
+
+
+SLICES_OF_HOSTS = {f"v5litepod-{math.prod(map(int, shape.split('x')))}": f"v5e:{shape}" for shape in SLICES["v5e"]}
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands that a file shows: the blocks of a page, the comment of a script, the docstring of a module."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S))
+    elif path.suffix == ".py":
+        text = "\n".join(re.findall(r"^    (.*)", ast.get_docstring(ast.parse(text)) or "", re.M))
+    elif path.suffix == ".yaml":
+        job = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        of_node, container = job["nodeSelector"], job["containers"][0]
+        kind, topology = (of_node[f"cloud.google.com/gke-tpu-{name}"] for name in ("accelerator", "topology"))
+        generation = {"tpu-v5-lite-podslice": "v5e", "tpu-v6e-slice": "v6e", "tpu-v5p-slice": "v5p"}[kind]
+        return [[*container["command"], *container["args"], f"--compile_for={generation}:{topology}"]]
+    else:
+        text = "\n".join(re.findall(r"^#   +(.*)", text, re.M))
+    return [
+        shlex.split(line, comments=True)
+        for line in text.replace("\\\n", " ").splitlines()
+        if "train.py" in line or ".sh" in line
+    ]
+
+
+def runs_on_slices() -> dict[tuple[str, str], Config]:
+    """By file and slice: every run that a command of the files puts on a slice of TPUs, or compiles for one."""
+    found = {}
+    shown = ["README.md", "train.py", "docs/*.md", "configs/**/*.py", "launch/*.sh", "launch/*.yaml"]
+    for path in sorted(path for pattern in shown for path in ROOT.glob(pattern)):
+        for words in commands_of(path):
+            named = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
+            if "command" in named:  # of xpk
+                words = shlex.split(named["command"])
+            programs = [i for i, word in enumerate(words) if re.search(r"train\.py$|tpu\.sh$", word)]
+            if not programs:
+                continue
+            kind = named.get("TYPE", named.get("tpu-type", ""))
+            if not kind and not any(word.startswith("--compile_for") for word in words):
+                continue
+            arguments = parse_train(words[programs[-1] + 1 :])
+            slice_name = arguments.compile_for or SLICES_OF_HOSTS[kind]
+            found[str(path.relative_to(ROOT)), slice_name] = arguments.config
+    return found
+
+
+@pytest.fixture
+def runs(monkeypatch) -> dict[tuple[str, str], Config]:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("nope_jax.paths.importlib.util.find_spec", lambda name: "installed")
+    return runs_on_slices()
+
+
+SHOWN = [
+    ("README.md", "v5e:16x16"),
+    ("configs/gpt2.py", "v5e:2x2"),
+    ("configs/nope_1b.py", "v5e:4x4"),
+    ("configs/smollm3_3b.py", "v6e:8x8"),
+    ("configs/t5_base_decoder.py", "v5e:1x1"),
+    ("docs/pods.md", "v5e:16x16"),
+    ("docs/pods.md", "v5e:2x4"),
+    ("docs/pods.md", "v5e:4x4"),
+    ("launch/jobset.yaml", "v5e:4x4"),
+    ("launch/tpu.sh", "v5e:4x4"),
+    ("train.py", "v5e:16x16"),
+]
+
+
+def test_the_runs_on_slices_that_the_files_show_are_known(runs):
+    assert sorted(runs) == SHOWN
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("file", "slice_name"), SHOWN)
+def test_every_run_that_the_files_put_on_a_slice_fits_it(runs, file, slice_name):
+    estimate = compiled_once(runs[file, slice_name], slice_name)
+    said = (ROOT / file).read_text(encoding="utf-8")
+    most = max(estimate.training.total, estimate.validation.total) / 2**30
+    if file.startswith("configs/"):  # which say how much; compilers differ a little
+        assert float(re.search(r"(\d+\.\d) of its \d+ GiB", said)[1]) == pytest.approx(most, rel=0.1)
+
+
+@functools.cache
+def compiled_once(config: Config, slice_name: str) -> Estimate:
+    return estimate_run(config, slice_name)

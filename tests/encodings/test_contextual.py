@@ -1,0 +1,319 @@
+"""CoPE, the forget gate, and attention whose logits sum over keys, held to float64 NumPy in small blocks."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nope_jax.attention import cope_attention, dot_product, encoded_attention, forgetting_attention
+from nope_jax.encodings import ENCODINGS, CoPE, Forgetting, ModelDims, RunningSum, ScanLogit, Tile, forget_sums
+from tests.support import oracles
+from tests.support.attention_cases import LENGTH, TOLERANCE, assert_close, every_implementation, inputs, random
+
+SIZES = ModelDims(num_heads=4, head_dim=8, model_dim=32)
+INDEX = np.arange(LENGTH)
+DOCUMENTS = np.stack([np.searchsorted([4, 13, 14], INDEX, side="right"), np.searchsorted([10], INDEX, side="right")])
+
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+def draw(seed=0):
+    return np.random.default_rng(seed)
+
+
+# Few enough positions that some sums are clipped and some are not.
+EMBEDDINGS = random(5, 8, seed=9)
+
+
+def cope_oracle(query, key, value, embeddings, *, logit_scale=1.0, scaled=False, **rule):
+    bias = oracles.cope_bias(query, key, embeddings, logit_scale=logit_scale, scaled=scaled, **rule)
+    return oracles.attention(query, key, value, bias=bias, logit_scale=logit_scale, **rule)
+
+
+def assert_agrees(attend, wanted, query, key, value, tolerance=TOLERANCE, **keywords):
+    out, stats = attend(query, key, value, return_stats=True, **keywords)
+    assert_close(out, wanted.output, tolerance)
+    assert_close(stats.entropy, wanted.entropy, tolerance)
+    assert_close(stats.logsumexp, wanted.logsumexp, tolerance)
+
+
+RULES = {
+    "causal": {},
+    "not causal": {"is_causal": False},
+    "window": {"window": 5},
+    "segments": {"segment_ids": draw().integers(0, 3, (2, LENGTH))},
+    "mask of keys": {"mask": INDEX % 3 != 1},
+    "mask per head and row": {"mask": draw().random((2, 4, LENGTH, LENGTH)) < 0.6, "is_causal": False},
+    "rows that see nothing": {"mask": (INDEX % 3 > 0)[:, None]},
+    "no key before the last block": {"mask": INDEX > 15},
+    "logit scale per head": {"logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32)},
+    "positions with gaps, per row": {
+        "query_positions": np.stack([np.cumsum(draw().integers(1, 9, LENGTH)), INDEX]),
+        "key_positions": np.stack([np.cumsum(draw().integers(1, 9, LENGTH)), INDEX]),
+        "window": 30,
+    },
+    "positions out of order": {
+        "query_positions": draw(1).permutation(LENGTH),
+        "key_positions": draw(2).permutation(LENGTH),
+    },
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("rule", RULES)
+def test_cope_counts_the_keys_each_query_sees(rule, implementation):
+    attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
+    assert_agrees(attend, cope_oracle(*inputs(), EMBEDDINGS, **RULES[rule]), *inputs(), **RULES[rule])
+
+
+@every_implementation
+@pytest.mark.parametrize(("queries", "keys", "where"), [(3, 21, None), (1, 17, None), (2, 21, [9, 10]), (20, 9, None)])
+def test_cope_of_queries_against_a_cache(queries, keys, where, implementation):
+    rule = {} if where is None else {"query_positions": np.array(where)}
+    arrays = inputs(T=queries, S=keys)
+    attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
+    assert_agrees(attend, cope_oracle(*arrays, EMBEDDINGS, **rule), *arrays, **rule)
+
+
+@every_implementation
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_cope_with_embeddings_per_head_and_the_division_of_its_code(kv_heads, implementation):
+    embeddings, arrays = random(4, 7, 8, seed=5), inputs(K=kv_heads)
+    attend = functools.partial(cope_attention, embeddings=embeddings, scaled=True, implementation=implementation)
+    assert_agrees(attend, cope_oracle(*arrays, embeddings, scaled=True), *arrays)
+
+
+@every_implementation
+def test_a_single_position_adds_the_same_to_every_key(implementation):
+    query, key, value = inputs()
+    out = cope_attention(query, key, value, embeddings=EMBEDDINGS[:1], implementation=implementation)
+    assert_close(out, oracles.attention(query, key, value).output)
+
+
+@every_implementation
+def test_open_gates_count_tokens(implementation):
+    # σ(40) is 1: the query's own key is at position 1, and what is added is q·e[distance + 1].
+    query, key, value = inputs()
+    query[..., 0], key[..., 0], key[..., 1:] = 1.0, 40 * math.sqrt(8), 0.0
+    embeddings = random(30, 8, seed=4)
+    out = cope_attention(query, key, value, embeddings=embeddings, implementation=implementation)
+    table = np.einsum("btnh,ph->bntp", query.astype(np.float64), embeddings.astype(np.float64))
+    distance = np.maximum(INDEX[:, None] - INDEX, 0)
+    bias = np.take_along_axis(table, np.broadcast_to(distance + 1, (2, 4, LENGTH, LENGTH)), axis=-1)
+    assert_close(out, oracles.attention(query, key, value, bias=bias).output)
+
+
+@every_implementation
+def test_bfloat16_in_is_bfloat16_out_with_sums_in_float32(implementation):
+    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
+    exact = [np.asarray(x, np.float64) for x in (query, key, value)]
+    out, stats = cope_attention(
+        query, key, value, embeddings=EMBEDDINGS, implementation=implementation, return_stats=True
+    )
+    wanted = cope_oracle(*exact, EMBEDDINGS)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, wanted.output, tolerance=2**-8)
+    assert_close(stats.logsumexp, wanted.logsumexp)
+
+
+def mix(results):
+    """A number in which every output and statistic has a voice of its own; rows that see nothing say nothing."""
+    out, entropy, logsumexp = results
+    where = np.where if isinstance(logsumexp, np.ndarray) else jnp.where  # in float64 for the oracles
+    logsumexp = where(abs(logsumexp) < math.inf, logsumexp, 0.0)
+    return sum((x * random(*x.shape, seed=20 + i)).sum() for i, x in enumerate((out, entropy, logsumexp)))
+
+
+def gradients(attend, arrays):
+    """Of `mix` in every array."""
+
+    def loss(arrays):
+        out, stats = attend(**arrays, return_stats=True)
+        return mix((out, *stats))
+
+    return jax.jit(jax.grad(loss))(arrays)
+
+
+def assert_slope(gradient, exact, arrays, h=1e-5):
+    """The gradient along a random direction against finite differences of fourth order in float64."""
+    for seed, name in enumerate(arrays):
+        direction = random(*arrays[name].shape, seed=40 + seed).astype(np.float64)
+        moved = [mix(exact(**arrays | {name: arrays[name] + s * h * direction})[:3]) for s in (1, -1, 2, -2)]
+        wanted = (8 * (moved[0] - moved[1]) - (moved[2] - moved[3])) / (12 * h)
+        scale = math.sqrt((np.float64(gradient[name]) ** 2).sum() + 1e-4)
+        assert abs((np.float64(gradient[name]) * direction).sum() - wanted) < 2 * TOLERANCE * scale, name
+
+
+def cope_arrays(**shape):
+    arrays = dict(zip(("query", "key", "value"), inputs(**shape), strict=True))
+    return arrays | {"embeddings": EMBEDDINGS, "logit_scale": np.linspace(0.5, 1.5, 4, dtype=np.float32)}
+
+
+@pytest.mark.parametrize("rule", ["causal", "mask per head and row"])
+def test_gradients_of_cope_agree_with_finite_differences_in_float64(rule):
+    arrays = cope_arrays()
+    gradient = gradients(functools.partial(cope_attention, **RULES[rule], implementation="streaming"), arrays)
+    assert set(gradient) == {"query", "key", "value", "embeddings", "logit_scale"}
+    assert_slope(gradient, functools.partial(cope_oracle, **RULES[rule]), arrays)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ({}, {"segment_ids": DOCUMENTS, "window": 6}),
+        ({}, RULES["rows that see nothing"] | RULES["positions out of order"]),
+        ({"T": 3, "S": 21}, {"query_positions": np.array([7, 8, 9])}),
+    ],
+)
+def test_scanning_has_the_gradients_of_the_definition(shape, rule):
+    streamed, reference = (
+        gradients(functools.partial(cope_attention, **rule, implementation=name), cope_arrays(**shape))
+        for name in ("streaming", "reference")
+    )
+    jax.tree.map(assert_close, streamed, reference)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(streamed))
+
+
+def test_scanning_visits_blocks_from_the_last_key_and_skips_what_is_not_seen():
+    # Which keys a block had, in the order of the visits, is written into the logits through the carry.
+    def order(_, block, content, visible, carry):
+        return jnp.broadcast_to(carry[..., None], content.shape), carry + jnp.where(visible, 1.0, 0.0).sum(-1)
+
+    zeros, value = jnp.zeros((1, 24, 1, 2)), jnp.zeros((1, 24, 1, 2))
+    _, stats = dot_product.dot_product_attention(
+        zeros, zeros, value, logit=ScanLogit(order), implementation="streaming", return_stats=True
+    )
+    # Query 20 sees 5 keys of the last block with carry 0, then 8 with 5, then 8 with 13.
+    assert_close(stats.logsumexp[0, 0, 20], math.log(5 + 8 * math.exp(5) + 8 * math.exp(13)))
+    assert_close(stats.logsumexp[0, 0, 3], math.log(4))
+
+
+# --- The forget gate
+
+
+def log_forget(B=2, S=LENGTH, N=4, seed=3):
+    return np.asarray(jax.nn.log_sigmoid(random(B, S, N, seed=seed) + 1.0))
+
+
+def forget_oracle(query, key, value, log_forget, query_start=None, **common):
+    bias = oracles.forgetting_bias(log_forget, query.shape[1], query_start)
+    return oracles.attention(query, key, value, bias=bias, **common)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    "rule",
+    ["causal", "not causal", "window", "segments", "mask per head and row", "logit scale per head",
+     "positions with gaps, per row"],
+)  # fmt: skip
+def test_forgetting_is_that_of_the_paper(rule, implementation):
+    attend = functools.partial(forgetting_attention, log_forget=log_forget(), implementation=implementation)
+    assert_agrees(attend, forget_oracle(*inputs(), log_forget(), **RULES[rule]), *inputs(), **RULES[rule])
+
+
+@every_implementation
+@pytest.mark.parametrize(("start", "where"), [(None, {}), (9, {"query_positions": np.array([9, 10, 11])})])
+def test_forgetting_of_queries_against_a_cache(start, where, implementation):
+    arrays, gates = inputs(T=3, S=LENGTH, K=1), log_forget()
+    attend = functools.partial(forgetting_attention, log_forget=gates, implementation=implementation)
+    wanted = forget_oracle(*arrays, gates, start, **where)
+    assert_agrees(attend, wanted, *arrays, query_start=start if start is None else jnp.int32(start), **where)
+
+
+def test_gradients_of_forgetting_agree_with_finite_differences_in_float64():
+    arrays = dict(zip(("query", "key", "value"), inputs(), strict=True)) | {"log_forget": log_forget()}
+    gradient = gradients(functools.partial(forgetting_attention, implementation="streaming"), arrays)
+    assert_slope(gradient, forget_oracle, arrays)
+
+
+def test_open_gates_forget_nothing_and_still_learn():
+    query, key, value = inputs()
+    gates = np.zeros((2, LENGTH, 4), np.float32)
+    assert_close(forgetting_attention(query, key, value, log_forget=gates), oracles.attention(query, key, value).output)
+    arrays = {"query": query, "key": key, "value": value, "log_forget": gates}
+    assert_slope(gradients(forgetting_attention, arrays), forget_oracle, arrays)
+
+
+def test_bfloat16_inputs_have_their_gates_in_float32():
+    params = Forgetting().init_layer(jax.random.key(0), SIZES)
+    x = jnp.array(random(2, LENGTH, 32), jnp.bfloat16)
+    sums = Forgetting().features(params, x, None)
+    assert sums.high.dtype == sums.low.dtype == jnp.float32
+    gate = np.asarray(x, np.float64) @ np.asarray(params["weights"], np.float64) + np.asarray(params["bias"])
+    assert_close(sums.high, np.cumsum(-np.log1p(np.exp(-gate)), axis=1))
+    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
+    out = encoded_attention(Forgetting(), params, query, key, value, query_features=sums, key_features=sums)
+    assert out.dtype == jnp.bfloat16
+
+
+def test_sums_run_on_from_token_to_token():
+    gates = log_forget()
+    whole, sums, previous = forget_sums(gates), [], None
+    for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
+        sums.append(forget_sums(gates[:, start:stop], previous))
+        previous = jax.tree.map(lambda x: x[:, -1], sums[-1])
+    parts = RunningSum(*(np.concatenate(x, axis=1) for x in zip(*sums, strict=True)))
+    exact = np.cumsum(np.asarray(gates, np.float64), axis=1)
+    for run in (whole, parts):
+        np.testing.assert_allclose(np.float64(run.high) + np.float64(run.low), exact, rtol=1e-12)
+    none = jax.tree.map(jnp.zeros_like, previous)
+    jax.tree.map(np.testing.assert_array_equal, forget_sums(gates, none), whole)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.3, 20.0])
+def test_differences_of_long_sums_stay_exact(strength):
+    # Sums of up to -3e5 at T = 16,384, whose float32 neighbours are 0.03 apart.
+    length = 16_384
+    gates = -(strength * draw().random((1, length, 2))).astype(np.float32)
+    gates[0, : length // 2, 0] *= 20 / strength  # a past of strong forgetting, then weak
+    sums = jax.jit(forget_sums)(gates)
+    exact = np.cumsum(gates.astype(np.float64), axis=1)
+    logit = Forgetting().logit({}, None, None, sums, sums)
+    rows = np.array([1, 100, 8191, 8300, 12_000, length - 1])
+
+    def block(queries, keys):
+        cut = [jax.tree.map(lambda x, at=at: x[:, at], sums) for at in (queries, keys)]
+        blank = dict.fromkeys(("query", "factor", "key", "query_positions", "key_positions"))
+        return logit.block(Tile(**blank, query_features=cut[0], key_features=cut[1]))
+
+    actual = np.asarray(jax.jit(lambda: block(rows, np.arange(length)))())
+    wanted = (exact[:, rows, None] - exact[:, None, :]).transpose(0, 3, 1, 2)
+    near = np.arange(length) <= rows[:, None]
+    error = np.abs(actual - wanted)[:, :, near]
+    assert (error <= 1e-6 * np.abs(wanted[:, :, near]) + 1e-9).all()
+    if strength == 20.0:
+        plain = (exact.astype(np.float32)[:, rows, None] - exact.astype(np.float32)[:, None, :]).transpose(0, 3, 1, 2)
+        assert np.abs(plain - wanted)[:, :, near].max() > 5e-3
+
+
+def test_the_forget_gate_starts_as_in_its_authors_code():
+    params = Forgetting().init_layer(jax.random.key(0), ModelDims(num_heads=64, head_dim=8, model_dim=512))
+    np.testing.assert_allclose(np.std(params["weights"]), 0.02, rtol=0.02)
+    np.testing.assert_array_equal(params["bias"], np.zeros(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("num_positions", lambda: CoPE(num_positions=0)),
+        ("embeddings", lambda: cope_attention(*inputs(), embeddings=np.ones((5, 7)))),
+        ("embeddings", lambda: cope_attention(*inputs(), embeddings=np.ones((3, 5, 8)))),
+        ("embeddings", lambda: cope_attention(*inputs(), embeddings=np.ones(8))),
+        ("log_forget", lambda: forgetting_attention(*inputs(), log_forget=np.zeros((2, LENGTH, 3)))),
+        ("log_forget", lambda: forgetting_attention(*inputs(T=3), log_forget=np.zeros((2, 4, 4)))),
+        ("query", lambda: forgetting_attention(*inputs(T=4, S=3), log_forget=np.zeros((2, 3, 4)))),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(name, make):
+    with pytest.raises(ValueError, match=rf"\A{name} must .*\Z"):
+        make()
+
+
+def test_the_registry_has_the_papers_settings():
+    assert ENCODINGS["cope"]() == CoPE(num_positions=64, scaled=False) and ENCODINGS["forgetting"]() == Forgetting()
+    params = CoPE().init_layer(jax.random.key(0), SIZES)
+    assert params["embeddings"].shape == (64, 8) and not params["embeddings"].any()

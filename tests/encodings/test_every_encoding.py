@@ -1,0 +1,271 @@
+"""What holds for every encoding that has a name: both implementations agree, causality, decoding, memory."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax.attention import encoded_attention
+from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, DynamicNTKScaling, ModelDims, RoPE, Wrapper
+from tests.support.attention_cases import IN_ATTENTION, assert_close, others_slow
+
+B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
+TRAINED = 24
+SIZES = ModelDims(num_heads=N, head_dim=H, model_dim=D, train_length=TRAINED, num_kv_heads=K, vocab_size=V)
+
+KINDS = [name for name in IN_ATTENTION if not issubclass(ENCODINGS[name], Wrapper)]  # wrappers change no kernel
+every_kind = pytest.mark.parametrize("name", KINDS)
+# Of RoPE and T5, the plainest in a kernel, test_attention.py proves the same; the logit scale has its gradient in all.
+PLAIN = {"rope", "t5", "head_scale"}
+kinds_others_slow = pytest.mark.parametrize("name", others_slow([*KINDS, "head_scale"], but=PLAIN))
+
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+def encoding_of(name):
+    return ENCODINGS[name]().bind(SIZES)
+
+
+def parameters(encoding, seed=0):
+    """Initial parameters, each moved a little, so that none is where it has no effect."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {**encoding.init_shared(keys[0], SIZES), **encoding.init_layer(keys[1], SIZES)}
+    leaves, structure = jax.tree.flatten(params)
+    moved = [x + 0.3 * jax.random.normal(jax.random.fold_in(keys[2], i), x.shape) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def operands(seed=0, queries=T, keys=S):
+    draws = np.random.default_rng(seed)
+    shapes = (B, queries, N, H), (B, keys, K, H), (B, keys, K, H), (B, keys, D)
+    return [jnp.asarray(draws.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def attend(encoding, params, query, key, value, inputs, **common):
+    """One layer's attention; the queries are those of the last tokens."""
+    features = encoding.features(params, inputs, None)
+    query_features = jax.tree.map(lambda x: x[:, -query.shape[1] :], features)
+    return encoded_attention(
+        encoding, params, query, key, value, query_features=query_features, key_features=features, **common
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradient(encoding, implementation, params, arrays, logit_scale, common):
+    """Output, statistics, and the gradient of all of them by all that is differentiable."""
+    common = common | {"implementation": implementation, "return_stats": True}
+
+    def loss(params, arrays, logit_scale):
+        out, stats = attend(encoding, params, *arrays, logit_scale=logit_scale, **common)
+        some = jnp.isfinite(stats.logsumexp)  # rows that see no key
+        total = (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + (stats.entropy**2).sum()
+        return total + jnp.where(some, stats.logsumexp, 0.0).sum(), (out, stats.entropy, some, stats.logsumexp)
+
+    (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(params, arrays, logit_scale)
+    return values, gradient
+
+
+def assert_streaming_is_reference(encoding, arrays, common, seed=0):
+    params, logit_scale = parameters(encoding, seed), jnp.linspace(0.5, 1.5, N)
+    (values, gradient), (wanted, wanted_gradient) = (
+        value_and_gradient(encoding, name, params, arrays, logit_scale, common) for name in ("streaming", "reference")
+    )
+    jax.tree.map(assert_close, values, wanted)
+    # A gradient sums over rows and blocks in another order, with the cancellation that comes with it.
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), gradient, wanted_gradient)
+
+
+@kinds_others_slow
+def test_streaming_is_reference_behind_a_cache(name):
+    """Positions that run on, queries the last of the keys' tokens, grouped heads, a logit scale per head."""
+    assert_streaming_is_reference(encoding_of(name), operands(), {})
+
+
+@kinds_others_slow
+@hypothesis.given(seed=st.integers(0, 2**16))
+@hypothesis.settings(max_examples=4, derandomize=True, deadline=None)
+def test_streaming_is_reference_for_any_positions_segments_and_mask(name, seed):
+    draws = np.random.default_rng(seed)
+    length = TRAINED
+    common = {
+        "query_positions": draws.integers(0, length, (B, S)),
+        "key_positions": draws.integers(0, length, (B, S)),
+        "segment_ids": (draws.integers(0, 2, (B, S)), draws.integers(0, 2, (B, S))),
+        "mask": draws.random((B, N, S, S)) < draws.uniform(0.3, 1.0),
+    }
+    assert_streaming_is_reference(encoding_of(name), operands(seed, queries=S), common, seed)
+
+
+@pytest.mark.slow
+@every_kind
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=12, derandomize=True, deadline=None)
+def test_streaming_is_reference_for_any_shapes(name, data):
+    encoding = encoding_of(name)
+    keys = data.draw(st.integers(1, encoding.max_length(SIZES) or 40), label="keys")
+    queries = data.draw(st.integers(1, keys), label="queries")
+    common = {
+        "window": data.draw(st.none() | st.integers(1, 30), label="window"),
+        "chunk_size": data.draw(st.none() | st.integers(1, 30), label="chunk_size"),
+        "is_causal": data.draw(st.booleans(), label="is_causal"),
+    }
+    arrays, params = operands(0, queries, keys), parameters(encoding)
+
+    def run(implementation):
+        def loss(params, arrays):
+            out, stats = attend(encoding, params, *arrays, **common, implementation=implementation, return_stats=True)
+            return (out**2).sum() + stats.entropy.sum(), (out, *stats)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, arrays)
+
+    (values, gradient), (wanted, wanted_gradient) = run("streaming"), run("reference")
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), values, wanted)
+    # Where every query sees one key, some gradients are nothing but rounding: all are measured by the largest.
+    largest = max(jnp.abs(array).max() for array in jax.tree.leaves(wanted_gradient))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5 * largest), gradient, wanted_gradient
+    )
+    jax.clear_caches()  # the system lets a process map a number of programs, and these are many
+
+
+@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN))
+def test_the_gradient_from_the_future_is_zero(name):
+    encoding, row, common = encoding_of(name), 9, {"implementation": "streaming"}
+    params = parameters(encoding)
+
+    @jax.jit
+    def gradient(arrays):
+        return jax.grad(lambda a: (attend(encoding, params, *a, **common)[:, row] ** 2).sum())(arrays)
+
+    query, *of_keys = gradient(operands(queries=S))
+    for array in of_keys:
+        assert (array[:, row + 1 :] == 0).all()
+        assert array.shape[-1] == D or (array[:, : row + 1] != 0).any()  # not every encoding looks at the inputs
+    assert (query[:, row] != 0).any() and (jnp.delete(query, row, axis=1) == 0).all()
+
+
+SHIFTED = 5
+INVARIANT = ["nope", "rope", "xpos", "alibi", "t5", "kerple", "shaw", "nezha", "transformer_xl", "deberta", "cope"]
+INVARIANT += ["forgetting"]
+NOT_INVARIANT = ["fire", "tupe"]
+
+
+@pytest.mark.parametrize("name", INVARIANT + NOT_INVARIANT)
+def test_a_shift_of_all_positions_changes_nothing_exactly_where_it_should_not(name):
+    # Up to its learned threshold FIRE is invariant, too.
+    encoding = FIRE(threshold=4.0) if name == "fire" else encoding_of(name)
+    params, arrays, positions = parameters(encoding), operands(queries=S), jnp.arange(S)
+
+    @jax.jit
+    def at(positions):
+        return attend(encoding, params, *arrays, query_positions=positions, key_positions=positions)
+
+    here, there = at(positions % 19), at(positions % 19 + SHIFTED)
+    if name in INVARIANT:
+        assert_close(there, here, tolerance=1e-5)
+    else:
+        assert not np.allclose(there, here, atol=1e-3)
+
+
+def decoder(encoding, **changes):
+    settings = {"num_heads": N, "num_kv_heads": K, "model_dim": D, "mlp_dim": 24, "train_length": TRAINED}
+    settings |= {"vocab_size": V, "num_layers": 2, "encoding": encoding} | changes
+    return Decoder(ModelConfig(**settings), rngs=nnx.Rngs(0))
+
+
+TOKENS = jax.random.randint(jax.random.key(1), (B, TRAINED), 0, V)
+
+
+DYNAMIC = RoPE(scaling=DynamicNTKScaling(factor=2.0, original_length=8))
+
+
+@pytest.mark.parametrize("encoding", [*others_slow(ENCODINGS), DYNAMIC], ids=str)
+def test_token_by_token_gives_the_logits_of_one_pass(encoding):
+    model = decoder(encoding)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def step(state, tokens, cache):
+        return nnx.merge(graph, state).decode_step(tokens, cache, return_stats=True)
+
+    logits, stats = jax.jit(lambda state: nnx.merge(graph, state)(TOKENS, return_stats=True))(state)
+    cache = model.init_cache(B, TRAINED)
+    first, _, cache = step(state, TOKENS[:, :5], cache)  # a prompt at once
+    assert_close(first, logits[:, :5], tolerance=1e-5)
+    for t in range(5, TRAINED):
+        got, got_stats, cache = step(state, TOKENS[:, t : t + 1], cache)
+        assert_close(got[:, 0], logits[:, t], tolerance=1e-5)
+        assert_close(got_stats.entropy[..., 0], stats.entropy[..., t], tolerance=1e-5)
+    assert cache.length == TRAINED
+    with pytest.raises(ValueError, match="room for 24 and holds 24"):
+        model.decode_step(TOKENS[:, :1], cache)
+
+
+@pytest.mark.parametrize("name", ["swan_gpt", *others_slow(name for name in SCHEDULES if name != "swan_gpt")])
+def test_schedules_decode_too(name):
+    model = decoder(name, num_layers=4)
+    logits, cache = model(TOKENS[:, :9]), model.init_cache(B, 9)
+    first, cache = model.decode_step(TOKENS[:, :6], cache)
+    last, _ = model.decode_step(TOKENS[:, 6:9], cache)
+    assert_close(jnp.concatenate([first, last], axis=1), logits, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", others_slow(ENCODINGS))
+def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
+    model = decoder(name, num_layers=1)
+    graph, state = nnx.split(model)
+    longest = 2 * TRAINED
+    if model.max_length is not None and model.max_length < longest:
+        with pytest.raises(ValueError, match=f"between 0 and {model.max_length - 1}"):
+            model(jnp.tile(TOKENS, 2))
+        longest = TRAINED
+
+    @jax.jit
+    def loss(state, tokens):
+        logits, stats = nnx.merge(graph, state)(tokens, return_stats=True)
+        return jax.nn.logsumexp(logits).sum() + stats.entropy.sum()
+
+    for length in 1, 2:
+        assert np.isfinite(loss(state, TOKENS[:, :length]))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state, jnp.tile(TOKENS, 2)[:, :longest])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient)))
+
+
+def largest_array(jaxpr):
+    """Elements of the largest array anywhere in a program."""
+    dims = [getattr(v.aval, "size", 0) for eqn in jaxpr.eqns for v in eqn.outvars]
+    parameters = [leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(list(eqn.params.values()))]
+    inner = [largest_array(getattr(leaf, "jaxpr", leaf)) for leaf in parameters if hasattr(leaf, "eqns")]
+    return max([0, *dims, *inner])
+
+
+@pytest.mark.parametrize("name", others_slow(KINDS, but={"rope"}))
+def test_no_array_of_queries_times_keys_exists(name):
+    """In the program of value and gradient, whatever the compiler makes of it, for positions given or not."""
+    encoding = ENCODINGS[name]().bind(ModelDims(N, H, D, 4096, K, V))
+    params = jax.eval_shape(
+        lambda k: {**encoding.init_shared(k, SIZES), **encoding.init_layer(k, SIZES)}, jax.random.key(0)
+    )
+
+    def largest(length, explicit):
+        shapes = (1, length, N, H), (1, length, K, H), (1, length, K, H), (1, length, D)
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        at = {"query_positions": jnp.arange(length), "key_positions": jnp.arange(length)} if explicit else {}
+
+        def loss(params, arrays):
+            out, stats = attend(encoding, params, *arrays, **at, implementation="streaming", return_stats=True)
+            return out.sum() + stats.entropy.sum()
+
+        return largest_array(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, arrays).jaxpr)
+
+    for explicit in (False, True):
+        small, large = largest(512, explicit), largest(1024, explicit)
+        assert large <= 2.1 * small
+        assert large < 1024**2

@@ -1,0 +1,403 @@
+"""Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa, held to float64 NumPy and to published models."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax.attention import (
+    deberta_attention,
+    encoded_attention,
+    nezha_attention,
+    shaw_attention,
+    transformer_xl_attention,
+    tupe_attention,
+)
+from nope_jax.encodings import NEZHA, TUPE, DeBERTa, ModelDims, Shaw, TransformerXL, deberta_bucket
+from tests.goldens import regenerate
+from tests.support import oracles
+from tests.support.attention_cases import TOLERANCE, assert_close, every_implementation, inputs, random
+
+GOLDEN = regenerate.load("relative")
+
+LENGTH, FAR = 21, 40
+"""Three blocks, the last one padded; and what positions are below."""
+N, K, H, D = 4, 2, 8, 6
+HEADS = {"content_bias": (N, H), "position_bias": (N, H), "position_kernel": (D, N, H)}
+UNTIED = {"positions": (FAR, D), "query_kernel": (D, N, H), "key_kernel": (D, K, H), "scale": (D,), "shift": (D,)}
+DISENTANGLED = {"relative": (8, D), "key_kernel": (D, K, H), "query_kernel": (D, N, H)}
+
+
+def draws(shapes, seed=20):
+    return {name: random(*shape, seed=seed + i) / 2 for i, (name, shape) in enumerate(shapes.items())}
+
+
+CASES = {
+    "shaw": (shaw_attention, draws({"key_table": (7, H), "value_table": (7, H)})),
+    "nezha": (nezha_attention, {"clip": 3}),
+    "transformer_xl": (transformer_xl_attention, draws(HEADS)),
+    "tupe_a": (tupe_attention, draws(UNTIED)),
+    "tupe_r": (tupe_attention, draws(UNTIED | {"table": (8, N)}) | {"max_distance": 10}),
+    "deberta": (deberta_attention, draws(DISENTANGLED)),
+    "deberta_released": (deberta_attention, draws(DISENTANGLED) | {"released": True}),
+    "deberta_buckets": (deberta_attention, draws(DISENTANGLED) | {"max_distance": 14}),
+}
+"""What to call with which parameters."""
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_kind = pytest.mark.parametrize("case", ["shaw", "transformer_xl", "tupe_r", "deberta_buckets"])
+
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+def expected(case, parameters, query, key, value, *, query_positions=None, key_positions=None, **common):
+    """The oracle's answer; the logit scale, a number or one per head, multiplies all but T5's bias."""
+    (B, T, _, dim), S = query.shape, key.shape[1]
+    at = oracles.positions(B, T, S, query_positions, key_positions)
+    name, parameters, value_table, bias = case.split("_")[0], dict(parameters), None, 0.0
+    if name == "nezha":
+        value_table = oracles.nezha_table(parameters["clip"], dim)
+        added = oracles.shaw_logit(query, value_table, *at)
+    elif name == "shaw":
+        value_table = parameters["value_table"]
+        added = oracles.shaw_logit(query, parameters["key_table"], *at)
+    elif name == "transformer":
+        added = oracles.transformer_xl_logit(query, key, **parameters, query_positions=at[0], key_positions=at[1])
+    elif name == "tupe":
+        if "table" in parameters:
+            bias = oracles.t5_bias(parameters.pop("table"), *at, max_distance=parameters.pop("max_distance"))
+        added = oracles.tupe_logit(**parameters, query_positions=at[0], key_positions=at[1])
+    else:
+        added = oracles.deberta_logit(query, key, **parameters, query_positions=at[0], key_positions=at[1])
+    parts = {"tupe": 2, "deberta": 3}.get(name, 1)
+    logit_scale = np.broadcast_to(np.float64(common.pop("logit_scale", 1.0)), query.shape[2:3]) / math.sqrt(parts)
+    wanted = oracles.attention(
+        query,
+        key,
+        value,
+        bias=bias + logit_scale[:, None, None] / math.sqrt(dim) * added,
+        logit_scale=logit_scale,
+        query_positions=at[0],
+        key_positions=at[1],
+        **common,
+    )
+    if value_table is not None:
+        wanted = wanted._replace(output=wanted.output + oracles.shaw_value(wanted.weights, value_table, *at))
+    return wanted
+
+
+def assert_agrees(case, implementation, query, key, value, tolerance=TOLERANCE, **common):
+    function, parameters = CASES[case]
+    out, stats = function(query, key, value, **parameters, **common, implementation=implementation, return_stats=True)
+    wanted = expected(case, parameters, query, key, value, **common)
+    assert_close(out, wanted.output, tolerance)
+    assert_close(stats.entropy, wanted.entropy, tolerance)
+    assert_close(stats.logsumexp, wanted.logsumexp, tolerance)
+
+
+# --- Values
+
+
+INDEX = np.arange(LENGTH)
+ANYWHERE = np.stack([np.random.default_rng(b).choice(FAR, LENGTH, replace=False) for b in range(4)])
+COMMON = {
+    "positions that run on, both ways": {
+        "is_causal": False,
+        "logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32),
+    },
+    "any positions, both ways": {
+        "query_positions": ANYWHERE[:2],
+        "key_positions": ANYWHERE[2:],
+        "is_causal": False,
+        "logit_scale": 1.5,
+    },
+    "documents in a window": {"segment_ids": np.stack([INDEX > 9, INDEX // 4]).astype(int), "window": 6},
+}
+
+
+@every_implementation
+@every_kind
+@pytest.mark.parametrize("common", COMMON)
+def test_values_and_statistics_agree_with_float64(case, common, implementation):
+    assert_agrees(case, implementation, *inputs(), **COMMON[common])
+
+
+@pytest.mark.slow  # test_every_encoding.py holds one such case of each
+@every_case
+def test_queries_at_the_end_of_a_cache_agree_with_float64(case):
+    assert_agrees(case, "streaming", *inputs(T=10, S=LENGTH))
+
+
+@every_kind
+def test_one_query_in_a_cache_that_is_not_full_yet_agrees_with_float64(case):
+    assert_agrees(case, "reference", *inputs(T=1, S=LENGTH), query_positions=np.array([13]), key_positions=INDEX)
+
+
+@pytest.mark.parametrize("case", sorted({*CASES} - {"shaw", "transformer_xl", "tupe_r", "deberta_buckets"}))
+def test_the_other_variants_agree_with_float64_for_any_positions_both_ways(case):
+    assert_agrees(case, "streaming", *inputs(), **COMMON["any positions, both ways"])
+
+
+@pytest.mark.parametrize("name", GOLDEN["transformer_xl"])
+def test_transformer_xl_is_that_of_xlnet(name):
+    golden = {key: np.array(x, np.float32) for key, x in GOLDEN["transformer_xl"][name].items()}
+    arrays, parameters = [golden[x] for x in ("query", "key", "value")], {x: golden[x] for x in HEADS}
+    common = {"is_causal": name == "causal"}
+    wanted = expected("transformer_xl", parameters, *arrays, **common)
+    out, stats = transformer_xl_attention(
+        *arrays, **parameters, **common, implementation="streaming", return_stats=True
+    )
+    for output, entropy in ((out, stats.entropy), (wanted.output, wanted.entropy)):
+        assert_close(output, golden["out"])
+        assert_close(entropy, golden["entropy"])
+
+
+@pytest.mark.parametrize("name", GOLDEN["deberta"])
+def test_released_deberta_is_that_of_transformers(name):
+    golden = GOLDEN["deberta"][name]
+    arrays = [np.array(golden[x], np.float32) for x in ("query", "key", "value")]
+    parameters = {x: np.array(golden[x], np.float32) for x in DISENTANGLED} | {"released": True}
+    if golden["buckets"]:
+        parameters["max_distance"] = golden["max_distance"]
+    common = {"is_causal": golden["is_causal"]}
+    wanted = expected("deberta", parameters, *arrays, **common)
+    out, stats = deberta_attention(*arrays, **parameters, **common, implementation="streaming", return_stats=True)
+    for output, entropy in ((out, stats.entropy), (wanted.output, wanted.entropy)):
+        assert_close(output, golden["out"])
+        assert_close(entropy, golden["entropy"])
+
+
+def test_the_paper_and_the_released_deberta_differ_by_the_order_of_the_queries_rows():
+    # Within the table δ(j,i) is 2·rows - δ(i,j): two encodings whose tables are read from opposite ends.
+    golden = GOLDEN["deberta"]["within"]
+    query, key, value, relative = (np.array(golden[x], np.float32) for x in ("query", "key", "value", "relative"))
+    rows = np.arange(len(relative))
+    turned = relative[np.minimum(len(relative) - rows, len(relative) - 1)]
+    kernels = {x: np.array(golden[x], np.float32) for x in ("key_kernel", "query_kernel")}
+    # [table of K, turned table of Q] beside each other, each read by its own kernel.
+    both = np.concatenate([relative, turned], axis=1)
+    nothing = np.zeros_like(kernels["key_kernel"])
+    paper = {
+        "relative": both,
+        "key_kernel": np.concatenate([kernels["key_kernel"], nothing]),
+        "query_kernel": np.concatenate([nothing, kernels["query_kernel"]]),
+    }
+    assert_close(deberta_attention(query, key, value, **paper, is_causal=False), golden["out"])
+    other = deberta_attention(query, key, value, relative=relative, **kernels, is_causal=False)
+    assert np.abs(other - np.array(golden["out"])).max() > 1e-2
+
+
+@pytest.mark.parametrize("golden", GOLDEN["deberta_bucket"], ids=lambda g: f"{g['num_buckets']}-{g['max_distance']}")
+def test_deberta_buckets_are_those_of_transformers(golden):
+    settings = {name: golden[name] for name in ("num_buckets", "max_distance")}
+    buckets = deberta_bucket(jnp.array(GOLDEN["distances"]), **settings)
+    np.testing.assert_array_equal(buckets, golden["buckets"])
+    np.testing.assert_array_equal([oracles.deberta_bucket(d, **settings) for d in GOLDEN["distances"]], buckets)
+
+
+@every_kind
+def test_bfloat16_in_is_bfloat16_out(case):
+    function, parameters = CASES[case]
+    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
+    out, stats = function(query, key, value, **parameters, implementation="streaming", return_stats=True)
+    assert out.dtype == jnp.bfloat16 and stats.entropy.dtype == jnp.float32
+    wanted = expected(case, parameters, *(np.asarray(x, np.float32) for x in (query, key, value)))
+    # Transformer-XL rounds q + u to bfloat16, and TUPE its positions; elsewhere only the output is.
+    rounded = case.split("_")[0] in ("transformer", "tupe")
+    assert_close(out, wanted.output, tolerance=2**-6 if rounded else 2**-7)
+    assert_close(stats.logsumexp, wanted.logsumexp, tolerance=2**-7 if rounded else TOLERANCE)
+
+
+# --- Gradients
+
+
+GIVEN = {"query_positions": ANYWHERE[:2, :11], "key_positions": ANYWHERE[2:, :11]}
+
+
+@pytest.mark.parametrize("common", [{}, pytest.param(GIVEN, marks=pytest.mark.slow)], ids=["run on", "given"])
+@every_kind
+def test_gradients_of_all_arrays_are_differences_of_the_oracle(case, common):
+    function, parameters = CASES[case]
+    learned = {name: x for name, x in parameters.items() if isinstance(x, np.ndarray)}
+    fixed = {name: x for name, x in parameters.items() if name not in learned}
+    arrays = dict(zip(("query", "key", "value"), inputs(T=11), strict=True)) | learned
+    common, weights = common | {"is_causal": not common}, random(2, 11, N, H, seed=7)
+
+    @jax.jit
+    @jax.grad
+    def gradient(arrays):
+        out, stats = function(**arrays, **fixed, **common, implementation="streaming", return_stats=True)
+        return (out * weights).sum() + stats.entropy.sum()
+
+    for i, (name, slopes) in enumerate(gradient(arrays).items()):  # along one direction each
+        x, slopes = arrays[name], np.asarray(slopes, np.float64)
+        direction, step = random(*x.shape, seed=50 + i).astype(np.float64), 1e-5
+
+        def loss(size, name=name, x=x, direction=direction):
+            moved = arrays | {name: x + size * direction}
+            tokens = [moved.pop(name) for name in ("query", "key", "value")]
+            wanted = expected(case, moved | fixed, *tokens, **common)
+            return (wanted.output * weights).sum() + wanted.entropy.sum()
+
+        # The error is that of a sum of numbers of either sign.
+        error = (direction * slopes).sum() - (loss(step) - loss(-step)) / (2 * step)
+        assert abs(error) < TOLERANCE * np.abs(direction * slopes).sum()
+
+
+# --- Encodings
+
+
+SIZES = ModelDims(num_heads=N, head_dim=H, model_dim=D, train_length=FAR, num_kv_heads=K)
+
+
+def made(encoding):
+    """Numbers in place of an encoding's parameters."""
+    shapes = jax.eval_shape(
+        lambda key: encoding.init_shared(key, SIZES) | encoding.init_layer(key, SIZES), jax.random.key(0)
+    )
+    return {name: jnp.array(x) for name, x in draws({name: x.shape for name, x in shapes.items()}, seed=30).items()}
+
+
+def test_the_functions_are_the_encodings():
+    def renamed(params, **names):
+        return {names.get(name, name): x for name, x in params.items()}
+
+    shaw, xl, tupe, deberta = Shaw(clip=3), TransformerXL(), TUPE(), DeBERTa(max_distance=4)
+    buckets = DeBERTa(max_distance=14, buckets=4, released=True)
+    pairs = [
+        (shaw, shaw_attention, lambda p: renamed(p, keys="key_table", values="value_table")),
+        (NEZHA(), nezha_attention, dict),
+        (xl, transformer_xl_attention, dict),
+        (tupe, tupe_attention, lambda p: renamed(p, bias="table")),
+        (TUPE(relative=False), tupe_attention, dict),
+        (deberta, deberta_attention, dict),
+        (buckets, deberta_attention, lambda p: p | {"max_distance": 14, "released": True}),
+    ]
+    for encoding, function, arguments in pairs:
+        params = made(encoding)
+        out = encoded_attention(encoding, params, *inputs(T=7))
+        np.testing.assert_array_equal(out, function(*inputs(T=7), **arguments(params)))
+
+
+def test_defaults_are_the_papers():
+    assert (Shaw().clip, NEZHA().clip, DeBERTa().max_distance) == (16, 64, 512)
+    assert TUPE().relative and (TUPE().num_buckets, TUPE().max_distance) == (32, 128)
+    dims = dataclasses.replace(SIZES, train_length=None)
+    assert {n: x.shape for n, x in Shaw().init_layer(jax.random.key(0), dims).items()} == {
+        "keys": (33, H),
+        "values": (33, H),
+    }
+    assert NEZHA().init_layer(jax.random.key(0), dims) == {}
+    assert DeBERTa().init_shared(jax.random.key(0), dims)["relative"].shape == (1024, D)
+    assert TUPE().init_shared(jax.random.key(0), dims)["positions"].shape == (1024, D)
+
+
+def test_positions_that_a_table_has_not_give_nan_rather_than_another_row():
+    positions = jnp.array([0, 3, FAR])
+    for encoding in (TUPE(), DeBERTa(absolute=True)):
+        assert encoding.max_length(SIZES) == FAR
+        query, _ = encoding.query_key(made(encoding), *inputs(T=3)[:2], positions[None], positions[None])
+        assert np.isnan(query[:, 2]).any(-1).all() and np.isfinite(query[:, :2]).all()
+    assert DeBERTa().max_length(SIZES) is None
+
+
+def test_absolute_deberta_adds_its_rows_to_the_queries():
+    encoding = DeBERTa(max_distance=4, absolute=True)
+    params, (query, key, value) = made(encoding), inputs()
+    positions = np.sort(ANYWHERE[:2])
+    rows = np.stack([np.asarray(params["absolute"])[row] for row in positions])
+    out = encoded_attention(encoding, params, query, key, value, query_positions=positions, key_positions=positions)
+    plain = {name: params[name] for name in DISENTANGLED}
+    wanted = expected(
+        "deberta", plain, query + rows, key, value, query_positions=positions, key_positions=positions
+    ).output
+    assert_close(out, wanted)
+
+
+def test_absolute_layers_of_a_decoder_share_the_relative_table_and_bound_its_length():
+    config = ModelConfig(
+        vocab_size=16,
+        num_layers=3,
+        num_heads=2,
+        model_dim=8,
+        train_length=12,
+        encoding=("deberta", "deberta", DeBERTa(absolute=True)),
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    assert [encoding.unwrapped for encoding in model.encodings] == [DeBERTa()] * 3
+    assert len(model.positions) == 1 and set(model.positions[0]) == {"relative"}
+    assert ["absolute" in block.attention.position for block in model.blocks] == [False, False, True]
+    assert model.max_length == 12
+    assert np.isfinite(model(jnp.arange(12)[None])).all()
+    with pytest.raises(ValueError, match=r"\A.*\b12\b.*\Z"):
+        model(jnp.zeros((1, 13), int))
+
+
+# --- Bad input
+
+
+BAD_ENCODINGS = [
+    ("clip", lambda: Shaw(clip=0)),
+    ("clip", lambda: NEZHA(clip=-1)),
+    ("head_dim", lambda: NEZHA().init_layer(jax.random.key(0), dataclasses.replace(SIZES, head_dim=5))),
+    ("model_dim", lambda: TransformerXL().init_layer(jax.random.key(0), dataclasses.replace(SIZES, model_dim=5))),
+    ("length", lambda: TUPE(length=0)),
+    ("num_buckets", lambda: TUPE(num_buckets=3)),
+    ("max_distance", lambda: TUPE(max_distance=16)),
+    ("max_distance", lambda: DeBERTa(max_distance=0)),
+    ("buckets", lambda: DeBERTa(buckets=5)),
+    ("buckets", lambda: DeBERTa(buckets=2)),
+    ("max_distance", lambda: DeBERTa(buckets=8, max_distance=5)),
+    ("length", lambda: DeBERTa(absolute=True, length=0)),
+    ("num_buckets", lambda: deberta_bucket(jnp.arange(3), num_buckets=3)),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), BAD_ENCODINGS)
+def test_settings_that_cannot_work_are_refused_in_one_line_that_names_them(name, make):
+    with pytest.raises(ValueError, match=rf"\A{name} .*\Z"):
+        make()
+
+
+BAD_PARAMETERS = [
+    ("shaw", "key_table", (6, H)),
+    ("shaw", "key_table", (7, H + 1)),
+    ("shaw", "key_table", (1, H)),
+    ("shaw", "value_table", (9, H)),
+    ("transformer_xl", "content_bias", (H,)),
+    ("transformer_xl", "position_bias", (N, 1)),
+    ("transformer_xl", "position_kernel", (5, N, H)),
+    ("transformer_xl", "position_kernel", (D, K, H)),
+    ("tupe_r", "positions", (D,)),
+    ("tupe_r", "query_kernel", (D, K, H)),
+    ("tupe_r", "key_kernel", (D, N, H)),
+    ("tupe_r", "scale", (1,)),
+    ("tupe_r", "shift", ()),
+    ("tupe_r", "table", (8, K)),
+    ("deberta", "relative", (7, D)),
+    ("deberta", "relative", (8,)),
+    ("deberta", "key_kernel", (D, N, H)),
+    ("deberta", "query_kernel", (D + 1, N, H)),
+]
+
+
+@pytest.mark.parametrize(("case", "name", "shape"), BAD_PARAMETERS)
+def test_parameters_of_another_shape_are_refused_in_one_line_that_names_them(case, name, shape):
+    function, parameters = CASES[case]
+    with pytest.raises(ValueError, match=rf"\A{name} .*\Z"):
+        function(*inputs(), **parameters | {name: np.zeros(shape, np.float32)})
+
+
+def test_nezha_refuses_heads_without_sinusoids_and_values_of_another_width():
+    query, key, value = inputs(H=5)
+    with pytest.raises(ValueError, match=r"\Avalue .*\Z"):
+        nezha_attention(query, key, value)
+    query, key, value = inputs()
+    with pytest.raises(ValueError, match=r"\Avalue .*\Z"):
+        nezha_attention(query, key, value[..., :6])

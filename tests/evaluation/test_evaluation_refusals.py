@@ -1,0 +1,206 @@
+"""What every evaluation refuses: in one line, with exit status 2, and keeping what was computed before."""
+
+import csv
+import gc
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.data import load_corpus
+from nope_jax.encodings import HeadScale, NoPE
+from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
+
+# One good call of each evaluation, whatever the run.
+EVALUATIONS = {
+    "curves": "--workdirs {run} --lengths 16",
+    "passkey": "passkey --workdirs {run} --lengths 400",
+    "similarity": "similarity --workdirs {run} {other}",
+    "probe": "probe --workdirs {run} --lengths 16",
+    "tune": "tune --workdirs {run} --method uniform --lengths 32",
+}
+
+
+def truncate(workdir: Path, step: int) -> None:
+    """Leaves half of the largest file of a checkpoint, as a full disk or a crash may."""
+    files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Small runs, most of them with something wrong."""
+    folder = tmp_path_factory.mktemp("refusals")
+    write_documents(folder)
+    write_run(folder, "nope")
+    write_run(folder, "scaled", encoding=HeadScale(NoPE()))
+    copy_run(folder / "nope", folder / "other")
+    copy_run(folder / "nope", folder / "learned", {"model.encoding": "learned"})
+    copy_run(folder / "nope", folder / "larger", {"model.vocab_size": 300})
+    copy_run(folder / "scaled", folder / "more_heads", {"model.num_heads": 4, "model.head_dim": 8})
+    copy_run(folder / "scaled", folder / "more_layers", {"model.num_layers": 3})
+    copy_run(folder / "scaled", folder / "without", {"model.encoding": "nope"})
+    copy_run(folder / "nope", folder / "empty")
+    shutil.rmtree(folder / "empty" / "checkpoints" / "0")
+    copy_run(folder / "nope", folder / "half")
+    truncate(folder / "half", 0)
+    copy_run(folder / "nope", folder / "two")
+    with Checkpointer(folder / "two") as checkpointer:
+        checkpointer.save(5, {"params": nnx.state(load_model(folder / "nope")[1])})
+    truncate(folder / "two", 5)
+    return folder
+
+
+def refusal(monkeypatch, capsys, words: str, out: Path) -> str:
+    """The one line that a refused command leaves."""
+    capsys.readouterr()
+    assert call_eval(monkeypatch, f"{words} --out {out}") == 2
+    printed = capsys.readouterr()
+    # A bar may have been drawn, which a later line follows.
+    line = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(line) == 1 and printed.err.endswith(f"{line[0]}\n") and "Traceback" not in printed.err
+    return line[0].removeprefix("error: ")
+
+
+# Of any evaluation: what the message says, and whether it can be found before the run is loaded.
+RUNS = {
+    "nowhere": ("nowhere is not the workdir of a run: it has no config.json", True),
+    "empty": ("empty: no checkpoint yet", True),
+    "half": ("half/checkpoints: no checkpoint that can be read (step 0: ", False),
+    "more_heads": (
+        "more_heads: config.json does not fit the checkpoint of step 0: blocks.0.attention.position.head_scale is of "
+        "shape [2, 4] by config.json, of shape [2, 2] in the checkpoint",
+        False,
+    ),
+    "more_layers": ("head_scale is of shape [3, 2] by config.json, of shape [2, 2] in the checkpoint", False),
+    "without": ("head_scale is missing by config.json, of shape [2, 2] in the checkpoint", False),
+}
+
+
+# The reads that orbax abandons complain when they are collected, whenever that is.
+late_complaints = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@late_complaints
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, evaluation, run):
+    message, at_once = RUNS[run]
+    words = EVALUATIONS[evaluation].format(run=folder / run, other=folder / "nope")
+    assert message in refusal(monkeypatch, capsys, words, tmp_path / "out")
+    written = list((tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else []
+    assert [path.name for path in written if path.is_file()] == []
+    assert not (at_once and (tmp_path / "out").exists())
+    if run == "half":
+        gc.collect()
+
+
+WORDS = {
+    "curves of a length that no document has": (
+        "--workdirs {0}/nope --lengths 16 9999",
+        "--lengths: no validation document reaches length 9999, which takes 10000 tokens; documents that reach "
+        "16: {validation}, 9999: 0; the longest has ",
+    ),
+    "tune at a length that no document has": (
+        "tune --workdirs {0}/nope --method uniform --lengths 16 9999",
+        "--lengths: no training document reaches length 9999, which takes 10000 tokens; documents that reach "
+        "16: {train}, 9999: 0; the longest has ",
+    ),
+    "probe at a length that no document has": (
+        "probe --workdirs {0}/nope --lengths 9999",
+        "--lengths: a probe needs two validation documents that reach length 9999, which takes 10000 tokens; documents "
+        "that reach 16: {validation}, 9999: 0; the longest has ",
+    ),
+    "similarity at a length that no document has": (
+        "similarity --workdirs {0}/nope {0}/other --similarity.length 9999",
+        "--similarity.length: no validation document reaches length 9999, which takes 10000 tokens; documents that "
+        "reach 9999: 0; the longest has ",
+    ),
+    "curves past all positions": (
+        "--workdirs {0}/nope {0}/learned --lengths 17 32",
+        "--lengths: learned reads none of them, its learned encoding has 16 positions",
+    ),
+    "passkey past all positions": (
+        "passkey --workdirs {0}/learned --lengths 400",
+        "--lengths: learned reads none of them, its learned encoding has 16 positions",
+    ),
+    "probe past all positions": (
+        "probe --workdirs {0}/learned --lengths 17",
+        "--lengths: learned reads none of them, its learned encoding has 16 positions",
+    ),
+    "tune past all positions": (
+        "tune --workdirs {0}/learned --method uniform --lengths 16 17",
+        "learned cannot read 17 tokens, its learned encoding has 16 positions",
+    ),
+    "similarity past all positions": (
+        "similarity --workdirs {0}/nope {0}/learned --similarity.length 17",
+        "--similarity.length: learned cannot read 17 tokens, its learned encoding has 16 positions",
+    ),
+    "similarity of two vocabularies": (
+        "similarity --workdirs {0}/nope {0}/larger",
+        "model.vocab_size differs between the runs (nope: 256, larger: 300): only runs that read the same tokens can "
+        "be compared",
+    ),
+    "a scaling of RoPE without RoPE": (
+        "tune --workdirs {0}/nope --method yarn --lengths 32",
+        "--method yarn scales RoPE, but no layer of the run has it: its encoding is nope",
+    ),
+    "dynamic scaling without RoPE": (
+        "tune --workdirs {0}/nope --method dynamic --lengths 32",
+        "--method dynamic scales RoPE, but no layer of the run has it: its encoding is nope",
+    ),
+    "two runs to tune": (
+        "tune --workdirs {0}/nope {0}/other --method uniform --lengths 32",
+        "--workdirs: tune takes one run, not 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_what_cannot_be_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch, capsys, case):
+    words, message = WORDS[case]
+    data = configs.load(folder / "nope").data
+    reaching = {split: int((load_corpus(data, split).lengths > 16).sum()) for split in ("train", "validation")}
+    said = refusal(monkeypatch, capsys, words.format(folder), tmp_path / "out")
+    assert message.format(**reaching) in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (3, 2), (2, 2, 2, 2), (1, 3, 3), (4, 2, 3)])
+def test_factors_of_a_shape_that_the_decoder_does_not_have(shape):
+    config = ModelConfig(num_layers=2, num_heads=2, model_dim=16, mlp_dim=16)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="^logit_scale .*" + ("rows, not 3" if shape == (3, 2) else r"not \[")):
+        nnx.eval_shape(lambda model: model(jnp.zeros((1, 3), int), logit_scale=np.ones(shape)), model)
+
+
+@late_complaints
+@pytest.mark.slow
+def test_what_was_measured_is_kept_when_a_later_run_cannot_be_read(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = f"--workdirs {folder}/nope {folder}/half --lengths 16"
+    assert "half/checkpoints: no checkpoint that can be read" in refusal(monkeypatch, capsys, words, out)
+    with (out / "curves.csv").open() as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {"nope"}
+    assert "nope" in (out / "report.html").read_text()
+
+    # A run that has an older checkpoint is measured by that, with a warning that names both.
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert call_eval(monkeypatch, f"--workdirs {folder}/two --lengths 16 --out {out}") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and "cannot read the checkpoint of step 5" in said[0]
+    assert said[0].endswith("going back to that of step 0")
+    with (out / "curves.csv").open() as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {"two"}
+    assert (folder / "two" / "checkpoints" / "5").exists()  # an evaluation changes nothing of a run
+    gc.collect()

@@ -1,0 +1,302 @@
+"""The decoder: schedules, statistics, dtypes, packing, and encodings of a user's own."""
+
+import dataclasses
+import gc
+import weakref
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig, generate
+from nope_jax.attention import encoded_attention
+from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, ModelDims, RoPE
+from nope_jax.models import decoder as decoder_module
+from tests.support.attention_cases import others_slow
+
+TINY = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    model_dim=32,
+    mlp_dim=48,
+    tie_embeddings=True,
+    train_length=24,
+)
+TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 32)
+
+
+def decoder(**changes) -> Decoder:
+    return Decoder(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaw(Encoding):
+    """Relative vectors added to keys and to values: content-dependent logits and a value term."""
+
+    clip: int = 4
+
+    def init_layer(self, key, dims: ModelDims):
+        shape = (self.clip + 1, dims.head_dim)
+        return {
+            name: jax.random.normal(k, shape) for name, k in zip(("keys", "values"), jax.random.split(key), strict=True)
+        }
+
+    def _rows(self, table, block):
+        return table[jnp.clip(block.distance, 0, self.clip)]
+
+    def _logit(self, table, block):
+        return jnp.einsum("bnqh,bqkh->bnqk", block.query, self._rows(table, block))
+
+    def _value(self, table, weights, block):
+        return jnp.einsum("bnqk,bqkh->bnqh", weights, self._rows(table, block))
+
+    def logit(self, params, query, key, query_features=None, key_features=None):
+        return BlockLogit(self._logit, params["keys"])
+
+    def value(self, params):
+        return BlockValue(self._value, params["values"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetting(Encoding):
+    """Gates from the layer's input, whose running log-sum is subtracted: a logit with features per token."""
+
+    def init_layer(self, key, dims: ModelDims):
+        return {"gate": jax.random.normal(key, (dims.model_dim, dims.num_heads)) / dims.model_dim**0.5}
+
+    def features(self, params, inputs, previous):
+        kept = jnp.cumsum(jax.nn.log_sigmoid(inputs.astype(jnp.float32) @ params["gate"]), axis=1)
+        return kept if previous is None else kept + previous[:, None]
+
+    def _logit(self, _, block):
+        difference = block.query_features[:, :, None] - block.key_features[:, None]
+        return jnp.moveaxis(difference, -1, 1)
+
+    def logit(self, params, query, key, query_features=None, key_features=None):
+        return BlockLogit(self._logit, None, query_features, key_features)
+
+
+def test_shaw_is_its_formula():
+    query, key, value = (jax.random.normal(k, (1, 7, 2, 4)) for k in jax.random.split(jax.random.key(0), 3))
+    params = Shaw().init_layer(jax.random.key(1), ModelDims(num_heads=2, head_dim=4, model_dim=8))
+    out = encoded_attention(Shaw(), params, query, key, value)
+    expected = np.zeros(out.shape)
+    for n in range(2):
+        for i in range(7):
+            rows = [min(i - j, 4) for j in range(i + 1)]
+            logits = np.array([query[0, i, n] @ (key[0, j, n] + params["keys"][r]) / 2 for j, r in enumerate(rows)])
+            weights = np.exp(logits) / np.exp(logits).sum()
+            expected[0, i, n] = sum(
+                w * (value[0, j, n] + params["values"][r]) for j, (w, r) in enumerate(zip(weights, rows, strict=True))
+            )
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow  # its parts are held by test_every_encoding.py
+@pytest.mark.parametrize("encoding", [(Shaw(), "learned"), (Forgetting(), "t5")], ids=str)
+def test_both_implementations_agree_in_value_statistics_and_gradient(encoding):
+    tokens = jnp.tile(TOKENS[:1], 12)[:, :280]  # more than one block
+
+    def run(implementation):
+        model = decoder(encoding=encoding, num_layers=3, attention=implementation, train_length=280)
+        graph, state = nnx.split(model)
+
+        @jax.jit
+        def loss(state):
+            logits, stats = nnx.merge(graph, state)(tokens, return_stats=True)
+            return jax.nn.logsumexp(logits, axis=-1).mean() + stats.entropy.mean(), (logits, stats)
+
+        (_, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state)
+        return logits, stats, gradient
+
+    reference, streaming = run("reference"), run("streaming")
+    chex.assert_trees_all_close(streaming, reference, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("encoding", [*others_slow(ENCODINGS), Shaw(), Forgetting()], ids=str)
+def test_no_logit_depends_on_a_later_token(encoding):
+    model = decoder(encoding=encoding)
+    changed = TOKENS.at[:, 11:].set((TOKENS[:, 11:] + 1) % 32)
+    run = jax.jit(lambda tokens: model(tokens))
+    before, after = run(TOKENS), run(changed)
+    np.testing.assert_array_equal(before[:, :11], after[:, :11])
+    assert not np.allclose(before[:, 11:], after[:, 11:])
+
+
+def test_a_schedule_gives_each_layer_its_encoding():
+    scheduled = decoder(encoding=("rope", "nope"), num_layers=3)
+    params = nnx.state(scheduled)
+    slots = params["blocks"]
+    plain = decoder(encoding="nope", num_layers=3)
+    graph, state = nnx.split(plain)
+    order = [(0, 0), (1, 0), (0, 1)]
+    state["blocks"][0] = jax.tree.map(
+        lambda even, odd: jnp.stack([(even, odd)[slot][row] for slot, row in order]), slots[0], slots[1]
+    )
+    state["embedding"], state["norm"] = params["embedding"], params["norm"]
+    # At position 0 alone every rotation is the identity, so RoPE and NoPE in turn are NoPE with the same weights ...
+    zeros = jnp.zeros_like(TOKENS)
+    np.testing.assert_allclose(
+        scheduled(TOKENS, positions=zeros), nnx.merge(graph, state)(TOKENS, positions=zeros), rtol=1e-5, atol=1e-5
+    )
+    # ... and elsewhere it is not.
+    assert not np.allclose(scheduled(TOKENS), nnx.merge(graph, state)(TOKENS), atol=1e-3)
+
+
+def test_statistics_come_in_the_order_of_the_layers():
+    model = decoder(encoding=("nope", "alibi", "rope"), num_layers=4)
+    _, stats = model(TOKENS, return_stats=True, logit_scale=jnp.zeros((4, 4)).at[2].set(1.0))
+    assert stats.entropy.shape == stats.logsumexp.shape == (4, 2, 4, 24)
+    ceiling = np.log(np.arange(1, 25))
+    uniform = [np.allclose(layer, ceiling[None, None], atol=1e-5) for layer in stats.entropy]
+    # Logit scale 0 leaves NoPE and RoPE uniform (layers 0 and 3), ALiBi not (1); layer 2 kept its content.
+    assert uniform == [True, False, False, True]
+
+
+def test_remat_changes_nothing():
+    graph, state = nnx.split(decoder(encoding="t5"))
+    remat_graph, _ = nnx.split(decoder(encoding="t5", remat=True))
+
+    def gradient(graph):
+        return jax.jit(jax.grad(lambda s: jax.nn.logsumexp(nnx.merge(graph, s)(TOKENS)).sum()))(state)
+
+    text = str(jax.make_jaxpr(lambda s: nnx.merge(remat_graph, s)(TOKENS))(state))
+    assert "remat" in text or "checkpoint" in text
+    chex.assert_trees_all_close(gradient(remat_graph), gradient(graph), rtol=1e-4, atol=1e-6)
+
+
+# Randomized positions are drawn for all tokens of a row at once, however they are packed.
+@pytest.mark.parametrize("encoding", others_slow(name for name in ENCODINGS if name != "randomized"))
+def test_documents_packed_behind_masks_are_the_documents_alone(encoding):
+    model = decoder(encoding=encoding)
+    lengths = [9, 9, 6]  # the last one is cut off
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None].repeat(2, 0)
+    segments = jnp.repeat(jnp.arange(3), jnp.array(lengths))[None].repeat(2, 0)
+    packed = jax.jit(lambda *x: model(x[0], positions=x[1], segment_ids=x[2]))(TOKENS, positions, segments)
+    run = jax.jit(lambda tokens: model(tokens))
+    for start in 0, 9:
+        alone = run(TOKENS[:, start : start + 9])
+        np.testing.assert_allclose(packed[:, start : start + 9], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+    model, low = decoder(encoding="rope"), decoder(encoding="rope", dtype="bfloat16")
+    logits, stats = low(TOKENS, return_stats=True)
+    assert logits.dtype == stats.entropy.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(low)))
+    assert low.hidden(TOKENS)[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits, model(TOKENS), atol=0.1)
+
+
+def test_grouped_queries_read_their_own_key_heads():
+    model = decoder(encoding="nope")
+    assert nnx.state(model)["blocks"][0]["attention"]["key"].shape == (2, 32, 2, 8)
+    assert model(TOKENS).shape == (2, 24, 32)
+
+
+def test_untied_and_plain_variants():
+    model = decoder(tie_embeddings=False, mlp="plain")
+    assert model.head is not None
+    assert nnx.state(model)["head"].shape == (32, 32)
+    assert "gate" not in nnx.state(model)["blocks"][0]["mlp"]
+    assert np.isfinite(model(TOKENS)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoding": "ropee"}, "did you mean 'rope'"),
+        ({"encoding": ("rope", "nope", "nope")}, "period of 3 layers"),
+        ({"encoding": ()}, "non-empty tuple"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3 must divide model.num_heads 4"),
+        ({"num_heads": 6}, "num_heads 6 must divide model.model_dim 32"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"mlp": "swiglu"}, "model.mlp must be one of gated, plain"),
+        ({"head_dim": 0}, "model.head_dim must be at least 1"),
+        ({"encoding": RoPE(rotary_dim=16)}, "rotary_dim"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decoder(**changes)(TOKENS)
+
+
+def test_tokens_and_positions_that_do_not_exist_are_refused_or_poison_the_answer():
+    model = decoder(encoding="learned")
+    with pytest.raises(ValueError, match=r"tokens must be between 0 and 31 .* not 32"):
+        model(TOKENS.at[0, 0].set(32))
+    for positions in (None, jnp.arange(1, 26), jnp.arange(-1, 24)):
+        with pytest.raises(ValueError, match="positions must be between 0 and 23"):
+            model(jnp.zeros((1, 25), int), positions=positions)
+    assert np.isnan(jax.jit(lambda t: model(t))(TOKENS.at[0, 3].set(-1))[0, 3:]).all()
+    assert np.isnan(jax.jit(lambda p: model(TOKENS, positions=p))(jnp.arange(1, 25))[:, -1]).all()
+
+
+def test_an_encoding_of_the_users_own_compiles_once():
+    model = decoder(encoding=Shaw())
+    traces = []
+
+    @jax.jit
+    def logits(state, tokens):
+        traces.append(None)
+        return nnx.merge(graph, state)(tokens)
+
+    graph, state = nnx.split(model)
+    logits(state, TOKENS)
+    logits(state, TOKENS + 0)
+    assert len(traces) == 1
+
+
+def test_losses_in_chunks_are_the_losses(monkeypatch):
+    model = decoder(encoding="rope")
+    graph, state = nnx.split(model)
+    targets = jnp.roll(TOKENS, -1, axis=1)
+    monkeypatch.setattr(decoder_module, "LOGITS_AT_ONCE", 2 * 32 * 7)  # 7 positions: the last chunk is padded
+
+    def chunked(state):
+        model = nnx.merge(graph, state)
+        return model.nll(model.hidden(TOKENS)[0], targets)
+
+    def whole(state):
+        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, state)(TOKENS), targets)
+
+    def losses_and_gradient(losses):
+        return jax.jit(lambda state: (losses(state), jax.grad(lambda s: losses(s).sum())(state)))(state)
+
+    (nll, gradient), (whole_nll, whole_gradient) = losses_and_gradient(chunked), losses_and_gradient(whole)
+    np.testing.assert_allclose(nll, whole_nll, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nope", "recursive", "t5", "cope"])
+def test_what_is_called_again_outside_of_jit_is_not_compiled_again(name, compilations):
+    model = decoder(encoding=name)
+
+    def call():
+        model(TOKENS, return_stats=True)
+        _, cache = model.decode_step(TOKENS[:, :3], model.init_cache(2, 24))
+        model.decode_step(TOKENS[:, 3:4], cache)
+        generate(model, TOKENS[:, :3], max_new_tokens=2)
+
+    call()
+    before = compilations()
+    call()
+    assert compilations() == before
+
+
+def test_decoders_of_one_structure_share_what_is_compiled_which_keeps_none_of_them(compilations):
+    first, second = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    logits = first(TOKENS)
+    before = compilations()
+    assert not np.array_equal(second(TOKENS), logits)
+    assert compilations() == before
+    parameter = weakref.ref(first.embedding[...])
+    del first
+    gc.collect()
+    assert parameter() is None

@@ -1,0 +1,87 @@
+"""Weights of one decoder under another encoding, in Python and in training."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax.encodings import KERPLE, T5, TUPE, HeadScale, Multiplicative, NoPE, Randomized, RoPE
+from nope_jax.models import transfer_weights
+
+TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=16, mlp_dim=24, train_length=16)
+TOKENS = jnp.arange(12)[None] % 32
+
+
+def decoder(encoding, seed, **changes):
+    return Decoder(dataclasses.replace(TINY, encoding=encoding, **changes), rngs=nnx.Rngs(seed))
+
+
+@pytest.mark.parametrize(
+    ("source", "model"),
+    [
+        ("t5", "t5"),
+        (("t5", "rope"), ("t5", "rope", "t5")),  # another period, the same layers
+        ("learned", ("learned", "learned")),
+        ("rope", HeadScale(RoPE())),  # starts at 1
+    ],
+    ids=str,
+)
+def test_the_same_encodings_give_the_same_logits(source, model):
+    source, model = decoder(source, 0), decoder(model, 1)
+    before = model(TOKENS)
+    transfer_weights(model, source)
+    np.testing.assert_allclose(model(TOKENS), source(TOKENS), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(before, source(TOKENS), atol=1e-3)
+
+
+def test_dropping_rope_is_nope_with_its_weights():
+    source, model = decoder("rope", 0), decoder(NoPE(), 1)
+    transfer_weights(model, source)
+    assert not np.allclose(model(TOKENS), source(TOKENS), atol=1e-3)
+    # Where every position is 0 nothing turns.
+    zeros = jnp.zeros_like(TOKENS)
+    np.testing.assert_allclose(model(TOKENS, positions=zeros), source(TOKENS, positions=zeros), rtol=1e-5, atol=1e-6)
+
+
+def test_another_kind_of_encoding_keeps_what_it_has_itself():
+    source, model = decoder("rope", 0), decoder("t5", 1)
+    table = model.positions[0]["table"][...]
+    transfer_weights(model, source)
+    np.testing.assert_array_equal(model.positions[0]["table"][...], table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 2}, "its model.num_layers is 3, not 2"),
+        ({"tie_embeddings": True}, "its model.tie_embeddings is False, not True"),
+        ({"train_length": 8}, r"its positions.0.positions has shape \[16, 16\], not \[8, 16\]"),
+    ],
+)
+def test_another_shape_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        transfer_weights(decoder("learned", 1, **changes), decoder("learned", 0))
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "adopted"),
+    [
+        (KERPLE(), Randomized(KERPLE()), True),
+        (Randomized(T5()), T5(), True),
+        (KERPLE(), KERPLE("power"), False),  # r1 alone would be half of it
+        (Multiplicative(sinusoidal=True), Multiplicative(), False),
+        (TUPE(relative=False), TUPE(), None),  # all but the bias
+    ],
+    ids=str,
+)
+def test_what_encodings_have_learned_comes_along_whole_or_not_at_all(source, model, adopted):
+    source, model = decoder(source, 0), decoder(model, 1)
+    before, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, source))
+    transfer_weights(model, source)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if "position" in path or "positions" in path:
+            comes = path in theirs if adopted is None else adopted
+            np.testing.assert_array_equal(variable[...], (theirs if comes else before)[path][...])

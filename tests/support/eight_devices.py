@@ -1,0 +1,133 @@
+"""Runs of a tiny decoder over eight devices of one CPU, in a process of their own: JAX counts its devices once.
+
+`results(mesh, ...)` is called from tests; this file is also what it runs.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def results(function: str, *arguments: Any) -> Any:
+    """What a function of this module returns in a process with eight devices, and what XLA wrote to its stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results")
+        path.write_bytes(pickle.dumps((function, arguments)))
+        flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
+        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", __file__, str(path)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return pickle.loads(path.read_bytes()), done.stderr
+
+
+def config(mesh: dict[str, Any], model: dict[str, Any], accumulation: int, optimizer: str = "adamw"):
+    from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+
+    sizes = {"vocab_size": 64, "num_layers": 3, "num_heads": 4, "model_dim": 16, "mlp_dim": 24}
+    return Config(
+        model=ModelConfig(**(sizes | model)),
+        data=DataConfig(context_length=32, batch_size=16),
+        optimizer=OptimizerConfig(optimizer, learning_rate=1e-2, warmup_steps=1, accumulation=accumulation),
+        mesh=MeshConfig(**mesh),
+    )
+
+
+def train_steps(cases: list[tuple], steps: int, logits_at_once: int | None = None) -> list[dict[str, Any]]:
+    """For each case, the arguments of `config`: the compiled step, and the state after so many of them.
+
+    Batches are the same in all of them. Without steps there is no state, only the shapes of its arrays.
+    """
+    import jax
+    import numpy as np
+
+    from nope_jax.data import Batch
+    from nope_jax.models import decoder
+    from nope_jax.sharding import make_mesh, place_batch
+    from nope_jax.training.optimizer import make_optimizer
+    from nope_jax.training.state import abstract_state, init_state
+    from nope_jax.training.step import jit_train_step
+
+    if logits_at_once is not None:
+        decoder.LOGITS_AT_ONCE = logits_at_once
+
+    def by_name(tree: Any) -> dict[str, Any]:
+        return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    draw, found = np.random.default_rng(0), []
+    tokens = draw.integers(0, 64, (max(1, steps), 16, 33), np.int32)
+    for mesh_sizes, *others in cases:
+        run = config(mesh_sizes, *others)
+        sizes = [size for axis, size in mesh_sizes.items() if axis != "rules"]
+        mesh = make_mesh(run.mesh, jax.devices()[: int(np.prod(sizes))])
+        optimizer = make_optimizer(run.optimizer, max(1, steps))
+        with jax.set_mesh(mesh):
+            graphdef, abstract = abstract_state(run, optimizer, mesh)
+            batches = [place_batch(Batch(rows[:, :-1], rows[:, 1:]), mesh) for rows in tokens]
+            jitted = jit_train_step(graphdef, optimizer, abstract, run.optimizer.accumulation)
+            step = jitted.lower(abstract, batches[0]).compile()
+            case = {
+                "text": step.as_text(),
+                "shapes": {name: array.shape for name, array in by_name(abstract).items()},
+                "own_shapes": {name: a.sharding.shard_shape(a.shape) for name, a in by_name(abstract).items()},
+            }
+            if steps:
+                state, losses = init_state(run, optimizer, abstract), []
+                for batch in batches:
+                    state, metrics = step(state, batch)
+                    losses.append(float(metrics["loss"]))
+                case |= {"losses": losses, "state": jax.tree.map(np.asarray, by_name(state))}
+                own = {name: array.addressable_shards[0].data.shape for name, array in by_name(state).items()}
+                assert own == case["own_shapes"]
+            found.append(case)
+    return found
+
+
+def in_context(
+    axis_types: list[str | None], model: dict[str, Any], logits_at_once: int | None = None
+) -> list[dict[str, Any]]:
+    """For each type of axes, None being one device: loss, its gradient, logits and what else a decoder gives."""
+    import jax
+    import numpy as np
+    from flax import nnx
+    from jax.sharding import AxisType
+
+    from nope_jax import Decoder
+    from nope_jax.data import Batch
+    from nope_jax.models import decoder, generate
+    from nope_jax.sharding import AXES
+    from nope_jax.training.step import total_nll
+
+    if logits_at_once is not None:
+        decoder.LOGITS_AT_ONCE = logits_at_once
+    graphdef, params = nnx.split(Decoder(config({}, model, 1).model, rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 17), np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    found = []
+    for axis_type in axis_types:
+        devices = 1 if axis_type is None else 8
+        shape = (1, 1, 1, 1) if axis_type is None else (2, 2, 2, 1)
+        types = (AxisType[axis_type or "Auto"],) * 4
+        with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[:devices])):
+            loss, gradient = jax.jit(jax.value_and_grad(lambda p: total_nll(graphdef, p, batch)))(params)
+            model_ = nnx.merge(graphdef, params)
+            logits, stats = jax.jit(lambda m: m(batch.tokens, return_stats=True))(model_)
+            nll = jax.jit(lambda m: m.nll(m.hidden(batch.tokens)[0], batch.targets))(model_)
+            decoded, _ = jax.jit(lambda m: m.decode_step(batch.tokens, m.init_cache(*batch.tokens.shape)))(model_)
+            arrays = {"loss": loss, "logits": logits, "stats": stats, "nll": nll, "decoded": decoded}
+            arrays["generated"] = generate(model_, batch.tokens, 3)
+            found.append(jax.tree.map(np.asarray, arrays | {"gradient": dict(enumerate(jax.tree.leaves(gradient)))}))
+    return found
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    function, arguments = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(globals()[function](*arguments)))
