@@ -7,6 +7,7 @@ import difflib
 import io
 import itertools
 import operator
+import os
 import platform
 import re
 import signal
@@ -55,6 +56,9 @@ def run(command: Callable[[], None]) -> int:
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except FloatingPointError as error:
         return _fail(str(error), status=DIVERGED)
+    except BrokenPipeError:  # the reader of stdout has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status=2)
     except ValueError as error:
@@ -202,6 +206,8 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
     if evaluation.settings is not None:
         groups[name] = evaluation.settings
     rule = "Fields of data and eval default to those of the run."
+    if name == next(iter(EVALUATIONS)):
+        rule += f" Other evaluations: eval.py NAME --help, with NAME one of {', '.join(list(EVALUATIONS)[1:])}."
     values, given = _parse(arguments, options, groups, f"{evaluation.description} {rule}")
     overrides = {field: value for field, value in given.items() if field in HINTS}
     for field in overrides:
@@ -240,7 +246,7 @@ def _parse(
         for name, words in given.items():
             if name not in hints:
                 raise unknown(f"--{name}", [f"--{known}" for known in hints])
-            if not words or (len(words) > 1 and not takes_several(hints[name])):
+            if not words or (len(words) > 1 and not takes_several(hints[name])) or (name in options and "" in words):
                 raise ValueError(f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}")
             for word in words:
                 if name in options and name != "workdir":

@@ -395,12 +395,13 @@ def draw(scores: Sequence[tuple[Run, Scores]]) -> Figure:
         axes.axhline(0, color=QUIET, linewidth=0.8)
         axes.set_title(f"{run.name}, trained at {run.train_length:,}", fontsize=10, color=INK)
         axes.set_ylim(_FLOOR, 1)
+        axes.set_xlabel("layers applied", fontsize=8, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plots.finish(axes)
     drawing.supylabel("R² of the position", fontsize=10)
     plots.note(
         drawing,
-        f"Layers applied. Solid: within the training length; dashed: past it; dotted: the length's own probe. "
+        "Solid: within the training length; dashed: past it;\ndotted: the length's own probe. "
         f"R² below {_FLOOR:g} is drawn at {_FLOOR:g}.\nBars: one standard error over the test documents.",
     )
     handles, labels = zip(*(named[key] for key in sorted(named)), strict=True)

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import json
 import os
 import shutil
 import warnings
@@ -204,3 +205,12 @@ def test_what_was_measured_is_kept_when_a_later_run_cannot_be_read(folder, tmp_p
         assert {row["run"] for row in csv.DictReader(file)} == {"two"}
     assert (folder / "two" / "checkpoints" / "5").exists()  # an evaluation changes nothing of a run
     gc.collect()
+
+
+def test_a_tokenizer_that_is_not_the_one_of_the_run_is_refused(folder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    copy_run(folder / "nope", run)
+    (run / "data.json").write_text(json.dumps({"tokenizer": "of another file"}))
+    said = refusal(monkeypatch, capsys, f"--workdirs {run} --lengths 16", tmp_path / "out")
+    assert "data.tokenizer 'bytes' is not the tokenizer that" in said
+    assert not (tmp_path / "out").exists()

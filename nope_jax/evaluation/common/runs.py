@@ -1,6 +1,7 @@
 """The trained runs that an evaluation compares, and their results."""
 
 import dataclasses
+import json
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, EncodingSpec
 from nope_jax.data import load_tokenizer
+from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.encodings import ENCODINGS, Wrapper
 from nope_jax.evaluation.registry import Options
 from nope_jax.models import Decoder
@@ -155,7 +157,7 @@ def newest_step(run: Run[Any]) -> int:
     """The step of the newest checkpoint of a run.
 
     Raises:
-        ValueError: there is no checkpoint yet, or the tokenizer (possibly overridden) has more tokens than the model.
+        ValueError: there is no checkpoint yet, or the tokenizer (possibly overridden) is not the one of the run.
     """
     with Checkpointer(run.workdir, read_only=True) as checkpointer:
         step = checkpointer.latest_step
@@ -166,6 +168,12 @@ def newest_step(run: Run[Any]) -> int:
         raise ValueError(
             f"data.tokenizer {run.config.data.tokenizer!r} has {tokens} tokens, but {run.workdir} was trained with "
             f"model.vocab_size {run.config.model.vocab_size}"
+        )
+    data = run.workdir / "data.json"  # written by train.py; absent from the workdirs of earlier versions
+    trained_with = json.loads(data.read_text()).get("tokenizer") if data.exists() else None
+    if trained_with not in (None, tokenizer_digest(run.config.data.tokenizer)):
+        raise ValueError(
+            f"data.tokenizer {run.config.data.tokenizer!r} is not the tokenizer that {run.workdir} was trained with"
         )
     return step
 

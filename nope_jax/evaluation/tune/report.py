@@ -79,13 +79,18 @@ def rows(tuning: Tuning) -> list[list[str]]:
 
 def notes(tuning: Tuning) -> list[str]:
     """Notes below the table."""
+    searched = tuning.learned is not None or any(outcome.tried for outcome in tuning.lengths)
     said = [
         f"Mean loss over all tokens of documents from the training split of {tuning.data}, read from their starts. ±: "
         "standard error over documents"
         + ("" if all(outcome.documents > 1 for outcome in tuning.lengths) else " (none for a single document)")
-        + ". Gain: before minus the new run, with its error paired by document; the factors were found on documents of "
-        "this split, so on others the gain may be smaller."
+        + ". Gain: before minus the new run, with its error paired by document"
+        + ("; the factors were found on these documents, so on others the gain may be smaller." if searched else ".")
     ]
+    if not searched and tuning.encoding is not None:
+        said.append(
+            f"Nothing was searched for: the method follows from the lengths. The new run has {tuning.encoding}."
+        )
     if tuning.method == "uniform" and tuning.factor is not None:
         said.append(
             f"The new run has the factor of the longest length, {tuning.factor:.2f}. Wang's fit is 1 + 0.397 ln s at s "
