@@ -61,23 +61,22 @@ def test_configs_have_the_parameters_of_their_papers(name, expected):
 
 def test_every_cell_of_the_table_has_runs_that_divide_over_its_slice():
     for cell in pods.cells():
-        chips = math.prod(map(int, cell[2].partition(":")[2].split("x")))
-        for mesh in pods.meshes(cell):
-            tried = list(pods.configs(cell, mesh))
-            sizes = {axis: getattr(mesh, axis) for axis in AXES}
-            rest = chips // math.prod(size for size in sizes.values() if size != -1)
-            sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
-            for config in tried:
-                check_fits(config, jax.sharding.AbstractMesh(tuple(sizes.values()), AXES))
-            rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]
-            assert rows == sorted(rows, reverse=True)
-            assert rows[-1] == chips // mesh.tensor  # one at a time of each chip, or of those that share heads
+        chips = math.prod(map(int, cell[1].partition(":")[2].split("x")))
+        tried = list(pods.configs(cell))
+        for config in tried:
+            sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+            sizes = {axis: chips if size == -1 else size for axis, size in sizes.items()}
+            assert math.prod(sizes.values()) == chips
+            check_fits(config, jax.sharding.AbstractMesh(tuple(sizes.values()), AXES))
+        rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]
+        assert rows == sorted(rows, reverse=True)
+        assert rows[-1] == chips  # one at a time of each chip
 
 
-def test_the_table_has_the_best_mesh_of_each_cell():
+def test_the_table_has_the_shortest_step_of_each_cell():
     def line(rows: int, seconds: float, fits: bool = True) -> dict:
         return {
-            "cell": ["1 B", "NoPE", "v5e:4x4"],
+            "cell": ["1 B", "v5e:4x4"],
             "rows": rows,
             "fits": fits,
             "memory": {"parameters": 2**30, "temporaries": 2**33},
@@ -89,9 +88,30 @@ def test_the_table_has_the_best_mesh_of_each_cell():
         }
 
     text = pods.table([line(32, 1.0, fits=False), line(8, 6.0), line(4, 5.0)])
-    assert "| 1 B | NoPE | v5e:4x4 | 16 | fsdp 8 x tensor 2 | 4 | 9.0 of 16 | 2.50 to 5.00 | 20% to 40% |" in text
+    assert "| 1 B | v5e:4x4 | 16 | fsdp 8 x tensor 2 | 4 | 9.0 of 16 | 2.50 to 5.00 | 20% to 40% |" in text
     assert text.count("| 1 B |") == 1
-    assert "1 B NoPE on v5e:8x8" in text
+    assert "1 B on v5e:16x16" in text
+
+
+def test_rows_are_halved_until_they_fit_and_further_while_that_shortens_the_step(tmp_path, monkeypatch):
+    seconds = {16: None, 8: 3.0, 4: 2.0, 2: 2.5}
+    tried = []
+
+    def compiled(config, cell):
+        rows = config.data.batch_size // (4 * config.optimizer.accumulation)
+        tried.append(rows)
+        return {"fits": seconds[rows] is not None, "seconds": [0, seconds[rows]]}
+
+    config = load_file(ROOT / "configs/gpt2.py")
+    rows = [override(config, {"optimizer.accumulation": config.data.batch_size // (4 * n)}) for n in (16, 8, 4, 2, 1)]
+    monkeypatch.setattr(pods, "cells", lambda: [("125 M", "v5e:2x2")])
+    monkeypatch.setattr(pods, "configs", lambda cell: rows)
+    monkeypatch.setattr(pods, "compiled", compiled)
+    monkeypatch.setattr(pods, "write_table", lambda path: None)
+    pods.compile_all(tmp_path / "pods.jsonl", 60)
+    assert tried == [16, 8, 4, 2]
+    pods.compile_all(tmp_path / "pods.jsonl", 60)  # goes on where it stopped
+    assert tried == [16, 8, 4, 2]
 
 
 # Slices

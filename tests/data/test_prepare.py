@@ -183,7 +183,7 @@ def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_part
         compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir})
         with (tmp_path / "out" / "curves.csv").open() as file:
             found[folder.dir] = list(csv.DictReader(file))[-1]
-        said = "Bits per byte are not known" in " ".join(capsys.readouterr().out.split())
+        said = "Bits per byte are unknown" in " ".join(capsys.readouterr().out.split())
         assert said == (folder is copy)
     without, whole = found[copy.dir], found[config.dir]
     assert without["text_bytes"] == without["bits_per_byte"] == without["bits_per_byte_stderr"] == ""
