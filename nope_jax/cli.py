@@ -10,6 +10,7 @@ import operator
 import os
 import platform
 import re
+import select
 import signal
 import sys
 import typing
@@ -56,10 +57,9 @@ def run(command: Callable[[], None]) -> int:
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except FloatingPointError as error:
         return _fail(str(error), status=DIVERGED)
-    except BrokenPipeError:  # the reader of stdout has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return 128 + signal.SIGPIPE
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status=2)
     except ValueError as error:
         if not is_refusal(error):
@@ -80,6 +80,20 @@ def _keep_freed_memory() -> None:
         mallopt(arena_max, 1)
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more, as in `| head`; what is left to be printed is then dropped."""
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # not a file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return closed
 
 
 def _fail(message: str, *, status: int) -> int:

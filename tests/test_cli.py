@@ -1,5 +1,8 @@
 """The command lines: what they take, what they refuse, and their exit status."""
 
+import errno
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -23,11 +26,37 @@ from nope_jax.encodings import (
 )
 from tests.support.config_file import CONFIG_FILE
 
+ROOT = Path(__file__).parents[1]
+
 
 def run(command) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
         return cli.run(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("lambda: print('x' * 10**6)", 141, ""),
+        ("lambda: open('/nowhere/else')", 2, "error: /nowhere/else: No such file or directory\n"),
+    ],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(command, status, said):
+    script = f"import sys; from nope_jax.cli import run; sys.exit(run({command}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (said, status)
+
+
+def test_any_other_broken_pipe_is_an_error(capsys):
+    def command():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert run(command) == 2
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
 
 
 def test_parse_train(config_file):

@@ -4,6 +4,7 @@ Text is tokenized in blocks, to support any size. The tokens near the edges of a
 consecutive blocks overlap and are joined in the middle of a stretch where both have the same tokens.
 """
 
+import abc
 import codecs
 import dataclasses
 import difflib
@@ -106,12 +107,12 @@ class ByteTokenizer:
         return np.broadcast_to(1, len(self.encode(text)))
 
 
-class _TextTokenizer:
+class _TextTokenizer(abc.ABC):
     """A tokenizer of characters, based on the tokens and end offsets that its library reports."""
 
+    @abc.abstractmethod
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
         """The tokens of a text, and the number of characters up to the end of each."""
-        raise NotImplementedError
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
         return self._spans(_decoded(text))[0]

@@ -1,5 +1,6 @@
 """The evaluation interface and the driver shared by all evaluations: plan, measure, write, print."""
 
+import abc
 import contextlib
 import importlib
 import tempfile
@@ -19,7 +20,7 @@ from nope_jax.evaluation.registry import EVALUATIONS, Options
 from nope_jax.locks import held
 
 
-class Evaluation:
+class Evaluation(abc.ABC):
     """An evaluation in progress: it measures runs and reports the results so far.
 
     The `plan(options)` function of its module creates it, and rejects bad input before anything large is loaded or
@@ -38,6 +39,7 @@ class Evaluation:
         """The runs that have results."""
         return [run for run in self.runs if run.results]
 
+    @abc.abstractmethod
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         """Measures the runs, and yields after each new result worth writing.
 
@@ -45,7 +47,6 @@ class Evaluation:
             out: the report directory, where the evaluation may store state to resume from.
             bar: progress bar to update: `total` (any unit), `describe` and `advance`.
         """
-        raise NotImplementedError
 
     def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:
         """Files of numbers by name: the columns and rows of a .csv, or the arrays of a .npz."""
@@ -61,6 +62,7 @@ class Evaluation:
 
     def finish(self, out: Path) -> None:
         """Runs last, after all results have been measured and written."""
+        return
 
 
 def evaluate(name: str, options: Options) -> None:
