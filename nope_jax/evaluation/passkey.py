@@ -256,7 +256,7 @@ def rows(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> list[tuple[st
         return f"{100 * accuracy.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}] ({100 * accuracy.min():.0f})"
 
     return [
-        (run.name, run.encoding, f"{run.train_length:,}", *(cell(run, length) for length in run.lengths))
+        (run.name, run.short_encoding, f"{run.train_length:,}", *(cell(run, length) for length in run.lengths))
         for run in runs
     ]
 

@@ -353,7 +353,7 @@ def table_rows(scores: Iterable[tuple[Run, Scores]]) -> list[tuple[str, ...]]:
         r2 = [score.r2 for score in one.layers]
         best = int(np.argmax(np.nan_to_num([float(layer.value) for layer in r2], nan=-np.inf)))
         mae = one.layers[best].mae
-        what = (run.name, run.encoding, str(run.train_length), str(one.length), one.probe)
+        what = (run.name, run.short_encoding, str(run.train_length), str(one.length), one.probe)
         error = plus_minus(f"{mae.value:.1f}", float(mae.stderr), 1)
         cells.append((*what, *map(_number, (r2[0], r2[-1], r2[best])), str(best), error))
     return cells

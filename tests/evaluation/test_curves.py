@@ -232,18 +232,32 @@ def test_memory_with_weights_written_out_grows_quadratically():
     assert long > 3.5 * short
 
 
-def test_memory_is_stated_for_each_length(tmp_path, capsys):
+def test_speed_and_memory_are_stated_for_each_length(tmp_path, capsys):
     before = peak_memory()
     short, long = (measure(Bigram(), some_documents(5000), length, batch_size=1) for length in (500, 4000))
     run = synthetic_run("table", lengths=(128, 256), max_length=128)
     run.results[256] = short
     assert short.step_bytes > 500 * LAYERS * HEADS * 4 and 4 * short.step_bytes < long.step_bytes
     assert 10e6 < before <= short.peak_bytes <= long.peak_bytes < 1e12
-    (row,) = table.memory_rows([run])
-    assert row[-1] == f"{short.step_bytes / 1e6:,.1f} / {short.peak_bytes / 1e6:,.0f}"
+    assert short.tokens_read == 500 and short.seconds > 0
+    (row,) = table.cost_rows([run])
+    speed = f"{short.tokens_read / short.seconds:,.0f}"
+    assert row[-1] == f"{speed}, {short.step_bytes / 1e6:,.0f} / {short.peak_bytes / 1e6:,.0f}"
     show([run])
     printed = " ".join(capsys.readouterr().out.split())
     assert row[-1] in printed and "the most memory that this process had used by the end of the length" in printed
+
+
+def test_figures_pool_buckets_with_few_tokens_but_not_across_the_training_length():
+    curve = synthetic_run(nll=lambda p: 1.0 + (p >= 128), lengths=(2048,), documents=2).results[2048]
+    pooled = curve.coarser(100, 16, 128)
+    assert pooled.edges[0] == 16 and 128 in pooled.edges and pooled.edges[-1] == 2048
+    assert set(pooled.edges) < set(curve.edges) and pooled.tokens.sum(0).min() >= 100
+    assert pooled.tokens.sum() == 2 * (2048 - 16) and pooled.nll_sum.sum() == 2 * (112 + 2 * 1920)
+    np.testing.assert_allclose(pooled.nll.value, np.where(pooled.edges[:-1] < 128, 1.0, 2.0))
+    few = curve.coarser(10**6, 16, 128)  # more than there are: one bucket on either side
+    np.testing.assert_array_equal(few.edges, [16, 128, 2048])
+    np.testing.assert_array_equal(curve.coarser(1, 16, 128).edges, curve.edges[curve.edges >= 16])
 
 
 # Going on

@@ -27,7 +27,7 @@ from nope_jax.encodings import NoPE, RoPE, UniformScale, Windowed, YaRNScaling
 from nope_jax.evaluation.common.documents import Window, choose_documents, plan_windows
 from nope_jax.evaluation.common.files import replace_file, store
 from nope_jax.evaluation.common.plots import save
-from nope_jax.evaluation.common.runs import encoding_name, run_names
+from nope_jax.evaluation.common.runs import encoding_name, run_names, short_encoding_name
 from nope_jax.evaluation.perplexity import figures, table
 from nope_jax.evaluation.perplexity.measure import Curve, bucket_edges, measure
 from nope_jax.evaluation.perplexity.units import Units
@@ -176,6 +176,15 @@ def test_encoding_names():
     yarn = RoPE(scaling=YaRNScaling(factor=8.0, original_length=128))
     assert encoding_name(yarn) == "RoPE(scaling=YaRNScaling(factor=8.0, original_length=128))"
     assert encoding_name(UniformScale(Windowed(NoPE(), window=8), factor=1.5)) == "uniform_scale:windowed:nope"
+
+
+def test_short_encoding_names_leave_out_settings_and_count_repetitions():
+    yarn = RoPE(base=1e6, scaling=YaRNScaling(factor=8.0, original_length=128))
+    assert short_encoding_name("smollm3") == "smollm3"
+    assert short_encoding_name(yarn) == "rope (YaRN)"
+    assert short_encoding_name((UniformScale(yarn, factor=1.5),)) == "uniform_scale:rope (YaRN)"
+    assert short_encoding_name((RoPE(base=5e6),) * 3 + ("nope",)) == "3 rope + nope"
+    assert short_encoding_name((RoPE(base=5e6),) * 3) == "rope"
 
 
 def cells(run, stride=None):

@@ -2,11 +2,12 @@
 
 import csv
 import dataclasses
+import re
 import sys
 
 import pytest
 
-from nope_jax.evaluation.common import runs
+from nope_jax.evaluation.common import console, runs
 from nope_jax.evaluation.registry import EVALUATIONS, Entry
 from tests.support.tiny_runs import call_eval, write_run
 
@@ -113,3 +114,15 @@ def test_what_it_has_measured_is_kept_when_it_is_stopped(own, tmp_path, monkeypa
     assert call_eval(monkeypatch, own) == 130
     assert (tmp_path / "out" / "probes.csv").read_text().splitlines()[1].startswith("a,")
     assert "<h2>Embeddings</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_without_a_terminal_progress_is_lines_with_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(console, "SAY_EVERY", 0.0)
+    with console.progress_bar() as bar:
+        bar.total(100)
+        bar.describe("nope at 128")
+        for _ in range(3):
+            bar.advance(20)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nope at 128: ")]
+    assert [line.partition(",")[0] for line in said] == [f"nope at 128: {n} %" for n in (20, 40, 60)]
+    assert re.search(r", 0:00:\d\d left$", said[-1])

@@ -1,7 +1,9 @@
 """Terminal output of the evaluations: the progress bar and the result tables."""
 
 import contextlib
+import datetime
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -11,12 +13,16 @@ from rich.table import Table
 
 from nope_jax.evaluation.common.report import Section
 
+SAY_EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal for a bar."""
+
 
 class Bar:
-    """Progress of an evaluation, with the time left."""
+    """Progress of an evaluation on stderr, with the time left: a bar in a terminal, otherwise a line now and then."""
 
     def __init__(self, progress: Progress):
         self._progress, self._task = progress, progress.add_task("", total=None)
+        self._said = time.monotonic()
 
     def total(self, amount: float) -> None:
         """Sets the total amount of work, in any unit."""
@@ -29,13 +35,24 @@ class Bar:
     def advance(self, amount: float = 1) -> None:
         """Advances the bar by `amount` of work."""
         self._progress.advance(self._task, amount)
+        if self._progress.console.is_terminal or time.monotonic() - self._said < SAY_EVERY:
+            return
+        self._said, task = time.monotonic(), self._progress.tasks[0]
+        left = "" if task.time_remaining is None else f", {datetime.timedelta(seconds=int(task.time_remaining))} left"
+        print(f"{task.description}: {task.percentage:.0f} %{left}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Bar]:
-    """Shows a progress bar with the time left on stderr."""
+    """Shows the progress of what is done within."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        speed_estimate_period=600,  # a batch of long documents takes minutes
+    ) as progress:
         bar = Bar(progress)
         yield bar
         progress.update(bar._task, description="measured", total=1, completed=1)

@@ -1,6 +1,7 @@
 """The trained runs that an evaluation compares, and their results."""
 
 import dataclasses
+import itertools
 import json
 import operator
 import time
@@ -40,11 +41,18 @@ class Run(Generic[Result]):
     results: dict[int, Result] = dataclasses.field(default_factory=dict)
     step: int = 0
     """Step of the evaluated checkpoint."""
+    parameters: int = 0
+    """Number of its parameters."""
 
     @property
     def encoding(self) -> str:
-        """Name of its encoding."""
+        """Name of its encoding, with all settings."""
         return encoding_name(self.config.model.encoding)
+
+    @property
+    def short_encoding(self) -> str:
+        """Name of its encoding without settings, for tables."""
+        return short_encoding_name(self.config.model.encoding)
 
     @property
     def train_length(self) -> int:
@@ -95,7 +103,9 @@ def find_runs(options: Options, same: Sequence[str] = ()) -> list[Run[Any]]:
     refuse_differing(runs, same)
     for run in runs:
         run.step = newest_step(run)
-        run.max_length = _max_length(run.config)
+        model = nnx.eval_shape(lambda: Decoder(run.config.model, rngs=nnx.Rngs(0)))  # noqa: B023
+        run.max_length = model.max_length
+        run.parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         if run.lengths and not run.possible:
             raise ValueError(f"--lengths: {run.name} reads none of them, {_limit(run)}")
     return runs
@@ -143,10 +153,6 @@ def cannot_read(runs: Sequence[Run[Any]]) -> list[str]:
         for run in runs
         if run.refused
     ]
-
-
-def _max_length(config: Config) -> int | None:
-    return nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))).max_length
 
 
 def _limit(run: Run[Any]) -> str:
@@ -227,6 +233,25 @@ def encoding_name(spec: EncodingSpec) -> str:
             if type(spec) is encoding:
                 return f"{name}:{encoding_name(spec.encoding)}"
     return next((name for name, encoding in ENCODINGS.items() if spec == encoding()), None) or _written(spec)
+
+
+def short_encoding_name(spec: EncodingSpec) -> str:
+    """The registered names of an encoding and of its scaling, without their settings: "rope (YaRN)".
+
+    Repeated encodings of a tuple are counted: "3 rope + nope".
+    """
+    if isinstance(spec, str):
+        return spec
+    if isinstance(spec, tuple | list):
+        parts = [(name, len(list(same))) for name, same in itertools.groupby(map(short_encoding_name, spec))]
+        if len(parts) == 1:
+            return parts[0][0]
+        return " + ".join(name if count == 1 else f"{count} {name}" for name, count in parts)
+    name = next((name for name, encoding in ENCODINGS.items() if type(spec) is encoding), type(spec).__name__)
+    if isinstance(spec, Wrapper):
+        return f"{name}:{short_encoding_name(spec.encoding)}"
+    scaling = getattr(spec, "scaling", None)
+    return name if scaling is None else f"{name} ({type(scaling).__name__.removesuffix('Scaling')})"
 
 
 def _written(value: Any) -> str:

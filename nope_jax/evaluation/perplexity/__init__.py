@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Perplexity(Evaluation):
     units: Units
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
-        bar.total(sum(map(num_tokens, self.runs, self.documents)))
+        bar.total(sum(map(_work, self.runs, self.documents)))
         for run, documents in zip(self.runs, self.documents, strict=True):
             newest = run.step = newest_step(run)
             identities = _take_kept(run, documents, out)
@@ -67,7 +68,7 @@ class Perplexity(Evaluation):
                 if run.step != newest:  # a run in training has moved on, or its newest checkpoint is unreadable
                     identities = _take_kept(run, documents, out)
             missing = [length for length in run.possible if length not in run.results]
-            bar.advance(num_tokens(run, documents, set(run.results)))
+            bar.advance(_work(run, documents, set(run.results)))
             settings = run.config.eval
             for length in missing:
                 bar.describe(f"{run.name} at {length:,}")
@@ -84,7 +85,7 @@ class Perplexity(Evaluation):
                         bos=run.config.data.bos,
                         batch_size=batch_size,
                         place=functools.partial(place_batch, mesh=mesh),
-                        advance=bar.advance,
+                        advance=_progress(bar, run, length),
                         done=stored(unfinished, Sums, identities[length]),
                         keep=functools.partial(store, unfinished, identity=identities[length]),
                     )
@@ -112,7 +113,7 @@ class Perplexity(Evaluation):
         sections = [table.section(runs, units, self.describe_corpus())]
         if len(runs) > 1:
             sections.append(table.difference_section(runs, units))
-        return [*sections, dispersion.entropy_section(runs, units), dispersion.section(runs, units), table.memory(runs)]
+        return [*sections, dispersion.entropy_section(runs, units), dispersion.section(runs, units), table.cost(runs)]
 
     def describe_corpus(self) -> str:
         """Describes the documents, the checkpoints, and the unit of the losses."""
@@ -145,6 +146,32 @@ def num_tokens(run: Run[Curve], documents: Documents, lengths: Collection[int] |
         length * len(plan_windows([len(d.tokens) for d in documents[length]], length, run.config.eval.stride))
         for length in (run.possible if lengths is None else lengths)
     )
+
+
+def _work(run: Run[Curve], documents: Documents, lengths: Collection[int] | None = None) -> float:
+    """The work of reading some lengths (None: all), in multiplications."""
+    lengths = run.possible if lengths is None else lengths
+    return sum(num_tokens(run, documents, [length]) * _work_per_token(run, length) for length in lengths)
+
+
+def _work_per_token(run: Run[Curve], length: int) -> float:
+    """Multiplications with every parameter and, over all layers, with half of the `length` keys and values."""
+    model = run.config.model
+    width = model.num_heads * (model.head_dim or model.model_dim // model.num_heads)
+    return run.parameters + model.num_layers * width * length
+
+
+def _progress(bar: Bar, run: Run[Curve], length: int) -> Callable[[int], None]:
+    """A function that advances the bar by a number of tokens, and describes the speed."""
+    started, read = time.monotonic(), 0
+
+    def advance(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        bar.describe(f"{run.name} at {length:,}, {read / (time.monotonic() - started):,.0f} tokens/s")
+        bar.advance(tokens * _work_per_token(run, length))
+
+    return advance
 
 
 def _take_kept(run: Run[Curve], documents: Documents, out: Path) -> dict[int, str]:

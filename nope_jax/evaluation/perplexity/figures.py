@@ -20,10 +20,12 @@ from nope_jax.evaluation.perplexity.units import Units
 
 FIRST_POSITION = 16
 """Start of the position axis, for curves at least four times as long; earlier positions are few and noisy."""
-HEADROOM = 30.0
-"""Maximum ratio of the ends of the perplexity axis; a curve that exceeds the axis is labelled with its highest value.
+POINT_TOKENS = 512
+"""Minimum number of tokens behind a drawn point: buckets with fewer are pooled with the next ones."""
+UNINFORMED_BITS = 8.0
+"""Upper end of the axis in bits per byte: the loss of guessing bytes. That of perplexity is the vocabulary size.
 
-An axis in bits per byte extends at most log2 of this ratio above the lowest value."""
+A curve that exceeds the axis is labelled with its highest value."""
 DIRECT_LABELS = 10
 """Maximum number of runs whose lines are labelled at their ends; more runs get a legend."""
 
@@ -55,13 +57,14 @@ def scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
     if units.bits_per_byte:
         axes.set_ylabel("Bits per byte")
         lowest = finite.min(initial=1e300)
-        axes.set_ylim(0.9 * lowest, min(finite.max(initial=2 * lowest) * 1.05, lowest + math.log2(HEADROOM)))
+        axes.set_ylim(0.9 * lowest, 1.05 * max(min(finite.max(initial=lowest), UNINFORMED_BITS), 1.2 * lowest))
     else:
         axes.set_ylabel("Perplexity (log scale)")
         axes.set_yscale("log")
-        bottom = finite.min(initial=1e300) / 1.35
-        axes.set_ylim(bottom, min(finite.max(initial=bottom * 2) * 1.15, bottom * HEADROOM))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        lowest, uninformed = finite.min(initial=1e300), max(run.config.model.vocab_size for run in runs)
+        axes.set_ylim(lowest / 1.35, 1.15 * max(min(finite.max(initial=lowest), uninformed), 1.5 * lowest))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 50 * low else (1.0, 3.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.2g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     _draw_bands(axes, lines, units.score_band)
@@ -96,26 +99,25 @@ def entropy(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
 def _draw_bands(axes: Axes, lines: Sequence[_Line], band: Callable[[Curve], tuple[np.ndarray, np.ndarray]]) -> None:
     """Shades one standard error on either side of each line."""
     for line in lines:
-        low = _drawn(line.run, lambda curve: band(curve)[0])
-        high = _drawn(line.run, lambda curve: band(curve)[1])
-        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.12, linewidth=0)
+        axes.fill_between(line.x, *band(_drawn(line.run)), color=line.colour, alpha=0.12, linewidth=0)
 
 
-def _drawn(run: Run[Curve], values: Callable[[Curve], np.ndarray]) -> np.ndarray:
-    """Values of a run's longest curve in the buckets that the figures show."""
+def _drawn(run: Run[Curve]) -> Curve:
+    """The longest curve of a run, in the buckets that the figures show."""
     curve = run.results[max(run.results)]
     first = FIRST_POSITION if curve.length >= 4 * FIRST_POSITION else 0
-    return values(curve)[curve.edges[:-1] >= first]
+    return curve.coarser(POINT_TOKENS, first, run.train_length)
 
 
 def _lines(runs: Sequence[Run[Curve]], values: Callable[[Curve], np.ndarray]) -> list[_Line]:
     lines = []
     for i, run in enumerate(runs):
         if run.results:
+            curve = _drawn(run)
             # Position p is drawn at p + 1, the number of tokens read, and a bucket at its middle on the log axis.
-            x = _drawn(run, lambda curve: np.sqrt((curve.edges[:-1] + 1.0) * curve.edges[1:]))
+            x = np.sqrt((curve.edges[:-1] + 1.0) * curve.edges[1:])
             style = line_style(i)
-            lines.append(_Line(run, x, _drawn(run, values), style["color"], style))
+            lines.append(_Line(run, x, values(curve), style["color"], style))
     return lines
 
 

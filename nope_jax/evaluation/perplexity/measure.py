@@ -54,6 +54,10 @@ class Curve:
     """Memory of the compiled step on each device: arguments, results and temporaries."""
     peak_bytes: int = 0
     """Peak memory at the end of the measurement; see `peak_memory`."""
+    seconds: float = 0.0
+    """Time to read the windows, without compiling; of the last part, if the measurement was interrupted."""
+    tokens_read: int = 0
+    """Tokens read in that time."""
 
     @property
     def length(self) -> int:
@@ -88,6 +92,32 @@ class Curve:
         sums = map(pooled, (self.nll_sum, self.tokens, self.entropy_sum, self.text_bytes))
         nll_sum, tokens, entropy_sum, text_bytes = sums
         return Curve(np.array([start, end]), nll_sum, tokens, entropy_sum, self.heads[..., start:end], text_bytes)
+
+    def coarser(self, tokens: int, start: int, boundary: int) -> "Curve":
+        """Pools neighbouring buckets from `start` on until each holds at least so many tokens.
+
+        No bucket crosses `boundary`. The last bucket before it, and the last of all, are pooled with their neighbours
+        if they hold fewer tokens.
+        """
+        held = self.tokens.sum(0)
+        kept, waiting = [start], 0
+        for i in range(int(np.searchsorted(self.edges, start)), len(held)):
+            end, waiting = int(self.edges[i + 1]), waiting + int(held[i])
+            if waiting >= tokens or end in (boundary, self.length):
+                if waiting < tokens and kept[-1] not in (start, boundary):
+                    kept.pop()
+                kept.append(end)
+                waiting = 0
+        first = np.searchsorted(self.edges, kept)
+
+        def pooled(values: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values[:, : first[-1]], first[:-1], axis=1)
+
+        sums = map(pooled, (self.nll_sum, self.tokens, self.entropy_sum, self.text_bytes))
+        nll_sum, counts, entropy_sum, text_bytes = sums
+        return dataclasses.replace(
+            self, edges=np.array(kept), nll_sum=nll_sum, tokens=counts, entropy_sum=entropy_sum, text_bytes=text_bytes
+        )
 
 
 @dataclasses.dataclass
@@ -193,7 +223,7 @@ def measure(
             inputs, targets, counts = _stack(documents, batch, length, batch_size, bos)
             yield batch, counts, evaluation_step(graphdef, state, *place((inputs, targets, counts)))
 
-    last_kept = time.monotonic()
+    last_kept = started = time.monotonic()
     for batch, counts, (nll, entropy, heads) in _one_ahead(results()):
         # Padded rows contribute 0, so they can be added to any document.
         rows = np.array([window.document for window in batch] + [0] * (batch_size - len(batch)))
@@ -212,9 +242,10 @@ def measure(
             keep(sums)
             last_kept = time.monotonic()
 
+    seconds = time.monotonic() - started
     heads = (sums.heads / sums.position_tokens).astype(np.float32)
     totals = (sums.nll, sums.tokens, sums.entropy, heads, sums.text_bytes)
-    return Curve(edges, *totals, step_bytes, peak_memory())
+    return Curve(edges, *totals, step_bytes, peak_memory(), seconds, len(left) * length)
 
 
 def program_memory(step: jax.stages.Compiled) -> int:

@@ -124,10 +124,10 @@ def difference_section(runs: Sequence[Run[Curve]], units: Units) -> Section:
     )
 
 
-def memory(runs: Sequence[Run[Curve]]) -> Section:
-    """Step and peak memory of each run and length."""
-    table = Table("Memory in MB: step / peak", length_header(runs), memory_rows(runs))
-    return Section("Memory", table=table, notes=[memory_note()])
+def cost(runs: Sequence[Run[Curve]]) -> Section:
+    """Speed, and step and peak memory, of each run and length."""
+    title = "Cost: tokens per second, and memory in MB (step / peak)"
+    return Section("Cost", table=Table(title, length_header(runs), cost_rows(runs)), notes=[memory_note()])
 
 
 def header(units: Units) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ def rows(runs: Sequence[Run[Curve]], units: Units) -> list[tuple[str, ...]]:
     return [
         (
             run.name,
-            run.encoding,
+            run.short_encoding,
             str(run.train_length),
             _number(in_window(run, units), units),
             *(
@@ -214,7 +214,7 @@ def difference_rows(runs: Sequence[Run[Curve]], units: Units) -> list[tuple[str,
         difference = units.difference(run.results[length], first.results[length])
         return plus_minus(f"{difference.value:+.3f}", float(difference.stderr), 3)
 
-    return [(run.name, run.encoding, *(cell(run, length) for length in lengths)) for run in others]
+    return [(run.name, run.short_encoding, *(cell(run, length) for length in lengths)) for run in others]
 
 
 def difference_note(runs: Sequence[Run[Curve]], units: Units) -> str:
@@ -252,11 +252,11 @@ def notes(runs: Sequence[Run[Curve]], units: Units) -> list[str]:
     return [*cannot_read(runs), *definitions, uncertainty]
 
 
-def memory_rows(runs: Sequence[Run[Curve]]) -> list[tuple[str, ...]]:
-    """Step and peak memory of each run and length, under `length_header`."""
+def cost_rows(runs: Sequence[Run[Curve]]) -> list[tuple[str, ...]]:
+    """Speed, and step and peak memory, of each run and length, under `length_header`."""
     lengths = measured_lengths(runs)
     return [
-        (run.name, run.encoding, *(_memory_cell(run.results[n]) if n in run.results else "-" for n in lengths))
+        (run.name, run.short_encoding, *(_cost_cell(run.results[n]) if n in run.results else "-" for n in lengths))
         for run in runs
     ]
 
@@ -280,9 +280,10 @@ def _number(score: Estimate | None, units: Units) -> str:
     return plus_minus(f"{value:,.{digits}f}", stderr, digits)
 
 
-def _memory_cell(curve: Curve) -> str:
-    step = f"{curve.step_bytes / 1e6:,.1f}" if curve.step_bytes else "-"
-    return f"{step} / {curve.peak_bytes / 1e6:,.0f}"
+def _cost_cell(curve: Curve) -> str:
+    speed = f"{curve.tokens_read / curve.seconds:,.0f}" if curve.seconds else "-"
+    step = f"{curve.step_bytes / 1e6:,.0f}" if curve.step_bytes else "-"
+    return f"{speed}, {step} / {curve.peak_bytes / 1e6:,.0f}"
 
 
 def _effective_length_cell(run: Run[Curve], units: Units) -> str:
