@@ -21,6 +21,7 @@ from nope_jax.attention.mask_spec import MaskSpec, make_mask_spec
 from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.attention.sharded import spread_attention
 from nope_jax.encodings import BlockValue, DistanceLogit
+from nope_jax.encodings.checks import positive
 from nope_jax.encodings.encoding import Logit
 
 
@@ -50,6 +51,8 @@ def dot_product_attention(
     chunk_size: int | None = None,
     segment_ids: Integer[ArrayLike, "B T"] | tuple[Integer[ArrayLike, "B T"], Integer[ArrayLike, "B S"]] | None = None,
     logit_scale: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | Sequence[str] | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
@@ -80,6 +83,8 @@ def dot_product_attention(
         chunk_size: Mask keys outside the query's chunk of `chunk_size` positions; chunks start at position 0.
         segment_ids: Mask keys of other segments than the query's; a pair if queries and keys have different segments.
         logit_scale: Factor of the content logits.
+        scale: Factor of q·k in place of 1/√H.
+        softcap: Cap of the scaled content logits: softcap · tanh(logit / softcap), before `logit` is added (Gemma 2).
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
             T·S (differentiable once, in reverse mode). Of several names, the first that supports the call is used.
             None: streaming, unless all weights of a head fit in one block on one device.
@@ -115,6 +120,8 @@ def dot_product_attention(
         value_term,
         mask_spec,
         logit_scale=logit_scale,
+        scale=scale,
+        softcap=softcap,
         implementation=implementation,
         return_stats=return_stats,
         precision=precision,
@@ -130,13 +137,16 @@ def attend(
     mask_spec: MaskSpec,
     *,
     logit_scale: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | Sequence[str] | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
     """`dot_product_attention` on validated arrays and a `MaskSpec`."""
-    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale)
-    call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats
+    positive(scale=scale, softcap=softcap)
+    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale)
+    call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats, softcap
     backend = choose(implementation, *call)
     if query.shape[1] and key.shape[1]:
         output, *of_rows = _attend(backend, *call)
@@ -154,17 +164,20 @@ def attend_weights(
     mask_spec: MaskSpec,
     *,
     logit_scale: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
     """The attention weights of `attend`: [B, N, T, S], float32."""
-    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale)
-    weights, *of_rows = _weights(query, factor, key, logit, mask_spec, precision)
+    positive(scale=scale, softcap=softcap)
+    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale)
+    weights, *of_rows = _weights(query, factor, key, logit, mask_spec, precision, softcap)
     return (weights, AttentionStats(*of_rows)) if return_stats else weights
 
 
-def _factor_and_logit(query, key, logit, mask_spec, logit_scale):
-    """Return logit_scale/√H as an array, and the logit in the form that backends evaluate."""
+def _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale):
+    """Return logit_scale/√H (or logit_scale · scale) as an array, and the logit in the form that backends evaluate."""
     (batch, query_length, num_heads, head_dim), key_length = query.shape, key.shape[1]
     if not isinstance(logit, Logit | None):
         raise ValueError(f"logit must be a DistanceLogit, BlockLogit, ScanLogit or None, not a {type(logit).__name__}")
@@ -174,22 +187,23 @@ def _factor_and_logit(query, key, logit, mask_spec, logit_scale):
         # Outside jit, the function may be a new object in every call, which would trigger a recompilation each time.
         values = logit.values(jnp.arange(1 - query_length, key_length))
         logit = DistanceLogit(_Tabulated(1 - query_length), values)
-    return _logit_scale(logit_scale, batch, num_heads, query_length) / math.sqrt(head_dim), logit
+    factor = _logit_scale(logit_scale, batch, num_heads, query_length)
+    return factor / math.sqrt(head_dim) if scale is None else factor * scale, logit
 
 
 # Jitted as a whole, so a call outside jit does not compile operation by operation.
-@functools.partial(jax.jit, static_argnames=("backend", "precision", "with_entropy"))
-def _attend(backend, query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy):
+@functools.partial(jax.jit, static_argnames=("backend", "precision", "with_entropy", "softcap"))
+def _attend(backend, query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap):
     query, key, wide = (_at_most_float32(x) for x in (query, key, value))
-    call = query, factor, key, wide, logit, value_term, mask_spec, precision, with_entropy
+    call = query, factor, key, wide, logit, value_term, mask_spec, precision, with_entropy, softcap
     output, entropy, logsumexp = spread_attention(backend, *call)
     return output.astype(value.dtype), entropy, logsumexp
 
 
-@functools.partial(jax.jit, static_argnames="precision")
-def _weights(query, factor, key, logit, mask_spec, precision):
+@functools.partial(jax.jit, static_argnames=("precision", "softcap"))
+def _weights(query, factor, key, logit, mask_spec, precision, softcap):
     query, key = _at_most_float32(query), _at_most_float32(key)
-    softmax, _ = reference_softmax(query, factor, key, logit, mask_spec, precision)
+    softmax, _ = reference_softmax(query, factor, key, logit, mask_spec, precision, softcap)
     return softmax.weights, *softmax.statistics()
 
 

@@ -70,6 +70,7 @@ class _Plan:
     """The static fields of the call's MaskSpec."""
     precision: Any
     with_entropy: bool
+    softcap: float | None
     halves: bool
     """Shards are split into zigzag halves and positions are contiguous, so the order of halves gives visibility."""
 
@@ -85,6 +86,7 @@ def ring_attention(
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike,
     with_entropy: bool,
+    softcap: float | None,
 ) -> Results:
     """Run `attend` on a sequence whose shards are on the devices in order."""
     tokens = (
@@ -98,7 +100,7 @@ def ring_attention(
     hands_on = isinstance(logit, ScanLogit)
     balanced = mask_spec.is_causal and query.shape[1] % 2 == 0 and not hands_on
     rule = MaskSpec(None, None, None, None, None, mask_spec.is_causal, mask_spec.window, mask_spec.chunk_size)
-    plan = _Plan(attend, rule, precision, with_entropy, halves=balanced and mask_spec.contiguous)
+    plan = _Plan(attend, rule, precision, with_entropy, softcap, halves=balanced and mask_spec.contiguous)
     if balanced:
         queries, keys, tokens = jax.tree.map(_to_zigzag, (queries, keys, tokens))
     rows = (_scanning_ring if hands_on else _ring)(plan, queries, keys, _Terms(logit, value_term), *tokens)
@@ -252,7 +254,7 @@ def _attend_pair(
     )
     factor = jnp.swapaxes(queries.factor, 1, 2)
     arguments = queries.query, factor, keys.key, keys.value, logit, terms.value_term, mask_spec, plan.precision
-    output, *of_rows = plan.attend(*arguments, plan.with_entropy, **more)
+    output, *of_rows = plan.attend(*arguments, plan.with_entropy, plan.softcap, **more)
     entropy, logsumexp, *rest = (jnp.swapaxes(x, 1, 2) for x in of_rows)
     return Rows(output, entropy, logsumexp), *rest
 

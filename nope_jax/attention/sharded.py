@@ -36,6 +36,7 @@ def spread_attention(
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike,
     with_entropy: bool,
+    softcap: float | None,
 ) -> Results:
     """Run a backend on the other arguments, sharded over the devices of the mesh in context.
 
@@ -55,7 +56,7 @@ def spread_attention(
     split = _Split(rows or None, LENGTH if ring else None, heads)
     attend = functools.partial(ring_attention, backend.attend) if ring else backend.attend
     if not any(split):
-        return attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy)
+        return attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap)
 
     if not mask_spec.contiguous:
         query_positions, key_positions = mask_spec.positions(query_length, key_length)
@@ -64,7 +65,7 @@ def spread_attention(
     def local(query, factor, key, value, logit, *rest):
         if heads is not None and isinstance(logit, DistanceLogit):
             logit = DistanceLogit(_OwnHeads(logit.function), logit.parameters)
-        return attend(query, factor, key, value, logit, *rest, precision, with_entropy)
+        return attend(query, factor, key, value, logit, *rest, precision, with_entropy, softcap)
 
     per_token = split.specs("batch", "length", "heads")
     operands = query, factor, key, value, logit, value_term, mask_spec

@@ -28,7 +28,7 @@ class ModelConfig:
 
     If gated: 8/3 model_dim, rounded up to a multiple of 64, for about as many parameters."""
     mlp: Literal["gated", "plain"] = "gated"
-    """Type of MLP. gated: SwiGLU (Shazeer 2020); plain: GELU."""
+    """gated: down(activation(gate(x)) · up(x)), such as SwiGLU (Shazeer 2020); plain: down(activation(up(x)))."""
     tie_embeddings: bool = False
     encoding: EncodingSpec = "nope"
     """A name in ENCODINGS, an Encoding, or a tuple of these, cycled over the layers."""
@@ -42,6 +42,42 @@ class ModelConfig:
     """Computation dtype. Parameters, softmax, entropies and losses are always float32."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] | None = None
+    """Activation of the MLP; gelu is exact, gelu_tanh its approximation, relu2 the square of ReLU.
+
+    None: silu if gated, gelu_tanh if plain."""
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    """Type of all norms. rms: RMSNorm; rms_plus_one: RMSNorm that multiplies by 1 + scale (Gemma); layer: LayerNorm."""
+    norm_eps: float = 1e-6
+    """Added to the variance or mean square in every norm."""
+    norm_place: Literal["pre", "post", "sandwich"] = "pre"
+    """Norm of a layer's two parts. pre: x + part(norm(x)); post: x + norm(part(x)) (OLMo 2).
+
+    sandwich: x + norm(part(norm(x))) (Gemma 2)."""
+    block: Literal["sequential", "parallel", "parallel_shared_norm"] = "sequential"
+    """sequential: the MLP reads what attention has added; parallel: both read the layer's input (GPT-NeoX).
+
+    parallel_shared_norm: both read it through one norm (GPT-J, PaLM)."""
+    qk_norm: Literal["head", "all"] | None = None
+    """Norm of queries and keys, before the encoding. head: of each head, one scale for all heads (Qwen 3).
+
+    all: of all heads together (OLMo 2)."""
+    biases: tuple[Literal["qkv", "out", "mlp", "norm", "head"], ...] = ()
+    """What has a bias: projections to queries, keys and values, attention's output, MLP, norms, logits."""
+    attention_scale: float | None = None
+    """Factor of q·k. None: 1/√head_dim."""
+    attention_softcap: float | None = None
+    """Cap of the scaled content logits, cap · tanh(logit / cap) (Gemma 2). None: no cap."""
+    embedding_scale: float | None = None
+    """Factor of the token embeddings. None: √model_dim."""
+    embedding_norm: bool = False
+    """Norm of the token embeddings (BLOOM)."""
+    residual_scale: float = 1.0
+    """Factor of what attention and MLP add to the residual stream (Granite)."""
+    logits_scale: float = 1.0
+    """Factor of the logits of the head (Granite, Cohere)."""
+    logits_softcap: float | None = None
+    """Cap of the logits of the head, after logits_scale, as attention_softcap (Gemma 2). None: no cap."""
 
     @property
     def mlp_size(self) -> int:

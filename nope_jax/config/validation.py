@@ -23,6 +23,8 @@ _AT_LEAST = {
     0: """data.seed optimizer.warmup_steps optimizer.weight_decay train.seed train.max_skipped train.profile_steps
         eval.seed""",
 }
+_POSITIVE = """model.norm_eps model.attention_scale model.attention_softcap model.embedding_scale model.residual_scale
+    model.logits_scale model.logits_softcap optimizer.learning_rate optimizer.clip_norm"""
 
 
 def check(config: "Config", hints: Mapping[str, Any]) -> None:
@@ -43,8 +45,8 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
         for name in names.split():
             if values[name] is not None and not values[name] >= least:
                 raise ValueError(f"{name} must be at least {least}, not {values[name]}")
-    for name in "optimizer.learning_rate", "optimizer.clip_norm":
-        if not values[name] > 0:
+    for name in _POSITIVE.split():
+        if values[name] is not None and not values[name] > 0:
             raise ValueError(f"{name} must be greater than 0, not {values[name]}")
     for name in "optimizer.b1", "optimizer.b2":
         if not 0 <= values[name] < 1:
@@ -68,6 +70,10 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
             f"model.num_heads {model.num_heads} must divide model.model_dim {model.model_dim}, "
             "unless model.head_dim is given"
         )
+    if len(set(model.biases)) < len(model.biases):
+        raise ValueError(f"model.biases must name each kind of bias once, not {' '.join(model.biases)}")
+    if model.block == "parallel_shared_norm" and model.norm_place == "post":
+        raise ValueError("model.norm_place must be pre or sandwich with model.block parallel_shared_norm, not post")
     if data.batch_size % config.optimizer.accumulation:
         raise ValueError(
             f"optimizer.accumulation {config.optimizer.accumulation} must divide data.batch_size {data.batch_size}"

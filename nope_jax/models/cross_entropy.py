@@ -3,6 +3,9 @@
 B batch, T length, D model width, V vocabulary; R x S devices that shard rows and sequences, n chunks of C tokens each.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +22,21 @@ def nll_in_chunks(
     weights: Shaped[Array, "D V"],
     targets: Integer[Array | np.ndarray, "B T"],
     chunks: int,
+    bias: Float[Array, "V"] | None = None,
+    finish: Callable[[Array, Array | None], Array] = lambda products, bias: products,
 ) -> Float[Array, "B T"]:
     """Negative log-likelihood of each target, nats, computed in `chunks` sequential chunks of tokens.
 
     Differentiable: the backward pass recomputes the logits of each chunk. The gradient of the weights is accumulated in
     float32 on each device and summed over devices once.
+
+    Args:
+        hidden: What the weights are multiplied with.
+        weights: Those of the head.
+        targets: The tokens to predict.
+        chunks: Number of chunks.
+        bias: Second argument of `finish`.
+        finish: Function from products [..., V], float32, and bias to logits.
     """
     batch, length = targets.shape
     rows, spans = num_shards("batch", batch), num_shards("length", length)
@@ -39,21 +52,27 @@ def nll_in_chunks(
         x = jnp.moveaxis(x.reshape(rows, spans, chunks, size, *features), 2, 0)
         return with_logical_constraint(x, (None, *CHUNK, *[None] * len(features)))
 
-    nll = jnp.moveaxis(_nll(cut(hidden), weights, cut(targets)), 0, 2).reshape(rows, spans, -1)[:, :, :tokens]
+    nll = jnp.moveaxis(_nll(finish, cut(hidden), weights, bias, cut(targets)), 0, 2).reshape(rows, spans, -1)[
+        :, :, :tokens
+    ]
     nll = jnp.moveaxis(nll.reshape(rows, spans, batch // rows, length // spans), 1, 2)
     return with_logical_constraint(nll.reshape(batch, length), ("batch", "length"))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(
-    hidden: Shaped[Array, "n R S C D"], weights: Shaped[Array, "D V"], targets: Int[Array, "n R S C"]
+    finish: Callable[[Array, Array | None], Array],
+    hidden: Shaped[Array, "n R S C D"],
+    weights: Shaped[Array, "D V"],
+    bias: Float[Array, "V"] | None,
+    targets: Int[Array, "n R S C"],
 ) -> Float[Array, "n R S C"]:
-    return _forward(hidden, weights, targets)[0]
+    return _forward(finish, hidden, weights, bias, targets)[0]
 
 
-def _logits(hidden: Shaped[Array, "R S C D"], weights: Shaped[Array, "D V"]) -> Float[Array, "R S C V"]:
-    logits = jnp.einsum("rscd,dv->rscv", hidden, weights, preferred_element_type=jnp.float32)
-    return with_logical_constraint(logits, (*CHUNK, "vocab"))
+def _products(hidden: Shaped[Array, "R S C D"], weights: Shaped[Array, "D V"]) -> Float[Array, "R S C V"]:
+    products = jnp.einsum("rscd,dv->rscv", hidden, weights, preferred_element_type=jnp.float32)
+    return with_logical_constraint(products, (*CHUNK, "vocab"))
 
 
 def _is_target(logits: Float[Array, "R S C V"], targets: Int[Array, "R S C"]) -> Bool[Array, "R S C V"]:
@@ -61,37 +80,41 @@ def _is_target(logits: Float[Array, "R S C V"], targets: Int[Array, "R S C"]) ->
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
-def _forward(hidden, weights, targets):
+def _forward(finish, hidden, weights, bias, targets):
     def chunk(_, of_chunk):
         hidden, targets = of_chunk
-        logits = _logits(hidden, weights)
+        logits = finish(_products(hidden, weights), bias)
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
         return None, (logsumexp, jnp.where(_is_target(logits, targets), logits, 0).sum(-1))
 
     _, (logsumexp, of_targets) = jax.lax.scan(chunk, None, (hidden, targets))
-    return logsumexp - of_targets, (hidden, weights, targets, logsumexp)
+    return logsumexp - of_targets, (hidden, weights, bias, targets, logsumexp)
 
 
-def _backward(kept, gradient):
-    hidden, weights, targets, logsumexp = kept
+def _backward(finish, kept, gradient):
+    hidden, weights, bias, targets, logsumexp = kept
 
-    def chunk(of_weights, of_chunk):
+    def chunk(sums, of_chunk):
+        of_weights, of_bias = sums
         hidden, targets, logsumexp, gradient = of_chunk
-        logits = _logits(hidden, weights)
+        logits, pull = jax.vjp(finish, _products(hidden, weights), bias)
         of_logits = jnp.exp(logits - logsumexp[..., None]) - _is_target(logits, targets)
-        of_logits = (gradient[..., None] * of_logits).astype(hidden.dtype)
-        more = jnp.einsum("rscd,rscv->rsdv", hidden, of_logits, preferred_element_type=jnp.float32)
-        of_hidden = jnp.einsum("rscv,dv->rscd", of_logits, weights, preferred_element_type=jnp.float32)
+        of_products, more_bias = pull(gradient[..., None] * of_logits)
+        of_products = of_products.astype(hidden.dtype)
+        more = jnp.einsum("rscd,rscv->rsdv", hidden, of_products, preferred_element_type=jnp.float32)
+        of_hidden = jnp.einsum("rscv,dv->rscd", of_products, weights, preferred_element_type=jnp.float32)
         of_weights = with_logical_constraint(of_weights + more, ("batch", "length", None, "vocab"))
-        return of_weights, with_logical_constraint(of_hidden.astype(hidden.dtype), (*CHUNK, None))
+        of_bias = jax.tree.map(jnp.add, of_bias, more_bias)
+        return (of_weights, of_bias), with_logical_constraint(of_hidden.astype(hidden.dtype), (*CHUNK, None))
 
     zeros = jnp.zeros((*hidden.shape[1:3], *weights.shape), jnp.float32)
     zeros = with_logical_constraint(zeros, ("batch", "length", None, "vocab"))
-    of_weights, of_hidden = jax.lax.scan(chunk, zeros, (hidden, targets, logsumexp, gradient))
+    sums = zeros, jax.tree.map(jnp.zeros_like, bias)
+    (of_weights, of_bias), of_hidden = jax.lax.scan(chunk, sums, (hidden, targets, logsumexp, gradient))
     of_weights = with_logical_constraint(
         of_weights.sum((0, 1)), ("embed", "vocab")
     )  # each device keeps the sum of its own shard
-    return of_hidden, of_weights.astype(weights.dtype), None
+    return of_hidden, of_weights.astype(weights.dtype), of_bias, None
 
 
 _nll.defvjp(_forward, _backward)

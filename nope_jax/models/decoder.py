@@ -17,10 +17,11 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
 from nope_jax.attention.mask_spec import per_token
+from nope_jax.attention.softcap import softcapped
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
 from nope_jax.models.cross_entropy import nll_in_chunks
-from nope_jax.models.layers import RESIDUAL, Block, KVCache, encoding_params, kernel, rms_norm
+from nope_jax.models.layers import RESIDUAL, Block, KVCache, add_norm, apply_norm, bias, encoding_params, kernel
 from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
 LOGITS_AT_ONCE = 2**26
@@ -56,7 +57,7 @@ def _compiled(method: Callable) -> Callable:
 
 
 class Decoder(nnx.Module):
-    """A pre-norm causal transformer; its config's `encoding` sets the positional encoding.
+    """A causal transformer; its config's `encoding` sets the positional encoding.
 
     Args:
         config: Architecture of the model.
@@ -87,6 +88,8 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(
             embedding(rngs.params(), (config.vocab_size, config.model_dim), jnp.float32), axes=("vocab", "embed")
         )
+        if config.embedding_norm:
+            add_norm(self, "embedding_norm", config)
         self.positions = nnx.List([encoding_params(e.init_shared(rngs.params(), dims)) for e in self.base_encodings])
 
         def stack(slot: int) -> Block:
@@ -101,9 +104,10 @@ class Decoder(nnx.Module):
             return blocks(rngs)
 
         self.blocks = nnx.List([stack(slot) for slot in range(period)])
-        self.norm = nnx.Param(jnp.ones(config.model_dim))
+        add_norm(self, "norm", config)
         shape = (config.model_dim, config.vocab_size)
         self.head = None if config.tie_embeddings else kernel(rngs, shape, ("embed", "vocab"), inputs=shape[0])
+        self.head_bias = bias(config, "head", (config.vocab_size,), ("vocab",))
 
     @auto_axes
     def __call__(
@@ -231,7 +235,7 @@ class Decoder(nnx.Module):
         dtype, shared = jnp.dtype(self.config.dtype), self._shared()
 
         def kv_cache(slot: int, encoding: Encoding) -> KVCache:
-            layers = self.blocks[slot].attention_norm.shape[0]
+            layers = self.blocks[slot].attention.query.shape[0]
             empty = self.layer(slot).attention.empty_kv_cache(shared[encoding.unwrapped], batch_size, length, dtype)
             return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), empty)
 
@@ -329,8 +333,11 @@ class Decoder(nnx.Module):
         # Constrained again so that its gradient is too: it is summed over rows before it is split along the width.
         table = with_logical_constraint(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
         rows = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        # Scaled to the size of a sinusoid, as in Vaswani et al. 2017.
-        return with_logical_constraint((rows * self.config.model_dim**0.5).astype(self.config.dtype), RESIDUAL)
+        config = self.config
+        # By default scaled to the size of a sinusoid, as in Vaswani et al. 2017.
+        scale = config.model_dim**0.5 if config.embedding_scale is None else config.embedding_scale
+        x = with_logical_constraint((rows * scale).astype(config.dtype), RESIDUAL)
+        return apply_norm(self, "embedding_norm", config, x)
 
     @_compiled
     def _layers(self, x, arguments, *, logit_scale, return_stats, kv_caches=None, start=0):
@@ -376,7 +383,7 @@ class Decoder(nnx.Module):
             for slot, kv_cache in enumerate(rest_new):  # layers of an incomplete last period
                 new[slot] = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), new[slot], kv_cache)
 
-        x = rms_norm(x, self.norm[...])
+        x = apply_norm(self, "norm", config, x)
         if not return_stats:
             return x, None, new
         # From [periods, ...] per slot to one axis of layers in order, followed by those of an incomplete last period.
@@ -386,8 +393,9 @@ class Decoder(nnx.Module):
     @auto_axes
     def logits(self, hidden: Shaped[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head: compute logits in float32."""
-        logits = jnp.einsum("btd,dv->btv", hidden, self._head(hidden.dtype), preferred_element_type=jnp.float32)
-        return with_logical_constraint(logits, ("batch", "length", "vocab"))
+        products = jnp.einsum("btd,dv->btv", hidden, self._head(hidden.dtype), preferred_element_type=jnp.float32)
+        products = with_logical_constraint(products, ("batch", "length", "vocab"))
+        return _finished(self.config, products, self._head_bias())
 
     @auto_axes
     def nll(self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T"]:
@@ -401,12 +409,16 @@ class Decoder(nnx.Module):
         while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
             chunks *= 2
         if chunks > 1:
-            return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks)
+            finish = functools.partial(_finished, self.config)
+            return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks, self._head_bias(), finish)
         return optax.softmax_cross_entropy_with_integer_labels(self.logits(hidden), targets)
 
     def _head(self, dtype: Any) -> Shaped[Array, "D V"]:
         weights = self.embedding[...].T if self.head is None else self.head[...]
         return gathered(weights.astype(dtype), ("embed", "vocab"))
+
+    def _head_bias(self) -> Float[Array, "V"] | None:
+        return None if self.head_bias is None else self.head_bias[...]
 
     def check_tokens(self, tokens: Any, positions: Any = None) -> None:
         """Check tokens and positions; values traced under jit are not checked.
@@ -431,6 +443,16 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"positions must be between 0 and {self.max_length - 1}, all that {encoding!r} has, not {bad}"
             )
+
+
+def _finished(
+    config: ModelConfig, products: Float[Array, "*B V"], bias: Float[Array, "V"] | None
+) -> Float[Array, "*B V"]:
+    """From the products of the head to logits: cap((products + bias) · scale)."""
+    logits = products if bias is None else products + bias
+    if config.logits_scale != 1:
+        logits *= config.logits_scale
+    return softcapped(logits, config.logits_softcap)
 
 
 def _values(x: Any) -> np.ndarray | None:

@@ -1,23 +1,17 @@
 """Transfer of a trained decoder's weights to another encoding, to drop or scale positions after training."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from nope_jax.config import ModelConfig
 from nope_jax.encodings import Encoding, Wrapper
 from nope_jax.models.decoder import Decoder
 
-_MUST_AGREE = (
-    "vocab_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "model_dim",
-    "mlp_dim",
-    "mlp",
-    "tie_embeddings",
-)
+_MAY_DIFFER = {"encoding", "train_length", "attention", "dtype", "remat"}
+"""Fields of ModelConfig: the encoding, and how the computation is done. All others must agree."""
 
 
 def transfer_weights(model: Decoder, source: Decoder) -> None:
@@ -33,7 +27,7 @@ def transfer_weights(model: Decoder, source: Decoder) -> None:
     Raises:
         ValueError: The two differ in more than their encoding, or in the shapes of the encoding's parameters.
     """
-    for name in _MUST_AGREE:
+    for name in (field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_DIFFER):
         ours, theirs = getattr(model.config, name), getattr(source.config, name)
         if ours != theirs:
             raise ValueError(f"its model.{name} is {theirs}, not {ours}")

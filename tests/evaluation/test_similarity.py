@@ -27,7 +27,7 @@ from nope_jax.evaluation.similarity import (
     share_by_band,
     weight_by_distance,
 )
-from nope_jax.models.layers import rms_norm
+from nope_jax.models.layers import norm
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
 
 TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48, train_length=24)
@@ -79,7 +79,7 @@ def test_a_walk_ends_where_the_decoder_does_and_its_weights_have_the_entropy_of_
     hidden, stats = jax.jit(lambda tokens: model.hidden(tokens, return_stats=True))(TOKENS)
     steps = list(walk(model, TOKENS, weights=True))
     assert [step.layer for step in steps] == [0, 1, 2, 3] and steps[0].weights is None
-    np.testing.assert_allclose(rms_norm(steps[-1].stream, model.norm[...]), hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm(steps[-1].stream, model.norm[...]), hidden, rtol=1e-5, atol=1e-5)
 
     weights = np.stack([step.weights for step in steps[1:]]).astype(np.float64)
     assert weights.shape == (3, 2, 4, 24, 24)
@@ -125,7 +125,7 @@ def test_layers_called_in_turn_are_the_decoder():
         shared, keywords = arguments[index % 2]
         x = model.layer(index)(x, shared, **keywords)[0]
     hidden, _ = jax.jit(model.hidden)(TOKENS)
-    np.testing.assert_allclose(rms_norm(x, model.norm[...]), hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm(x, model.norm[...]), hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_a_walk_refuses_what_the_decoder_refuses():

@@ -58,6 +58,8 @@ def test_another_kind_of_encoding_keeps_what_it_has_itself():
     [
         ({"num_layers": 2}, "its model.num_layers is 3, not 2"),
         ({"tie_embeddings": True}, "its model.tie_embeddings is False, not True"),
+        ({"norm": "layer"}, "its model.norm is rms, not layer"),
+        ({"logits_softcap": 30.0}, "its model.logits_softcap is None, not 30.0"),
         ({"train_length": 8}, r"its positions.0.positions has shape \[16, 16\], not \[8, 16\]"),
     ],
 )

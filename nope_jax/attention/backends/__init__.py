@@ -1,8 +1,8 @@
 """The backends of attention: a table with one row for each value of `implementation`.
 
 To add a backend, add a file to this folder and a row to the table. The file defines a function
-`attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy)`, whose arguments have been
-validated:
+`attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap)`, whose arguments
+have been validated:
 
 - `query` [B, T, N, H], `key` [B, S, K, H], `value` [B, S, K, H2]: floating-point arrays, possibly of different dtypes;
   K divides N, and neither T nor S is 0.
@@ -13,6 +13,7 @@ validated:
 - `mask_spec`: which keys each query sees (`nope_jax.attention.mask_spec`).
 - `precision`: precision of the products, as in `jax.lax.dot`.
 - `with_entropy`: if False, the entropy is not used and may have any value.
+- `softcap`: None, or the cap of factor · q·k (`nope_jax.attention.softcap`), to which `logit` is then added.
 
 It returns the output [B, T, N, H2] in value's dtype, and entropy [B, N, T] in nats and logsumexp [B, N, T], both
 float32. It is traced under jit and, with several devices, under `shard_map`, where it gets the local rows and heads. A

@@ -32,6 +32,7 @@ class Tiling:
     """Visibility does not depend only on distance, so it is computed for every block."""
     with_entropy: bool
     precision: Any
+    softcap: float | None
 
     @property
     def query_blocks(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
+from nope_jax.attention.softcap import softcapped
 from nope_jax.encodings import BlockLogit, BlockValue, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED, Logit
 
@@ -25,9 +26,10 @@ def reference_attention(
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
     with_entropy: bool = True,
+    softcap: float | None = None,
 ) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
-    """Compute softmax(factor · q·k + logit) · value, and entropy and logsumexp of each row, in float32 internally."""
-    softmax, tile = reference_softmax(query, factor, key, logit, mask_spec, precision)
+    """Compute softmax(cap(factor · q·k) + logit) · value, and the entropy and logsumexp of each row, in float32."""
+    softmax, tile = reference_softmax(query, factor, key, logit, mask_spec, precision, softcap)
     value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
     out = jnp.swapaxes(weighted_sum("bnts,bsnh->bnth", softmax.weights, value, precision), 1, 2)
     if value_term is not None:
@@ -61,8 +63,9 @@ def reference_softmax(
     logit: Logit | None,
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
+    softcap: float | None = None,
 ) -> tuple[Softmax, Tile]:
-    """Return softmax(factor · q·k + logit), and all queries and keys as one tile."""
+    """Return softmax(cap(factor · q·k) + logit), and all queries and keys as one tile."""
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     query, key = (jnp.swapaxes(x, 1, 2) for x in (query, key))
     query_length, key_length = query.shape[2], key.shape[2]
@@ -84,6 +87,8 @@ def reference_softmax(
         tile = tile._replace(by_distance=logit.by_distance(logit.parameters, tile.distances))
 
     logits = content_logits("bnth,bnsh->bnts", scaled, key.astype(jnp.float32), precision)
+    if softcap is not None:
+        logits = softcapped(jnp.where(visible, logits, 0.0), softcap)
     if isinstance(logit, ScanLogit):
         logits, _ = logit.block(tile, logits, visible, jnp.zeros(logits.shape[:-1], jnp.float32))
     elif logit is not None:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Shaped
 from nope_jax.attention.blocks import BLOCK_SIZE, cut, cut_mask, mask_at
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
+from nope_jax.attention.softcap import softcapped
 from nope_jax.attention.softmax_state import SoftmaxState
 from nope_jax.encodings import BlockValue, ScanLogit, Tile
 
@@ -34,6 +35,7 @@ def scanning_attention(
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
     with_entropy: bool = True,
+    softcap: float | None = None,
     *,
     block_size: int = BLOCK_SIZE,
     carry: Float[Array, "B N T"] | None = None,
@@ -92,6 +94,8 @@ def scanning_attention(
                 key_features=columns["features"],
             )
             content = content_logits("bnqh,bnkh->bnqk", scaled, key.astype(jnp.float32), precision)
+            if softcap is not None:
+                content = softcapped(jnp.where(seen, content, 0.0), softcap)
             logits, carry = logit.block(block, content, seen, carry)
             softmax, weights, decay = softmax.over_more(logits, seen)
             output = decay[..., None] * output + weighted_sum("bnqk,bknh->bnqh", weights, value, precision)

@@ -26,6 +26,7 @@ from nope_jax.attention.backends.scanning import scanning_attention
 from nope_jax.attention.blocks import BLOCK_SIZE, at, cut, cut_mask, put, summed, zero_sums
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite, weighted_sum
+from nope_jax.attention.softcap import softcapped
 from nope_jax.attention.softmax_state import SoftmaxState
 from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED, Logit
@@ -41,6 +42,7 @@ def streaming_attention(
     mask_spec: MaskSpec,
     precision: jax.lax.PrecisionLike = None,
     with_entropy: bool = True,
+    softcap: float | None = None,
     *,
     block_size: int = BLOCK_SIZE,
     final_rows: tuple[Array, Array, Array] | None = None,
@@ -52,7 +54,7 @@ def streaming_attention(
         block_size: Maximum number of queries and of keys per block.
     """
     if isinstance(logit, ScanLogit):
-        call = query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy
+        call = query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap
         return scanning_attention(*call, block_size=block_size, carry=carry)
     batch, query_length, num_heads, _ = query.shape
     key_length, kv_heads = key.shape[1:3]
@@ -75,6 +77,7 @@ def streaming_attention(
         or (mask_spec.query_offset is not None and (mask_spec.is_causal or mask_spec.window is not None)),
         with_entropy=with_entropy,
         precision=precision,
+        softcap=softcap,
     )
     distance_values = by_distance = None
     if isinstance(logit, DistanceLogit):
@@ -224,10 +227,21 @@ class _Pair:
     def product(self, subscripts: str, *arrays):
         return jnp.einsum(subscripts, *arrays, precision=self.tiling.precision, preferred_element_type=jnp.float32)
 
-    def logits(self, content, tile, layout=lambda x: x):
-        """Logits of the block from its q·k; `layout` converts added terms from [B, K, G, q, k] to the layout of q·k."""
+    def content_logits(self, product, layout=lambda x: x):
+        """Content logits of the block from its q·k, and their derivative with respect to the scaled q·k (None: 1).
+
+        `layout` converts from [B, K, G, q, k] to the layout of q·k.
+        """
         if not self.operands.scaled_first:
-            content *= layout(self.factor[..., None])
+            product *= layout(self.factor[..., None])
+        cap = self.tiling.softcap
+        if cap is None:
+            return product, None
+        content = softcapped(product, cap)
+        return content, 1 - jnp.square(content / cap)
+
+    def logits(self, content, tile, layout=lambda x: x):
+        """Logits of the block from its content logits; `layout` as in `content_logits`."""
         if tile is not None:
             content += layout(tile)
         arrays = self.logit_arrays()
@@ -276,7 +290,7 @@ def _forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     def update(tile, i, j, visible, rows):
         softmax, output = rows
         pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)
-        content = pair.product("bkgqh,bkhs->bkgqs", at(queries, i), at(keys_t, j))
+        content, _ = pair.content_logits(pair.product("bkgqh,bkhs->bkgqs", at(queries, i), at(keys_t, j)))
         logits = pair.logits(content, tile)
         if visible is not None:
             logits = jnp.where(visible, logits, MASKED)
@@ -362,7 +376,8 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
             """Replace hidden entries by 0, whatever their logits."""
             return x if visible is None else jnp.where(_keys_first(visible), x, 0.0)
 
-        content = pair.product("bksh,bkhgq->bksgq", at(operands.key, j), at(queries_t, i))
+        product = pair.product("bksh,bkhgq->bksgq", at(operands.key, j), at(queries_t, i))
+        content, slope = pair.content_logits(product, layout=_keys_first)
         logits = pair.logits(content, tile, layout=_keys_first)
         weights = hidden(jnp.exp(logits - lse[:, :, None]))
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
@@ -379,7 +394,8 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
             d_logits -= at(d_entropy, i)[:, :, None] * logits
         d_logits = hidden(d_logits * weights)
 
-        low = d_logits.astype(operands.product_dtype)
+        d_product = d_logits if slope is None else hidden(d_logits * slope)
+        low = d_product.astype(operands.product_dtype)
         d_query_t += pair.product("bkhs,bksgq->bkhgq", pair.seen_only(at(keys_t, j)), low)
         d_key += pair.product("bksgq,bkgqh->bksh", low, pair.seen_only(at(low_scaled, i)))
         d_value += pair.product("bksgq,bkgqh->bksh", weights.astype(d_out.dtype), d_out)

@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.models import Decoder
-from nope_jax.models.layers import rms_norm
 
 
 class Activations(NamedTuple):
@@ -59,5 +58,5 @@ def _pass_layer(
     block, (shared, keywords) = nnx.merge(structure, state), arguments
     written = None
     if weights:
-        written = block.attention.weights(rms_norm(x, block.attention_norm[...]), shared, **keywords)
+        written = block.weights(x, shared, **keywords)
     return block(x, shared, **keywords)[0], written
