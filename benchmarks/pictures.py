@@ -355,6 +355,21 @@ _scaling_picture("YaRNScaling", "s = 4: fast pairs stay, slow ones to a quarter"
 _scaling_picture("Llama3Scaling", "s = 4: the same idea, a narrower ramp")
 
 
+@picture("ProportionalScaling")
+def _(figure):
+    axes = plot(figure, "A quarter of the pairs, as if all rotated", "pair of dimensions, fast to slow", "frequency")
+    axes.set_yscale("log")
+    rows = [
+        np.asarray(e.rope_frequencies(64, scaling=scaling), np.float64)
+        for scaling in (None, e.ProportionalScaling(fraction=0.25))
+    ]
+    partial = np.asarray(e.rope_frequencies(16), np.float64)
+    axes.plot(rows[0], color=PALE, linewidth=1)
+    axes.plot(partial, color=COLOURS[1], linewidth=1.2, label="rotary_dim=16")
+    axes.plot(np.where(rows[1] > 0, rows[1], np.nan), color=COLOURS[0], linewidth=1.8, label="fraction=0.25")
+    axes.legend(fontsize=7, frameon=False, handlelength=1.2, borderpad=0)
+
+
 @picture("DynamicNTKScaling")
 def _(figure):
     axes = _frequency_axes(figure, "s = 1: as much as the length asks for")
@@ -635,6 +650,20 @@ def _layers(figure, layers, titles, colours):
         axes.set_xlabel("keys", fontsize=7, color=INK, labelpad=2)
         if i == 0:
             axes.set_ylabel("queries", fontsize=7, color=INK, labelpad=2)
+
+
+@picture("attention_sink")
+def _(figure):
+    length, sinks = 1024, jnp.array([0.0, 3.0, 6.0])
+    query, key = (0 * x[None] for x in alike(length))
+    share = np.asarray(attention_weights(e.AttentionSink(), {"sink": sinks}, query, key)[0].sum(-1))
+    axes = plot(
+        figure, "What a sink leaves, all logits 0", "keys seen (log scale)", "weight of all keys", ylim=(0, 1.1)
+    )
+    _log_positions(axes, length)
+    for sink, row, colour in zip(sinks.tolist(), share, COLOURS, strict=False):
+        axes.plot(np.arange(1, length + 1), row, color=colour, linewidth=1.3, label=f"sink {sink:g}")
+    axes.legend(fontsize=7, frameon=False, handlelength=1.2, borderpad=0, loc="lower right")
 
 
 def _rgb(colour):

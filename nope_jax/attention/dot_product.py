@@ -20,6 +20,7 @@ from nope_jax.attention.flax_layer import for_flax_layers
 from nope_jax.attention.mask_spec import MaskSpec, make_mask_spec
 from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.attention.sharded import spread_attention
+from nope_jax.attention.softmax_state import with_sink
 from nope_jax.encodings import BlockValue, DistanceLogit
 from nope_jax.encodings.checks import positive
 from nope_jax.encodings.encoding import Logit
@@ -139,11 +140,12 @@ def attend(
     logit_scale: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Float[Array, "N"] | None = None,
     implementation: str | Sequence[str] | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
-    """`dot_product_attention` on validated arrays and a `MaskSpec`."""
+    """`dot_product_attention` on validated arrays and a `MaskSpec`, with an encoding's sink."""
     positive(scale=scale, softcap=softcap)
     factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale)
     call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats, softcap
@@ -154,6 +156,8 @@ def attend(
         output = jnp.zeros((*query.shape[:3], value.shape[-1]), value.dtype)
         entropy = jnp.zeros((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
         of_rows = entropy, jnp.full_like(entropy, -jnp.inf)
+    if sink is not None:
+        output, *of_rows = _with_sink(output, *of_rows, sink)
     return (output, AttentionStats(*of_rows)) if return_stats else output
 
 
@@ -166,14 +170,18 @@ def attend_weights(
     logit_scale: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Float[Array, "N"] | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
     """The attention weights of `attend`: [B, N, T, S], float32."""
     positive(scale=scale, softcap=softcap)
     factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale)
-    weights, *of_rows = _weights(query, factor, key, logit, mask_spec, precision, softcap)
-    return (weights, AttentionStats(*of_rows)) if return_stats else weights
+    weights, entropy, logsumexp = _weights(query, factor, key, logit, mask_spec, precision, softcap)
+    if sink is not None:
+        share, entropy, logsumexp = with_sink(entropy, logsumexp, sink)
+        weights *= share[..., None]
+    return (weights, AttentionStats(entropy, logsumexp)) if return_stats else weights
 
 
 def _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale):
@@ -205,6 +213,13 @@ def _weights(query, factor, key, logit, mask_spec, precision, softcap):
     query, key = _at_most_float32(query), _at_most_float32(key)
     softmax, _ = reference_softmax(query, factor, key, logit, mask_spec, precision, softcap)
     return softmax.weights, *softmax.statistics()
+
+
+@jax.jit
+def _with_sink(output, entropy, logsumexp, sink):
+    share, *of_rows = with_sink(entropy, logsumexp, sink)
+    scaled = output.astype(jnp.float32) * jnp.swapaxes(share, 1, 2)[..., None]
+    return scaled.astype(output.dtype), *of_rows
 
 
 def _at_most_float32(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

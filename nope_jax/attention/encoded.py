@@ -79,7 +79,7 @@ def attention_weights(
 ) -> Any:
     """Return the attention weights of `encoded_attention`, [B, N, T, S] in float32.
 
-    The weights of a query sum to 1, or to 0 if it sees no key.
+    The weights of a query sum to 1, or to 0 if it sees no key, or to less than 1 with an encoding that has a sink.
 
     Args:
         encoding: As `encoded_attention`.
@@ -121,9 +121,10 @@ def _places(encoded: Encoded, query, key, common: dict[str, Any]):
         raise ValueError(f"chunk_size must divide the encoding's own, {chunks[0]}, or be a multiple of it: {chunks[1]}")
     windows = [n for n in (span.window, mask_spec.window) if n is not None]
     mask_spec = dataclasses.replace(mask_spec, chunk_size=min(chunks, default=None), window=min(windows, default=None))
+    params = jax.tree.map(jnp.asarray, params)
+    options["sink"] = encoding.sink(params)
     if not (query.shape[1] and key.shape[1]):  # nothing to encode
         return query, key, None, None, mask_spec, options
-    params = jax.tree.map(jnp.asarray, params)
     positions = mask_spec.positions(query.shape[1], key.shape[1])
     scale = logit_scale_product(encoding.logit_scale(params, *positions), options.get("logit_scale"))
     query, key = encoding.query_key(params, jnp.asarray(query), jnp.asarray(key), *positions)

@@ -4,6 +4,9 @@ The state of a row is m (the largest logit s), l (Σ e^(s-m)) and w (Σ (s-m)·e
 multiplies l and the sums weighted by e^(s-m) by a = e^(m_old - m_new) and adds the new terms; w also changes by
 (m_old - m_new)·l. At the end, the sum of values is divided by l, logsumexp = m + ln l, entropy = ln l - w/l.
 
+A sink is a key of logit z without a value, which takes the share 1 - p = e^(z - lse') of a row: p = e^(lse - lse') with
+lse' = ln(e^lse + e^z), output p·output, entropy p·(entropy - ln p) - (1 - p)·ln(1 - p).
+
 Final results over disjoint sets of keys are merged: p = e^(lse_part - lse), output Σ p·output_part,
 entropy Σ p·(entropy_part + lse - lse_part).
 """
@@ -11,7 +14,7 @@ entropy Σ p·(entropy_part + lse - lse_part).
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, nn
 from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.encodings.encoding import MASKED
@@ -60,6 +63,19 @@ class SoftmaxState(NamedTuple):
         if self.weighted is None:
             return normaliser, jnp.zeros_like(normaliser), logsumexp
         return normaliser, jnp.where(seen, jnp.log(normaliser) - self.weighted / normaliser, 0.0), logsumexp
+
+
+def with_sink(
+    entropy: Float[Array, "B N T"], logsumexp: Float[Array, "B N T"], sink: Float[Array, "N"]
+) -> tuple[Float[Array, "B N T"], Float[Array, "B N T"], Float[Array, "B N T"]]:
+    """Add a sink to the final results of rows: return the share of the keys, entropy and logsumexp."""
+    sink = jnp.broadcast_to(sink.astype(jnp.float32)[:, None], logsumexp.shape)
+    seen = logsumexp != -jnp.inf
+    above = jnp.where(seen, sink - logsumexp, 0.0)
+    share, log_keys, log_sink = nn.sigmoid(-above), -nn.softplus(above), -nn.softplus(-above)
+    entropy = share * (entropy - log_keys) - nn.sigmoid(above) * log_sink
+    logsumexp = jnp.where(seen, logsumexp - log_keys, sink)
+    return jnp.where(seen, share, 0.0), jnp.where(seen, entropy, 0.0), logsumexp
 
 
 class Rows(NamedTuple):

@@ -47,6 +47,7 @@ from nope_jax.encodings.rotary import (
     Llama3Scaling,
     LongRoPEScaling,
     NTKScaling,
+    ProportionalScaling,
     RoPE,
     RotaryScaling,
     XPos,
@@ -55,6 +56,7 @@ from nope_jax.encodings.rotary import (
     rope_frequencies,
 )
 from nope_jax.encodings.schedules import Chunked, Windowed
+from nope_jax.encodings.sink import AttentionSink
 from nope_jax.encodings.wrapper import Wrapper
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "T5",
     "TUPE",
     "ALiBi",
+    "AttentionSink",
     "AttentionSpan",
     "BlockLogit",
     "BlockValue",
@@ -92,6 +95,7 @@ __all__ = [
     "NTKScaling",
     "NoPE",
     "Params",
+    "ProportionalScaling",
     "Randomized",
     "Recursive",
     "RoPE",

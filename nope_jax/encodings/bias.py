@@ -6,6 +6,7 @@ FIRE's hidden layer.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
-from nope_jax.encodings.checks import integer_at_least, positive
+from nope_jax.encodings.checks import at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew
 
 
@@ -44,14 +45,33 @@ class ALiBi(Encoding):
     """
 
     learned: bool = False
-    """Whether each layer learns its slopes, initialized by `alibi_slopes`; in the paper they are fixed."""
+    """Whether each layer learns its slopes, which start at `slopes`; in the paper they are fixed."""
+    slopes: Sequence[float] | None = None
+    """One per query head, such as those of MPT and Falcon. None: `alibi_slopes`."""
+
+    def __post_init__(self):
+        if self.slopes is None:
+            return
+        object.__setattr__(self, "slopes", tuple(self.slopes))  # also accepts a list
+        for slope in self.slopes:
+            at_least(0, slopes=slope)
 
     def init_layer(self, key, dims: ModelDims) -> Params:
-        return {"slopes": alibi_slopes(dims.num_heads)} if self.learned else {}
+        return {"slopes": self._slopes(dims.num_heads)} if self.learned else {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
-        slopes = params["slopes"] if "slopes" in params else alibi_slopes(query.shape[2])
-        return DistanceLogit(_alibi, slopes)
+        return DistanceLogit(_alibi, params["slopes"] if "slopes" in params else self._slopes(query.shape[2]))
+
+    def bind(self, dims: ModelDims) -> Encoding:
+        self._slopes(dims.num_heads)  # refuses another number of heads
+        return self
+
+    def _slopes(self, num_heads: int) -> Float[Array, "{num_heads}"]:
+        if self.slopes is None:
+            return alibi_slopes(num_heads)
+        if len(self.slopes) != num_heads:
+            raise ValueError(f"slopes must be {num_heads} numbers, one per query head, not {len(self.slopes)}")
+        return jnp.array(self.slopes, jnp.float32)
 
 
 def _alibi(slopes: Float[Array, "N"], distance: Int[Array, "*shape"]) -> Float[Array, "N *shape"]:

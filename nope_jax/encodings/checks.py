@@ -46,6 +46,17 @@ def positive(**settings: float | None) -> None:
             raise ValueError(f"{name} must be positive, not {number}")
 
 
+def finite(**settings: float) -> None:
+    """Check that settings are finite numbers.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name, number in settings.items():
+        if not _is_number(number):
+            raise ValueError(f"{name} must be a finite number, not {number!r}")
+
+
 def known_values(what: str, holds: Callable[[np.ndarray], np.ndarray], **arrays: Any) -> None:
     """Check that `holds` is true of every entry; skipped for arrays traced under jit or held by other hosts.
 

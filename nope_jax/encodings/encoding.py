@@ -326,3 +326,7 @@ class Encoding:
     ) -> Float[Array, "#B #N T"] | Float[Array, "N"] | float | None:
         """Logit-scale place: the factor that multiplies q·k/√H."""
         return None
+
+    def sink(self, params: Params) -> Float[Array, "N"] | None:
+        """The logit, per head, of a key without a value that every query of the layer sees; None: there is none."""
+        return None

@@ -113,7 +113,7 @@ class HeadScale(Wrapper):
 
     def init_layer(self, key, dims: ModelDims) -> Params:
         scales = jnp.full(dims.num_heads, self.start, jnp.float32)
-        return _joined(self.encoding.init_layer(key, dims), "head_scale", scales)
+        return self._with_layer_params(key, dims, head_scale=scales)
 
     def logit_scale(self, params: Params, query_positions, key_positions):
         inner = self.encoding.logit_scale(params, query_positions, key_positions)
@@ -140,7 +140,7 @@ class SSMax(Wrapper):
 
     def init_layer(self, key, dims: ModelDims) -> Params:
         scales = jnp.full(dims.num_heads, self.start, jnp.float32)
-        return _joined(self.encoding.init_layer(key, dims), "ssmax", scales)
+        return self._with_layer_params(key, dims, ssmax=scales)
 
     def logit_scale(self, params: Params, query_positions, key_positions):
         logs = jnp.log(keys_seen(query_positions, self.span()).astype(jnp.float32))
@@ -198,9 +198,3 @@ class SwanScale(Wrapper):
         positions = jnp.maximum(query_positions, 0).astype(jnp.float32)
         factor = 1 + jnp.log1p(positions / self.offset) / math.log(self.offset)
         return logit_scale_product(factor[:, None], self.encoding.logit_scale(params, query_positions, key_positions))
-
-
-def _joined(params: Params, name: str, value: Any) -> Params:
-    if name in params:
-        raise ValueError(f"encoding must not have a {name} of its own: apply this wrapper only once")
-    return {**params, name: value}

@@ -16,6 +16,7 @@ from nope_jax.encodings.recurrent import FLOATER, Recursive
 from nope_jax.encodings.relative import NEZHA, TUPE, DeBERTa, Shaw, TransformerXL
 from nope_jax.encodings.rotary import RoPE, XPos
 from nope_jax.encodings.schedules import SCHEDULES, Chunked, Windowed
+from nope_jax.encodings.sink import AttentionSink
 from nope_jax.encodings.wrapper import Wrapper
 
 ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
@@ -51,6 +52,7 @@ ENCODINGS: Mapping[str, type[Encoding]] = MappingProxyType(
         "swan_scale": SwanScale,
         "windowed": Windowed,
         "chunked": Chunked,
+        "attention_sink": AttentionSink,
     }
 )
 """All encodings by name; called without arguments, each has its paper's settings."""

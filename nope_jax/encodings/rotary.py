@@ -230,6 +230,29 @@ class Llama3Scaling(RotaryScaling):
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
 
+@dataclasses.dataclass(frozen=True)
+class ProportionalScaling(RotaryScaling):
+    """Rotate only a fraction of the pairs, the fastest ones, and divide their frequencies by factor; the rest stand.
+
+    The full-attention layers of Gemma 4 and LFM 3 ("proportional" in transformers). With `RoPE(rotary_dim=...)`, the
+    frequencies of a fraction of the pairs span all wavelengths up to base; here each pair keeps the frequency that it
+    has when all pairs rotate.
+    """
+
+    fraction: float = 0.25
+    factor: float = 1.0
+
+    def __post_init__(self):
+        positive(fraction=self.fraction)
+        if self.fraction > 1:
+            raise ValueError(f"fraction must be at most 1, not {self.fraction}")
+        at_least(1, factor=self.factor)
+
+    def frequencies(self, frequencies, *, base, length):
+        rotated = np.arange(len(frequencies)) < math.floor(self.fraction * len(frequencies))
+        return np.where(rotated, frequencies / self.factor, 0.0)
+
+
 def _ntk_exponents(half: int) -> Float[np.ndarray, "{half}"]:
     """2m/(d-2): multiplying the base by g^(d/(d-2)) divides the frequency of pair m by g to this power."""
     if half < 2:

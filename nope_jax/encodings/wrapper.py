@@ -64,3 +64,13 @@ class Wrapper(Encoding):
 
     def logit_scale(self, params: Params, query_positions, key_positions):
         return self.encoding.logit_scale(params, query_positions, key_positions)
+
+    def sink(self, params: Params):
+        return self.encoding.sink(params)
+
+    def _with_layer_params(self, key, dims: ModelDims, **own: Any) -> Params:
+        """The layer parameters of the inner encoding, and this wrapper's own by name."""
+        inner = self.encoding.init_layer(key, dims)
+        for name in own.keys() & inner:
+            raise ValueError(f"encoding must not have a {name} of its own: apply this wrapper only once")
+        return {**inner, **own}

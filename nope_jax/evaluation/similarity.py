@@ -56,7 +56,7 @@ def head_distances(p: Float[Array, "N T T"], q: Float[Array, "M T T"]) -> Float[
     their figure.
 
     Args:
-        p: attention weights, query by key; rows sum to 1.
+        p: attention weights, query by key. Rows sum to 1; of rows with a sink, the term of the sink is left out.
         q: attention weights of the other layer.
     """
 
@@ -95,7 +95,8 @@ def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
 def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... bands"]:
     """Share of the total weight in each of `distance_bands`, from the mean weight by distance.
 
-    Each distance is weighted by the number of queries that have it, so the shares sum to 1.
+    Each distance is weighted by the number of queries that have it, so the shares sum to 1, or to less with
+    an attention sink.
     """
     length = weight.shape[-1]
     share = weight * (length - np.arange(length)) / length

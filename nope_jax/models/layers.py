@@ -194,7 +194,7 @@ class Attention(nnx.Module):
         return out, stats, None if kv_cache is None else seen
 
     def weights(self, x: Shaped[Array, "B T D"], shared: Params, **common: Any) -> Float[Array, "B N T T"]:
-        """Compute the full attention weights; every row sums to 1. Args as `__call__`."""
+        """Compute the full attention weights; see `attention_weights`. Args as `__call__`."""
         params = self.encoding_params(shared)
         features = self.encoding.features(params, x, None)
         return attention_weights(

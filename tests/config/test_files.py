@@ -41,37 +41,11 @@ class Mine(Encoding):
 
 
 def every_field_changed() -> Config:
+    sizes = 300, 6, 6, 2, 24, 96, 100
+    shape = "relu", "layer", 1e-5, "post", "parallel", "all", ("qkv", "head")
+    scales = 0.1, 50.0, 2.0, True, 0.5, 0.25, 30.0
     return Config(
-        ModelConfig(
-            300,
-            6,
-            6,
-            2,
-            24,
-            96,
-            100,
-            "plain",
-            True,
-            "rope",
-            77,
-            "reference",
-            "bfloat16",
-            True,
-            "relu",
-            "layer",
-            1e-5,
-            "post",
-            "parallel",
-            "all",
-            ("qkv", "head"),
-            0.1,
-            50.0,
-            2.0,
-            True,
-            0.5,
-            0.25,
-            30.0,
-        ),
+        ModelConfig(*sizes, "plain", True, "rope", 77, "reference", "bfloat16", True, *shape, *scales),
         DataConfig("text:a", "dir", "tokenizer.json", "<|endoftext|>", 64, 12, True, True, 1),
         OptimizerConfig("muon", 0.1 + 0.2, 1, 0.5, 0.6, 0.0, 0.3, 4),
         TrainConfig(1, 2, 3, 4, 5, 6, "runs/other", "skip", 3.0, 4, True, 1),

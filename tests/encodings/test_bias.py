@@ -163,6 +163,18 @@ def test_falcon_divides_its_slopes_by_the_root_of_the_head_dim_too(implementatio
     assert_close(out, golden["out"])
     assert_close(stats.entropy, golden["entropy"])
     assert np.abs(attend()[0] - golden["out"]).max() > 1e-2
+    given = ALiBi(slopes=(alibi_slopes(4) / math.sqrt(8)).tolist())
+    assert_close(encoded_attention(given, {}, *arrays, implementation=implementation), golden["out"])
+
+
+def test_slopes_of_ones_own_are_one_per_head_and_may_be_learned_from_there():
+    given = ALiBi(learned=True, slopes=[0.5, 0.4, 0.3, 0.2])
+    assert given == ALiBi(learned=True, slopes=(0.5, 0.4, 0.3, 0.2)) and hash(given)
+    np.testing.assert_allclose(given.init_layer(jax.random.key(0), SIZES)["slopes"], [0.5, 0.4, 0.3, 0.2])
+    with pytest.raises(ValueError, match=r"\Aslopes must be 4 numbers, one per query head, not 2\Z"):
+        ALiBi(slopes=(0.5, 0.25)).bind(SIZES)
+    with pytest.raises(ValueError, match=r"\Aslopes must be at least 0, not -1.0\Z"):
+        ALiBi(slopes=(0.5, -1.0))
 
 
 def test_learned_slopes_start_from_the_papers_and_are_parameters_of_each_layer():

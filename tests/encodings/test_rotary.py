@@ -18,6 +18,7 @@ from nope_jax.encodings import (
     Llama3Scaling,
     LongRoPEScaling,
     NTKScaling,
+    ProportionalScaling,
     RoPE,
     XPos,
     YaRNScaling,
@@ -128,6 +129,17 @@ def test_yarn_stays_between_none_and_interpolation_at_any_length(original_length
         np.testing.assert_allclose(out[1:], plain[1:] / 4, rtol=1e-6)
 
 
+def test_proportional_scaling_turns_the_fastest_pairs_as_if_all_turned():
+    """As in transformers 5 for Gemma 4: inv_freq of int(fraction · dim // 2) pairs over the whole dim, then zeros."""
+    out = rope_frequencies(12, base=50.0, scaling=ProportionalScaling(fraction=0.6, factor=8.0))
+    expected = [50.0 ** (-2 * m / 12) / 8 for m in range(3)] + [0.0] * 3
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    x = jnp.array(random(1, 3, 1, 12))
+    turned = apply_rope(x, jnp.array([0, 7, 1001]), base=50.0, scaling=ProportionalScaling(0.6))
+    np.testing.assert_array_equal(turned[..., [3, 4, 5, 9, 10, 11]], x[..., [3, 4, 5, 9, 10, 11]])
+    np.testing.assert_allclose(turned[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(7) - x[0, 1, 0, 6] * np.sin(7), rtol=1e-4)
+
+
 def test_a_factor_of_one_changes_nothing():
     plain = rope_frequencies(16)
     for scaling in (
@@ -136,6 +148,7 @@ def test_a_factor_of_one_changes_nothing():
         DynamicNTKScaling(1, 8),
         YaRNScaling(1, 64),
         Llama3Scaling(1),
+        ProportionalScaling(1.0),
         LongRoPEScaling((1,) * 8, (1,) * 8, 8, 1),
     ):
         np.testing.assert_allclose(rope_frequencies(16, scaling=scaling, length=8), plain, rtol=1e-7)
@@ -187,6 +200,9 @@ def test_frequencies_that_depend_on_the_length_ask_for_it(scaling):
         ("original_length", lambda: Llama3Scaling(original_length=0)),
         ("low_frequency_factor", lambda: Llama3Scaling(low_frequency_factor=0.0)),
         ("high_frequency_factor", lambda: Llama3Scaling(high_frequency_factor=1.0)),
+        ("fraction", lambda: ProportionalScaling(0.0)),
+        ("fraction", lambda: ProportionalScaling(1.5)),
+        ("factor", lambda: ProportionalScaling(0.5, factor=0.5)),
         ("scaling", lambda: RoPE(scaling="linear")),
         ("short_factors", lambda: rope_frequencies(6, scaling=LENGTH_DEPENDENT[1], length=9)),
         ("dim", lambda: rope_frequencies(2, scaling=NTKScaling(factor=2.0))),

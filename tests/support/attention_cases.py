@@ -78,7 +78,7 @@ def assert_agrees(encoding, implementation, query, key, value, **keywords):
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-WITHIN = ("query_key", "logit", "value", "logit_scale", "span", "features", "positions")
+WITHIN = ("query_key", "logit", "value", "logit_scale", "sink", "span", "features", "positions")
 
 
 def changes_attention(name):

@@ -38,8 +38,13 @@ def attention(
     chunk_size=None,
     segment_ids=None,
     logit_scale=1.0,
+    scale=None,
+    softcap=None,
+    sink=None,
 ) -> Attention:
-    """softmax(logit_scale · q·k/√H + bias) · v over the keys a query may attend to; bias broadcasts to [B, N, T, S]."""
+    """softmax(cap(logit_scale · q·k/√H) + bias) · v over the keys a query may attend to; bias is [B, N, T, S] or less.
+
+    `sink` [N] are logits of one more column."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     query_positions, key_positions = positions(B, T, S, query_positions, key_positions)
@@ -68,15 +73,20 @@ def attention(
             may = may & (distance < window if is_causal else np.abs(distance) < window)
         if chunk_size is not None:
             may = may & (query_positions[b, t] // chunk_size == key_positions[b] // chunk_size)
-        if not may.any():
+        if not may.any() and sink is None:
             continue
-        content = key[b, may, head] @ query[b, t, n] / math.sqrt(H)
-        logits = logit_scale[b, n, t] * content + bias[b, n, t, may]
+        content = logit_scale[b, n, t] * (key[b, may, head] @ query[b, t, n]) * (scale or 1 / math.sqrt(H))
+        if softcap is not None:
+            content = softcap * np.tanh(content / softcap)
+        logits = content + bias[b, n, t, may]
+        if sink is not None:  # one more column, dropped after the softmax
+            logits = np.append(logits, np.float64(sink[n]))
         largest = logits.max()
         logsumexp[b, n, t] = largest + math.log(np.exp(logits - largest).sum())
         p = np.exp(logits - logsumexp[b, n, t])
-        weights[b, n, t, may] = p
         entropy[b, n, t] = -sum(x * math.log(x) for x in p if x > 0)
+        p = p[: may.sum()]
+        weights[b, n, t, may] = p
         output[b, t, n] = p @ value[b, may, head]
     return Attention(output, entropy, logsumexp, weights)
 

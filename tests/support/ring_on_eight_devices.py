@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nope_jax import Decoder, ModelConfig, attention
 from nope_jax.attention import dot_product_attention, encoded_attention
 from nope_jax.config import MeshConfig
-from nope_jax.encodings import ENCODINGS, BlockLogit, LogN, ModelDims, Windowed
+from nope_jax.encodings import ENCODINGS, AttentionSink, BlockLogit, LogN, ModelDims, Windowed
 from nope_jax.evaluation.common.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.perplexity.measure import evaluation_step, measure
 from nope_jax.sharding import make_mesh, place_batch
@@ -104,6 +104,11 @@ def exchanged(text):
 def test_a_ring_is_one_device(name):
     text = assert_mesh_changes_nothing(ENCODINGS[name]().bind(SIZES), RING)
     assert exchanged(text) == {"collective-permute", "all-reduce"}  # the latter of the parameters' gradients
+
+
+@pytest.mark.parametrize("name", ["t5", *(pytest.param(name, marks=slow) for name in ("shaw", "cope"))])
+def test_scale_soft_cap_and_sink_in_a_ring(name):
+    assert_mesh_changes_nothing(AttentionSink(ENCODINGS[name]().bind(SIZES)), RING, scale=0.6, softcap=0.7)
 
 
 @slow

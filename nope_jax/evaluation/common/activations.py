@@ -23,7 +23,7 @@ class Activations(NamedTuple):
     stream: Shaped[Array, "B T D"]
     """The residual stream, before any normalization."""
     weights: Float[Array, "B N T T"] | None
-    """Attention weights of the layer just applied, if requested: query by key, rows sum to 1."""
+    """Attention weights of the layer just applied, if requested: query by key; see `attention_weights`."""
 
 
 def walk(model: Decoder, tokens: Int[Array | np.ndarray, "B T"], *, weights: bool = False) -> Iterator[Activations]:

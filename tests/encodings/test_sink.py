@@ -1,0 +1,94 @@
+"""Attention sinks, against a softmax with one more column."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig
+from nope_jax.attention import alibi_attention, attention_weights, encoded_attention
+from nope_jax.encodings import ALiBi, AttentionSink, HeadScale, ModelDims, NoPE, Windowed, resolve
+from tests.support import oracles
+from tests.support.attention_cases import LENGTH, assert_close, every_implementation, inputs, random
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+SINK = np.array([-1.0, 0.0, 1.5, 30.0], np.float32)
+CASES = {
+    "plain": {},
+    "soft cap": {"softcap": 0.5, "logit_scale": 2.0},
+    "rows without keys": {"mask": np.arange(LENGTH)[:, None] % 5 > 0, "window": 4},
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_a_column_that_takes_part_in_the_softmax_and_has_no_value(case, implementation):
+    arrays, common, encoding = inputs(), {**CASES[case], "return_stats": True}, AttentionSink(NoPE())
+    wanted = oracles.attention(*arrays, **CASES[case], sink=SINK)
+    out, stats = encoded_attention(encoding, {"sink": SINK}, *arrays, implementation=implementation, **common)
+    assert_close(out, wanted.output)
+    assert_close(stats.entropy, wanted.entropy)
+    assert_close(stats.logsumexp, wanted.logsumexp)
+    weights, stats = attention_weights(encoding, {"sink": SINK}, *arrays[:2], **common)
+    assert_close(weights, wanted.weights)
+    assert_close(stats.entropy, wanted.entropy)
+    assert_close(weights.sum(-1), 1 - np.exp(SINK[:, None] - wanted.logsumexp))
+
+
+@every_implementation
+def test_its_gradient_is_that_of_the_column(implementation):
+    """Also of entropy and logsumexp, and where a row sees no key."""
+    arrays, mask = [jnp.asarray(x) for x in inputs(K=4)], np.arange(LENGTH)[:, None] > 2
+    mix = random(2, LENGTH, 4, 8, seed=5)
+
+    def total(out, entropy, logsumexp):
+        return (out * mix).sum() + (entropy**2).sum() + logsumexp.sum()
+
+    def loss(sink, *arrays):
+        out, stats = encoded_attention(
+            AttentionSink(), {"sink": sink}, *arrays, mask=mask, implementation=implementation, return_stats=True
+        )
+        return total(out, *stats)
+
+    def with_a_column(sink, query, key, value):
+        logits = jnp.einsum("btnh,bsnh->bnts", query, key) / 8**0.5
+        logits = jnp.where(np.tri(LENGTH, dtype=bool) & mask, logits, -1e9)
+        column = jnp.broadcast_to(sink[:, None, None], (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, column], axis=-1)
+        weights = jax.nn.softmax(logits)
+        entropy = -(weights * jax.nn.log_softmax(logits)).sum(-1)
+        return total(jnp.einsum("bnts,bsnh->btnh", weights[..., :-1], value), entropy, jax.nn.logsumexp(logits, -1))
+
+    sink = jnp.asarray([-1.0, 0.0, 1.5, 3.0])
+    found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(sink, *arrays) for f in (loss, with_a_column))
+    jax.tree.map(lambda x, y: assert_close(x, y, tolerance=5e-5), found, wanted)
+
+
+def test_it_wraps_an_encoding_and_its_wrappers():
+    arrays = inputs()
+    params = {"sink": np.full(4, -np.float32(80)), "head_scale": np.ones(4, np.float32)}
+    out = encoded_attention(AttentionSink(HeadScale(Windowed(ALiBi(), 5))), params, *arrays)
+    assert_close(out, alibi_attention(*arrays, window=5))  # next to nothing goes to such a sink
+    outside = encoded_attention(HeadScale(AttentionSink(Windowed(ALiBi(), 5))), params, *arrays)
+    np.testing.assert_array_equal(out, outside)
+    dims = ModelDims(num_heads=4, head_dim=8, model_dim=32)
+    assert AttentionSink(HeadScale(), start=-0.5).init_layer(jax.random.key(0), dims)["sink"].tolist() == [-0.5] * 4
+    with pytest.raises(ValueError, match="encoding must not have a sink of its own: apply this wrapper only once"):
+        AttentionSink(HeadScale(AttentionSink())).init_layer(jax.random.key(0), dims)
+    with pytest.raises(ValueError, match=r"\Astart must be a finite number, not inf\Z"):
+        AttentionSink(start=float("inf"))
+
+
+def test_a_decoder_with_sinks_decodes_as_in_one_pass_and_stays_bfloat16():
+    config = ModelConfig(vocab_size=32, num_layers=3, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48)
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
+    for dtype, tolerance in ("float32", 1e-5), ("bfloat16", 0.05):
+        encoding = (*resolve("attention_sink:rope"), AttentionSink(Windowed(ALiBi(), 5), start=1.0))
+        model = Decoder(ModelConfig(**{**vars(config), "encoding": encoding, "dtype": dtype}), rngs=nnx.Rngs(0))
+        logits = model(tokens)
+        first, cache = model.decode_step(tokens[:, :7], model.init_cache(2, 12))
+        rest, _ = model.decode_step(tokens[:, 7:8], cache)
+        np.testing.assert_allclose(jnp.concatenate([first, rest], 1), logits[:, :8], atol=tolerance)
+    without = Decoder(ModelConfig(**{**vars(config), "encoding": ("rope", Windowed(ALiBi(), 5))}), rngs=nnx.Rngs(0))
+    assert np.abs(without(tokens) - logits).max() > 1e-2
