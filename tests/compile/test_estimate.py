@@ -50,6 +50,11 @@ ROOT = Path(__file__).parents[2]
         ("t5_base_decoder", 32_128 * 768 + 12 * (4 * 768 * 768 + 2 * 768 * 3072 + 2 * 768) + 768),
         # GPT-2's 124,439,808 without its positions (1024 rows) and biases, with 47 rows of padding.
         ("gpt2", 124_439_808 - 1024 * 768 - 12 * (3 * 768 + 768 + 4 * 768 + 768 + 2 * 768) - 768 + 47 * 768),
+        # The same size in the shapes of others: per layer attention, MLP, biases, norms.
+        ("bloom_style", 50_304 * 768 + 12 * (4 * 768**2 + 8 * 768**2 + (4 + 4 + 1) * 768 + 4 * 768) + 4 * 768),
+        ("mpt_style", 50_304 * 768 + 12 * (4 * 768**2 + 8 * 768**2 + 2 * 768) + 768),
+        ("llama_style", 2 * 50_304 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768) + 768),
+        ("palm_style", 50_304 * 768 + 12 * (2 * 768**2 + 2 * 768 * 64 + 3 * 768 * 3072 + 768) + 768),
     ],
 )
 def test_configs_have_the_parameters_of_their_papers(name, expected):
