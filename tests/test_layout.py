@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "sharding": {"config", "explicit_axes"},
     "data": {"config", "paths"},
     "models": {"encodings", "attention", "config", "sharding"},
+    "interop": {"config", "data", "encodings", "models", "sharding"},
     "checkpoint": {"config", "models", "paths", "sharding"},
     "training": {
         "encodings",

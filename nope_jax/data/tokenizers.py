@@ -9,6 +9,7 @@ import codecs
 import dataclasses
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import tokenizers
 from jaxtyping import Integer
+
+from nope_jax.data.gguf import read_header
+from nope_jax.data.gguf_tokenizer import build_tokenizer
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """Tokens that can separate documents; a tokenizer.json does not say which of its tokens does."""
@@ -243,40 +247,109 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Load the tokenizer given by `data.tokenizer`.
 
     Args:
-        spec: `bytes`, or the path of a tokenizer.json (ending in .json) or of a SentencePiece model (anything else).
+        spec: `bytes`, or a path: a tokenizer.json (ending in .json), the folder of a Hugging Face model, a GGUF file
+            (ending in .gguf), or a SentencePiece model (any other file).
 
     Raises:
-        ValueError: the file does not exist, is not a tokenizer, or has no token that can separate documents
+        ValueError: the path does not exist, is not a tokenizer, or has no token that can separate documents
             (SEPARATORS, or the end-of-sentence token of a SentencePiece model).
     """
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
+    if path.is_dir():
+        return _load_folder(path)
     if not path.is_file():
         raise ValueError(
-            f"data.tokenizer must be bytes or the path of a tokenizer.json or SentencePiece model; {spec} is no file"
+            "data.tokenizer must be bytes or the path of a tokenizer.json, a SentencePiece model, a GGUF file or the "
+            f"folder of a Hugging Face model; {spec} is no file or folder"
         )
-    return _load_json(path) if path.suffix == ".json" else _load_sentencepiece(path)
+    loaders = {".json": _load_json, ".gguf": _load_gguf}
+    return loaders.get(path.suffix, _load_sentencepiece)(path)
 
 
 def tokenizer_digest(spec: str) -> str:
-    """Identify a tokenizer by content, independent of its path: `bytes`, or the SHA-256 of its file."""
-    return spec if spec == "bytes" else hashlib.sha256(Path(spec).expanduser().read_bytes()).hexdigest()
+    """Identify a tokenizer by content, independent of its path: `bytes`, or a SHA-256.
+
+    That of the file; of a Hugging Face folder those that describe its tokenizer, of a GGUF file the tokenizer in it.
+    """
+    if spec == "bytes":
+        return spec
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        content = b"".join((path / name).read_bytes() for name in _FOLDER_FILES if (path / name).is_file())
+    elif path.suffix == ".gguf":
+        header = read_header(path)
+        content = repr(sorted((k, v) for k, v in header.metadata.items() if k.startswith("tokenizer."))).encode()
+    else:
+        content = path.read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _load_json(path: Path) -> JsonTokenizer:
+    return _json_tokenizer(_read_json_tokenizer(path), str(path))
+
+
+def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"data.tokenizer {path} is not a tokenizer.json: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def _json_tokenizer(
+    tokenizer: tokenizers.Tokenizer, name: str, separator: int | None = None, bos: int | None = None
+) -> JsonTokenizer:
+    """With the ids of its separator and beginning-of-sequence token, found by their names where they are None."""
     vocabulary = tokenizer.get_vocab()
-    separator = next((vocabulary[token] for token in SEPARATORS if token in vocabulary), None)
     if separator is None:
-        raise ValueError(f"data.tokenizer {path} has no token that separates documents, one of {', '.join(SEPARATORS)}")
-    bos = next((vocabulary[token] for token in BEGINNINGS if token in vocabulary), separator)
+        separator = next((vocabulary[token] for token in SEPARATORS if token in vocabulary), None)
+    if separator is None:
+        raise ValueError(f"data.tokenizer {name} has no token that separates documents, one of {', '.join(SEPARATORS)}")
+    if bos is None:
+        bos = next((vocabulary[token] for token in BEGINNINGS if token in vocabulary), separator)
     return JsonTokenizer(tokenizer, max(vocabulary.values()) + 1, separator, bos)
+
+
+_FOLDER_FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json", "config.json"
+"""Of a Hugging Face folder: the tokenizer, and what names its special tokens, the first that does so first."""
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():
+            return _load_sentencepiece(folder / "tokenizer.model")
+        raise ValueError(f"data.tokenizer {folder} has no tokenizer.json, nor a SentencePiece tokenizer.model")
+    tokenizer = _read_json_tokenizer(folder / "tokenizer.json")
+    return _json_tokenizer(
+        tokenizer, str(folder), *(_special_token(folder, tokenizer, name) for name in ("eos", "bos"))
+    )
+
+
+def _special_token(folder: Path, tokenizer: tokenizers.Tokenizer, name: str) -> int | None:
+    """The id of the `eos` or `bos` token of a Hugging Face folder, if one of its files names it."""
+    for file in _FOLDER_FILES[2:]:
+        try:
+            settings = json.loads((folder / file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{folder / file}: {error}") from error
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        index = tokenizer.token_to_id(token) if isinstance(token, str) else settings.get(f"{name}_token_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if isinstance(index, int):
+            return index
+    return None
+
+
+def _load_gguf(path: Path) -> JsonTokenizer:
+    tokenizer, separator, bos = build_tokenizer(read_header(path))
+    return _json_tokenizer(tokenizer, str(path), separator, bos)
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:

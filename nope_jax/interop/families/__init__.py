@@ -1,0 +1,45 @@
+"""Families of published models, one file each: a table from the names of tensors to places in the decoder, and the
+settings of config.json, in and out.
+
+To add one:
+
+1. Write `<model_type>.py` with a `FAMILY` (`family.py` explains its fields): a table of `Weight`s (`..weights` explains
+   their language; parts of Llama's serve most), `read`, which turns config.json into a ModelConfig, and `write`, its
+   reverse. Read every setting that changes the logits, or refuse other values with `settings.only`; what is left
+   unread is refused by name. If llama.cpp has it too, add `gguf`, with its names of tensors and settings.
+2. Add it to FAMILIES below. The order is that in which `save_pretrained` looks for one that can hold a model.
+3. Add a config.json to `CONFIGS` of tests/support/published.py, with one row for each way in which the family can
+   vary. The tests of tests/interop do the rest: against stored logits (make those with
+   `python tests/goldens/regenerate.py published`), and live against transformers with `-m oracle`.
+
+What the decoder cannot compute is a field of ModelConfig to add first; nothing here computes anything.
+"""
+
+from types import MappingProxyType
+
+from nope_jax.interop.families import (
+    exaone4,
+    gpt2,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
+from nope_jax.interop.families.family import Family
+
+FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
+    {
+        module.FAMILY.name: module.FAMILY
+        for module in (llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, exaone4, granite, gpt2)
+    }
+)
+"""All families by `model_type`."""
+
+GGUF_FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
+    {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf}
+)
+"""All families that are read from GGUF, by `general.architecture`."""

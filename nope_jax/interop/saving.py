@@ -1,0 +1,245 @@
+"""`save_pretrained`: a decoder as a folder that transformers loads."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nope_jax.config import ModelConfig
+from nope_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from nope_jax.encodings import Encoding, HeadScale, UniformScale, Wrapper
+from nope_jax.interop.families import FAMILIES, Family
+from nope_jax.interop.parameters import Published, Slice, published_tensors, published_values
+from nope_jax.interop.rotary import head_dim, per_layer, plain, shortest_period
+from nope_jax.interop.safetensors import write_file
+from nope_jax.interop.settings import Settings
+from nope_jax.models import Decoder
+
+SHARD = 4 * 2**30
+"""Largest size of a file of weights, bytes."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def save_pretrained(
+    model: Decoder,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    family: str | None = None,
+) -> None:
+    """Write a decoder as a Hugging Face folder: config.json, model.safetensors, generation_config.json, tokenizer.
+
+    Scalings of RoPE are written as `rope_scaling`, NTK-aware scaling as a larger `rope_theta`; factors of HeadScale and
+    UniformScale are multiplied into the queries' weights, which is the same. Weights keep their dtype.
+
+    Args:
+        model: The decoder.
+        path: A folder that does not exist yet, or is empty.
+        tokenizer: Its tokenizer, or the folder of a published model to copy the tokenizer's files from; None for none.
+        family: One of FAMILIES; None takes the first that can hold the model.
+
+    Raises:
+        ValueError: the folder is not empty, or the family (or none of them) can hold the model; the message says what
+            of it cannot be said.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be a new or empty folder")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
+    config, factors = _folded(model)
+    own, settings, tensors = _fitting(config, [family] if family else list(FAMILIES))
+    dtype = np.dtype(model.embedding[...].dtype)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(model, folder, tensors, factors, dtype)
+    if jax.process_index() != 0:
+        return
+    special = _write_tokenizer(folder, tokenizer)
+    settings = {
+        "architectures": [own.architecture],
+        "model_type": own.name,
+        **settings,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # not the defaults of the family
+        **special,
+        "dtype": dtype.name,
+        "torch_dtype": dtype.name,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _fitting(config: ModelConfig, names: list[str]) -> tuple[Family, dict[str, Any], list[Published]]:
+    """The first family that can hold a model, its settings and its tensors.
+
+    Raises:
+        ValueError: none can; the message is about the one that comes nearest.
+    """
+    refusals = []
+    for name in names:
+        family = FAMILIES[name]
+        try:
+            settings = family.write(config)
+            differing = _differing(config, family.read(Settings(settings, "config.json")))
+            if not differing:
+                return family, settings, published_tensors(config, family.weights)
+        except ValueError as error:
+            differing = [str(error)]
+            refusals.append((len(dataclasses.fields(config)), name, differing))
+        else:
+            refusals.append((len(differing), name, differing))
+    _, name, differing = min(refusals, key=lambda refusal: refusal[0])
+    others = f"; nor can {', '.join(other for other in names if other != name)}" if len(names) > 1 else ""
+    raise ValueError(f"config.json of {name} cannot say {', '.join(differing)}{others}")
+
+
+def _differing(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """The fields in which two models differ, with our values."""
+    first, second = _explicit(ours), _explicit(theirs)
+    return [
+        f"model.{name} {getattr(ours, name)!r}"
+        for name, value in first.items()
+        if not (
+            math.isclose(value, second[name], rel_tol=1e-12)
+            if isinstance(value, float) and isinstance(second[name], float)
+            else value == second[name]
+        )
+    ]
+
+
+def _explicit(config: ModelConfig) -> dict[str, Any]:
+    """The fields that determine a model's function, without defaults that stand for other values."""
+    head_size = head_dim(config)
+    gated = config.mlp == "gated"
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in ("attention", "dtype", "remat", "train_length"):
+        del values[name]
+    return values | {
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "head_dim": head_size,
+        "mlp_dim": config.mlp_size,
+        "activation": config.activation or ("silu" if gated else "gelu_tanh"),
+        "biases": frozenset(config.biases),
+        "attention_scale": head_size**-0.5 if config.attention_scale is None else float(config.attention_scale),
+        "embedding_scale": config.model_dim**0.5 if config.embedding_scale is None else float(config.embedding_scale),
+        "residual_scale": float(config.residual_scale),
+        "logits_scale": float(config.logits_scale),
+        "encoding": [plain(encoding, head_size) for encoding in per_layer(config)],
+    }
+
+
+def _folded(model: Decoder) -> tuple[ModelConfig, dict[Slice, np.ndarray]]:
+    """The config without wrappers of one factor per head, and those factors for the weights that make the queries.
+
+    Raises:
+        ValueError: heads differ in their factors, but share the scale of the norm after the projection.
+    """
+    config, period = model.config, len(model.encodings)
+    encodings, factors = [], {}
+    parameters = dict(nnx.to_flat_state(nnx.state(model)))
+    for layer, encoding in enumerate(per_layer(config)):
+        slot, row = layer % period, layer // period
+        inner, factor = _without_factors(encoding)
+        encodings.append(inner)
+        scale = ("blocks", slot, "attention", "position", "head_scale")
+        by_head = np.full(config.num_heads, factor, np.float64)
+        if scale in parameters:
+            by_head *= np.asarray(parameters[scale][...][row], np.float64)
+        if inner == encoding:
+            continue
+        names: dict[str, np.ndarray] = {"query": by_head[:, None], "query_bias": by_head[:, None]}
+        if config.qk_norm is not None:
+            if config.qk_norm == "head" and len(set(by_head.tolist())) > 1:
+                raise ValueError(
+                    f"HeadScale of layer {layer} cannot be saved: its heads have different factors, but share the "
+                    "scale of one query norm (model.qk_norm head)"
+                )
+            names = {"query_norm": by_head[:1] if config.qk_norm == "head" else np.repeat(by_head, head_dim(config))}
+        for name, values in names.items():
+            factors[Slice(("blocks", slot, "attention", name), row)] = values
+    return dataclasses.replace(config, encoding=shortest_period(encodings)), factors
+
+
+def _without_factors(encoding: Encoding) -> tuple[Encoding, float]:
+    """The encoding without wrappers of one factor per head, and the product of those that are the same for all."""
+    if not isinstance(encoding, Wrapper):
+        return encoding, 1.0
+    inner, factor = _without_factors(encoding.encoding)
+    if isinstance(encoding, HeadScale):
+        return inner, factor
+    if isinstance(encoding, UniformScale):
+        return inner, factor * encoding.factor
+    return dataclasses.replace(encoding, encoding=inner), factor
+
+
+def _write_weights(
+    model: Decoder, folder: Path, tensors: list[Published], factors: dict[Slice, np.ndarray], dtype: np.dtype
+) -> None:
+    """Write the weights into files of at most SHARD bytes, one tensor in memory at a time."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    room, total = SHARD, 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD
+        shards[-1][tensor.name] = tensor.shape
+        room, total = room - size, total + size
+    values = published_values(model, tensors, factors)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shapes in zip(names, shards, strict=True):
+        of_shard = (next(values) for _ in shapes)
+        if jax.process_index() == 0:
+            write_file(folder / name, shapes, dtype, of_shard)
+        else:
+            for _ in of_shard:  # every process takes part in gathering
+                pass
+    if len(shards) > 1 and jax.process_index() == 0:
+        weight_map = {tensor: name for name, shapes in zip(names, shards, strict=True) for tensor in shapes}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None) -> dict[str, int]:
+    """Write the tokenizer, and return the ids of its special tokens as config.json names them."""
+    match tokenizer:
+        case JsonTokenizer():
+            tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+            eos, bos = (tokenizer.tokenizer.id_to_token(i) for i in (tokenizer.separator, tokenizer.bos))
+            names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": bos}
+            (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+        case SentencePieceTokenizer():
+            (folder / "tokenizer.model").write_bytes(tokenizer.processor.serialized_model_proto())
+        case str() | os.PathLike():
+            source = Path(tokenizer).expanduser()
+            files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+            if not files:
+                raise ValueError(f"tokenizer {source} is no folder with a tokenizer")
+            for file in files:
+                shutil.copyfile(file, folder / file.name)
+        case None:
+            pass
+        case _:
+            raise ValueError(f"tokenizer must be that of a published model, which bytes are not, not {tokenizer!r}")
+    if isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
+        return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.separator}
+    return {}

@@ -1,0 +1,90 @@
+"""Every family against transformers on CPU torch, live: `-m oracle`."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nope_jax.interop import load_pretrained, save_pretrained
+from tests.support.published import CONFIGS, LENGTH, padded, tokens
+
+pytestmark = pytest.mark.oracle
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """A tiny random model of transformers, and the same folder loaded here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("published")
+    config = CONFIGS[request.param]
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.normal_(std=0.3).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    theirs.save_pretrained(folder)
+    return folder, theirs, load_pretrained(str(folder))[0]
+
+
+def logits_of(theirs, ids, **keywords):
+    import torch
+
+    with torch.no_grad():
+        return theirs(torch.as_tensor(ids), use_cache=False, **keywords).logits.numpy()
+
+
+def longest(ours):
+    return ours.max_length or 3 * LENGTH
+
+
+@pytest.mark.parametrize("length", [5, LENGTH, 3 * LENGTH])
+def test_logits_agree(pair, length):
+    _, theirs, ours = pair
+    ids = tokens(2, min(length, longest(ours)))
+    np.testing.assert_allclose(ours(ids), logits_of(theirs, ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_padded_rows_agree(pair, side):
+    import torch
+
+    _, theirs, ours = pair
+    length = LENGTH - 3
+    rows = list(padded(length, (length, length - 4, 6), side))
+    ids, seen, positions = tokens(3, length), np.zeros((3, length), int), np.zeros((3, length), int)
+    for row, own in enumerate(rows):
+        seen[row, own] = 1
+        positions[row, own] = np.arange(own.stop - own.start)
+    expected = logits_of(theirs, ids, attention_mask=torch.as_tensor(seen), position_ids=torch.as_tensor(positions))
+    got = ours(ids, positions=positions, segment_ids=seen)
+    for row, own in enumerate(rows):
+        np.testing.assert_allclose(got[row, own], expected[row, own], atol=1e-4, rtol=1e-4)
+
+
+def test_token_by_token_agrees(pair, request):
+    _, theirs, ours = pair
+    ids = tokens(2, LENGTH)
+    cache = ours.init_cache(2, LENGTH)
+    steps = []
+    for token in ids.T:
+        logits, cache = ours.decode_step(jnp.asarray(token[:, None]), cache)
+        steps.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(steps, 1), logits_of(theirs, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_model_is_the_same_to_transformers(pair, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, theirs, ours = pair
+    save_pretrained(ours, tmp_path / "saved")
+    again, told = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", attn_implementation="eager", output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    ids = tokens(2, min(3 * LENGTH, longest(ours)))
+    np.testing.assert_allclose(logits_of(again.eval(), ids), logits_of(theirs, ids), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,137 @@
+"""Tiny published models of every family: one config.json for each way in which a family can vary.
+
+Weights come from a formula of their name and shape, so that a test needs no torch and a golden no stored weights.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LENGTH = 24
+"""Trained length of all of them."""
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}
+_LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_LLAMA},
+    "llama biases, tied, head_dim": {
+        "model_type": "llama", **_LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+        "head_dim": 12, "rms_norm_eps": 1e-5, "rope_theta": 500.0, "hidden_act": "gelu_new",
+    },
+    "llama linear": {"model_type": "llama", **_LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama dynamic": {"model_type": "llama", **_LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "llama yarn": {"model_type": "llama", **_LLAMA, "rope_scaling": _YARN},
+    "llama yarn, all settings": {
+        "model_type": "llama", **_LLAMA,
+        "rope_parameters": {
+            **_YARN, "rope_theta": 100.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False,
+            "mscale": 1.0, "mscale_all_dim": 0.5,
+        },
+    },
+    "llama longrope": {
+        "model_type": "llama", **_LLAMA, "rope_scaling": {**_LONG, "original_max_position_embeddings": 12}
+    },
+    "llama 3": {
+        "model_type": "llama", **_LLAMA, "rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 16}
+    },
+    "mistral": {"model_type": "mistral", **_LLAMA, "sliding_window": 7, "head_dim": 16},
+    "mistral without window": {"model_type": "mistral", **_LLAMA, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", **_LLAMA},
+    "qwen2 windows": {
+        "model_type": "qwen2", **_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2
+    },
+    "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 16, "attention_bias": True},
+    "qwen3 layer types": {
+        "model_type": "qwen3", **_LLAMA, "head_dim": 16, "use_sliding_window": True, "sliding_window": 6,
+        "layer_types": _MIXED, "rope_scaling": _YARN,
+    },
+    "smollm3": {"model_type": "smollm3", **_LLAMA, "rope_theta": 5e6},
+    "smollm3 windows": {
+        "model_type": "smollm3", **_LLAMA, "no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True,
+        "sliding_window": 6, "tie_word_embeddings": False,
+    },
+    "olmo2": {"model_type": "olmo2", **_LLAMA},
+    "olmo3": {"model_type": "olmo3", **_LLAMA, "sliding_window": 6, "rope_scaling": _YARN},
+    "olmo3 rope parameters": {
+        "model_type": "olmo3", **_LLAMA, "sliding_window": 6, "layer_types": _MIXED, "num_hidden_layers": 4,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e4, **_YARN},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "granite": {
+        "model_type": "granite", **_LLAMA, "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22, "logits_scaling": 8.0, "tie_word_embeddings": True,
+    },
+    "exaone4": {"model_type": "exaone4", **_LLAMA, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "exaone4 windows": {
+        "model_type": "exaone4", **_LLAMA, "sliding_window": 6, "sliding_window_pattern": 3, "rope_theta": 1e6
+    },
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 48, "n_positions": LENGTH, "n_embd": 32, "n_layer": 3, "n_head": 4,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+    "gpt2 untied, n_inner": {
+        "model_type": "gpt2", "vocab_size": 48, "n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 2,
+        "n_inner": 40, "activation_function": "gelu", "scale_attn_weights": False, "tie_word_embeddings": False,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+}  # fmt: skip
+"""One config.json for each way in which a family can vary; the test's name by its key."""
+
+
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of a tiny model: norms and scales around 1, the rest of about unit gain."""
+    scale = 0.3 if len(shape) == 1 else 1.5 / math.sqrt(shape[-1])
+    start = zlib.crc32(name.encode()) % 10_007
+    waves = np.sin((np.arange(math.prod(shape)) + start) * 1.7 + 0.01 * start)
+    one = len(shape) == 1 and name.endswith("weight")
+    return (scale * waves + one).reshape(shape).astype(np.float32)
+
+
+def write_folder(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Path:
+    """Write a model: config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / "model.safetensors", {name: weight(name, shape) for name, shape in shapes.items()})
+    return folder
+
+
+def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """The format a second time, for float32: a length, a header, the bytes."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(tensor.tobytes() for tensor in tensors.values()))
+
+
+def tokens(rows: int, length: int, vocabulary: int = 48) -> np.ndarray:
+    return (np.arange(rows * length).reshape(rows, length) ** 2 * 7 + 3) % vocabulary
+
+
+def padded(length: int, lengths: tuple[int, ...], side: str) -> Iterator[slice]:
+    """Where the tokens of each row lie."""
+    for own in lengths:
+        yield slice(length - own, length) if side == "left" else slice(0, own)
