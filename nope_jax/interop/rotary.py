@@ -16,7 +16,6 @@ from nope_jax.encodings import (
     LinearScaling,
     Llama3Scaling,
     LongRoPEScaling,
-    NoPE,
     NTKScaling,
     RoPE,
     RotaryScaling,
@@ -90,29 +89,29 @@ def _read_longrope(rope: Settings, longest: int, original: int) -> RotaryScaling
 
 _READERS: dict[str, Callable[[Settings, int, int], RotaryScaling | None]] = {
     "default": lambda rope, longest, original: None,
-    "linear": lambda rope, longest, original: LinearScaling(rope.number("factor", math.nan)),
-    "dynamic": lambda rope, longest, original: DynamicNTKScaling(rope.number("factor", math.nan), longest),
+    "linear": lambda rope, longest, original: LinearScaling(rope.number("factor")),
+    "dynamic": lambda rope, longest, original: DynamicNTKScaling(rope.number("factor"), longest),
     "yarn": _read_yarn,
     "longrope": _read_longrope,
     "su": _read_longrope,  # Phi-3's first name of it
     "llama3": lambda rope, longest, original: Llama3Scaling(
-        rope.number("factor", math.nan),
+        rope.number("factor"),
         original,
-        rope.number("low_freq_factor", math.nan),
-        rope.number("high_freq_factor", math.nan),
+        rope.number("low_freq_factor"),
+        rope.number("high_freq_factor"),
     ),
 }
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of the one rotary encoding of a model: rope_theta and, if it is scaled, rope_scaling.
+    """What config.json says of the rotary encoding of a model: rope_theta and, if it is scaled, rope_scaling.
 
-    Raises:
-        ValueError: it has none, or several.
+    Nothing if it has none; the first if it has several. `save_pretrained` finds what is left unsaid.
     """
-    inner = {split_window(encoding)[0] for encoding in per_layer(config)} - {NoPE()}
-    if len(inner) != 1 or not isinstance(rope := inner.pop(), RoPE):
-        raise ValueError(f"model.encoding {config.encoding!r}")
+    inner = (split_window(encoding)[0] for encoding in per_layer(config))
+    rope = next((encoding for encoding in inner if isinstance(encoding, RoPE)), None)
+    if rope is None:
+        return {}
     scaling = _write_scaling(rope.scaling)
     return _write_base(rope, head_dim(config)) | ({"rope_scaling": scaling} if scaling else {})
 
@@ -123,7 +122,7 @@ def _write_base(rope: RoPE, head_dim: int) -> dict[str, Any]:
 
 
 def _write_scaling(scaling: RotaryScaling | None) -> dict[str, Any]:
-    """`rope_scaling`. What it cannot express is left out; `save_pretrained` finds that by reading the settings back."""
+    """`rope_scaling`, without what it cannot express."""
     written: dict[str, Any] = {}
     match scaling:
         case LinearScaling():

@@ -64,8 +64,8 @@ class Settings(Mapping[str, Any]):
             raise ValueError(f"{self.where}: {name} must be a positive integer, not {value!r}")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """A number; the default where it is absent or null.
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number; the default, unless that is None, where it is absent or null.
 
         Raises:
             ValueError: it is anything else.

@@ -52,5 +52,6 @@ def dumps(tree, indent=""):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
     for family in sys.argv[1:] or FAMILIES:
         (HERE / f"{family}.json").write_text(dumps(make(family)) + "\n")

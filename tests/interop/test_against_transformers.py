@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nope_jax.interop import load_pretrained, save_pretrained
+from nope_jax.interop import load_pretrained, published, save_pretrained
 from tests.support.published import CONFIGS, LENGTH, padded, tokens
 
 pytestmark = pytest.mark.oracle
@@ -27,7 +27,11 @@ def pair(request, tmp_path_factory):
         for name, parameter in theirs.named_parameters():
             parameter.normal_(std=0.3).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     theirs.save_pretrained(folder)
-    return folder, theirs, load_pretrained(str(folder))[0]
+    as_they_write_it = published(str(folder)).config.model
+    (folder / "config.json").write_text(json.dumps(config))
+    ours, _ = load_pretrained(str(folder))
+    assert ours.config == as_they_write_it
+    return folder, theirs, ours
 
 
 def logits_of(theirs, ids, **keywords):
@@ -65,7 +69,7 @@ def test_logits_of_padded_rows_agree(pair, side):
         np.testing.assert_allclose(got[row, own], expected[row, own], atol=1e-4, rtol=1e-4)
 
 
-def test_token_by_token_agrees(pair, request):
+def test_token_by_token_agrees(pair):
     _, theirs, ours = pair
     ids = tokens(2, LENGTH)
     cache = ours.init_cache(2, LENGTH)

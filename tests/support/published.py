@@ -15,6 +15,9 @@ import numpy as np
 LENGTH = 24
 """Trained length of all of them."""
 
+POSITIONS, VOCABULARY = [0, 5, LENGTH - 1, -1], [0, 1, 17, 30, 47]
+"""Where the goldens have logits."""
+
 _LLAMA: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
@@ -100,13 +103,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """One config.json for each way in which a family can vary; the test's name by its key."""
 
 
+def golden_tokens(max_length: int | None) -> np.ndarray:
+    """The tokens of the goldens: twice the trained length where a model reads as many."""
+    return tokens(2, max_length or 2 * LENGTH)
+
+
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of a tiny model: norms and scales around 1, the rest of about unit gain."""
-    scale = 0.3 if len(shape) == 1 else 1.5 / math.sqrt(shape[-1])
-    start = zlib.crc32(name.encode()) % 10_007
-    waves = np.sin((np.arange(math.prod(shape)) + start) * 1.7 + 0.01 * start)
     one = len(shape) == 1 and name.endswith("weight")
-    return (scale * waves + one).reshape(shape).astype(np.float32)
+    scale = 0.6 if len(shape) == 1 else 4 / math.sqrt(shape[-1])
+    bits = (np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(zlib.crc32(name.encode()))) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    bits = (bits ^ (bits >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)  # random bits, the same on every machine
+    uniform = (bits >> np.uint64(40)).astype(np.float64) / 2**24 - 0.5
+    return (scale * uniform + one).reshape(shape).astype(np.float32)
 
 
 def write_folder(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Path:
@@ -128,7 +139,8 @@ def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def tokens(rows: int, length: int, vocabulary: int = 48) -> np.ndarray:
-    return (np.arange(rows * length).reshape(rows, length) ** 2 * 7 + 3) % vocabulary
+    numbers = np.arange(rows * length).reshape(rows, length)
+    return (numbers**2 * 7 + numbers // 3) % (vocabulary - 1)
 
 
 def padded(length: int, lengths: tuple[int, ...], side: str) -> Iterator[slice]:

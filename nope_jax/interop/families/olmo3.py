@@ -1,5 +1,6 @@
 """OLMo 3: OLMo 2 with a window in three of four layers, which alone are not scaled (transformers: models/olmo3)."""
 
+import dataclasses
 from typing import Any
 
 from nope_jax.config import ModelConfig
@@ -20,15 +21,17 @@ from nope_jax.interop.rotary import (
 from nope_jax.interop.settings import Settings
 
 _BASE = 500_000.0
+_KINDS = dict.fromkeys(("full_attention", "sliding_attention"))
 
 
 def read(settings: Settings) -> ModelConfig:
     fields = read_without_encoding(settings)
     nested = settings.get("rope_parameters") or {}
-    if nested.keys() - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{settings.where}: rope_parameters must be given for full_attention and sliding_attention")
-    full = read_rope(settings, fields["head_dim"], base=_BASE, layer_type="full_attention")
-    sliding = read_rope(settings, fields["head_dim"], base=_BASE, layer_type="sliding_attention")
+    if nested.keys() - _KINDS:
+        raise ValueError(f"{settings.where}: rope_parameters must be given for {' and '.join(_KINDS)}")
+    full, sliding = (read_rope(settings, fields["head_dim"], base=_BASE, layer_type=kind) for kind in _KINDS)
+    if not nested:  # rope_scaling is that of the layers without a window
+        sliding = dataclasses.replace(full, scaling=None)
     windows = read_windows(
         settings, fields["num_layers"], lambda layer: (layer + 1) % 4 != 0, settings.get("sliding_window", 4096)
     )
@@ -41,11 +44,10 @@ def write(config: ModelConfig) -> dict[str, Any]:
     both: dict[str, RoPE] = {}
     for encoding in per_layer(config):
         inner, window = split_window(encoding)
-        if not isinstance(inner, RoPE):
-            raise ValueError(f"model.encoding {config.encoding!r}")
-        both.setdefault("full_attention" if window is None else "sliding_attention", inner)
+        if isinstance(inner, RoPE):
+            both.setdefault("full_attention" if window is None else "sliding_attention", inner)
     rope = {name: rope_parameters(inner, head_dim(config)) for name, inner in both.items()}
-    rope = {name: rope.get(name, next(iter(rope.values()))) for name in ("full_attention", "sliding_attention")}
+    rope = {name: rope.get(name, next(iter(rope.values()))) for name in _KINDS} if rope else {}
     return (
         write_shape(config)
         | write_windows(config)

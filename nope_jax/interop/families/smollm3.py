@@ -44,10 +44,9 @@ def read(settings: Settings) -> ModelConfig:
 def write(config: ModelConfig) -> dict[str, Any]:
     windows = write_windows(config)
     inner = [split_window(encoding)[0] for encoding in per_layer(config)]
-    rope = {} if set(inner) == {NoPE()} else write_rope(config)
     return (
         write_shape(config)
-        | rope
+        | write_rope(config)
         | windows
         | {
             "use_sliding_window": windows["sliding_window"] is not None,
