@@ -95,7 +95,7 @@ class DataConfig:
     dir: str | None = None
     """Directory of prepared datasets, on a local disk. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     tokenizer: str = "bytes"
-    """bytes, or the path of a tokenizer.json or SentencePiece model."""
+    """bytes, or a path: a tokenizer.json, SentencePiece model, GGUF file, or the folder of a Hugging Face model."""
     document_separator: str | None = None
     """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file."""
     context_length: int = 128

@@ -17,6 +17,7 @@ from nope_jax.encodings import (
     Llama3Scaling,
     LongRoPEScaling,
     NTKScaling,
+    ProportionalScaling,
     RoPE,
     RotaryScaling,
     Windowed,
@@ -59,6 +60,8 @@ def read_rope(settings: Settings, head_dim: int, *, base: float = 10_000.0, laye
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(rope.where) else f"{rope.where}: {error}") from error
     rope.refuse_rest(frozenset())
+    if isinstance(scaling, ProportionalScaling):
+        return RoPE(base=base, scaling=dataclasses.replace(scaling, fraction=share))
     dim = int(head_dim * share)
     return RoPE(base=base, rotary_dim=None if dim == head_dim else dim, scaling=scaling)
 
@@ -94,6 +97,7 @@ _READERS: dict[str, Callable[[Settings, int, int], RotaryScaling | None]] = {
     "yarn": _read_yarn,
     "longrope": _read_longrope,
     "su": _read_longrope,  # Phi-3's first name of it
+    "proportional": lambda rope, longest, original: ProportionalScaling(factor=rope.number("factor", 1.0)),
     "llama3": lambda rope, longest, original: Llama3Scaling(
         rope.number("factor"),
         original,
@@ -129,6 +133,12 @@ def _write_scaling(scaling: RotaryScaling | None) -> dict[str, Any]:
             written = {"rope_type": "linear", "factor": scaling.factor}
         case DynamicNTKScaling():
             written = {"rope_type": "dynamic", "factor": scaling.factor}
+        case ProportionalScaling():
+            written = {
+                "rope_type": "proportional",
+                "factor": scaling.factor,
+                "partial_rotary_factor": scaling.fraction,
+            }
         case YaRNScaling():
             written = {
                 "rope_type": "yarn",

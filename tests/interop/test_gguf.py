@@ -15,6 +15,7 @@ from nope_jax.interop import load_pretrained, published
 from nope_jax.interop.families import GGUF_FAMILIES
 from nope_jax.interop.weights import PLACES, Weight
 from tests.interop.test_families import arrays, folder_of, same
+from tests.support import numpy_llama
 from tests.support.gguf_files import write_gguf
 from tests.support.published import CONFIGS, tokens, weight
 
@@ -43,6 +44,16 @@ def test_a_model_is_that_of_the_folder(name, tmp_path):
     assert same(model, expected)
     ids = tokens(2, 20)
     np.testing.assert_allclose(model(ids), expected(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_losses_are_those_of_an_independent_forward_pass(tmp_path):
+    config = CONFIGS["llama"] | {"rms_norm_eps": 1e-5, "rope_theta": 100.0, "intermediate_size": 64}
+    weights = tensors_of(config, folder_of(tmp_path / "folder", config))
+    file = write_gguf(tmp_path / "model.gguf", config, weights, quantised="Q8_0")
+    model, _ = load_pretrained(f"gguf:{file}")
+    (ids,) = tokens(1, 21)
+    hidden, _ = model.hidden(ids[None, :-1])
+    np.testing.assert_allclose(model.nll(hidden, ids[None, 1:])[0], numpy_llama.nll(str(file), ids), atol=1e-4)
 
 
 def test_every_architecture_was_tried():

@@ -127,6 +127,24 @@ def in_context(
     return found
 
 
+def loaded(folder: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
+    """Logits of a published model on a mesh, and the shapes of its parameters' shards."""
+    import jax
+    import numpy as np
+
+    from nope_jax.config import MeshConfig
+    from nope_jax.interop import load_pretrained
+    from nope_jax.sharding import make_mesh
+    from tests.support.published import tokens
+
+    mesh = make_mesh(MeshConfig(**mesh_sizes))
+    with jax.set_mesh(mesh):
+        model, _ = load_pretrained(folder, mesh=mesh)
+        logits = np.asarray(model(tokens(8, 16)))
+    query, embedding = model.blocks[0].attention.query[...], model.embedding[...]
+    return {"logits": logits, "shards": [x.addressable_shards[0].data.shape for x in (query, embedding)]}
+
+
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     function, arguments = pickle.loads(path.read_bytes())

@@ -54,6 +54,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama longrope": {
         "model_type": "llama", **_LLAMA, "rope_scaling": {**_LONG, "original_max_position_embeddings": 12}
     },
+    "llama proportional": {
+        "model_type": "llama", **_LLAMA,
+        "rope_parameters": {"rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
     "llama 3": {
         "model_type": "llama", **_LLAMA, "rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 16}
     },
