@@ -38,7 +38,7 @@ from nope_jax.config import (
 from nope_jax.distributed import DIVERGED, ProcessSpec
 from nope_jax.errors import is_refusal
 from nope_jax.evaluation.registry import EVALUATIONS, Options
-from nope_jax.paths import Location, location, on_disk
+from nope_jax.paths import Location, is_published, location, on_disk
 
 
 def run(command: Callable[[], None]) -> int:
@@ -171,10 +171,12 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     place.named()
     # Taken from the raw argument: tyro has converted it to a pathlib.Path, which breaks a bucket URL.
     workdir = location(given["workdir"][0], "--workdir") if "workdir" in given else Path()
+    if is_published(workdir):
+        raise ValueError(f"--workdir must be a folder; to start from {workdir}, use --train.init_from")
     config = override(config, overrides)
     if values.trust_code:
         for folder in (workdir, config.train.init_from):
-            if folder is not None and (location(folder) / "config.json").exists():
+            if folder is not None and not is_published(folder) and (location(folder) / "config.json").exists():
                 load(folder, trust_code=True)  # this process trusts the code from here on
     return TrainArguments(config, workdir, values.compile_for, place)
 
@@ -208,7 +210,10 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
         raise ValueError(f"unknown evaluation {name!r}: {hint}choose from {', '.join(EVALUATIONS)}")
     evaluation = EVALUATIONS[name]
     options: dict[str, tuple[Any, str]] = {
-        "workdirs": (tuple[Path, ...], "The runs to evaluate, each loaded from its own config.json.")
+        "workdirs": (
+            tuple[Path, ...],
+            "The runs to evaluate: workdirs, or published models as hf:NAME_OR_FOLDER or gguf:FILE.",
+        )
     }
     if evaluation.methods:
         options["method"] = (Literal[evaluation.methods], "What to search for.")
@@ -240,7 +245,8 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
         if field not in HINTS and isinstance(value, float) and not value > 0:
             raise ValueError(f"--{field} must be greater than 0, not {value}")
     for workdir in values.workdirs if values.trust_code else ():
-        load(workdir, trust_code=True)  # this process trusts the code from here on
+        if not is_published(workdir):
+            load(workdir, trust_code=True)  # this process trusts the code from here on
     settings = getattr(values, name, None)
     return Options(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
 

@@ -15,7 +15,12 @@ from etils import epath
 Location: TypeAlias = Path | epath.Path
 """A path on a disk or in a bucket. Do not call absolute() or resolve() on the latter: they return a local path."""
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(r"(?!hf:|gguf:)[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def is_published(path: str | os.PathLike[str]) -> bool:
+    """Whether this names a published model, hf:... or gguf:... (`nope_jax.interop`), and not a path."""
+    return os.fspath(path).startswith(("hf:", "gguf:"))
 
 
 def check_location(path: str, name: str) -> None:

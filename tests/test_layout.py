@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "data": {"config", "paths"},
     "models": {"encodings", "attention", "config", "sharding"},
     "interop": {"config", "data", "encodings", "models", "sharding"},
+    "trained": {"checkpoint", "config", "data", "interop", "models", "paths"},
     "checkpoint": {"config", "models", "paths", "sharding"},
     "training": {
         "encodings",
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "errors",
         "locks",
         "paths",
+        "trained",
     },
     "compile": {"attention", "config", "data", "sharding", "training"},
     "evaluation": {
@@ -56,6 +58,7 @@ MAY_IMPORT = {
         "models",
         "checkpoint",
         "sharding",
+        "trained",
     },
 }
 

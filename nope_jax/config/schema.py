@@ -143,8 +143,9 @@ class TrainConfig:
     """Number of batches over which the validation loss is averaged."""
     seed: int = 0
     init_from: str | None = None
-    """Workdir of a run whose weights initialize training. That run may use a different encoding.
+    """Workdir of a run, or hf:NAME_OR_FOLDER or gguf:FILE, whose weights initialize training.
 
+    Its encoding may be a different one.
     Learned encoding parameters are kept in layers that keep their encoding, and reinitialized in all others."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """If loss or gradient norm is not finite: stop the run, or skip the update and go on with the next batch."""

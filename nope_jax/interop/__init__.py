@@ -17,14 +17,9 @@ from nope_jax.interop.published import Dtype, PublishedModel
 from nope_jax.interop.saving import save_pretrained
 from nope_jax.models import Decoder
 
-__all__ = ["FAMILIES", "PublishedModel", "is_published", "load_pretrained", "published", "save_pretrained"]
+__all__ = ["FAMILIES", "Dtype", "PublishedModel", "load_pretrained", "published", "save_pretrained"]
 
 _SOURCES = {"hf": HuggingFaceModel, "gguf": GGUFModel}
-
-
-def is_published(spec: str) -> bool:
-    """Whether this names a published model, `hf:...` or `gguf:...`, rather than the workdir of a run."""
-    return spec.partition(":")[0] in _SOURCES
 
 
 def published(spec: str) -> PublishedModel:

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer, load_model, saved_steps
+from nope_jax.checkpoint import Checkpointer, saved_steps
 from nope_jax.config import Config
 from nope_jax.data import load_corpus, load_tokenizer, train_batches, validation_batches
 from nope_jax.data.corpora import Split
@@ -25,6 +25,7 @@ from nope_jax.locks import held
 from nope_jax.models import Decoder, transfer_weights
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
+from nope_jax.trained import find_trained
 from nope_jax.training.metrics import GoodputTimer, MetricWriter, check_can_record, has_validation
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
@@ -232,7 +233,7 @@ def _init_source(config: Config, workdir: Location, mesh: Mesh) -> Decoder | Non
     # Decided by what process 0 sees: either all processes read the source or none does.
     if workdir_of_source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
         return None
-    _, source, _ = load_model(workdir_of_source, mesh)
+    source, _ = find_trained(workdir_of_source).load(mesh)
     try:
         transfer_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), source)
     except ValueError as error:

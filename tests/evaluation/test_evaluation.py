@@ -402,7 +402,7 @@ def test_compare_keeps_what_was_measured_before_it_stopped(workdirs, tmp_path, m
             raise stop
         return load_model(workdir, mesh)
 
-    monkeypatch.setattr("nope_jax.evaluation.common.runs.load_model", load)
+    monkeypatch.setattr("nope_jax.trained.load_model", load)
     with pytest.raises(stop):
         compare([workdirs / "alibi", workdirs / "learned"], (8,), tmp_path / "out", {})
     assert "alibi,alibi,8,8," in (tmp_path / "out" / "curves.csv").read_text()
@@ -555,12 +555,12 @@ def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypa
     compare([run], (8,), tmp_path / "out", {})
     before = (tmp_path / "out" / "curves.csv").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("nope_jax.evaluation.common.runs.load_model", load_late)
+        patch.setattr("nope_jax.trained.load_model", load_late)
         compare([run], (8, 16), tmp_path / "out", {})
     assert "Checkpoints, by step: alibi at 5." in " ".join(capsys.readouterr().out.split())
     after = (tmp_path / "out" / "curves.csv").read_text()
     assert before.splitlines()[1] not in after  # all lengths are of one step
-    monkeypatch.setattr("nope_jax.evaluation.common.runs.load_model", None)  # all of step 5 is kept
+    monkeypatch.setattr("nope_jax.trained.load_model", None)  # all of step 5 is kept
     compare([run], (8, 16), tmp_path / "out", {})
     assert (tmp_path / "out" / "curves.csv").read_text() == after
 

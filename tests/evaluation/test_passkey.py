@@ -13,14 +13,14 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import Decoder, ModelConfig, trained
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig
 from nope_jax.data import load_corpus, load_tokenizer, train_batches
 from nope_jax.data.tasks import DOCUMENTS, FILLER, KEYS, NEEDLE, QUESTION, TASK, Passkey
 from nope_jax.data.tokenizers import ByteTokenizer
-from nope_jax.evaluation.common import evaluation, runs
+from nope_jax.evaluation.common import evaluation
 from nope_jax.evaluation.common.plots import save
 from nope_jax.evaluation.common.runs import Run
 from nope_jax.evaluation.common.uncertainty import wilson_interval
@@ -413,7 +413,7 @@ def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evalua
 
 @pytest.mark.usefixtures("stand_ins")
 def test_a_model_that_knows_is_found_to_know(workdirs, tmp_path, evaluate, monkeypatch):
-    monkeypatch.setattr(runs, "load_model", lambda workdir, mesh: (None, Oracle(), 0))
+    monkeypatch.setattr(trained, "load_model", lambda workdir, mesh: (None, Oracle(), 0))
     words = ("--workdirs", workdirs / "alibi", "--lengths", 260, "--out", tmp_path, *SMALL)
     assert evaluate("passkey", *words) == 0
     lines = (tmp_path / "passkey.csv").read_text().splitlines()[1:]
@@ -427,7 +427,7 @@ def test_what_was_measured_before_it_stopped_is_kept(workdirs, tmp_path, monkeyp
             raise stop
         return load_model(workdir, mesh)
 
-    monkeypatch.setattr(runs, "load_model", load)
+    monkeypatch.setattr(trained, "load_model", load)
     folders = workdirs / "alibi", workdirs / "learned"
     with pytest.raises(stop):
         evaluation.evaluate("passkey", Options(folders, (260,), tmp_path / "out", {}, PasskeyConfig(2, 2)))

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from nope_jax.evaluation.common import console, runs
+from nope_jax import trained
+from nope_jax.evaluation.common import console
 from nope_jax.evaluation.registry import EVALUATIONS, Entry
 from tests.support.tiny_runs import call_eval, write_run
 
@@ -103,14 +104,14 @@ def test_an_evaluation_of_40_lines_has_all_that_the_others_have(own, tmp_path, m
 
 
 def test_what_it_has_measured_is_kept_when_it_is_stopped(own, tmp_path, monkeypatch):
-    load = runs.load_model
+    load = trained.load_model
 
     def stopped(workdir, mesh):
         if workdir.name == "b":
             raise KeyboardInterrupt
         return load(workdir, mesh)
 
-    monkeypatch.setattr(runs, "load_model", stopped)
+    monkeypatch.setattr(trained, "load_model", stopped)
     assert call_eval(monkeypatch, own) == 130
     assert (tmp_path / "out" / "probes.csv").read_text().splitlines()[1].startswith("a,")
     assert "<h2>Embeddings</h2>" in (tmp_path / "out" / "report.html").read_text()

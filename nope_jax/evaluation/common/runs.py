@@ -1,10 +1,9 @@
 """The trained runs that an evaluation compares, and their results."""
 
 import dataclasses
+import functools
 import itertools
-import json
 import operator
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,13 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, EncodingSpec
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.encodings import ENCODINGS, Wrapper
 from nope_jax.evaluation.registry import Options
 from nope_jax.models import Decoder
+from nope_jax.trained import Trained, find_trained
 
 Result = TypeVar("Result")
 
@@ -30,6 +29,7 @@ class Run(Generic[Result]):
     """One trained model and its results at each length, filled in as they are measured."""
 
     workdir: Path
+    """Or hf:... or gguf:... for a published model."""
     name: str
     """The shortest end of its path that differs from those of the other runs."""
     config: Config
@@ -43,6 +43,10 @@ class Run(Generic[Result]):
     """Step of the evaluated checkpoint."""
     parameters: int = 0
     """Number of its parameters."""
+
+    @functools.cached_property
+    def trained(self) -> Trained:
+        return find_trained(self.workdir)
 
     @property
     def encoding(self) -> str:
@@ -79,8 +83,8 @@ class Run(Generic[Result]):
         return self.results[max(self.results)] if self.results else None
 
     def load(self, mesh: Mesh | None = None) -> Decoder:
-        """Loads the decoder from the newest readable checkpoint (`nope_jax.checkpoint.load_model`)."""
-        _, model, self.step = load_model(self.workdir, mesh)
+        """Loads the decoder, of a run from its newest readable checkpoint."""
+        model, self.step = self.trained.load(mesh)
         return model
 
 
@@ -96,7 +100,7 @@ def find_runs(options: Options, same: Sequence[str] = ()) -> list[Run[Any]]:
             runs differ in a field; or a run supports none of the lengths.
     """
     names = run_names(options.workdirs)
-    loaded = [configs.override(configs.load(workdir), options.overrides) for workdir in options.workdirs]
+    loaded = [configs.override(find_trained(workdir).config, options.overrides) for workdir in options.workdirs]
     runs: list[Run[Any]] = [
         Run(*each, lengths=options.lengths) for each in zip(options.workdirs, names, loaded, strict=True)
     ]
@@ -165,19 +169,14 @@ def newest_step(run: Run[Any]) -> int:
     Raises:
         ValueError: there is no checkpoint yet, or the tokenizer (possibly overridden) is not the one of the run.
     """
-    with Checkpointer(run.workdir, read_only=True) as checkpointer:
-        step = checkpointer.latest_step
-        if step is None:
-            raise ValueError(f"{run.workdir}: no checkpoint yet")
+    step = run.trained.newest_step()
     tokens = load_tokenizer(run.config.data.tokenizer).vocab_size
     if tokens > run.config.model.vocab_size:
         raise ValueError(
             f"data.tokenizer {run.config.data.tokenizer!r} has {tokens} tokens, but {run.workdir} was trained with "
             f"model.vocab_size {run.config.model.vocab_size}"
         )
-    data = run.workdir / "data.json"  # written by train.py; absent from the workdirs of earlier versions
-    trained_with = json.loads(data.read_text()).get("tokenizer") if data.exists() else None
-    if trained_with not in (None, tokenizer_digest(run.config.data.tokenizer)):
+    if run.trained.tokenizer_digest() not in (None, tokenizer_digest(run.config.data.tokenizer)):
         raise ValueError(
             f"data.tokenizer {run.config.data.tokenizer!r} is not the tokenizer that {run.workdir} was trained with"
         )
@@ -187,18 +186,12 @@ def newest_step(run: Run[Any]) -> int:
 def result_identity(run: Run[Any], *read: Any) -> str:
     """Identity of a result, to decide whether a stored one is still valid: checkpoint, model, code, backend and input.
 
-    If the checkpoint has been removed in the meantime, the identity is one that never matches again.
-
     Args:
         run: its `step` is that of the checkpoint.
         read: everything else that determines the result; its repr is used.
     """
-    try:
-        saved = (run.workdir / "checkpoints" / str(run.step)).stat().st_mtime_ns
-    except FileNotFoundError:
-        saved = time.time_ns()
-    code = configs.code_digest(run.config)
-    return repr((str(run.workdir.resolve()), run.step, saved, run.config.model, code, jax.default_backend(), *read))
+    weights, code = run.trained.identity(run.step), configs.code_digest(run.config)
+    return repr((str(run.workdir.resolve()), weights, run.config.model, code, jax.default_backend(), *read))
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:

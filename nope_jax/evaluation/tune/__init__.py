@@ -97,7 +97,7 @@ class Tune(Evaluation):
             if self.tuning.lengths[0].loss_before is not None:
                 self.tuning.keep(out)
         # The config of the run itself, without the overrides of the command line.
-        self.tuned = dataclasses.replace(configs.load(run.workdir), model=tuner.config)
+        self.tuned = dataclasses.replace(run.trained.config, model=tuner.config)
 
     def numbers(self) -> Mapping[str, Csv]:
         return {"tune.csv": Csv(report.COLUMNS, report.csv_rows(self.tuning))}

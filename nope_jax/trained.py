@@ -1,0 +1,123 @@
+"""Trained models, wherever one is asked for: the workdir of a run, or a published model, `hf:...` or `gguf:...`."""
+
+import abc
+import dataclasses
+import json
+import os
+import time
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from nope_jax import config as configs
+from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.config import Config
+from nope_jax.data.tokenizers import tokenizer_digest
+from nope_jax.interop import Dtype, PublishedModel, published
+from nope_jax.models import Decoder
+from nope_jax.paths import is_published, location
+
+
+class Trained(abc.ABC):
+    """A trained model, of which only the config has been read."""
+
+    config: Config
+    """Of a published model: its shape, its tokenizer, and the length it was published for as `model.train_length`."""
+
+    @abc.abstractmethod
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint; 0 for a published model.
+
+        Raises:
+            ValueError: there is no checkpoint yet.
+        """
+
+    @abc.abstractmethod
+    def load(self, mesh: Mesh | None = None, dtype: Dtype | None = None) -> tuple[Decoder, int]:
+        """Load the decoder, and return it with the step that was read.
+
+        Args:
+            mesh: Devices to shard the parameters over; None puts them all on the first device of this process.
+            dtype: Of parameters and computation. None: float32 parameters, and the computation of the config.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def identity(self, step: int) -> str:
+        """Identifies the weights of a step. If they are gone, an identity that never matches again."""
+
+    @abc.abstractmethod
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the tokenizer that it was trained with; None if that is unknown."""
+
+
+def find_trained(spec: str | os.PathLike[str], *, trust_code: bool = False) -> Trained:
+    """Find a trained model and read its config.
+
+    Args:
+        spec: A workdir, or hf:NAME_OR_FOLDER or gguf:FILE (`nope_jax.interop.published`).
+        trust_code: As `nope_jax.config.load`.
+
+    Raises:
+        ValueError: there is none, or it is not supported.
+    """
+    return _Published(published(os.fspath(spec))) if is_published(spec) else _Run(spec, trust_code)
+
+
+class _Run(Trained):
+    """The workdir of a run."""
+
+    def __init__(self, workdir: str | os.PathLike[str], trust_code: bool):
+        self._workdir = location(workdir)
+        self.config = configs.load(workdir, trust_code=trust_code)
+
+    def newest_step(self) -> int:
+        with Checkpointer(self._workdir, read_only=True) as checkpointer:
+            step = checkpointer.latest_step
+        if step is None:
+            raise ValueError(f"{self._workdir}: no checkpoint yet")
+        return step
+
+    def load(self, mesh: Mesh | None = None, dtype: Dtype | None = None) -> tuple[Decoder, int]:
+        _, model, step = load_model(self._workdir, mesh)
+        return (model if dtype is None else _cast(model, dtype)), step
+
+    def identity(self, step: int) -> str:
+        try:
+            saved = (self._workdir / "checkpoints" / str(step)).stat().st_mtime_ns  # type: ignore[attr-defined]
+        except FileNotFoundError:
+            saved = time.time_ns()
+        return f"{step} {saved}"
+
+    def tokenizer_digest(self) -> str | None:
+        data = self._workdir / "data.json"  # written by train.py; absent from the workdirs of earlier versions
+        return json.loads(data.read_text()).get("tokenizer") if data.exists() else None
+
+
+class _Published(Trained):
+    """A published model."""
+
+    def __init__(self, model: PublishedModel):
+        self._model, self.config = model, model.config
+
+    def newest_step(self) -> int:
+        return 0
+
+    def load(self, mesh: Mesh | None = None, dtype: Dtype | None = None) -> tuple[Decoder, int]:
+        return self._model.load(mesh, dtype or "float32"), 0
+
+    def identity(self, step: int) -> str:
+        return self._model.identity
+
+    def tokenizer_digest(self) -> str | None:
+        return tokenizer_digest(self.config.data.tokenizer)
+
+
+def _cast(model: Decoder, dtype: Dtype) -> Decoder:
+    """The model with parameters and computation in another dtype."""
+    config = dataclasses.replace(model.config, dtype=dtype)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
