@@ -194,6 +194,24 @@ def parse_prepare(arguments: Sequence[str]) -> DataConfig:
     return override(config, overrides).data
 
 
+def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None]:
+    """Parse the command line of `python -m nope_jax.export`; return the model, the folder and the family.
+
+    Raises:
+        ValueError: an argument is invalid; the message is one line.
+    """
+    options: dict[str, tuple[Any, str]] = {
+        "workdir": (Path, "The model to write: the workdir of a run, hf:NAME_OR_FOLDER or gguf:FILE."),
+        "out": (Path, "The folder to write, new or empty."),
+        "family": (str | None, "The model_type to write; the first that can hold the model if not given."),
+        "trust_code": _TRUST_CODE,
+    }
+    values, _ = _parse(arguments, options, {}, "Writes a model as a folder that transformers loads.")
+    if values.trust_code and not is_published(values.workdir):
+        load(values.workdir, trust_code=True)  # this process trusts the code from here on
+    return values.workdir, values.out, values.family
+
+
 def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
     """Parse the command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
 

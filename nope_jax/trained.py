@@ -113,7 +113,7 @@ class _Published(Trained):
         return self._model.identity
 
     def tokenizer_digest(self) -> str | None:
-        return tokenizer_digest(self.config.data.tokenizer)
+        return None if self._model.tokenizer is None else tokenizer_digest(self.config.data.tokenizer)
 
 
 def _cast(model: Decoder, dtype: Dtype) -> Decoder:

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "data": {"config", "paths"},
     "models": {"encodings", "attention", "config", "sharding"},
     "interop": {"config", "data", "encodings", "models", "sharding"},
+    "export": {"cli", "data", "interop", "trained"},
     "trained": {"checkpoint", "config", "data", "interop", "models", "paths"},
     "checkpoint": {"config", "models", "paths", "sharding"},
     "training": {

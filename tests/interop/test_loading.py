@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 
 from nope_jax.data.tokenizers import load_tokenizer, tokenizer_digest
-from nope_jax.interop import is_published, load_pretrained, published, save_pretrained, saving
+from nope_jax.interop import load_pretrained, published, save_pretrained, saving
+from nope_jax.paths import is_published
 from tests.interop.test_families import folder_of, same
 from tests.support.eight_devices import results
 from tests.support.published import CONFIGS, tokens

@@ -96,8 +96,10 @@ class Tune(Evaluation):
         finally:
             if self.tuning.lengths[0].loss_before is not None:
                 self.tuning.keep(out)
-        # The config of the run itself, without the overrides of the command line.
-        self.tuned = dataclasses.replace(run.trained.config, model=tuner.config)
+        # The config of the run itself, without the overrides of the command line, except where its tokenizer lies.
+        config = run.trained.config
+        data = dataclasses.replace(config.data, tokenizer=run.config.data.tokenizer)
+        self.tuned = dataclasses.replace(config, model=tuner.config, data=data)
 
     def numbers(self) -> Mapping[str, Csv]:
         return {"tune.csv": Csv(report.COLUMNS, report.csv_rows(self.tuning))}

@@ -1,0 +1,114 @@
+"""A published model stands wherever a run does: evaluated, tuned, trained further, and given back."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import config as configs
+from nope_jax import export
+from nope_jax.checkpoint import load_model
+from nope_jax.cli import parse_train, run
+from nope_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from nope_jax.encodings import RoPE, YaRNScaling
+from nope_jax.interop import load_pretrained
+from nope_jax.trained import find_trained
+from nope_jax.training import train
+from tests.interop.test_families import folder_of
+from tests.support.published import CONFIGS
+from tests.support.tiny_runs import call_eval, write_documents, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A published model of bytes without a tokenizer, documents, and a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_documents(folder)
+    folder_of(folder / "llama", CONFIGS["llama"] | {"vocab_size": 256})
+    write_run(folder, "run")
+    return folder
+
+
+def data(folder):
+    return f"--data.tokenizer bytes --data.source text:{folder}/text"
+
+
+def test_it_is_evaluated_as_a_run_is(folder, tmp_path, monkeypatch, capsys):
+    words = f"--workdirs hf:{folder}/llama {folder}/run --lengths 16 48 {data(folder)} --eval.documents 4"
+    assert call_eval(monkeypatch, f"{words} --out {tmp_path}/report") == 0, capsys.readouterr().err
+    with (tmp_path / "report" / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["run"], row["encoding"], row["train_length"]) for row in rows} == {
+        ("llama", "rope", "24"),
+        ("run", "nope", "16"),
+    }
+    model, _ = load_pretrained(f"{folder}/llama")
+    (document,) = {tuple(path.read_bytes()[:49]) for path in (folder / "text").glob("59.txt")}
+    assert np.isfinite(model(np.array([document[:48]]))).all()
+    # Run again, everything is kept; with other weights, nothing is.
+    identity = find_trained(f"hf:{folder}/llama").identity(0)
+    measured = [path.stat().st_mtime_ns for path in sorted((tmp_path / "report" / "measured").iterdir())]
+    assert call_eval(monkeypatch, f"{words} --out {tmp_path}/report") == 0
+    assert measured == [path.stat().st_mtime_ns for path in sorted((tmp_path / "report" / "measured").iterdir())]
+    settings = folder / "llama" / "config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"rope_theta": 99.0}))
+    assert find_trained(f"hf:{folder}/llama").identity(0) != identity
+    settings.write_text(before)
+
+
+def test_it_is_tuned_and_given_back(folder, tmp_path, monkeypatch, capsys):
+    tune = f"tune --workdirs hf:{folder}/llama --method yarn --lengths 48 {data(folder)} --tune.documents 2"
+    assert call_eval(monkeypatch, f"{tune} --out {tmp_path}/yarn") == 0, capsys.readouterr().err
+    config, model, _ = load_model(tmp_path / "yarn")
+    assert config.model.encoding == RoPE(base=10_000.0, scaling=YaRNScaling(2.0, 24))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["export", "--workdir", f"{tmp_path}/yarn", "--out", f"{tmp_path}/folder"])
+        assert run(export.main) == 0, capsys.readouterr().err
+    again, _ = load_pretrained(f"{tmp_path}/folder")
+    assert again.config.encoding == config.model.encoding
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+def test_training_starts_from_it(folder, tmp_path):
+    source, _ = load_pretrained(f"{folder}/llama")
+    config = Config(
+        find_trained(f"hf:{folder}/llama").config.model,
+        DataConfig(source=f"text:{folder}/text", context_length=24, batch_size=8),
+        OptimizerConfig(learning_rate=1e-9, warmup_steps=1, weight_decay=0.0),
+        TrainConfig(steps=1, init_from=f"hf:{folder}/llama", eval_every=2),
+    )
+    train(config, tmp_path / "run")
+    assert configs.load(tmp_path / "run") == config
+    close = lambda new, old: np.testing.assert_allclose(new, old, atol=1e-7)  # noqa: E731
+    jax.tree.map(close, nnx.state(load_model(tmp_path / "run")[1]), nnx.state(source))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", ["hf:{}/llama", "{}/run"])
+def test_it_is_loaded_in_a_dtype(folder, spec, dtype):
+    model, _ = find_trained(spec.format(folder)).load(dtype=dtype)
+    assert model.config.dtype == dtype and {x.dtype.name for x in jax.tree.leaves(nnx.state(model))} == {dtype}
+    tokens = np.arange(10)[None]
+    whole = find_trained(spec.format(folder)).load()[0](tokens)
+    np.testing.assert_allclose(model(tokens), whole, atol=0.3 if dtype == "bfloat16" else 0)
+
+
+def test_what_is_no_model_is_refused_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    for words in (
+        f"--workdirs hf:{folder}/nothing --lengths 16 --out {tmp_path}/out",
+        f"--workdirs gguf:{folder}/nothing.gguf --lengths 16 --out {tmp_path}/out",
+        f"--workdirs hf: --lengths 16 --out {tmp_path}/out",
+        f"--workdirs hf:{folder}/llama --lengths 16 --out {tmp_path}/out",  # no tokenizer
+    ):
+        assert call_eval(monkeypatch, words) == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"--workdir must be a folder; to start from hf:x, use --train\.init_from"):
+        parse_train(["--config", str(Path(__file__).parents[1] / "configs" / "tiny.py"), "--workdir", "hf:x"])
