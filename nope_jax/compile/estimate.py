@@ -17,6 +17,7 @@ from nope_jax.compile.memory import Memory, compiled, kept_memory, memory_of
 from nope_jax.compile.tpu import chip_of_slice, communicating, computing, slice_devices
 from nope_jax.config import Config
 from nope_jax.data import Batch
+from nope_jax.data.batches import masks_loss
 from nope_jax.sharding import check_fits, make_mesh, partition_spec
 from nope_jax.training.flops import model_flops_per_token
 from nope_jax.training.optimizer import make_optimizer
@@ -105,4 +106,6 @@ def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
     shape = config.data.batch_size, config.data.context_length
     sharding = NamedSharding(mesh, partition_spec(("batch", "length")))
     rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    return Batch(rows, rows, rows, rows) if config.data.document_mask else Batch(rows, rows)
+    batch = Batch(rows, rows, rows, rows) if config.data.document_mask else Batch(rows, rows)
+    mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding) if masks_loss(config.data) else None
+    return batch._replace(loss_mask=mask)

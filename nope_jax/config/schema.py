@@ -91,11 +91,12 @@ class DataConfig:
     """The dataset of a run, and how it is split into rows."""
 
     source: str = "python_stdlib"
-    """Dataset: python_stdlib, text:PATH_OR_GLOB, tfds:NAME, or task:passkey."""
+    """Dataset: python_stdlib, text:PATH_OR_GLOB, tfds:NAME, or task:NAME."""
     dir: str | None = None
     """Directory of prepared datasets, on a local disk. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     tokenizer: str = "bytes"
-    """bytes, or a path: a tokenizer.json, SentencePiece model, GGUF file, or the folder of a Hugging Face model."""
+    """bytes, task:NAME (the words of a task), or the path of a tokenizer.json, SentencePiece model, GGUF file or Hugging
+    Face folder."""
     document_separator: str | None = None
     """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file."""
     context_length: int = 128
@@ -103,12 +104,20 @@ class DataConfig:
     batch_size: int = 32
     """Rows per optimizer step, over all devices and hosts."""
     document_mask: bool = False
-    """Mask attention between different documents in a row; positions then restart at each document."""
+    """Mask attention between different documents in a row; positions then restart at each document.
+
+    Examples of a task are then packed into rows; without it, each has its own row."""
     bos: bool = False
     """Start every row with the tokenizer's beginning-of-sequence token, or its document separator if it has none.
 
     The token counts towards context_length and is never a prediction target."""
     seed: int = 0
+    lengths: tuple[int, ...] | None = None
+    """Shortest and longest training example of a task: source. None: the lengths of the paper."""
+    scratchpad: Literal[
+        "none", "full", "no_input", "no_computation", "no_output", "no_variables", "no_remaining", "minimal"
+    ] = "none"
+    """Parts of a scratchpad that a task: source writes before its answer; minimal: computation and output."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,14 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
             "data.document_separator must be the string between the documents of a text: source, or None, not "
             f"{data.document_separator!r} with data.source {data.source}"
         )
+    if data.lengths is not None and not (len(data.lengths) == 2 and 0 < data.lengths[0] <= data.lengths[1]):
+        raise ValueError(
+            "data.lengths must be the shortest and the longest length of a task, or None, not "
+            f"{' '.join(map(str, data.lengths))}"
+        )
+    for name, default in ("data.lengths", None), ("data.scratchpad", "none"):
+        if values[name] != default and not data.source.startswith("task:"):
+            raise ValueError(f"{name} is for data.source task:NAME only, not {data.source}")
     if config.train.init_from is not None:
         check_location(config.train.init_from, "train.init_from")
     try:

@@ -5,19 +5,21 @@ B rows of this process, T context length.
 
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from nope_jax.config import DataConfig
 from nope_jax.data.corpora import Corpus, Split, load_corpus
+from nope_jax.data.examples import ExampleRows
+from nope_jax.data.tasks import find_task
 from nope_jax.data.windows import Windows, step_windows
 
 
 class Batch(NamedTuple):
-    """The rows of one process, int32."""
+    """The rows of one process, int32 except for the mask."""
 
     tokens: Int[np.ndarray, "B T"]
     targets: Int[np.ndarray, "B T"]
@@ -26,6 +28,8 @@ class Batch(NamedTuple):
     """None: 0 to T - 1. With data.document_mask they restart at each document."""
     segment_ids: Int[np.ndarray, "B T"] | None = None
     """None unless data.document_mask: index, from 1, of the document in its row that a token belongs to."""
+    loss_mask: Bool[np.ndarray, "B T"] | None = None
+    """Which targets count in the loss. None: all; the answers alone for examples of a task."""
 
 
 def train_batches(
@@ -77,6 +81,11 @@ def validation_batches(
     return [_stack(windows, indices[rows.start : rows.stop], config) for indices in chosen]
 
 
+def masks_loss(config: DataConfig) -> bool:
+    """Whether the batches of this config have a `loss_mask`."""
+    return config.source.startswith("task:") and find_task(config.source.removeprefix("task:")).answer_only
+
+
 def _rows(config: DataConfig, process_index: int, process_count: int) -> range:
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size {config.batch_size} must be a multiple of the {process_count} processes")
@@ -84,8 +93,10 @@ def _rows(config: DataConfig, process_index: int, process_count: int) -> range:
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _windows(config: DataConfig, split: Split, seed: int, corpus: Corpus | None) -> Windows:
+def _windows(config: DataConfig, split: Split, seed: int, corpus: Corpus | None) -> Windows | ExampleRows:
     corpus = load_corpus(config, split) if corpus is None else corpus
+    if corpus.answers is not None:
+        return ExampleRows(corpus, config.context_length, config.source, packed=config.document_mask)
     windows = Windows(corpus, config.context_length, seed)
     if not len(windows):
         needed = config.context_length + (not config.bos)
@@ -96,7 +107,11 @@ def _windows(config: DataConfig, split: Split, seed: int, corpus: Corpus | None)
     return windows
 
 
-def _stack(windows: Windows, indices: Int[np.ndarray, "B"], config: DataConfig) -> Batch:
+def _stack(windows: Windows | ExampleRows, indices: Int[np.ndarray, "B"], config: DataConfig) -> Batch:
+    if isinstance(windows, ExampleRows):
+        columns: Any = zip(*[windows[index] for index in indices], strict=True)
+        stacked: Any = [None if column[0] is None else np.stack(column) for column in columns]
+        return Batch(*stacked)
     tokens = np.stack([windows[index] for index in indices])
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     if config.document_mask:

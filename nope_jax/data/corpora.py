@@ -14,7 +14,7 @@ from nope_jax.config import DataConfig
 from nope_jax.data.documents import Split
 from nope_jax.data.prepare import digest_file_of, digest_of, prepare_split, say_once, token_dtype, token_files, tokenize
 from nope_jax.data.sources import data_dir, find_documents
-from nope_jax.data.tasks import task_documents
+from nope_jax.data.tasks import find_task
 from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 LARGE = 2**30
@@ -35,6 +35,10 @@ class Corpus:
     Tokens other than bytes are looked up in the text, with an OSError if the text is missing, as it may be."""
     bos: int | None = None
     """The token that starts each sequence (`data.bos`). It is not in `tokens` and has no bytes."""
+    answers: Integer[np.ndarray, "documents"] | None = None
+    """Index in each document of the first token of its answer: training is on these tokens, in whole documents.
+
+    None: training is on all tokens, in windows over documents."""
     digest_file: Path | None = None
     """File that caches the digest; None: no cache."""
 
@@ -42,7 +46,8 @@ class Corpus:
         """`digest_of` these documents; a resumed run checks it."""
         if self.digest_file is not None and self.digest_file.exists():
             return self.digest_file.read_text().strip()
-        digest = digest_of(self.tokens, self.offsets)
+        offsets = self.offsets if self.answers is None else np.concatenate([self.offsets, self.answers])
+        digest = digest_of(self.tokens, offsets)
         if self.digest_file is not None:
             unfinished = self.digest_file.with_suffix(f".{uuid.uuid4().hex}")
             with contextlib.suppress(OSError):  # the folder may belong to another user and be read-only
@@ -81,8 +86,8 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     skipped, except a single file given by its path when the tokens are bytes.
     `tfds:NAME`: a dataset with a feature `text` (or PG-19's `book_text`), stored in `data.dir` as ArrayRecord; NAME is
     `name`, `name/config` or `name/config:version`. Without a `validation` split, the last tenth of `train` is used.
-    `task:NAME`: a task of `nope_jax.data.tasks`, generated from `data.seed`: passkey. Each document, with its
-    separator, has `data.context_length` tokens, so every window starts with a document.
+    `task:NAME`: a task of `nope_jax.data.tasks`, generated from `data.seed`; each document is an example. For scan and
+    pcfg, `task:NAME:PATH` reads a prepared dataset instead. The validation split has instances held out of training.
 
     Bytes are held in memory. Other tokens, and those of a split larger than LARGE, are memory-mapped from a file under
     `data.dir`. It is written on first use, or, for a split larger than LARGE, by `prepare.py` only.
@@ -120,7 +125,8 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
             return Corpus(np.frombuffer(buffer.getbuffer(), np.uint8), offsets, byte_lengths, bos)
         prepare_split(config, split, workers=1)
     offsets = np.load(offsets_file)
-    return Corpus(np.memmap(tokens_file, token_dtype(tokenizer), mode="r"), offsets, byte_lengths, bos, digest_file)
+    tokens = np.memmap(tokens_file, token_dtype(tokenizer), mode="r")
+    return Corpus(tokens, offsets, byte_lengths, bos, digest_file=digest_file)
 
 
 def _bos(config: DataConfig, tokenizer: Tokenizer) -> int | None:
@@ -128,8 +134,6 @@ def _bos(config: DataConfig, tokenizer: Tokenizer) -> int | None:
 
 
 def _task_corpus(config: DataConfig, split: Split) -> Corpus:
-    name = config.source.removeprefix("task:")
-    tokenizer, length = load_tokenizer(config.tokenizer), config.context_length
-    documents = task_documents(name, split, tokenizer, length - 1, config.seed)
-    tokens = np.insert(documents, length - 1, tokenizer.separator, axis=1)
-    return Corpus(tokens.reshape(-1), length * np.arange(len(documents) + 1), bos=_bos(config, tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokens, offsets, answers = find_task(config.source.removeprefix("task:")).documents(tokenizer, config, split)
+    return Corpus(tokens, offsets, bos=_bos(config, tokenizer), answers=answers)

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from nope_jax.config import DataConfig
 from nope_jax.data import python_stdlib
 from nope_jax.data.documents import Documents, Split
+from nope_jax.data.tasks import TASKS
 from nope_jax.data.text_files import text_documents
 from nope_jax.paths import on_disk
 
@@ -41,10 +42,10 @@ def _find_documents(config: DataConfig, split: Split) -> Documents:
         return _tfds_documents(python_stdlib.prepare(data_dir(config)), split)
     if kind == "tfds" and name:
         return _tfds_documents(_prepared_dataset(name, data_dir(config)), split)
-    near = difflib.get_close_matches(config.source, ["python_stdlib", "task:passkey"], n=1)
+    near = difflib.get_close_matches(config.source, ["python_stdlib", *(f"task:{name}" for name in TASKS)], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"data.source must be python_stdlib, text:PATH_OR_GLOB, tfds:NAME or task:passkey, not {config.source!r}{hint}"
+        f"data.source must be python_stdlib, text:PATH_OR_GLOB, tfds:NAME or task:NAME, not {config.source!r}{hint}"
     )
 
 

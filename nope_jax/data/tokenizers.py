@@ -111,6 +111,14 @@ class ByteTokenizer:
         return np.broadcast_to(1, len(self.encode(text)))
 
 
+WORD = re.compile(r" ?\[(?:SEP|NEXT)\]| ?\w+| ?[^\w\s]|\s")
+
+
+def words(text: str) -> list[str]:
+    """Cut a text into words, punctuation marks and [SEP] or [NEXT], each with the space before it, if there is one."""
+    return WORD.findall(text)
+
+
 class _TextTokenizer(abc.ABC):
     """A tokenizer of characters, based on the tokens and end offsets that its library reports."""
 
@@ -181,6 +189,31 @@ class JsonTokenizer(_TextTokenizer):
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
 
+class WordTokenizer(_TextTokenizer):
+    """Each of `words` is a token: for texts of few words, such as those of a task. Token 0 separates documents."""
+
+    separator = bos = 0
+
+    def __init__(self, name: str, vocabulary: str):
+        """Take the name that errors call it by, and a text that has all words."""
+        self._name = name
+        self.words = ["</s>", *dict.fromkeys([" ", *words(vocabulary)])]
+        self.vocab_size = len(self.words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: str | bytes) -> Integer[np.ndarray, "tokens"]:
+        try:
+            return np.array([self._ids[word] for word in words(_decoded(text))], np.int32)
+        except KeyError as error:
+            raise ValueError(f"data.tokenizer {self._name} has no word {error.args[0]!r}") from None
+
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
+        return self.encode(text).tolist(), [match.end() for match in WORD.finditer(text)]
+
+    def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> str:
+        return "".join([self.words[token] for token in np.asarray(tokens).tolist()])
+
+
 @dataclasses.dataclass(frozen=True)
 class SentencePieceTokenizer(_TextTokenizer):
     """A SentencePiece model, read by the sentencepiece library."""
@@ -247,22 +280,24 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Load the tokenizer given by `data.tokenizer`.
 
     Args:
-        spec: `bytes`, or a path: a tokenizer.json (ending in .json), the folder of a Hugging Face model, a GGUF file
-            (ending in .gguf), or a SentencePiece model (any other file).
+        spec: `bytes`, `task:NAME` (the words of a task), or a path: a tokenizer.json (ending in .json), the folder of a
+            Hugging Face model, a GGUF file (ending in .gguf), or a SentencePiece model (any other file).
 
     Raises:
-        ValueError: the path does not exist, is not a tokenizer, or has no token that can separate documents
+        ValueError: the task or the path does not exist, is not a tokenizer, or has no token that can separate documents
             (SEPARATORS, or the end-of-sentence token of a SentencePiece model).
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if spec.startswith("task:"):
+        return _load_words(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _load_folder(path)
     if not path.is_file():
         raise ValueError(
-            "data.tokenizer must be bytes or the path of a tokenizer.json, a SentencePiece model, a GGUF file or the "
-            f"folder of a Hugging Face model; {spec} is no file or folder"
+            "data.tokenizer must be bytes, task:NAME or the path of a tokenizer.json, a SentencePiece model, a GGUF "
+            f"file or the folder of a Hugging Face model; {spec} is no file or folder"
         )
     loaders = {".json": _load_json, ".gguf": _load_gguf}
     return loaders.get(path.suffix, _load_sentencepiece)(path)
@@ -271,10 +306,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
 def tokenizer_digest(spec: str) -> str:
     """Identify a tokenizer by content, independent of its path: `bytes`, or a SHA-256.
 
-    That of the file; of a Hugging Face folder those that describe its tokenizer, of a GGUF file the tokenizer in it.
+    That of the words of a task, or of the file; of a Hugging Face folder those that describe its tokenizer, of a GGUF
+    file the tokenizer in it.
     """
     if spec == "bytes":
         return spec
+    if spec.startswith("task:"):
+        return hashlib.sha256("".join(_load_words(spec).words).encode()).hexdigest()
     path = Path(spec).expanduser()
     if path.is_dir():
         content = b"".join((path / name).read_bytes() for name in _FOLDER_FILES if (path / name).is_file())
@@ -284,6 +322,15 @@ def tokenizer_digest(spec: str) -> str:
     else:
         content = path.read_bytes()
     return hashlib.sha256(content).hexdigest()
+
+
+def _load_words(spec: str) -> WordTokenizer:
+    from nope_jax.data.tasks import find_task  # which imports this module, since some tasks are made of tokens
+
+    vocabulary = find_task(spec.removeprefix("task:"), "data.tokenizer").vocabulary
+    if not vocabulary:
+        raise ValueError(f"data.tokenizer {spec}: this task has no words of its own; bytes can read it")
+    return WordTokenizer(spec, vocabulary)
 
 
 def _load_json(path: Path) -> JsonTokenizer:

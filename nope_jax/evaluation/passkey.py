@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nope_jax.data import load_tokenizer
-from nope_jax.data.tasks import KEYS, Passkey
+from nope_jax.data.tasks.passkey import KEYS, Passkey
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation

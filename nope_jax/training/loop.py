@@ -30,7 +30,7 @@ from nope_jax.training.metrics import GoodputTimer, MetricWriter, check_can_reco
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, init_state, no_skips
-from nope_jax.training.step import Metrics, jit_train_step, jit_validation, reason_to_stop
+from nope_jax.training.step import Metrics, jit_train_step, jit_validation, num_targets, reason_to_stop
 
 
 class Interrupted(KeyboardInterrupt):
@@ -119,7 +119,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         def evaluate(step: int, params: nnx.State) -> None:
             with clock.during("validation"):
                 nll = sum(float(total) for total in [validate(params, rows) for rows in validation])
-                record.validation(step, nll / sum(rows.targets.size for rows in validation))
+                record.validation(step, nll / sum(int(num_targets(rows)) for rows in validation))
 
         signals = stack.enter_context(_caught_signals())
         unread: deque[tuple[int, Metrics]] = deque()

@@ -31,11 +31,17 @@ STEPS_BEFORE_SPIKES = 20
 def total_nll(
     graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, key: jax.Array | None = None
 ) -> jax.Array:
-    """Negative log-likelihood of the targets, summed over the batch: nats, float32. `key` as in `Decoder`."""
-    tokens, targets, positions, segment_ids = jax.tree.map(jnp.asarray, batch)
+    """Negative log-likelihood of the targets, summed over those that count: nats, float32. `key` as in `Decoder`."""
+    tokens, targets, positions, segment_ids, loss_mask = jax.tree.map(jnp.asarray, batch)
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
-    return model.nll(hidden, targets).sum()
+    nll = model.nll(hidden, targets)
+    return (nll if loss_mask is None else jnp.where(loss_mask, nll, 0)).sum()
+
+
+def num_targets(batch: Batch) -> int | jax.Array:
+    """The number of targets that count in the loss of a batch."""
+    return batch.targets.size if batch.loss_mask is None else jnp.sum(batch.loss_mask)
 
 
 def train_step(
@@ -49,7 +55,7 @@ def train_step(
     skip_bad: bool = False,
     spike_factor: float | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Take one optimizer step on the mean negative log-likelihood per token.
+    """Take one optimizer step on the mean negative log-likelihood per target that counts.
 
     With `skip_bad`, a step is bad if its loss or gradient norm is not finite, or if its gradient norm is more than
     `spike_factor` times the running average. A bad step is counted and leaves parameters and optimizer state unchanged.
@@ -70,7 +76,7 @@ def train_step(
     value_and_grad = jax.value_and_grad(lambda params, rows: total_nll(graphdef, params, rows, key))
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
     total, grads = _over_microbatches(lambda rows: value_and_grad(state.params, rows), batch, accumulation, zeros)
-    loss, grads = jax.tree.map(lambda x: x / batch.targets.size, (total, grads))
+    loss, grads = jax.tree.map(lambda x: x / num_targets(batch), (total, grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}

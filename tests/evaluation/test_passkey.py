@@ -18,7 +18,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig
 from nope_jax.data import load_corpus, load_tokenizer, train_batches
-from nope_jax.data.tasks import DOCUMENTS, FILLER, KEYS, NEEDLE, QUESTION, TASK, Passkey
+from nope_jax.data.tasks.passkey import DOCUMENTS, FILLER, KEYS, NEEDLE, QUESTION, TASK, Passkey
 from nope_jax.data.tokenizers import ByteTokenizer
 from nope_jax.evaluation.common import evaluation
 from nope_jax.evaluation.common.plots import save
@@ -212,7 +212,7 @@ def test_the_config_has_room_for_prompts():
     [
         ("task:paskey", 999, "data.source: unknown task 'paskey': did you mean 'passkey'"),
         ("task:", 999, "data.source: unknown task ''"),
-        ("passkey", 999, "data.source must be .* or task:passkey, not 'passkey'; did you mean task:passkey"),
+        ("passkey", 999, "data.source must be .* or task:NAME, not 'passkey'; did you mean task:passkey"),
         ("python_stdlb", 999, "not 'python_stdlb'; did you mean python_stdlib"),
         ("task:passkey", SHORTEST, f"data.context_length {SHORTEST} is too short .* needs at least {SHORTEST + 1}"),
     ],

@@ -271,7 +271,7 @@ MUST_STAY = {
     "model": "vocab_size num_layers num_heads num_kv_heads head_dim model_dim mlp_dim mlp tie_embeddings encoding "
     "train_length dtype activation norm norm_eps norm_place block qk_norm biases attention_scale attention_softcap "
     "embedding_scale embedding_norm residual_scale logits_scale logits_softcap",
-    "data": "context_length bos batch_size document_mask seed",
+    "data": "context_length bos batch_size document_mask lengths scratchpad seed",
     "optimizer": "name learning_rate warmup_steps b1 b2 weight_decay clip_norm",
     "train": "seed init_from",
 }

@@ -1,16 +1,17 @@
-"""Synthetic tasks generated from a seed: `data.source` `task:NAME` trains on them, eval.py evaluates them.
+"""Passkey: retrieve a number hidden in filler text (Mohtashami and Jaggi 2023, arXiv 2305.16300).
 
-passkey: retrieve a number hidden in filler text (Mohtashami and Jaggi 2023, arXiv 2305.16300), with the wording and the
-five-digit numbers of Wang et al. 2024 (arXiv 2404.12224).
+The wording and the five-digit numbers are those of Wang et al. 2024 (arXiv 2404.12224).
 """
 
-import difflib
-from typing import Literal
+import random
 
 import numpy as np
 from jaxtyping import Int, Integer
 
-from nope_jax.data.tokenizers import Tokenizer
+from nope_jax.config import DataConfig
+from nope_jax.data.documents import Split
+from nope_jax.data.tasks.task import Task, TaskDocuments
+from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -101,41 +102,51 @@ class Passkey:
         return len(question) - (common if same.all() else int(same.argmin()))
 
 
-def task_documents(
-    name: str, split: Literal["train", "validation"], tokenizer: Tokenizer, length: int, seed: int
-) -> Integer[np.ndarray, "documents length"]:
-    """Generate the documents of a task, each of `length` tokens, so windows of one more token start at documents.
+class PasskeyTask(Task):
+    """Passkey retrieval as a task: the length of an example is that of its text in bytes, the depth is random.
 
-    passkey: task, filler, needle, often more needles separated by filler, and finally the question with its answer.
-    (A plain prompt repeats its key only twice in hundreds of tokens, too rarely for a small model to learn to copy.)
-    Every document ends right after its answer and has no answer before, so the end is evident from the text: a model
-    does not need to count tokens for it, which would fail in longer prompts.
-
-    Args:
-        name: passkey.
-        split: train depends on `seed`; validation is the same for every seed.
-        tokenizer: Tokenizer of the documents.
-        length: Tokens per document.
-        seed: Seed of the training documents.
-
-    Raises:
-        ValueError: the task is unknown, or the documents are too short for it.
+    A run trains on documents of its own length instead, with every token a target: task, filler, needle, often more
+    needles separated by filler, and finally the question with its answer. (A plain prompt repeats its key only twice in
+    hundreds of tokens, too rarely for a small model to learn to copy.) Every document ends right after its answer and
+    has no answer before, so the end is evident from the text: a model does not need to count tokens for it, which would
+    fail in longer prompts.
     """
-    if name != "passkey":
-        near = difflib.get_close_matches(name, ["passkey"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "the only task is 'passkey'"
-        raise ValueError(f"data.source: unknown task {name!r}: {hint}")
-    task = Passkey(tokenizer)
-    rng = np.random.default_rng((seed, 0) if split == "train" else (0, 1))
-    count = DOCUMENTS[split]
-    keys = rng.integers(KEYS.start, KEYS.stop, count).tolist()
-    shortest = max(map(task.shortest, keys))
-    if shortest > length:
-        raise ValueError(
-            f"data.context_length {length + 1} is too short for data.source task:{name}, which needs at least "
-            f"{shortest + 1} tokens of this data.tokenizer"
-        )
-    documents = np.empty((count, length), np.min_scalar_type(tokenizer.vocab_size - 1))
-    for row, key in zip(documents, keys, strict=True):
-        row[:] = task.document(length, key, rng)
-    return documents
+
+    name = "passkey"
+    lengths = range(Passkey(ByteTokenizer()).shortest(KEYS[0]), 2**24)
+    train_lengths = (384,)  # of configs/passkey.py
+    test_lengths = (512, 768)
+    answer_only = False
+
+    def draw(self, rng: random.Random, length: int) -> bytes:
+        tokens, _ = Passkey(ByteTokenizer()).build(length, rng.random(), rng.choice(KEYS))
+        return tokens.astype(np.uint8).tobytes()
+
+    def write(self, instance: bytes) -> tuple[str, str]:
+        source, question, target = instance.decode().rpartition(QUESTION)
+        return source + question, target
+
+    def documents(self, tokenizer: Tokenizer, config: DataConfig, split: Split) -> TaskDocuments:
+        """Make documents that fill `data.context_length` with their separator, so that each row starts with one.
+
+        train depends on `data.seed`; validation is the same for every seed.
+
+        Raises:
+            ValueError: the documents are too short for the task, or `data.scratchpad` or `data.lengths` is given.
+        """
+        if config.scratchpad != "none" or config.lengths is not None:
+            raise ValueError("data.scratchpad and data.lengths are not for task:passkey, whose length is that of rows")
+        task, length = Passkey(tokenizer), config.context_length - 1
+        rng = np.random.default_rng((config.seed, 0) if split == "train" else (0, 1))
+        count = DOCUMENTS[split]
+        keys = rng.integers(KEYS.start, KEYS.stop, count).tolist()
+        shortest = max(map(task.shortest, keys))
+        if shortest > length:
+            raise ValueError(
+                f"data.context_length {length + 1} is too short for data.source task:passkey, which needs at least "
+                f"{shortest + 1} tokens of this data.tokenizer"
+            )
+        documents = np.full((count, length + 1), tokenizer.separator, np.min_scalar_type(tokenizer.vocab_size - 1))
+        for row, key in zip(documents, keys, strict=True):
+            row[:-1] = task.document(length, key, rng)
+        return TaskDocuments(documents.reshape(-1), (length + 1) * np.arange(count + 1), None)
