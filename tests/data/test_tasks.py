@@ -234,7 +234,7 @@ def test_an_example_is_a_function_of_its_arguments(name):
 def test_examples_are_the_same_on_every_machine():
     # What they are was drawn once; what they stay keeps the numbers of a study comparable.
     addition = "Compute 3 + 4 2 7 5 6 2 2 5 ? ", "The answer is 4 2 7 5 6 2 2 8."
-    lego = "If m = + z, z = +1, o = - m. Then, what is the value of o? ", "The answer is -1."
+    lego = "If o = - v, v = +1, f = - o. Then, what is the value of f? ", "The answer is +1."
     assert TASKS["addition"].example(seed=0, index=5, length=8)[:2] == addition
     assert TASKS["lego"].example(seed=3, index=0, length=3)[:2] == lego
 
@@ -250,6 +250,8 @@ def test_no_instance_is_in_both_splits(name):
         drawn = random.Random(0)
         sources = (task.write(task.draw(drawn, 8))[0] for _ in range(2000))
         assert Counter(task.split(source, 8) for source in sources)["test"] == pytest.approx(200, abs=50)
+        sources = (task.write(task.draw(drawn, 30))[0] for _ in range(200))  # and half of what nobody trains on
+        assert Counter(task.split(source, 41) for source in sources)["test"] == pytest.approx(100, abs=40)
 
 
 def test_lengths_are_those_of_the_paper_and_as_frequent():

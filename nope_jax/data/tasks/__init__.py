@@ -5,8 +5,9 @@
     source, target, steps = TASKS["addition"].example(seed=0, index=5, length=8)
 
 `data.source` `task:NAME` trains on a task. An example is a function of seed, index, length and split. No instance is in
-both splits: a hash of its source decides, so one in ten of any length is held out (`Task.split`). Texts are those of
-the paper's code, including its `[SEP]`, which ends the source; the constant first word plays the part of a BOS token.
+both splits: a hash of its source decides, so a tenth of the instances is held out, and half of those of other lengths
+than the paper trains on (`Task.split`). Texts are those of the paper's code, including its `[SEP]`, which ends the
+source; the constant first word plays the part of a BOS token.
 
 To add a task, register an object of a class like this one, for example in a config file:
 

@@ -3,6 +3,7 @@
 If t = - q, q = -1. Then, what is the value of t? The answer is +1.
 """
 
+import itertools
 import random
 from string import ascii_lowercase
 from typing import NamedTuple
@@ -22,13 +23,16 @@ class Chain(NamedTuple):
     """The clauses as they are written."""
     query: int
 
-    def clause(self, i: int) -> str:
-        """The assignment to variable i."""
-        return f"{self.names[i]} = {self.sign(i) + ' ' + self.names[i - 1] if i else VALUES[self.values[0]]}"
+    def signs(self) -> list[str]:
+        """The sign with which each variable but the first follows from the one before."""
+        return ["+" if now == before else "-" for before, now in itertools.pairwise(self.values)]
 
-    def sign(self, i: int) -> str:
-        """The sign with which variable i follows from the one before."""
-        return "+" if self.values[i] == self.values[i - 1] else "-"
+    def clauses(self) -> list[str]:
+        """The assignment to each variable."""
+        following = zip(self.names[1:], self.signs(), self.names, strict=False)
+        return [f"{self.names[0]} = {VALUES[self.values[0]]}"] + [
+            f"{name} = {s} {before}" for name, s, before in following
+        ]
 
 
 class Lego(Task):
@@ -48,23 +52,30 @@ class Lego(Task):
     )
 
     def draw(self, rng: random.Random, length: int) -> Chain:
-        names = rng.sample(ascii_lowercase, length)
-        order = rng.sample(range(length), length)
+        names = [ascii_lowercase[i] for i in _shuffled(rng, 26)[:length]]
+        order = _shuffled(rng, length)
         return Chain(names, rng.choices((False, True), k=length), order, rng.randrange((length + 1) // 2, length))
 
     def write(self, instance: Chain) -> tuple[str, str]:
-        clauses = ", ".join([instance.clause(i) for i in instance.order])
+        clauses = instance.clauses()
+        written = ", ".join([clauses[i] for i in instance.order])
         query = instance.names[instance.query]
         return (
-            f"If {clauses}. Then, what is the value of {query}? ",
+            f"If {written}. Then, what is the value of {query}? ",
             f"The answer is {VALUES[instance.values[instance.query]]}.",
         )
 
     def steps(self, instance: Chain) -> tuple[Step, ...]:
-        steps, clauses = [], [instance.clause(i) for i in range(len(instance.names))]
+        names, clauses, signs = instance.names, instance.clauses(), ["", *instance.signs()]
+        values = [VALUES[value] for value in instance.values]
+        steps = []
         for i in range(instance.query + 1):
-            sign = instance.sign(i)
-            before = f"{sign} {instance.names[i - 1]} = {sign} {VALUES[instance.values[i - 1]]}" if i else ""
+            computation = f"{signs[i]} {names[i - 1]} = {signs[i]} {values[i - 1]}" if i else ""
             remaining = ", ".join([clauses[j] for j in instance.order if j > i])
-            steps.append(Step(instance.names[i], before, VALUES[instance.values[i]], None, remaining))
+            steps.append(Step(names[i], computation, values[i], None, remaining))
         return tuple(steps)
+
+
+def _shuffled(rng: random.Random, size: int) -> list[int]:
+    # Twice as fast as rng.shuffle.
+    return sorted(range(size), key=[rng.random() for _ in range(size)].__getitem__)

@@ -102,6 +102,9 @@ class Passkey:
         return len(question) - (common if same.all() else int(same.argmin()))
 
 
+_IN_BYTES = Passkey(ByteTokenizer())
+
+
 class PasskeyTask(Task):
     """Passkey retrieval as a task: the length of an example is that of its text in bytes, the depth is random.
 
@@ -113,13 +116,13 @@ class PasskeyTask(Task):
     """
 
     name = "passkey"
-    lengths = range(Passkey(ByteTokenizer()).shortest(KEYS[0]), 2**24)
+    lengths = range(_IN_BYTES.shortest(KEYS[0]), 2**24)
     train_lengths = (384,)  # of configs/passkey.py
     test_lengths = (512, 768)
     answer_only = False
 
     def draw(self, rng: random.Random, length: int) -> bytes:
-        tokens, _ = Passkey(ByteTokenizer()).build(length, rng.random(), rng.choice(KEYS))
+        tokens, _ = _IN_BYTES.build(length, rng.random(), rng.choice(KEYS))
         return tokens.astype(np.uint8).tobytes()
 
     def write(self, instance: bytes) -> tuple[str, str]:

@@ -61,12 +61,12 @@ class Pcfg(CommandTask):
 def _draw(rng: random.Random, functions: int) -> tuple[str, list[str]]:
     """Draw a command with this number of functions, and its output."""
     if not functions:
-        string = rng.choices(SYMBOLS, k=rng.choice(STRINGS))
+        string = rng.choices(SYMBOLS, k=STRINGS[int(rng.random() * len(STRINGS))])
         return " ".join(string), string
-    name = rng.choice(FUNCTIONS)
+    name = FUNCTIONS[int(rng.random() * len(FUNCTIONS))]
     if name in UNARY:
         command, value = _draw(rng, functions - 1)
         return f"{name} {command}", UNARY[name](value)
-    in_first = rng.randrange(functions)
+    in_first = int(rng.random() * functions)
     (first, x), (second, y) = _draw(rng, in_first), _draw(rng, functions - 1 - in_first)
     return f"{name} {first} , {second}", BINARY[name](x, y)

@@ -22,8 +22,8 @@ EXAMPLES = {"train": 100_000, "test": 10_000}
 """Number of examples in the training and the validation set of a run, as in the paper."""
 _FROM: dict[Split, TaskSplit] = {"train": "train", "validation": "test"}
 """The split of the examples of a run."""
-HELD_OUT = 10
-"""One instance in this many belongs to the test split."""
+HELD_OUT, HELD_OUT_BEYOND = 10, 2
+"""One instance in this many belongs to the test split, of a length of training and of any other length."""
 TRIES = 1000
 """Instances drawn for an example before its split counts as empty."""
 
@@ -53,7 +53,7 @@ class Task(abc.ABC):
     A subclass defines `name`, `train_lengths`, `test_lengths`, `vocabulary`, `draw` and `write`, and `steps` if it has
     scratchpads. What a length counts (symbols, digits, terms, ...) is up to the task.
 
-    An instance belongs to one split only: a hash of its source holds one in HELD_OUT out of training, at any length.
+    An instance belongs to one split only: a hash of its source holds some out of training, at any length (HELD_OUT).
     """
 
     name: str
@@ -89,7 +89,8 @@ class Task(abc.ABC):
     def split(self, source: str, length: int) -> TaskSplit:
         """The split that an instance belongs to."""
         digest = hashlib.blake2b(source.encode(), digest_size=4).digest()
-        return "train" if int.from_bytes(digest) % HELD_OUT else "test"
+        held_out = HELD_OUT if length in self.train_lengths else HELD_OUT_BEYOND
+        return "train" if int.from_bytes(digest) % held_out else "test"
 
     def example(
         self, seed: int, index: int, length: int, *, split: TaskSplit | None = None, scratchpad: bool = True
