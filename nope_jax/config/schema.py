@@ -95,8 +95,8 @@ class DataConfig:
     dir: str | None = None
     """Directory of prepared datasets, on a local disk. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     tokenizer: str = "bytes"
-    """bytes, task:NAME (the words of a task), or the path of a tokenizer.json, SentencePiece model, GGUF file or Hugging
-    Face folder."""
+    """bytes, task:NAME (the words of a task), or a path: a tokenizer.json, SentencePiece model, GGUF file, or the
+    folder of a Hugging Face model."""
     document_separator: str | None = None
     """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file."""
     context_length: int = 128
