@@ -1,14 +1,59 @@
 """Helpers for blockwise attention: split an axis into blocks; read, write and accumulate entries."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int, Shaped
 
 BLOCK_SIZE = 256
 """Queries and keys per block. On a CPU, faster than 128 and 512."""
+
+
+def few_queries(query_length: int, key_length: int, block_size: int = BLOCK_SIZE) -> bool:
+    """Whether all queries form one block of their own, as in decoding: some tens, against more keys."""
+    return query_length <= block_size // 4 and query_length < key_length
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachedLayer:
+    """The keys or values of one layer, [B, S, K, H], within KV caches that are stacked over layers.
+
+    Attention with few queries reads it block by block. As an array, all of it would be copied in every step.
+    """
+
+    stack: Shaped[Array, "L B K S H"]
+    index: Int[Array, ""] | int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        _, batch, heads, length, dim = self.stack.shape
+        return batch, length, heads, dim
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
+
+
+def key_block(x: Shaped[Array, "B S K H"] | CachedLayer, start, size: int) -> Shaped[Array, "B K k H"]:
+    """`size` keys or values from `start` on."""
+    if isinstance(x, CachedLayer):
+        zero, (_, batch, heads, _, dim) = jnp.int32(0), x.stack.shape
+        at = jnp.int32(x.index), zero, zero, jnp.int32(start), zero
+        return lax.dynamic_slice(x.stack, at, (1, batch, heads, size, dim))[0]
+    return jnp.swapaxes(lax.dynamic_slice_in_dim(x, start, size, axis=1), 1, 2)
+
+
+def whole(x: Shaped[Array, "B S K H"] | CachedLayer) -> Shaped[Array, "B S K H"]:
+    """All keys or values as one array."""
+    return jnp.swapaxes(at(x.stack, x.index), 1, 2) if isinstance(x, CachedLayer) else x
 
 
 def cut(x: Array, size: int, axis: int) -> Array:
@@ -21,9 +66,9 @@ def cut(x: Array, size: int, axis: int) -> Array:
     return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
 
 
-def cut_mask(mask: Bool[Array, "#B #N #T #S"], size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
+def cut_mask(mask: Bool[Array, "#B #N #T #S"], query_size: int, key_size: int) -> Bool[Array, "#m #n #B #N #q #k"]:
     """Split a mask into blocks; broadcast axes keep size 1."""
-    for axis in (2, 4):
+    for axis, size in ((2, query_size), (4, key_size)):
         mask = mask[None] if mask.shape[axis] == 1 else cut(mask, size, axis)
     return mask
 

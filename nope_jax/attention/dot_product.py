@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.attention.backends import choose
 from nope_jax.attention.backends.reference import reference_softmax
+from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.flax_layer import for_flax_layers
 from nope_jax.attention.mask_spec import MaskSpec, make_mask_spec
 from nope_jax.attention.mesh import with_auto_axes
@@ -222,8 +223,8 @@ def _with_sink(output, entropy, logsumexp, sink):
     return scaled.astype(output.dtype), *of_rows
 
 
-def _at_most_float32(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+def _at_most_float32(x: Shaped[Array, "*shape"] | CachedLayer) -> Shaped[Array, "*shape"] | CachedLayer:
+    return whole(x).astype(jnp.float32) if x.dtype == jnp.float64 else x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from nope_jax.attention.blocks import whole
 from nope_jax.attention.dot_product import attend, attend_weights, check_arrays, dot_product_attention
 from nope_jax.attention.flax_layer import for_flax_layers
 from nope_jax.attention.mask_spec import make_mask_spec
@@ -28,6 +29,8 @@ class Encoded(NamedTuple):
     params: Params
     query_features: Any = None
     key_features: Any = None
+    transformed: bool = False
+    """Whether queries and keys are already those after the query/key place."""
 
 
 @with_auto_axes
@@ -100,7 +103,7 @@ def attention_weights(
 
 
 def attend_encoded(encoded: Encoded, query, key, value, **common: Any) -> Any:
-    """`encoded_attention` on validated arrays."""
+    """`encoded_attention` on validated arrays; in decoding, keys and values may be a `CachedLayer`."""
     query, key, *places, options = _places(encoded, query, key, common)
     return attend(query, key, value, *places, **options)
 
@@ -110,7 +113,7 @@ _VISIBILITY = inspect.signature(make_mask_spec).parameters
 
 def _places(encoded: Encoded, query, key, common: dict[str, Any]):
     """Apply an encoding; return its queries, keys, logit, value term and `MaskSpec`, and the keywords of `attend`."""
-    encoding, params, *features = encoded
+    encoding, params, *features, transformed = encoded
     if not isinstance(encoding, Encoding):
         raise ValueError(f"encoding must be an Encoding, such as RoPE() or resolve('rope')[0], not {encoding!r}")
     options = {name: x for name, x in common.items() if name not in _VISIBILITY}
@@ -127,6 +130,7 @@ def _places(encoded: Encoded, query, key, common: dict[str, Any]):
         return query, key, None, None, mask_spec, options
     positions = mask_spec.positions(query.shape[1], key.shape[1])
     scale = logit_scale_product(encoding.logit_scale(params, *positions), options.get("logit_scale"))
-    query, key = encoding.query_key(params, jnp.asarray(query), jnp.asarray(key), *positions)
-    logit = encoding.logit(params, query, key, *features)
+    if not transformed:
+        query, key = encoding.query_key(params, jnp.asarray(query), jnp.asarray(key), *positions)
+    logit = encoding.logit(params, query, whole(key), *features)
     return query, key, logit, encoding.value(params), mask_spec, options | {"logit_scale": scale}

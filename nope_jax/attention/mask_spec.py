@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
 
+from nope_jax.attention.blocks import CachedLayer
 from nope_jax.encodings.checks import known_values
 
 Leaf: TypeAlias = Any
@@ -89,7 +90,7 @@ def _run_on(start: int, length: int) -> Int[Array, "1 length"]:
 
 def make_mask_spec(
     query: Shaped[Array | np.ndarray, "B T N H"],
-    key: Shaped[Array | np.ndarray, "B S K H"],
+    key: Shaped[Array | np.ndarray, "B S K H"] | CachedLayer,
     *,
     query_positions: Integer[ArrayLike, "..."] | None = None,
     key_positions: Integer[ArrayLike, "..."] | None = None,

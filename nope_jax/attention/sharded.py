@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends import Backend, Results
+from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.mesh import BATCH, HEADS, LENGTH, axis_sizes
 from nope_jax.attention.ring import ring_attention
@@ -29,8 +30,8 @@ def spread_attention(
     backend: Backend,
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    key: Shaped[Array, "B S K H"] | CachedLayer,
+    value: Shaped[Array, "B S K H2"] | CachedLayer,
     logit: Logit | None,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
@@ -54,10 +55,11 @@ def spread_attention(
     ring = in_parts and LENGTH in sizes and query_length == key_length and mask_spec.mask is None
     ring = ring and query_length % sizes[LENGTH] == 0
     split = _Split(rows or None, LENGTH if ring else None, heads)
-    attend = functools.partial(ring_attention, backend.attend) if ring else backend.attend
     if not any(split):
-        return attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap)
+        return backend.attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap)
 
+    key, value = whole(key), whole(value)
+    attend = functools.partial(ring_attention, backend.attend) if ring else backend.attend
     if not mask_spec.contiguous:
         query_positions, key_positions = mask_spec.positions(query_length, key_length)
         mask_spec = dataclasses.replace(mask_spec, query_positions=query_positions, key_positions=key_positions)

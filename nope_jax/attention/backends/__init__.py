@@ -5,7 +5,8 @@ To add a backend, add a file to this folder and a row to the table. The file def
 have been validated:
 
 - `query` [B, T, N, H], `key` [B, S, K, H], `value` [B, S, K, H2]: floating-point arrays, possibly of different dtypes;
-  K divides N, and neither T nor S is 0.
+  K divides N, and neither T nor S is 0. In decoding, key and value may be a `CachedLayer`; `whole` makes it an array
+  (`nope_jax.attention.blocks`).
 - `factor` [B or 1, N or 1, T]: float32, the factor logit_scale/√H of q·k.
 - `logit`: None, or a `DistanceLogit`, `BlockLogit` or `ScanLogit` (`nope_jax.encodings`), to be evaluated block by
   block. Where it adds -inf, the key is hidden.
@@ -39,7 +40,7 @@ from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
-from nope_jax.attention.blocks import BLOCK_SIZE
+from nope_jax.attention.blocks import BLOCK_SIZE, few_queries
 from nope_jax.attention.mesh import ring_size
 
 Results = tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]
@@ -66,8 +67,9 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 
 
 def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
-    """Default names: streaming, unless all weights of a head fit in one block on one device."""
-    return ("reference",) if query_length * key_length <= BLOCK_SIZE**2 and ring_size() == 1 else ("streaming",)
+    """Default names: streaming, unless all weights of a head fit in one block on one device and there is no cache."""
+    small = query_length * key_length <= BLOCK_SIZE**2 and not few_queries(query_length, key_length)
+    return ("reference",) if small and ring_size() == 1 else ("streaming",)
 
 
 def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
@@ -19,8 +20,8 @@ from nope_jax.encodings.encoding import MASKED, Logit
 def reference_attention(
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    key: Shaped[Array, "B S K H"] | CachedLayer,
+    value: Shaped[Array, "B S K H2"] | CachedLayer,
     logit: Logit | None,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
@@ -29,6 +30,7 @@ def reference_attention(
     softcap: float | None = None,
 ) -> tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]:
     """Compute softmax(cap(factor · q·k) + logit) · value, and the entropy and logsumexp of each row, in float32."""
+    key, value = whole(key), whole(value)
     softmax, tile = reference_softmax(query, factor, key, logit, mask_spec, precision, softcap)
     value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
     out = jnp.swapaxes(weighted_sum("bnts,bsnh->bnth", softmax.weights, value, precision), 1, 2)

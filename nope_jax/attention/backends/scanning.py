@@ -6,7 +6,7 @@ the inner and the outer loop are rematerialized in the backward pass, so only on
 states, of [S / block, block] numbers.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim;
-n and m the numbers of query and key blocks, q = k the size of both.
+n and m the numbers of query and key blocks of q queries and k keys.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from nope_jax.attention.blocks import BLOCK_SIZE, cut, cut_mask, mask_at
+from nope_jax.attention.blocks import BLOCK_SIZE, CachedLayer, cut, cut_mask, mask_at, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
@@ -28,8 +28,8 @@ from nope_jax.encodings import BlockValue, ScanLogit, Tile
 def scanning_attention(
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    key: Shaped[Array, "B S K H"] | CachedLayer,
+    value: Shaped[Array, "B S K H2"] | CachedLayer,
     logit: ScanLogit,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
@@ -41,29 +41,33 @@ def scanning_attention(
     carry: Float[Array, "B N T"] | None = None,
 ) -> tuple[Array, ...]:
     """The `attend` of a backend with `in_parts`, for a `ScanLogit`; reverse-mode differentiable."""
+    key, value = whole(key), whole(value)
     (batch, query_length, num_heads, _), (key_length, kv_heads) = query.shape, key.shape[1:3]
-    size = min(block_size, max(query_length, key_length))
+    groups = num_heads // kv_heads
+    query_size, key_size = min(block_size, query_length), min(block_size, key_length)
     query_positions, key_positions = mask_spec.positions(query_length, key_length)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
-    mask = None if mask_spec.mask is None else cut_mask(mask_spec.mask, size)
+    per_query, per_key = (
+        functools.partial(jax.tree.map, lambda x, size=size: cut(x, size, 1)) for size in (query_size, key_size)
+    )
+    mask = None if mask_spec.mask is None else cut_mask(mask_spec.mask, query_size, key_size)
     factor = jnp.broadcast_to(factor, (factor.shape[0], num_heads, query_length))
     queries = {
-        "query": per_token(query),
-        "factor": cut(factor, size, 2),
-        "positions": per_token(query_positions),
-        "segments": per_token(mask_spec.query_segments),
-        "features": per_token(logit.query_features),
-        "carry": cut(zeros((batch, num_heads, query_length)) if carry is None else carry, size, 2),
-        "index": jnp.arange(-(-query_length // size), dtype=jnp.int32),
+        "query": per_query(query),
+        "factor": cut(factor, query_size, 2),
+        "positions": per_query(query_positions),
+        "segments": per_query(mask_spec.query_segments),
+        "features": per_query(logit.query_features),
+        "carry": cut(zeros((batch, num_heads, query_length)) if carry is None else carry, query_size, 2),
+        "index": jnp.arange(-(-query_length // query_size), dtype=jnp.int32),
     }
     keys = {
-        "key": per_token(key),
-        "value": per_token(value),
-        "positions": per_token(key_positions),
-        "segments": per_token(mask_spec.key_segments),
-        "features": per_token(logit.key_features),
-        "index": jnp.arange(-(-key_length // size), dtype=jnp.int32),
+        "key": per_key(key),
+        "value": per_key(value),
+        "positions": per_key(key_positions),
+        "segments": per_key(mask_spec.key_segments),
+        "features": per_key(logit.key_features),
+        "index": jnp.arange(-(-key_length // key_size), dtype=jnp.int32),
     }
 
     def visible(rows, columns):
@@ -75,30 +79,36 @@ def scanning_attention(
             key_segments=columns["segments"],
             mask=None if mask is None else mask_at(mask, rows["index"], columns["index"]),
         )
-        return rule.matrix(size, size) & (columns["index"] * size + jnp.arange(size, dtype=jnp.int32) < key_length)
+        index = columns["index"] * key_size + jnp.arange(key_size, dtype=jnp.int32)
+        return rule.matrix(query_size, key_size) & (index < key_length)
 
     def query_block(rows):
         scaled = jnp.swapaxes(rows["query"], 1, 2).astype(jnp.float32) * rows["factor"][..., None]
 
+        def grouped(x):
+            """The queries of all heads that share a key head, as rows of one product."""
+            return x.reshape(batch, kv_heads, groups * query_size, x.shape[-1])
+
         def visit(columns, seen, state):
             softmax, output, carry = state
-            key, value = (jnp.repeat(columns[x], num_heads // kv_heads, axis=2) for x in ("key", "value"))
-            key = jnp.swapaxes(key, 1, 2)
+            key, value = (jnp.swapaxes(columns[x], 1, 2) for x in ("key", "value"))
             block = Tile(
                 query=finite(scaled),
-                factor=jnp.broadcast_to(rows["factor"], (rows["factor"].shape[0], num_heads, size)),
-                key=finite(key),
+                factor=jnp.broadcast_to(rows["factor"], (rows["factor"].shape[0], num_heads, query_size)),
+                key=jnp.repeat(finite(key), groups, axis=1),
                 query_positions=rows["positions"],
                 key_positions=columns["positions"],
                 query_features=rows["features"],
                 key_features=columns["features"],
             )
-            content = content_logits("bnqh,bnkh->bnqk", scaled, key.astype(jnp.float32), precision)
+            content = content_logits("bkqh,bksh->bkqs", grouped(scaled), key.astype(jnp.float32), precision)
+            content = content.reshape(batch, num_heads, query_size, key_size)
             if softcap is not None:
                 content = softcapped(jnp.where(seen, content, 0.0), softcap)
             logits, carry = logit.block(block, content, seen, carry)
             softmax, weights, decay = softmax.over_more(logits, seen)
-            output = decay[..., None] * output + weighted_sum("bnqk,bknh->bnqh", weights, value, precision)
+            added = weighted_sum("bkqs,bksh->bkqh", grouped(weights), value, precision)
+            output = decay[..., None] * output + added.reshape(output.shape)
             if value_term is not None:
                 output += value_term.block(weights, block)
             return softmax, output, carry
@@ -109,7 +119,7 @@ def scanning_attention(
             state = lax.cond(seen.any(), lambda s: visit(columns, seen, s), lambda s: s, state)
             return state, None
 
-        shape = (batch, num_heads, size)
+        shape = (batch, num_heads, query_size)
         state = SoftmaxState.over_no_keys(shape, with_entropy), zeros((*shape, value.shape[-1])), rows["carry"]
         (softmax, output, handed_on), _ = lax.scan(key_block, state, keys, reverse=True)
         normaliser, entropy, logsumexp = softmax.end()

@@ -22,8 +22,20 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends.diagonals import Tiling, along, merge_heads, shear, split_heads, sweep, unshear
+from nope_jax.attention.backends.few_queries import few_queries_forward
 from nope_jax.attention.backends.scanning import scanning_attention
-from nope_jax.attention.blocks import BLOCK_SIZE, at, cut, cut_mask, put, summed, zero_sums
+from nope_jax.attention.blocks import (
+    BLOCK_SIZE,
+    CachedLayer,
+    at,
+    cut,
+    cut_mask,
+    few_queries,
+    put,
+    summed,
+    whole,
+    zero_sums,
+)
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
@@ -35,8 +47,8 @@ from nope_jax.encodings.encoding import MASKED, Logit
 def streaming_attention(
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    key: Shaped[Array, "B S K H"] | CachedLayer,
+    value: Shaped[Array, "B S K H2"] | CachedLayer,
     logit: Logit | None,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
@@ -56,6 +68,10 @@ def streaming_attention(
     if isinstance(logit, ScanLogit):
         call = query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap
         return scanning_attention(*call, block_size=block_size, carry=carry)
+    if final_rows is None and few_queries(query.shape[1], key.shape[1], block_size):
+        fixed = lax.stop_gradient((query, factor, key, value, logit, value_term, mask_spec))
+        final_rows = few_queries_forward(*fixed, precision, with_entropy, softcap, block_size=block_size)
+    key, value = whole(key), whole(value)
     batch, query_length, num_heads, _ = query.shape
     key_length, kv_heads = key.shape[1:3]
     largest = max(query_length, key_length)
@@ -97,7 +113,7 @@ def streaming_attention(
         key_positions=per_token(key_positions),
         query_segments=per_token(mask_spec.query_segments),
         key_segments=per_token(mask_spec.key_segments),
-        mask=None if mask_spec.mask is None else cut_mask(mask_spec.mask, size),
+        mask=None if mask_spec.mask is None else cut_mask(mask_spec.mask, size, size),
     )
     if logit is not None:
         features = {"query_features": per_token(logit.query_features), "key_features": per_token(logit.key_features)}
