@@ -3,7 +3,7 @@
 ## make test-all       the slow tests too
 ## make test-oracles   goldens against live PyTorch and transformers
 ## make study          six encodings trained, tuned and measured as in Wang et al. 2024, into docs/study.md
-## make benchmarks     attention beside jax.nn, and beside torch where it is installed
+## make benchmarks     attention and decoding beside jax.nn, and beside torch where it is installed
 ## make pods           compiles decoders for slices of TPUs, hours of one core: the table of docs/pods.md
 ## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
 ## make clean          removes environments and caches
@@ -79,6 +79,7 @@ study: $(BIN)/.installed
 
 benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.decoding
 
 pods: $(BIN)/.installed $(TPU)/.installed
 	PYTHONPATH=$(CURDIR):$(TPU) $(BIN)/python -m benchmarks.pods

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nope_jax.config import ModelConfig
-    from nope_jax.models import Decoder, generate
+    from nope_jax.models import Decoder, generate, generate_stream
 
-__all__ = ["Decoder", "ModelConfig", "generate"]
+__all__ = ["Decoder", "ModelConfig", "generate", "generate_stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command lines of train.py, eval.py and prepare.py. Errors are one line on stderr and an exit status."""
+"""The command lines of train.py, eval.py, generate.py, prepare.py. Errors are one line on stderr and an exit status."""
 
 import contextlib
 import ctypes
@@ -212,6 +212,40 @@ def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None]:
     return values.workdir, values.out, values.family
 
 
+def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line of generate.py; return the options that were given, those of `GenerateOptions`.
+
+    Raises:
+        ValueError: an argument is invalid; the message is one line.
+    """
+    options: dict[str, tuple[Any, str]] = {
+        "workdir": (Path, "The model: the workdir of a run, hf:NAME_OR_FOLDER or gguf:FILE."),
+        "prompt": (str, "The text to continue; - reads it from stdin."),
+        "max_new_tokens": (int | None, "Number of tokens to add; 256 if not given, or as many as the encoding has."),
+        "temperature": (
+            float | None,
+            "Sample from softmax(logits / temperature); 0, the default, takes the likeliest.",
+        ),
+        "top_k": (int | None, "Sample from that many of the most likely tokens."),
+        "top_p": (float | None, "Sample from the most likely tokens that together have this probability."),
+        "min_p": (float | None, "Sample from tokens at least this many times as likely as the most likely one."),
+        "seed": (int | None, "Seed of the samples; 0 if not given."),
+        "stop": (tuple[str, ...] | None, "Texts before which the output ends."),
+        "dtype": (Literal["float32", "bfloat16"] | None, "Of parameters and computation; bfloat16 halves the memory."),
+        "trust_code": _TRUST_CODE,
+    }
+    values, _ = _parse(arguments, options, {}, "Continues a text with a trained model.")
+    for name, least in (("max_new_tokens", 1), ("seed", 0)):
+        number = getattr(values, name)
+        if number is not None and number < least:
+            raise ValueError(f"--{name} must be at least {least}, not {number}")
+    if values.trust_code and not is_published(values.workdir):
+        load(values.workdir, trust_code=True)  # this process trusts the code from here on
+    given = {name: value for name in options if (value := getattr(values, name)) is not None}
+    given.pop("trust_code", None)
+    return given
+
+
 def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
     """Parse the command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
 
@@ -287,7 +321,7 @@ def _parse(
             if not words or (len(words) > 1 and not takes_several(hints[name])) or (name in options and "" in words):
                 raise ValueError(f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}")
             for word in words:
-                if name in options and name != "workdir":
+                if name in options and name != "workdir" and Path in (hints[name], *typing.get_args(hints[name])):
                     on_disk(word, f"--{name}")
         for name, (hint, _) in options.items():
             if name not in given and not _may_be_none(hint):

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "export": {"cli", "data", "interop", "trained"},
     "trained": {"checkpoint", "config", "data", "interop", "models", "paths"},
     "checkpoint": {"config", "models", "paths", "sharding"},
+    "text_generation": {"data", "interop", "models", "trained"},
     "training": {
         "encodings",
         "config",

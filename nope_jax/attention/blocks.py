@@ -1,12 +1,15 @@
 """Helpers for blockwise attention: split an axis into blocks; read, write and accumulate entries."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
+
+Leaf: TypeAlias = Any
+"""Any pytree leaf: JAX flattens and rebuilds dataclasses with arbitrary leaves, and backends split them into blocks."""
 
 BLOCK_SIZE = 256
 """Queries and keys per block. On a CPU, faster than 128 and 512."""
@@ -25,8 +28,10 @@ class CachedLayer:
     Attention with few queries reads it block by block. As an array, all of it would be copied in every step.
     """
 
-    stack: Shaped[Array, "L B K S H"]
-    index: Int[Array, ""] | int
+    stack: Shaped[Array, "L B K S H"] | Leaf
+    """As stored, see `to_storage`."""
+    index: Int[Array, ""] | Leaf
+    dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,9 +42,15 @@ class CachedLayer:
     def ndim(self) -> int:
         return len(self.shape)
 
-    @property
-    def dtype(self) -> Any:
-        return self.stack.dtype
+
+def to_storage(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The bits of 16-bit numbers, as integers: to update bfloat16, XLA converts whole arrays to float32 on a CPU."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_storage(x: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
+    """The inverse of `to_storage`."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 def key_block(x: Shaped[Array, "B S K H"] | CachedLayer, start, size: int) -> Shaped[Array, "B K k H"]:
@@ -47,13 +58,13 @@ def key_block(x: Shaped[Array, "B S K H"] | CachedLayer, start, size: int) -> Sh
     if isinstance(x, CachedLayer):
         zero, (_, batch, heads, _, dim) = jnp.int32(0), x.stack.shape
         at = jnp.int32(x.index), zero, zero, jnp.int32(start), zero
-        return lax.dynamic_slice(x.stack, at, (1, batch, heads, size, dim))[0]
+        return from_storage(lax.dynamic_slice(x.stack, at, (1, batch, heads, size, dim))[0], x.dtype)
     return jnp.swapaxes(lax.dynamic_slice_in_dim(x, start, size, axis=1), 1, 2)
 
 
 def whole(x: Shaped[Array, "B S K H"] | CachedLayer) -> Shaped[Array, "B S K H"]:
     """All keys or values as one array."""
-    return jnp.swapaxes(at(x.stack, x.index), 1, 2) if isinstance(x, CachedLayer) else x
+    return key_block(x, 0, x.shape[1]).swapaxes(1, 2) if isinstance(x, CachedLayer) else x
 
 
 def cut(x: Array, size: int, axis: int) -> Array:

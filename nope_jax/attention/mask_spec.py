@@ -5,7 +5,7 @@ Shapes: B batch, T query length, S key length, N query heads.
 
 import dataclasses
 import operator
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
 
-from nope_jax.attention.blocks import CachedLayer
+from nope_jax.attention.blocks import CachedLayer, Leaf
 from nope_jax.encodings.checks import known_values
-
-Leaf: TypeAlias = Any
-"""Any pytree leaf: JAX flattens and rebuilds a MaskSpec with arbitrary leaves, and backends split them into blocks."""
 
 
 @jax.tree_util.register_dataclass

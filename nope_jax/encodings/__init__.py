@@ -24,6 +24,7 @@ from nope_jax.encodings.encoding import (
     Tile,
     TokenInputs,
     skew,
+    tokenwise,
     unskew,
 )
 from nope_jax.encodings.logit_scale import (
@@ -126,6 +127,7 @@ __all__ = [
     "sinusoidal_positions",
     "skew",
     "t5_bucket",
+    "tokenwise",
     "unskew",
 ]
 

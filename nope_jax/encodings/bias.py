@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
-from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew
+from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew, tokenwise
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
@@ -145,6 +145,7 @@ class T5(Encoding):
     def init_shared(self, key, dims: ModelDims) -> Params:
         return {"table": 0.02 * jax.random.normal(key, (self.num_buckets, dims.num_heads))}
 
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         if self.scaled:
             return query, key

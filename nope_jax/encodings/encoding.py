@@ -15,7 +15,7 @@ q and k the queries and keys of one block.
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +229,25 @@ def unskew(block: Shaped[Array, "*B q k"]) -> Shaped[Array, "*B q q+k-1"]:
     return rows[..., -2::-1]
 
 
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def tokenwise(method: _Function) -> _Function:
+    """Declare that a place of an encoding treats each token by itself, for decoding with a KV cache.
+
+    For `query_key` and `logit_scale`: what becomes of a token follows from itself, its position, and the smallest and
+    largest position in use. For `positions`: a position follows from the given one alone. Keys are then cached after
+    the query/key place. A method without this declaration, such as an override in a subclass, gets all tokens of the
+    cache in every step: always right, but slower.
+    """
+    method.tokenwise = True  # type: ignore[attr-defined]
+    return method
+
+
+def _is_tokenwise(encoding: Any, *places: str) -> bool:
+    return all(getattr(getattr(type(encoding), place), "tokenwise", False) for place in places)
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoding:
     """Base class of all encodings; acts at none of the five places.
@@ -257,6 +276,16 @@ class Encoding:
         """The encoding at the input place, which owns the shared parameters; layers with an equal one share them."""
         return self
 
+    @property
+    def keys_apart(self) -> bool:
+        """Whether a key after the query/key place never changes, so that it can be cached: see `tokenwise`."""
+        return _is_tokenwise(self, "query_key", "logit_scale")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token is treated differently in a longer text. In decoding the length is the cache's capacity."""
+        return not _is_tokenwise(self, "query_key", "logit_scale", "positions")
+
     def init_shared(self, key: Array, dims: ModelDims) -> Params:
         """Initialize the parameters shared by all layers and the input place."""
         return {}
@@ -265,10 +294,12 @@ class Encoding:
         """Initialize the parameters of one layer."""
         return {}
 
+    @tokenwise
     def positions(self, positions: Int[Array, "#B T"], length: int, key: Array | None) -> Int[Array, "#B T"]:
         """Map token positions, all below length, to the positions that the other places get.
 
-        The order of the tokens is kept. `key` is the random key of a training step, or None outside training.
+        A later token has a larger position, as before. `key` is the random key of a training step, or None outside
+        training.
         """
         return positions
 
@@ -292,6 +323,7 @@ class Encoding:
         """
         return None
 
+    @tokenwise
     def query_key(
         self,
         params: Params,
@@ -314,13 +346,18 @@ class Encoding:
         query_features: Any = None,
         key_features: Any = None,
     ) -> Logit | None:
-        """Logit place: the term added to q·k/√H."""
+        """Logit place: the term added to q·k/√H.
+
+        In decoding, the keys are those of a KV cache. Those of a window or chunk are in no order, except for a
+        `ScanLogit`: their positions are what tells them apart.
+        """
         return None
 
     def value(self, params: Params) -> BlockValue | None:
         """Value place: the term added to the weighted sum of values."""
         return None
 
+    @tokenwise
     def logit_scale(
         self, params: Params, query_positions: Int[Array, "#B T"], key_positions: Int[Array, "#B S"]
     ) -> Float[Array, "#B #N T"] | Float[Array, "N"] | float | None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
-from nope_jax.encodings.encoding import AttentionSpan, Encoding, ModelDims, Params
+from nope_jax.encodings.encoding import AttentionSpan, Encoding, ModelDims, Params, tokenwise
 from nope_jax.encodings.wrapper import Wrapper
 
 
@@ -64,6 +64,7 @@ class LogN(Wrapper):
         length = dims.train_length if self.length is None else self.length
         return dataclasses.replace(self, encoding=self.encoding.bind(dims), length=length)
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         if self.length is None:
             raise ValueError("length must be given if the model's training length is unknown, as in LogN(length=512)")
@@ -89,6 +90,7 @@ class UniformScale(Wrapper):
         super().__post_init__()
         positive(factor=self.factor)
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         return logit_scale_product(self.factor, self.encoding.logit_scale(params, query_positions, key_positions))
 
@@ -115,6 +117,7 @@ class HeadScale(Wrapper):
         scales = jnp.full(dims.num_heads, self.start, jnp.float32)
         return self._with_layer_params(key, dims, head_scale=scales)
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         inner = self.encoding.logit_scale(params, query_positions, key_positions)
         return logit_scale_product(params["head_scale"], inner)
@@ -142,6 +145,7 @@ class SSMax(Wrapper):
         scales = jnp.full(dims.num_heads, self.start, jnp.float32)
         return self._with_layer_params(key, dims, ssmax=scales)
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         logs = jnp.log(keys_seen(query_positions, self.span()).astype(jnp.float32))
         factor = params["ssmax"].astype(jnp.float32)[:, None] * logs[:, None]
@@ -166,6 +170,7 @@ class Llama4Scale(Wrapper):
         integer_at_least(1, floor_scale=self.floor_scale)
         at_least(0, scale=self.scale)
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         step = (jnp.maximum(query_positions + 1, 0) // self.floor_scale).astype(jnp.float32)
         factor = (1 + self.scale * jnp.log1p(step))[:, None]
@@ -193,6 +198,7 @@ class SwanScale(Wrapper):
         if not self.offset > 1:
             raise ValueError(f"offset must be above 1, not {self.offset}")
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         # log_a(a + n) = 1 + log_a(1 + n/a), which is exactly 1 at n = 0.
         positions = jnp.maximum(query_positions, 0).astype(jnp.float32)

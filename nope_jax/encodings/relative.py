@@ -19,7 +19,17 @@ from jaxtyping import Array, Float, Int
 from nope_jax.encodings.absolute import rows_at, sinusoidal_positions, table_length
 from nope_jax.encodings.bias import T5
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import BlockLogit, BlockValue, Encoding, ModelDims, Params, Tile, skew, unskew
+from nope_jax.encodings.encoding import (
+    BlockLogit,
+    BlockValue,
+    Encoding,
+    ModelDims,
+    Params,
+    Tile,
+    skew,
+    tokenwise,
+    unskew,
+)
 
 _INIT = 0.02
 """Standard deviation of the initial weights in Transformer-XL, TUPE and DeBERTa."""
@@ -135,6 +145,7 @@ class TransformerXL(Encoding):
         keys = jax.random.split(key, len(shapes))
         return {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
 
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         return (query + params["content_bias"].astype(jnp.float32)).astype(query.dtype), key
 
@@ -215,6 +226,7 @@ class TUPE(Encoding):
         params |= {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
         return params | ({"bias": self._bias().init_shared(last, dims)["table"]} if self.relative else {})
 
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         def joined(x, kernel, positions):
             # Set NaN for missing positions after the projection, so that its gradient comes from the others only.
@@ -327,6 +339,7 @@ class DeBERTa(Encoding):
         keys = jax.random.split(key, len(shapes))
         return {name: _INIT * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
 
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         if not self.absolute:
             return query, key
@@ -334,6 +347,7 @@ class DeBERTa(Encoding):
         rows = rows_at(table.reshape(len(table), -1), query_positions).reshape(*query_positions.shape, *table.shape[1:])
         return (query + rows).astype(query.dtype), key
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         return 3**-0.5
 

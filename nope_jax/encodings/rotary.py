@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
-from nope_jax.encodings.encoding import Encoding, ModelDims, Params
+from nope_jax.encodings.encoding import Encoding, ModelDims, Params, tokenwise
 
 Frequencies = Float[np.ndarray, "half"] | Float[Array, "half"]
 """Radians per position: float64 in NumPy when known in advance, otherwise float32 in JAX."""
@@ -37,6 +37,11 @@ class RotaryScaling(abc.ABC):
         """Factor of the cosines and sines; q·k is multiplied by its square ("attention factor")."""
         return 1.0
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies depend on the number of positions in use."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RotaryScaling):
@@ -49,6 +54,10 @@ class LinearScaling(RotaryScaling):
 
     def __post_init__(self):
         at_least(1, factor=self.factor)
+
+    @property
+    def depends_on_length(self) -> bool:
+        return False
 
     def frequencies(self, frequencies, *, base, length):
         return frequencies / self.factor
@@ -71,6 +80,10 @@ class NTKScaling(RotaryScaling):
 
     def __post_init__(self):
         at_least(1, factor=self.factor)
+
+    @property
+    def depends_on_length(self) -> bool:
+        return False
 
     def frequencies(self, frequencies, *, base, length):
         return frequencies * self.factor ** -_ntk_exponents(len(frequencies))
@@ -131,6 +144,10 @@ class YaRNScaling(RotaryScaling):
     @property
     def amplitude(self) -> float:
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+    @property
+    def depends_on_length(self) -> bool:
+        return False
 
     def frequencies(self, frequencies, *, base, length):
         if not base > 1:
@@ -222,6 +239,10 @@ class Llama3Scaling(RotaryScaling):
         positive(low_frequency_factor=low)
         if not high > low:
             raise ValueError(f"high_frequency_factor must be above low_frequency_factor, {low}, not {high}")
+
+    @property
+    def depends_on_length(self) -> bool:
+        return False
 
     def frequencies(self, frequencies, *, base, length):
         turns = self.original_length * frequencies / (2 * math.pi)
@@ -377,6 +398,11 @@ class RoPE(Encoding):
         if not isinstance(self.scaling, RotaryScaling | None):
             raise ValueError(f"scaling must be a RotaryScaling, such as LinearScaling(2.0), not {self.scaling!r}")
 
+    @property
+    def depends_on_length(self) -> bool:
+        return super().depends_on_length or (self.scaling is not None and self.scaling.depends_on_length)
+
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         # Queries and keys use the same frequencies, so a scaling that depends on length gets the larger of the two.
         length = None if self.scaling is None else jnp.maximum(query_positions.max(), key_positions.max()) + 1
@@ -422,6 +448,7 @@ class XPos(Encoding):
         span = XPOS_RANGE * math.log(2) * self.scale_base / math.log(1.4 / 0.4)
         return 1 + math.floor(min(span, 2**31 - 2))  # positions are 32-bit integers
 
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         dim = query.shape[-1]
         if dim % 2:

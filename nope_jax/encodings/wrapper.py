@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nope_jax.encodings.encoding import AttentionSpan, Encoding, ModelDims, Params, TokenInputs
+from nope_jax.encodings.encoding import AttentionSpan, Encoding, ModelDims, Params, TokenInputs, tokenwise
 from nope_jax.encodings.nope import NoPE
 
 _NOPE = NoPE()
@@ -29,6 +29,14 @@ class Wrapper(Encoding):
     def unwrapped(self) -> Encoding:
         return self.encoding.unwrapped
 
+    @property
+    def keys_apart(self) -> bool:
+        return super().keys_apart and self.encoding.keys_apart
+
+    @property
+    def depends_on_length(self) -> bool:
+        return super().depends_on_length or self.encoding.depends_on_length
+
     def max_length(self, dims: ModelDims) -> int | None:
         return self.encoding.max_length(dims)
 
@@ -38,6 +46,7 @@ class Wrapper(Encoding):
     def init_layer(self, key, dims: ModelDims) -> Params:
         return self.encoding.init_layer(key, dims)
 
+    @tokenwise
     def positions(self, positions, length: int, key):
         return self.encoding.positions(positions, length, key)
 
@@ -53,6 +62,7 @@ class Wrapper(Encoding):
     def features(self, params: Params, inputs, previous: Any) -> Any:
         return self.encoding.features(params, inputs, previous)
 
+    @tokenwise
     def query_key(self, params: Params, query, key, query_positions, key_positions):
         return self.encoding.query_key(params, query, key, query_positions, key_positions)
 
@@ -62,6 +72,7 @@ class Wrapper(Encoding):
     def value(self, params: Params):
         return self.encoding.value(params)
 
+    @tokenwise
     def logit_scale(self, params: Params, query_positions, key_positions):
         return self.encoding.logit_scale(params, query_positions, key_positions)
 

@@ -3,10 +3,11 @@
 Shapes: B batch, T length, L layers, N query heads, D model width, V vocabulary; P the encodings' period.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +17,35 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
+from nope_jax.attention.blocks import Leaf
 from nope_jax.attention.mask_spec import per_token
 from nope_jax.attention.softcap import softcapped
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
 from nope_jax.models.cross_entropy import nll_in_chunks
-from nope_jax.models.layers import RESIDUAL, Block, KVCache, add_norm, apply_norm, bias, encoding_params, kernel
+from nope_jax.models.kv_cache import CacheStep, KVCache, LayerCache, empty_kv_cache
+from nope_jax.models.layers import RESIDUAL, Block, add_norm, apply_norm, bias, encoding_params, kernel
 from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
 LOGITS_AT_ONCE = 2**26
 """Maximum number of logits materialized at a time on a device when computing losses: 256 MiB in float32."""
 
 
-class DecodeState(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
     """The state of autoregressive decoding."""
 
-    length: Int[Array, ""]
-    """Number of tokens so far."""
-    inputs: list[Shaped[Array, "B context D"]]
+    length: Int[Array, ""] | Int[Array, "B"] | Leaf
+    """Number of tokens so far, in every row or in each."""
+    inputs: list[Shaped[Array, "B context D"] | Leaf]
     """The last embeddings before each encoding's input place, `input_context` of them."""
     kv_caches: list[KVCache]
-    """One per place in the encodings' period, with layers on a leading axis: [layers, B, S, ...]."""
+    """One per place in the encodings' period."""
+    room: int = dataclasses.field(metadata={"static": True})
+    """Capacity, in tokens per row."""
+    is_empty: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether there are no tokens yet; attention over a prompt then reads no cache."""
 
 
 def _compiled(method: Callable) -> Callable:
@@ -45,7 +54,7 @@ def _compiled(method: Callable) -> Callable:
     jit caches on the structure and holds none of the parameters.
     """
 
-    @functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "return_stats"))
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "return_stats", "last_only"))
     def program(structure, state, *args, **keywords):
         return method(nnx.merge(structure, state), *args, **keywords)
 
@@ -227,26 +236,23 @@ class Decoder(nnx.Module):
         for name, number in {"batch_size": batch_size, "length": length}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"length must be at most {self.max_length}, all the positions that {self.config.encoding!r} has, "
-                f"not {length}"
-            )
-        dtype, shared = jnp.dtype(self.config.dtype), self._shared()
+        self.check_room(length)
+        config, dtype, shared = self.config, jnp.dtype(self.config.dtype), self._shared()
+        heads = config.num_heads, config.num_kv_heads or config.num_heads
+        x = jax.ShapeDtypeStruct((batch_size, 1, config.model_dim), dtype)
 
         def kv_cache(slot: int, encoding: Encoding) -> KVCache:
-            layers = self.blocks[slot].attention.query.shape[0]
-            empty = self.layer(slot).attention.empty_kv_cache(shared[encoding.unwrapped], batch_size, length, dtype)
-            return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), empty)
+            attention = self.blocks[slot].attention
+            own = {name: jax.eval_shape(lambda x: x[0], param[...]) for name, param in attention.position.items()}
+            params, (layers, *_, head_dim) = {**shared[encoding.unwrapped], **own}, attention.key.shape
+            return empty_kv_cache(encoding, params, layers, batch_size, length, (*heads, head_dim), x)
 
-        return DecodeState(
-            jnp.zeros((), jnp.int32),
-            [
-                jnp.zeros((batch_size, encoding.input_context(), self.config.model_dim), dtype)
-                for encoding in self.base_encodings
-            ],
-            [kv_cache(slot, encoding) for slot, encoding in enumerate(self.encodings)],
-        )
+        inputs = [
+            jnp.zeros((batch_size, encoding.input_context(), config.model_dim), dtype)
+            for encoding in self.base_encodings
+        ]
+        kv_caches = [kv_cache(slot, encoding) for slot, encoding in enumerate(self.encodings)]
+        return DecodeState(jnp.zeros((), jnp.int32), inputs, kv_caches, room=length, is_empty=True)
 
     @auto_axes
     def decode_step(
@@ -277,19 +283,29 @@ class Decoder(nnx.Module):
             ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache can hold.
         """
         self.check_tokens(tokens, np.zeros(1, int))
-        (batch, steps), (_, rows, room) = tokens.shape, cache.kv_caches[0].key.shape[:3]
+        (batch, steps), rows, room = tokens.shape, cache.kv_caches[0].key.shape[1], cache.room
         if batch != rows:
             raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
-        used = _values(cache.length)
-        if steps + (0 if used is None else int(used)) > room:
+        length = _values(cache.length)
+        used = 0 if length is None else int(length.max())
+        if steps + used > room:
             raise ValueError(f"tokens: {steps} more do not fit the cache, which has room for {room} and holds {used}")
-        return self._decode_step(jnp.asarray(tokens), cache, logit_scale, return_stats=return_stats)
+        return self._decode_step(jnp.asarray(tokens), cache, steps, logit_scale, return_stats=return_stats)
 
     @_compiled
-    def _decode_step(self, tokens, cache, logit_scale, *, return_stats: bool):
-        """`decode_step` after its checks."""
-        start, steps, room = cache.length, tokens.shape[1], cache.kv_caches[0].key.shape[2]
-        where, everywhere = start + jnp.arange(steps)[None], jnp.arange(room)[None]
+    def _decode_step(self, tokens, cache, lengths, logit_scale=None, *, return_stats=False, last_only=False):
+        """`decode_step` after its checks.
+
+        Only the first `lengths` tokens (a number, or one per row) of a row are its own; the rest is padding. With
+        last_only, the logits are those of a row's last own token alone, [B, 1, V].
+        """
+        steps, room = tokens.shape[1], cache.room
+        step = CacheStep(cache.length, lengths, room, cache.is_empty)
+
+        def rows_at(x, first, count: int):
+            """`count` entries of [B, T, ...] from `first` on, a number or one per row."""
+            index = jnp.atleast_1d(first)[:, None] + jnp.arange(count)
+            return jnp.take_along_axis(x, index[..., None], axis=1)
 
         shared = self._shared()
         x = self._token_embeddings(tokens)
@@ -298,20 +314,23 @@ class Decoder(nnx.Module):
             back = encoding.input_context()
             window = jnp.concatenate([before, x], axis=1)
             ids = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)
-            at = encoding.positions(start + jnp.arange(-back, steps)[None], room, None)
+            at = encoding.positions(step.positions(steps, back), room, None)
             x = encoding.input(params, window, TokenInputs(ids, at, None, room))[:, back:]
-            inputs.append(window[:, steps:])
+            inputs.append(rows_at(window, lengths, back))
 
-        arguments = []
-        for encoding in self.encodings:
-            query_positions, key_positions = (encoding.positions(p, room, None) for p in (where, everywhere))
-            keywords = {"query_positions": query_positions, "key_positions": key_positions}
-            arguments.append((shared[encoding.unwrapped], keywords))
+        arguments: list[tuple[Params, dict[str, Any]]] = [(shared[e.unwrapped], {}) for e in self.encodings]
         x, stats, kv_caches = self._layers(
-            x, arguments, logit_scale=logit_scale, return_stats=return_stats, kv_caches=cache.kv_caches, start=start
+            x,
+            arguments,
+            logit_scale=logit_scale,
+            return_stats=return_stats,
+            kv_caches=cache.kv_caches,
+            step=step,
         )
-        logits = jnp.where(start + steps <= room, self.logits(x), jnp.nan)
-        cache = DecodeState(start + steps, inputs, kv_caches)
+        total = cache.length + lengths
+        logits = self.logits(rows_at(x, lengths - 1, 1) if last_only else x)
+        logits = jnp.where((total <= room).reshape(-1, 1, 1), logits, jnp.nan)
+        cache = DecodeState(total, inputs, kv_caches, room)
         return (logits, stats, cache) if return_stats else (logits, cache)
 
     def _bound(self, tokens, positions) -> int:
@@ -340,11 +359,12 @@ class Decoder(nnx.Module):
         return apply_norm(self, "embedding_norm", config, x)
 
     @_compiled
-    def _layers(self, x, arguments, *, logit_scale, return_stats, kv_caches=None, start=0):
+    def _layers(self, x, arguments, *, logit_scale, return_stats, kv_caches=None, step=None):
         """Run all layers and the final norm; return output, statistics [L, B, N, T] and updated KV caches.
 
         `arguments` are those of `embed`.
         """
+        decodes = kv_caches is not None
         config = self.config
         structures, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
@@ -357,31 +377,39 @@ class Decoder(nnx.Module):
                 logit_scale=logit_scale,
                 return_stats=return_stats,
                 kv_cache=kv_cache,
-                start=start,
                 **keywords,
             )
 
-        if config.remat:
+        if config.remat and not decodes:
             layer = jax.checkpoint(layer, static_argnums=1)
 
-        def period(x, layers):
-            stats, new = [], []
-            for slot, (state, logit_scale, kv_cache) in enumerate(layers):
+        def period(carry, period_layers, index=None):
+            (x, kv_caches), stats = carry, []
+            for slot, (state, logit_scale) in enumerate(period_layers):
+                kv_cache = LayerCache(kv_caches[slot], index, step) if decodes else None
                 x, s, kv_cache = layer(x, slot, state, logit_scale, kv_cache)
+                kv_caches = [*kv_caches[:slot], kv_cache, *kv_caches[slot + 1 :]]
                 stats.append(s)
-                new.append(kv_cache)
-            return x, (stats, new)
+            return (x, kv_caches), stats
 
         slots, whole = len(states), config.num_layers // len(states)
         per_layer = _per_layer(logit_scale, config.num_layers)
-        decodes = kv_caches is not None
-        kv_caches = kv_caches if decodes else [None] * slots
-        layers = [(state, per_layer[slot::slots], kv_caches[slot]) for slot, state in enumerate(states)]
-        x, (stats, new) = jax.lax.scan(period, x, jax.tree.map(lambda a: a[:whole], layers))
-        x, (rest, rest_new) = period(x, jax.tree.map(lambda a: a[whole], layers[: config.num_layers % slots]))
+        layers = [(state, per_layer[slot::slots]) for slot, state in enumerate(states)]
+
+        def decoded_period(carry, index):
+            # Without the barrier, XLA would convert the 16-bit weights of all layers to float32 first, on a CPU.
+            stacks, index = jax.lax.optimization_barrier((layers, index))
+            here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacks)
+            return period(carry, here, index)
+
+        # The caches of all layers are carried, so that a token is written into them in place.
+        carry = x, kv_caches if decodes else [None] * slots
         if decodes:
-            for slot, kv_cache in enumerate(rest_new):  # layers of an incomplete last period
-                new[slot] = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), new[slot], kv_cache)
+            carry, stats = jax.lax.scan(decoded_period, carry, jnp.arange(whole))
+        else:
+            carry, stats = jax.lax.scan(period, carry, jax.tree.map(lambda a: a[:whole], layers))
+        incomplete = jax.tree.map(lambda a: a[whole], layers[: config.num_layers % slots])
+        (x, new), rest = period(carry, incomplete, whole)
 
         x = apply_norm(self, "norm", config, x)
         if not return_stats:
@@ -419,6 +447,18 @@ class Decoder(nnx.Module):
 
     def _head_bias(self) -> Float[Array, "V"] | None:
         return None if self.head_bias is None else self.head_bias[...]
+
+    def check_room(self, length: int) -> None:
+        """Check that the encoding supports `length` positions.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"length must be at most {self.max_length}, all the positions that {self.config.encoding!r} has, "
+                f"not {length}"
+            )
 
     def check_tokens(self, tokens: Any, positions: Any = None) -> None:
         """Check tokens and positions; values traced under jit are not checked.

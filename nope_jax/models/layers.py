@@ -7,17 +7,17 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention import AttentionStats, attention_weights, encoded_attention
 from nope_jax.config import ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params
+from nope_jax.models.kv_cache import KVCache, LayerCache
 from nope_jax.sharding import gathered, num_shards, with_logical_constraint
 
 RESIDUAL = "batch", "length", None
@@ -157,41 +157,33 @@ class Attention(nnx.Module):
         x: Shaped[Array, "B T D"],
         shared: Params,
         *,
-        kv_cache: "KVCache | None" = None,
-        start: Int[Array, ""] | int = 0,
+        kv_cache: LayerCache | None = None,
         return_stats: bool = False,
         **common: Any,
-    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, "KVCache | None"]:
+    ) -> tuple[Shaped[Array, "B T D"], AttentionStats | None, KVCache | None]:
         """Apply attention; return the output, the statistics and the KV cache with these tokens written into it.
 
         Args:
             x: The layer's input.
             shared: The encoding's shared parameters.
             kv_cache: The layer's cache, when decoding.
-            start: Index in the cache at which to write these tokens.
             return_stats: Whether to compute statistics.
             **common: As `dot_product_attention`.
         """
         params = self.encoding_params(shared)
-        features = self.encoding.features(params, x, None if kv_cache is None else kv_cache.before(start))
-        now = KVCache(self._keys(x), _to_heads(x, self.value, self.value_bias, "kv_heads"), features)
-        seen = now if kv_cache is None else kv_cache.write(now, start)
-        out = encoded_attention(
-            self.encoding,
-            params,
-            self._queries(x),
-            seen.key,
-            seen.value,
-            query_features=features,
-            key_features=seen.features,
-            implementation=self.implementation,
-            return_stats=return_stats,
-            **self._common(),
-            **common,
-        )
+        features = self.encoding.features(params, x, None if kv_cache is None else kv_cache.before())
+        query, key = self._queries(x), self._keys(x)
+        value = _to_heads(x, self.value, self.value_bias, "kv_heads")
+        common |= {"implementation": self.implementation, "return_stats": return_stats, **self._common()}
+        cache = None
+        if kv_cache is None:
+            features_of = {"query_features": features, "key_features": features}
+            out = encoded_attention(self.encoding, params, query, key, value, **features_of, **common)
+        else:
+            out, cache = kv_cache.attend(self.encoding, params, query, key, value, features, **common)
         out, stats = out if return_stats else (out, None)
         out = add_bias(project(out, self.out[...], ("heads", "head", "embed")), self.out_bias)
-        return out, stats, None if kv_cache is None else seen
+        return out, stats, cache
 
     def weights(self, x: Shaped[Array, "B T D"], shared: Params, **common: Any) -> Float[Array, "B N T T"]:
         """Compute the full attention weights; see `attention_weights`. Args as `__call__`."""
@@ -229,37 +221,6 @@ class Attention(nnx.Module):
     def encoding_params(self, shared: Params) -> Params:
         """The shared and layer parameters of the encoding, merged."""
         return {**shared, **{name: param[...] for name, param in self.position.items()}}
-
-    def empty_kv_cache(self, shared: Params, batch_size: int, length: int, dtype: Any) -> "KVCache":
-        """An empty cache for the keys and values of `length` tokens."""
-        (d, k, h), room = self.key.shape, (batch_size, length)
-        features = jax.eval_shape(
-            lambda x: self.encoding.features(self.encoding_params(shared), x, None), jnp.zeros((*room, d), dtype)
-        )
-        heads = jnp.zeros((*room, k, h), dtype)
-        return KVCache(heads, heads, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features))
-
-
-class KVCache(NamedTuple):
-    """The keys and values of the tokens so far, with capacity for more.
-
-    Keys are stored as projected: every step applies the query/key place to all of them, as a single pass does.
-    """
-
-    key: Shaped[Array, "B S K H"]
-    value: Shaped[Array, "B S K H"]
-    features: Any
-    """The encoding's features of the tokens, [B, S, ...]."""
-
-    def write(self, now: "KVCache", start: Int[Array, ""] | int) -> "KVCache":
-        """Return the cache with the entries from `start` on replaced by `now`."""
-        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, axis=1), self, now)
-
-    def before(self, start: Int[Array, ""] | int) -> Any:
-        """The features of the token before `start`; zeros if there is none."""
-        index = jnp.maximum(start - 1, 0)
-        entry = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), self.features)
-        return jax.tree.map(lambda x: jnp.where(start > 0, x, 0), entry)
 
 
 def _to_heads(

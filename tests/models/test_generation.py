@@ -1,12 +1,16 @@
 """Text from a decoder: what is drawn, from how many, and what is refused."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, generate
+from nope_jax import Decoder, ModelConfig, generate, generate_stream
+from nope_jax.encodings import DynamicNTKScaling, RoPE, Windowed
+from nope_jax.models import generation
 
 MODEL = Decoder(
     ModelConfig(
@@ -14,6 +18,13 @@ MODEL = Decoder(
     ),
     rngs=nnx.Rngs(0),
 )
+
+
+def small(encoding, **changes):
+    settings = {"vocab_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "model_dim": 32, "mlp_dim": 24}
+    return Decoder(ModelConfig(**(settings | changes), encoding=encoding, train_length=64), rngs=nnx.Rngs(0))
+
+
 PROMPT = jax.random.randint(jax.random.key(1), (2, 5), 0, 32)
 
 
@@ -51,6 +62,127 @@ def test_top_k_draws_among_the_likeliest_only(top_k):
     assert set(drawn.tolist()) == set(likeliest.tolist())
 
 
+def numpy_candidates(logits, temperature, top_k, top_p, min_p):
+    """The probabilities that tokens are drawn with, one rule after the other."""
+    shares = np.exp(logits / temperature - np.max(logits / temperature))
+    order = np.argsort(-shares)
+    if top_k is not None:
+        shares[order[top_k:]] = 0
+    if top_p is not None:
+        total, kept = 0.0, []
+        for token in order:
+            if total >= top_p * shares.sum():
+                break
+            total += shares[token]
+            kept.append(token)
+        shares[np.setdiff1d(np.arange(len(shares)), kept)] = 0
+    if min_p is not None:
+        shares[shares < min_p * shares.max()] = 0
+    return shares / shares.sum()
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("min_p", [None, 0.05, 0.5, 1.0])
+def test_candidates_are_their_definition(top_k, top_p, min_p):
+    logits = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32) * 2
+    got = jax.nn.softmax(generation.candidates(jnp.asarray(logits), 0.7, top_k=top_k, top_p=top_p, min_p=min_p))
+    wanted = np.stack([numpy_candidates(row, 0.7, top_k, top_p, min_p) for row in logits])
+    np.testing.assert_array_equal(got > 0, wanted > 0)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+DRAWN = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+
+
+@pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["learned", "forgetting", "convolution", Windowed(RoPE(), 4), RoPE(scaling=DynamicNTKScaling(2.0, 8))],
+    ids=str,
+)
+def test_rows_with_prompts_of_different_lengths_are_as_alone(encoding, options):
+    model = MODEL if encoding == "learned" else small(encoding)
+    lengths, keys = [2, 9, 5], jax.random.split(jax.random.key(7), 3)
+    prompt = jax.random.randint(jax.random.key(2), (3, 9), 0, 32)
+    options = options | ({"key": keys} if options else {})
+    together = generate(model, prompt, 8, prompt_lengths=jnp.array(lengths), **options)
+    assert together.shape == (3, 17)
+    for row, length in enumerate(lengths):
+        own = options | ({"key": keys[row : row + 1]} if options else {})
+        alone = generate(model, prompt[row : row + 1, :length], 8, **own)
+        np.testing.assert_array_equal(together[row, : length + 8], alone[0])
+        assert (together[row, length + 8 :] == 0).all()
+
+
+def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
+    free = np.asarray(generate(MODEL, PROMPT, 12))
+    stop = free[0, 8]  # the fourth new token of the first row
+    first = [int(np.argmax([*(row[5:] == stop), True])) + 1 for row in free]  # new tokens of each row
+    stopped = np.asarray(generate(MODEL, PROMPT, 12, stop_tokens=[int(stop)]))
+    for row, number in enumerate(first):
+        np.testing.assert_array_equal(stopped[row, : 5 + number], free[row, : 5 + number])
+        assert (stopped[row, 5 + number :] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, DRAWN | {"key": jax.random.key(1)}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("encoding", ["learned", RoPE(scaling=DynamicNTKScaling(2.0, 8))], ids=str)
+def test_a_stream_is_the_text_token_by_token(encoding, options):
+    model = MODEL if encoding == "learned" else small(encoding)
+    lengths = np.array([3, 5])
+    options = options | {"prompt_lengths": lengths, "stop_tokens": [1, 2, 3]}
+    text = np.asarray(generate(model, PROMPT, 10, **options))
+    steps = np.stack(list(generate_stream(model, PROMPT, 10, **options)))
+    for row, length in enumerate(lengths):
+        new = [token for token in steps[:, row] if token != -1]
+        np.testing.assert_array_equal(text[row, length : length + len(new)], new)
+        assert (text[row, length + len(new) :] == 0).all()
+    with pytest.raises(ValueError, match="top_k must be between"):
+        generate_stream(model, PROMPT, 2, top_k=0)  # at once, not at the first token
+    with pytest.raises(TypeError, match="unexpected keyword 'beams'"):
+        generate_stream(model, PROMPT, 2, beams=4)
+
+
+def test_a_program_serves_all_lengths_of_a_bucket():
+    model, compiled, prompt = small("nope"), [], np.asarray(PROMPT)
+    with jax.log_compiles():
+        handler = _Collect(compiled)
+        logger = logging.getLogger("jax._src.interpreters.pxla")
+        logger.addHandler(handler)
+        try:
+            generate(model, prompt, 6)
+            assert compiled
+            compiled.clear()
+            for length, new in ((5, 6), (3, 9), (4, 1), (1, 28)):
+                generate(model, prompt[:, :length], new)
+            assert compiled == []  # neither these programs nor others around them
+            list(generate_stream(model, prompt, 7))
+            assert compiled == []
+            generate(model, prompt, 40)
+            assert compiled
+        finally:
+            logger.removeHandler(handler)
+
+
+class _Collect(logging.Handler):
+    """Collects the messages of compilations."""
+
+    def __init__(self, messages):
+        super().__init__(logging.DEBUG)
+        self.messages = messages
+
+    def emit(self, record):
+        if "Compiling" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+def test_bfloat16_parameters_generate():
+    model = small("rope", dtype="bfloat16")
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
+    assert generate(model, PROMPT, 5).shape == (2, 10)
+
+
 def test_a_table_can_be_used_to_its_last_row():
     assert generate(MODEL, PROMPT, 60).shape == (2, 65)  # the last token is not read
 
@@ -77,6 +209,14 @@ def test_no_new_tokens_are_the_prompt():
         ({"max_new_tokens": 2.5}, "max_new_tokens must be at least 0, an integer, not 2.5"),
         ({"temperature": float("inf"), "key": jax.random.key(0)}, "temperature must be at least 0 and finite"),
         ({"top_k": 2.5}, "top_k must be between 1 and the vocabulary 32, not 2.5"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"min_p": 1.5}, "min_p must be above 0 and at most 1, not 1.5"),
+        ({"stop_tokens": [32]}, r"stop_tokens must be integers between 0 and 31 \(vocab_size\), not \[32\]"),
+        ({"stop_tokens": [0.5]}, "stop_tokens must be integers"),
+        ({"prompt_lengths": jnp.array([5, 6])}, "prompt_lengths must be between 1 and the prompt's 5 columns, not 6"),
+        ({"prompt_lengths": jnp.array([0, 5])}, "prompt_lengths must be between 1 and the prompt's 5 columns, not 0"),
+        ({"prompt_lengths": jnp.array([5])}, r"prompt_lengths must be integers, one per row \[2\]"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"key must be one key, or one per row \[2\], not \[3\]"),
         ({"prompt": jnp.zeros((1, 0), int)}, "prompt must have shape"),
         ({"prompt": jnp.zeros(3, int)}, "prompt must have shape"),
         ({"prompt": jnp.full((1, 3), 32)}, "tokens must be between 0 and 31"),
@@ -105,3 +245,23 @@ def test_past_the_room_of_the_cache_logits_are_nan_under_jit():
     logits, cache = step(state, MODEL.init_cache(2, 4))
     assert np.isfinite(logits).all()
     assert np.isnan(step(state, cache)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_copies_neither_the_caches_nor_the_weights(dtype):
+    """With more room, or more layers, the program needs hardly more memory of its own."""
+
+    def memory(layers, max_new_tokens):
+        model = small("rope", dtype=dtype, num_layers=layers, mlp_dim=1024)
+        graph, state = nnx.split(model)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), state)
+        call = generation._checked(
+            model, PROMPT, max_new_tokens, None, (), temperature=0.0, top_k=None, top_p=None, min_p=None, key=None
+        )
+        cache, text = jax.eval_shape(lambda: call.start(np.arange(2)))
+        return generation._continue.lower(graph, state, cache, text, 4).compile().memory_analysis().temp_size_in_bytes
+
+    least, item = memory(2, 4000), jnp.dtype(dtype).itemsize
+    cache, weights = 2 * 2 * 4096 * 16 * item, 3 * 32 * 1024 * item  # of one layer
+    assert memory(2, 8000) < least + cache / 4
+    assert memory(6, 4000) < least + min(cache, weights) / 4

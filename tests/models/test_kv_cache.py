@@ -1,0 +1,132 @@
+"""KV caches: what may be cached, how much of it, and that pieces of a text are as one pass, however they are cut."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nope_jax import Decoder, ModelConfig, generate
+from nope_jax.encodings import (
+    ENCODINGS,
+    SCHEDULES,
+    Chunked,
+    CoPE,
+    DynamicNTKScaling,
+    Encoding,
+    Forgetting,
+    LinearScaling,
+    LogN,
+    Randomized,
+    RoPE,
+    Windowed,
+)
+from tests.support.attention_cases import assert_close
+
+LENGTH = 40
+TOKENS = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, 32)
+
+
+def decoder(encoding, **changes):
+    settings = {"vocab_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "model_dim": 32, "mlp_dim": 24}
+    config = ModelConfig(**(settings | changes), encoding=encoding, train_length=LENGTH)
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Centred(Encoding):
+    """Keys minus their mean: every key depends on all others, so none can be cached after the query/key place."""
+
+    def query_key(self, params, query, key, query_positions, key_positions):
+        return query, key - 0.5 * key[:, :1]
+
+
+@dataclasses.dataclass(frozen=True)
+class CentredRoPE(RoPE):
+    """Inherits what RoPE says of itself, which its own query/key place is not."""
+
+    def query_key(self, params, query, key, query_positions, key_positions):
+        query, key = super().query_key(params, query, key, query_positions, key_positions)
+        return query, key - 0.5 * key[:, :1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(Encoding):
+    """A logit scale that depends on the number of keys."""
+
+    def logit_scale(self, params, query_positions, key_positions):
+        return 1.0 + 0.01 * key_positions.max()
+
+
+DYNAMIC = RoPE(scaling=DynamicNTKScaling(2.0, 8))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "keys_apart", "depends_on_length"),
+    [
+        *[(name, True, name == "randomized") for name in ENCODINGS],
+        (RoPE(scaling=LinearScaling(2.0)), True, False),
+        (DYNAMIC, True, True),
+        (LogN(Windowed(DYNAMIC, 4), 8), True, True),
+        (Centred(), False, True),
+        (Windowed(Centred()), False, True),
+        (CentredRoPE(), False, True),
+        (Counting(), False, True),
+    ],
+    ids=str,
+)
+def test_what_may_be_cached_and_what_follows_from_the_length(encoding, keys_apart, depends_on_length):
+    encoding = ENCODINGS[encoding]() if isinstance(encoding, str) else encoding
+    assert (encoding.keys_apart, encoding.depends_on_length) == (keys_apart, depends_on_length)
+
+
+ROLLING = {Windowed(RoPE(), 6): 6, Chunked(Windowed(RoPE(), 30), 7): 7, Windowed(Forgetting(), 9): 9}
+ROLLING |= {Windowed(Randomized(RoPE(), 64), 6): 6}
+WHOLE = [Windowed(CoPE(), 6), Windowed(Centred(), 6), CentredRoPE(), Counting()]
+PIECES = [17, 1, 1, 21]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pieces"),
+    [*((e, PIECES) for e in [*ROLLING, *WHOLE]), (next(iter(ROLLING)), [1, 1, 2, 4, 32])],
+    ids=str,
+)
+def test_pieces_are_as_one_pass(encoding, pieces):
+    model = decoder((encoding, "nope"), num_layers=2)
+    logits, stats = model(TOKENS, return_stats=True)
+    cache = model.init_cache(2, LENGTH)
+    assert cache.kv_caches[0].slots == ROLLING.get(encoding, LENGTH)
+    assert cache.kv_caches[1].slots == LENGTH
+    start = 0
+    for piece in pieces:
+        got, got_stats, cache = model.decode_step(TOKENS[:, start : start + piece], cache, return_stats=True)
+        assert_close(got, logits[:, start : start + piece])
+        assert_close(got_stats.entropy, stats.entropy[..., start : start + piece])
+        start += piece
+    assert cache.length == LENGTH and cache.room == LENGTH
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "smollm3"])
+def test_schedules_with_windows_generate_as_one_pass(name):
+    encodings = tuple(
+        dataclasses.replace(e, window=5)
+        if isinstance(e, Windowed)
+        else Chunked(e.encoding, 5)
+        if isinstance(e, Chunked)
+        else e
+        for e in SCHEDULES[name]
+    )
+    model = decoder(encodings, num_layers=5)
+    text = generate(model, TOKENS[:, :13], 20)
+    np.testing.assert_array_equal(text[:, 13:], model(text)[:, 12:-1].argmax(-1))
+
+
+def test_keys_are_transformed_once():
+    """A step rotates its own key and not those of the cache."""
+    model = decoder("rope")
+    step = jax.jit(lambda cache: model.decode_step(TOKENS[:, :1], cache)[0])
+    cache = dataclasses.replace(model.init_cache(2, 5000), is_empty=False)
+    lines = step.lower(cache).as_text().splitlines()
+    assert any("cosine" in line for line in lines)
+    assert not [line for line in lines if "cosine" in line and "5000" in line]

@@ -1,0 +1,117 @@
+"""generate.py: whole characters as they come, stop texts, pipes, and what is refused."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nope_jax import generate
+from nope_jax.cli import parse_generate
+from nope_jax.data import load_tokenizer
+from nope_jax.data.tokenizers import ByteTokenizer
+from nope_jax.text_generation import GenerateOptions, characters, load, until_stop, write_text
+from tests.support.tiny_runs import write_run
+
+ROOT = Path(__file__).parents[1]
+TEXT = "naïve — 語 🙂 and  two spaces\n\tdef f(x): return x"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder, "nope")
+    return folder / "nope"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", str(ROOT / "configs/tiny_tokenizer.json")])
+@pytest.mark.parametrize("split", [0, 1, 12, 25])
+def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer, split):
+    tokenizer = load_tokenizer(tokenizer)
+    prompt, new = tokenizer.encode(TEXT[:split]).tolist(), tokenizer.encode(TEXT[split:]).tolist()
+    pieces = list(characters(tokenizer, prompt, iter([*new, tokenizer.separator, *new])))
+    assert "".join(pieces) == TEXT[split:]
+    assert not any("\ufffd" in piece for piece in pieces) and len(pieces) > 8
+
+
+def test_bytes_that_are_no_character_come_out_all_the_same():
+    pieces = list(characters(ByteTokenizer(), [], iter([65, 0xFF, 66, 0xE8, 0xAA])))
+    assert "".join(pieces).startswith("A\ufffdB\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"),
+    [((), "one two three"), (("two",), "one "), (("three", "tw"), "one "), (("no",), "one two three"), (("e",), "on")],
+)
+def test_output_ends_before_a_stop_text(stop, wanted):
+    assert "".join(until_stop(iter("one two three"), stop)) == wanted
+    assert "".join(until_stop(iter(["one t", "wo three"]), stop)) == wanted
+    if wanted == "one two three" and not stop:
+        assert list(until_stop(iter("ab"), stop)) == ["a", "b", ""]  # nothing is held back
+
+
+def test_it_prints_what_generate_continues_with_and_flushes_each_piece(workdir):
+    flushed = []
+
+    class Out(io.StringIO):
+        def flush(self):
+            flushed.append(self.getvalue())
+
+    out = Out()
+    write_text(GenerateOptions(workdir, "abc", max_new_tokens=9), out)
+    model, tokenizer, _ = load(workdir)
+    prompt = np.array([tokenizer.encode("abc")], np.int32)
+    new = np.asarray(generate(model, prompt, 9, stop_tokens=[0]))[0, 3:]
+    assert out.getvalue() == tokenizer.decode(new[new != 0]) + "\n"
+    assert flushed == sorted(flushed, key=len) and len(set(flushed)) > 2
+
+
+def test_in_a_pipe(workdir):
+    command = [sys.executable, "generate.py", "--workdir", str(workdir), "--prompt", "-", "--temperature", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*options, **keywords):
+        every = {"cwd": ROOT, "env": environment, "capture_output": True, "input": "Küche 語".encode()}
+        return subprocess.run([*command, *options], **(every | keywords), check=False)
+
+    first = run("--max_new_tokens", "12", "--seed", "1")
+    assert (first.returncode, first.stderr) == (0, b"")
+    assert 1 < len(first.stdout.decode()) <= 13 and first.stdout.endswith(b"\n")
+    ascii_only = run("--max_new_tokens", "12", "--seed", "1", env=environment | {"PYTHONIOENCODING": "ascii"})
+    assert ascii_only.returncode == 0
+    assert ascii_only.stdout.decode() == first.stdout.decode().encode("ascii", "replace").decode()
+    bad = run("--top_k", "0")
+    assert bad.returncode == 2
+    assert bad.stderr == b"error: top_k must be between 1 and the vocabulary 256, not 0\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--prompt a", "--workdir is missing"),
+        ("--workdir w", "--prompt is missing"),
+        ("--workdir w --prompt a --max_new_tokens 0", "--max_new_tokens must be at least 1, not 0"),
+        ("--workdir w --prompt a --max_new_tokens many", "--max_new_tokens must be an integer or None, not 'many'"),
+        ("--workdir w --prompt a b", "--prompt must be a string, not 'a b'"),
+        ("--workdir w --prompt a --temprature 1", "did you mean --temperature?"),
+    ],
+)
+def test_bad_arguments_are_one_line(words, message):
+    with pytest.raises(ValueError) as error:
+        parse_generate(words.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_prompt_may_be_any_text():
+    options = parse_generate(["--workdir", "w", "--prompt=--stop here", "--stop", "\n\n", "gs://x"])
+    assert options == {"workdir": Path("w"), "prompt": "--stop here", "stop": ("\n\n", "gs://x")}
+    assert parse_generate(["--workdir", "w", "--prompt", "see gs://bucket"])["prompt"] == "see gs://bucket"
+
+
+def test_a_prompt_without_a_token_is_refused(workdir, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(ValueError, match="--prompt must have at least one token"):
+        write_text(GenerateOptions(workdir, "-"), io.StringIO())
