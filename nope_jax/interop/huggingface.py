@@ -16,6 +16,7 @@ import tokenizers
 
 from nope_jax.config import Config
 from nope_jax.interop.families import FAMILIES
+from nope_jax.interop.parameters import published_tensors
 from nope_jax.interop.published import PublishedModel, default_config
 from nope_jax.interop.safetensors import DTYPES, Tensor, read_header
 from nope_jax.interop.settings import Settings
@@ -48,7 +49,7 @@ class HuggingFaceModel(PublishedModel):
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"{file}: model_type {kind!r} is not supported, only {', '.join(FAMILIES)}")
         self.family = FAMILIES[kind]
-        if classes and self.family.architecture not in classes:
+        if classes and not {self.family.architecture, *self.family.former_architectures} & set(classes):
             raise ValueError(
                 f"{file}: architectures {', '.join(map(str, classes))} is not supported for {kind}, only "
                 f"{self.family.architecture}"
@@ -62,6 +63,8 @@ class HuggingFaceModel(PublishedModel):
         settings = Settings(self._settings, str(self.path / "config.json"))
         model = self.family.read(settings)
         settings.refuse_rest()
+        if self.family.told_by_tensors is not None:
+            model = self.family.told_by_tensors(model, lambda: self._headers)
         return default_config(model, str(self.path), self._adds_bos())
 
     @functools.cached_property
@@ -114,21 +117,29 @@ class HuggingFaceModel(PublishedModel):
         raise ValueError(f"{self.path} has no model.safetensors")
 
     @functools.cached_property
-    def _found(self) -> dict[str, Tensor]:
+    def _headers(self) -> dict[str, Tensor]:
         """The tensors of all files by the names of the family's table."""
-        found = {}
         expected = {weight.name.format("0") for weight in self._weights}
+        found = {}
         for file in sorted(set(self._files().values())):
             for name, tensor in read_header(file).items():
                 whole = f"{self.family.prefix}{name}"
-                name = whole if re.sub(r"\.\d+\.", ".0.", whole) in expected else name
-                if any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
-                    continue
-                if tensor.dtype not in DTYPES:
-                    raise ValueError(
-                        f"{file}: {name} is {tensor.dtype}, which is not supported, only {', '.join(DTYPES)}"
-                    )
-                found[name] = tensor
+                found[whole if re.sub(r"\.\d+\.", ".0.", whole) in expected else name] = tensor
+        return found
+
+    @functools.cached_property
+    def _found(self) -> dict[str, Tensor]:
+        """The tensors of all files but those that hold nothing of this model."""
+        needed = {tensor.name for tensor in published_tensors(self.config.model, self._weights)}
+        found = {}
+        for name, tensor in self._headers.items():
+            if name not in needed and any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+                continue
+            if tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"{tensor.file}: {name} is {tensor.dtype}, which is not supported, only {', '.join(DTYPES)}"
+                )
+            found[name] = tensor
         return found
 
     def _tensors(self) -> dict[str, tuple[int, ...]]:

@@ -68,6 +68,8 @@ def published_tensors(config: ModelConfig, weights: tuple[Weight, ...]) -> list[
     period, found = len(resolve(config.encoding)), []
     held: set[Path] = set()
     for weight in weights:
+        if any(getattr(config, field) not in values for field, values in weight.only):
+            continue
         for layer in range(config.num_layers) if weight.per_layer else [None]:
             slices = tuple(_slice(place, layer, period) for place in weight.places)
             paths = [part.path for part in slices]

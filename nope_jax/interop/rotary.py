@@ -27,20 +27,30 @@ from nope_jax.encodings import (
 from nope_jax.interop.settings import Settings
 
 
-def read_rope(settings: Settings, head_dim: int, *, base: float = 10_000.0, layer_type: str | None = None) -> RoPE:
+def read_rope(
+    settings: Settings,
+    head_dim: int,
+    *,
+    base: float = 10_000.0,
+    share: float = 1.0,
+    interleaved: bool = False,
+    layer_type: str | None = None,
+) -> RoPE:
     """The rotary encoding of a config.json.
 
     Args:
         settings: The config.json; `max_position_embeddings` is the original length where no other is given.
         head_dim: H.
         base: The family's default of rope_theta.
+        share: The family's default of partial_rotary_factor.
+        interleaved: Whether the family pairs neighbouring dimensions.
         layer_type: Of the layers, if the family's rope_parameters differ between types of layers.
 
     Raises:
         ValueError: a rope_type, or a setting of one, is not supported.
     """
     base = settings.number("rope_theta", base)
-    share = settings.number("partial_rotary_factor", 1.0)
+    share = settings.number("partial_rotary_factor", share)
     given = {name: settings.get(name) for name in ("rope_scaling", "rope_parameters")}
     absent: tuple[str, dict[str, Any]] = "rope_parameters", {}
     name, values = next(((name, values) for name, values in given.items() if values), absent)
@@ -61,9 +71,9 @@ def read_rope(settings: Settings, head_dim: int, *, base: float = 10_000.0, laye
         raise ValueError(str(error) if str(error).startswith(rope.where) else f"{rope.where}: {error}") from error
     rope.refuse_rest(frozenset())
     if isinstance(scaling, ProportionalScaling):
-        return RoPE(base=base, scaling=dataclasses.replace(scaling, fraction=share))
+        return RoPE(base=base, interleaved=interleaved, scaling=dataclasses.replace(scaling, fraction=share))
     dim = int(head_dim * share)
-    return RoPE(base=base, rotary_dim=None if dim == head_dim else dim, scaling=scaling)
+    return RoPE(base=base, rotary_dim=None if dim == head_dim else dim, interleaved=interleaved, scaling=scaling)
 
 
 def _read_yarn(rope: Settings, longest: int, original: int) -> RotaryScaling:

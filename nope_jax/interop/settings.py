@@ -19,6 +19,7 @@ HARMLESS = frozenset(
         "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
         "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
         "begin_suppress_tokens", "early_stopping", "pruned_heads", "tf_legacy_loss", "use_bfloat16",
+        "gradient_checkpointing", "cache_implementation",
     }
 )  # fmt: skip
 """What config.json may say of any family without changing the logits: labels, training, generation, ways to compute."""

@@ -8,6 +8,10 @@ Those in parentheses are one axis of the published tensor, the first the slowest
 `*` is the axis along which the tensors of several places lie one after the other: above, N query heads, then K key
 heads, then K value heads; in "(K * H) D" each of the K groups has its N/K query heads, a key head and a value head.
 `h c` in place of H are its pairs of dimensions for interleaved rotary embeddings, which become the two halves.
+
+    Weight("decoder.block.{}.layer.2.DenseReluDense.wi_1.weight", "F D", "mlp/up", mlp="gated")
+
+is the name in those models alone whose config has `mlp` gated: other fields of ModelConfig may stand there too.
 """
 
 import dataclasses
@@ -58,11 +62,15 @@ class Weight:
     name: str
     axes: str
     places: tuple[str, ...]
+    only: tuple[tuple[str, tuple[str, ...]], ...]
+    """Fields of ModelConfig, and the values that a model may have there for its tensor to go by this name."""
 
-    def __init__(self, name: str, axes: str, *places: str):
+    def __init__(self, name: str, axes: str, *places: str, **only: str | tuple[str, ...]):
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "places", places)
+        values = ((field, (value,) if isinstance(value, str) else value) for field, value in only.items())
+        object.__setattr__(self, "only", tuple(values))
 
     @property
     def per_layer(self) -> bool:
@@ -142,3 +150,11 @@ class Weight:
             else:
                 ours.append(axis)
         return ours
+
+
+def linear(name: str, axes: str, *places: str, **only: str | tuple[str, ...]) -> tuple[Weight, Weight]:
+    """The weight and the bias of one layer of torch, whose outputs are the first axis."""
+    outputs = re.match(r"\([^)]*\)|\S+", axes)
+    assert outputs is not None
+    biases = (f"{place}_bias" for place in places)
+    return Weight(f"{name}.weight", axes, *places, **only), Weight(f"{name}.bias", outputs[0], *biases, **only)

@@ -30,6 +30,13 @@ _LLAMA: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_NEOX = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
+_FALCON = {name: value for name, value in _NEOX.items() if name != "intermediate_size"}
+_T5 = {
+    "vocab_size": 48, "d_model": 32, "d_kv": 16, "d_ff": 40, "num_layers": 2, "num_heads": 4, "n_positions": LENGTH,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None, "num_decoder_layers": 3,
+}  # fmt: skip
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}
 _LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -61,6 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama 3": {
         "model_type": "llama", **_LLAMA, "rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 16}
     },
+    "llama without positions": {"model_type": "llama", **_LLAMA, "nope": True},
     "mistral": {"model_type": "mistral", **_LLAMA, "sliding_window": 7, "head_dim": 16},
     "mistral without window": {"model_type": "mistral", **_LLAMA, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", **_LLAMA},
@@ -103,13 +111,87 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_inner": 40, "activation_function": "gelu", "scale_attn_weights": False, "tie_word_embeddings": False,
         "bos_token_id": None, "eos_token_id": None,
     },
+    "gpt_neox": {"model_type": "gpt_neox", **_NEOX, "rotary_pct": 0.5},
+    "gpt_neox sequential, linear": {
+        "model_type": "gpt_neox", **_NEOX, "use_parallel_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 100,
+        "rope_scaling": {"type": "linear", "factor": 2.0}, "hidden_act": "relu", "tie_word_embeddings": True,
+        "attention_bias": False,
+    },
+    "gptj": {
+        "model_type": "gptj", "vocab_size": 48, "n_positions": 3 * LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "rotary_dim": 4, "bos_token_id": None, "eos_token_id": None,
+    },
+    "bloom": {
+        "model_type": "bloom", "vocab_size": 48, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+    "bloom untied, 6 heads": {
+        "model_type": "bloom", "vocab_size": 48, "hidden_size": 24, "n_layer": 2, "n_head": 6,
+        "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3, "bos_token_id": None, "eos_token_id": None,
+    },
+    "mpt": {
+        "model_type": "mpt", "vocab_size": 48, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 3 * LENGTH
+    },
+    "mpt 6 heads, scaled": {
+        "model_type": "mpt", "vocab_size": 48, "d_model": 24, "n_layers": 2, "n_heads": 6, "max_seq_len": 3 * LENGTH,
+        "attn_config": {"softmax_scale": 0.4}, "tie_word_embeddings": False,
+    },
+    "falcon": {"model_type": "falcon", **_FALCON, "rope_theta": 500.0},
+    "falcon two norms": {
+        "model_type": "falcon", **_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 40
+    },
+    "falcon grouped, one norm": {
+        "model_type": "falcon", **_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False, "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "falcon alibi": {
+        "model_type": "falcon", **_FALCON, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False
+    },
+    "cohere": {"model_type": "cohere", **_LLAMA, "logit_scale": 0.25, "attention_bias": True},
+    "cohere2": {"model_type": "cohere2", **_LLAMA, "sliding_window": 6, "tie_word_embeddings": False},
+    "cohere2 layer types": {
+        "model_type": "cohere2", **_LLAMA, "sliding_window": 6, "layer_types": _MIXED, "rope_theta": 100.0,
+        "layer_norm_eps": 1e-3,
+    },
+    "gemma": {"model_type": "gemma", **_LLAMA, "head_dim": 12, "hidden_act": "gelu"},
+    "gemma2": {"model_type": "gemma2", **_LLAMA, "head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 20},
+    "gemma2 without caps": {
+        "model_type": "gemma2", **_LLAMA, "head_dim": 12, "sliding_window": 6, "layer_types": ["full_attention"] * 4,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True,
+        "hidden_activation": "silu", "tie_word_embeddings": False,
+    },
+    "gemma2 caps that bite": {
+        "model_type": "gemma2", **_LLAMA, "head_dim": 12, "sliding_window": 6, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", **_LLAMA, "head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2,
+        "rope_theta": 1e3, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma3 rope parameters": {
+        "model_type": "gemma3_text", **_LLAMA, "head_dim": 12, "sliding_window": 6, "layer_types": _MIXED,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_attention": {"rope_theta": 50.0, **_YARN},
+        },
+    },
+    "t5": {"model_type": "t5", **_T5},
+    "t5 1.1": {"model_type": "t5", **_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "codellm": {"model_type": "custom_decoder_only_t5", **_T5, "position_encoding_type": "none"},
+    "codellm rotary": {
+        "model_type": "custom_decoder_only_t5", **_T5, "position_encoding_type": "rotary", "tie_word_embeddings": False
+    },
+    "codellm alibi": {
+        "model_type": "custom_decoder_only_t5", **_T5, "position_encoding_type": "alibi",
+        "feed_forward_proj": "gated-silu",
+    },
 }  # fmt: skip
 """One config.json for each way in which a family can vary; the test's name by its key."""
 
 
 def golden_tokens(max_length: int | None) -> np.ndarray:
     """The tokens of the goldens: twice the trained length where a model reads as many."""
-    return tokens(2, max_length or 2 * LENGTH)
+    return tokens(2, min(max_length or 2 * LENGTH, 2 * LENGTH))
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:

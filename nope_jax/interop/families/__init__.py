@@ -18,23 +18,58 @@ What the decoder cannot compute is a field of ModelConfig to add first; nothing 
 from types import MappingProxyType
 
 from nope_jax.interop.families import (
+    bloom,
+    cohere,
+    cohere2,
+    custom_t5,
     exaone4,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
     gpt2,
+    gpt_neox,
+    gptj,
     granite,
     llama,
     mistral,
+    mpt,
     olmo2,
     olmo3,
     qwen2,
     qwen3,
     smollm3,
+    t5,
 )
 from nope_jax.interop.families.family import Family
 
 FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
     {
         module.FAMILY.name: module.FAMILY
-        for module in (llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, exaone4, granite, gpt2)
+        for module in (
+            llama,
+            mistral,
+            qwen2,
+            qwen3,
+            smollm3,
+            olmo2,
+            olmo3,
+            exaone4,
+            granite,
+            gemma,
+            gemma2,
+            gemma3,
+            cohere,
+            cohere2,
+            gpt2,
+            gpt_neox,
+            gptj,
+            bloom,
+            mpt,
+            falcon,
+            t5,
+            custom_t5,
+        )
     }
 )
 """All families by `model_type`."""

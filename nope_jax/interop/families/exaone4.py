@@ -19,7 +19,7 @@ from nope_jax.interop.settings import Settings
 
 
 def read(settings: Settings) -> ModelConfig:
-    shape = read_shape(settings, norm_eps=1e-5)
+    shape = read_shape(settings, norm=("rms_norm_eps", 1e-5))
     rope, window = read_rope(settings, shape["head_dim"]), settings.get("sliding_window", 4096)
     settings.ignore("sliding_window_pattern")  # layer_types goes before it
     pattern = 4 if settings.get("layer_types") else settings.integer("sliding_window_pattern", 4)

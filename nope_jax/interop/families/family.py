@@ -1,7 +1,7 @@
 """What a family of published models is, and what many of them say alike."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class Family:
     """`model_type` of config.json."""
     architecture: str
     """Class of transformers, in `architectures` of config.json."""
+    former_architectures: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    """Other names of the same class, in older files."""
     weights: tuple[Weight, ...]
     read: Callable[[Settings], ModelConfig]
     """From config.json. Every setting that it does not read and that is not known to be harmless is refused."""
@@ -52,12 +54,20 @@ class Family:
     prefix: str = "model."
     """What the names of tensors start with, but not in files saved from the model without its head."""
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
-    """Patterns of the names of tensors that hold no weights."""
+    """Patterns of the names of tensors that hold no weights of the decoder, unless its table says otherwise."""
+    told_by_tensors: Callable[[ModelConfig, Callable[[], Collection[str]]], ModelConfig] | None = None
+    """What config.json does not tell but the names of the tensors do. To call for them opens the weights."""
     gguf: GGUF | None = None
 
 
 def read_shape(
-    settings: Settings, *, tied: bool = False, default_head_dim: int | None = None, norm_eps: float = 1e-6
+    settings: Settings,
+    *,
+    tied: bool = False,
+    default_head_dim: int | None = None,
+    norm: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+    length: int = 2048,
 ) -> dict[str, Any]:
     """The fields of ModelConfig that most families call by the same names.
 
@@ -65,11 +75,13 @@ def read_shape(
         settings: The config.json.
         tied: The family's default of tie_word_embeddings.
         default_head_dim: The family's default of head_dim. None: hidden_size / num_attention_heads.
-        norm_eps: The family's default of rms_norm_eps.
+        norm: The family's name and default of the norms' epsilon.
+        activation: The family's name and default of the activation.
+        length: The family's default of max_position_embeddings.
     """
     heads, width = settings.integer("num_attention_heads"), settings.integer("hidden_size")
-    if settings.get("head_dim", default_head_dim) is None and width % heads:
-        raise ValueError(f"{settings.where}: num_attention_heads {heads} must divide hidden_size {width}")
+    if settings.get("head_dim", default_head_dim) is None:
+        read_heads(settings, "num_attention_heads", "hidden_size")
     settings.only("is_encoder_decoder", False)
     settings.only("add_cross_attention", False)
     return {
@@ -80,16 +92,16 @@ def read_shape(
         "head_dim": settings.integer("head_dim", default_head_dim or max(1, width // heads)),
         "model_dim": width,
         "mlp_dim": settings.integer("intermediate_size"),
-        "activation": settings.choice("hidden_act", "silu", ACTIVATIONS),
-        "norm_eps": settings.number("rms_norm_eps", norm_eps),
+        "activation": settings.choice(*activation, ACTIVATIONS),
+        "norm_eps": settings.number(*norm),
         "embedding_scale": 1.0,
-        "tie_embeddings": settings.choice("tie_word_embeddings", tied, {True: True, False: False}),
-        "train_length": settings.integer("max_position_embeddings", 2048),
+        "tie_embeddings": read_tied(settings, tied),
+        "train_length": settings.integer("max_position_embeddings", length),
     }
 
 
-def write_shape(config: ModelConfig) -> dict[str, Any]:
-    """The reverse of `read_shape`."""
+def write_shape(config: ModelConfig, *, norm: str = "rms_norm_eps", activation: str = "hidden_act") -> dict[str, Any]:
+    """The reverse of `read_shape`, given the family's names."""
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -98,8 +110,8 @@ def write_shape(config: ModelConfig) -> dict[str, Any]:
         "head_dim": head_dim(config),
         "hidden_size": config.model_dim,
         "intermediate_size": config.mlp_size,
-        "hidden_act": write_activation(config),
-        "rms_norm_eps": config.norm_eps,
+        activation: write_activation(config),
+        norm: config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.train_length,
     }
@@ -109,6 +121,29 @@ def write_activation(config: ModelConfig) -> str:
     """`hidden_act` of a decoder."""
     own = config.activation or ("silu" if config.mlp == "gated" else "gelu_tanh")
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(own, own)
+
+
+def read_heads(settings: Settings, heads: str, width: str) -> dict[str, Any]:
+    """The fields of ModelConfig about heads that share the width among them, by the family's names.
+
+    Raises:
+        ValueError: their number does not divide the width.
+    """
+    count, total = settings.integer(heads), settings.integer(width)
+    if total % count:
+        raise ValueError(f"{settings.where}: {heads} {count} must divide {width} {total}")
+    return {"num_heads": count, "model_dim": total}
+
+
+def read_tied(settings: Settings, default: bool) -> bool:
+    """`tie_word_embeddings`, given the family's default."""
+    return settings.choice("tie_word_embeddings", default, {True: True, False: False})
+
+
+def named(settings: Settings, *names: str) -> str:
+    """The name that a file uses of one setting's several, today's first."""
+    settings.ignore(*names)
+    return next((name for name in names if settings.get(name) is not None), names[0])
 
 
 def read_biases(settings: Settings, **kinds: tuple[str, ...]) -> Any:

@@ -5,7 +5,15 @@ from typing import Any
 from nope_jax.config import ModelConfig
 from nope_jax.data.gguf import GGUFHeader
 from nope_jax.encodings import Learned
-from nope_jax.interop.families.family import ACTIVATIONS, GGUF, Family, gguf_rows, write_activation
+from nope_jax.interop.families.family import (
+    ACTIVATIONS,
+    GGUF,
+    Family,
+    gguf_rows,
+    read_heads,
+    read_tied,
+    write_activation,
+)
 from nope_jax.interop.rotary import per_layer
 from nope_jax.interop.settings import Settings
 from nope_jax.interop.weights import Weight
@@ -56,26 +64,23 @@ GGUF_WEIGHTS = (
 
 
 def read(settings: Settings) -> ModelConfig:
-    width, heads, length = (settings.integer(name) for name in ("n_embd", "n_head", "n_positions"))
-    if width % heads:
-        raise ValueError(f"{settings.where}: n_head {heads} must divide n_embd {width}")
+    heads, length = read_heads(settings, "n_head", "n_embd"), settings.integer("n_positions")
     settings.only("scale_attn_by_inverse_layer_idx", False)
     settings.only("add_cross_attention", False)
     settings.ignore("n_ctx", "reorder_and_upcast_attn", *(name for name in settings if name.startswith("summary_")))
     return ModelConfig(
         vocab_size=settings.integer("vocab_size"),
         num_layers=settings.integer("n_layer"),
-        num_heads=heads,
-        model_dim=width,
+        **heads,
         mlp="plain",
-        mlp_dim=settings.integer("n_inner", 4 * width),
+        mlp_dim=settings.integer("n_inner", 4 * heads["model_dim"]),
         activation=settings.choice("activation_function", "gelu_new", ACTIVATIONS),
         norm="layer",
         norm_eps=settings.number("layer_norm_epsilon", 1e-5),
         biases=("qkv", "out", "mlp", "norm"),
         attention_scale=settings.choice("scale_attn_weights", True, {True: None, False: 1.0}),
         embedding_scale=1.0,
-        tie_embeddings=settings.choice("tie_word_embeddings", True, {True: True, False: False}),
+        tie_embeddings=read_tied(settings, True),
         encoding=Learned(length),
         train_length=length,
     )

@@ -1,9 +1,17 @@
-"""Llama 1 to 3, and what was published as Llama: SmolLM 1 and 2, TinyLlama (transformers: models/llama)."""
+"""Llama 1 to 3, and what was published as Llama: SmolLM 1 and 2, TinyLlama (transformers: models/llama).
 
+With `nope` in config.json it has no positions, as in AntNLP's code for TinyLlama-NoPE; each layer's `scale_param` are
+then HeadScale's factors (Wang et al. 2024, arXiv 2404.12224). transformers knows neither: what is saved is a SmolLM 3
+without positions, whose queries have the factors.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
 from nope_jax.config import ModelConfig
 from nope_jax.data.gguf import GGUFHeader
+from nope_jax.encodings import Encoding, HeadScale, NoPE
 from nope_jax.interop.families.family import GGUF, Family, gguf_shape, read_biases, read_shape, write_shape
 from nope_jax.interop.rotary import read_rope, write_rope
 from nope_jax.interop.settings import Settings
@@ -40,6 +48,7 @@ WEIGHTS = (
     *ATTENTION_AND_MLP,
     Weight("model.layers.{}.input_layernorm.weight", "D", "attention_norm"),
     Weight("model.layers.{}.post_attention_layernorm.weight", "D", "mlp_norm"),
+    Weight("model.layers.{}.self_attn.scale_param", "=", "attention/position/head_scale"),
 )
 
 
@@ -94,8 +103,20 @@ def read(settings: Settings) -> ModelConfig:
     return ModelConfig(
         **shape,
         biases=read_biases(settings, attention_bias=("qkv", "out"), mlp_bias=("mlp",)),
-        encoding=read_rope(settings, shape["head_dim"]),
+        encoding=_read_encoding(settings, shape["head_dim"]),
     )
+
+
+def _read_encoding(settings: Settings, head_dim: int) -> Encoding:
+    rope = read_rope(settings, head_dim)
+    return settings.choice("nope", False, {False: rope, True: NoPE()})
+
+
+def with_head_scale(config: ModelConfig, names: Callable[[], Collection[str]]) -> ModelConfig:
+    """HeadScale, which config.json does not tell, if a model without positions has its factors."""
+    if config.encoding == NoPE() and any(name.endswith(".self_attn.scale_param") for name in names()):
+        return dataclasses.replace(config, encoding=HeadScale(NoPE()))
+    return config
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
@@ -112,5 +133,6 @@ FAMILY = Family(
     weights=WEIGHTS,
     read=read,
     write=write,
+    told_by_tensors=with_head_scale,
     gguf=GGUF("llama", gguf_weights(*PRE_NORMS, pairs=True), gguf_settings),
 )

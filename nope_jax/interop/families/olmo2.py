@@ -19,7 +19,7 @@ WEIGHTS = (
 
 def read_without_encoding(settings: Settings) -> dict[str, Any]:
     """All fields but the encoding."""
-    return read_shape(settings, norm_eps=1e-5) | {
+    return read_shape(settings, norm=("rms_norm_eps", 1e-5)) | {
         "norm_place": "post",
         "qk_norm": "all",
         "biases": read_biases(settings, attention_bias=("qkv", "out")),
