@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 
 from nope_jax.config import Config
-from nope_jax.interop.families import FAMILIES
+from nope_jax.interop.families import FAMILIES, REFUSED
 from nope_jax.interop.parameters import published_tensors
 from nope_jax.interop.published import PublishedModel, default_config
 from nope_jax.interop.safetensors import DTYPES, Tensor, read_header
@@ -24,6 +24,9 @@ from nope_jax.interop.weights import Weight
 
 _SETTINGS_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 _WEIGHT_FILES = ["model*.safetensors"]
+_WITHOUT_POSITIONS = "AntNLP/TinyLlama-NoPE-1.1B", "AntNLP/TinyLlama-NoPE-HeadScale8k", "starmpcc/NoPE_1.5B_FW_EDU_15T"
+"""Llamas on the hub whose config.json need not say so, because their authors patch transformers' code instead."""
+
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -44,10 +47,14 @@ class HuggingFaceModel(PublishedModel):
         values = _read_json(file)
         if not isinstance(values, dict):
             raise ValueError(f"{file} is not the config.json of a model")
+        if name.partition("@")[0] in _WITHOUT_POSITIONS:
+            values.setdefault("nope", True)
         self._settings = values
         kind, classes = values.get("model_type"), values.get("architectures") or []
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ValueError(f"{file}: model_type {kind!r} is not supported, only {', '.join(FAMILIES)}")
+            reason = REFUSED.get(str(kind))
+            instead = ", only" if reason is None else f": it has {reason}; supported are"
+            raise ValueError(f"{file}: model_type {kind!r} is not supported{instead} {', '.join(FAMILIES)}")
         self.family = FAMILIES[kind]
         if classes and not {self.family.architecture, *self.family.former_architectures} & set(classes):
             raise ValueError(

@@ -50,7 +50,11 @@ def test_the_folder_is_whole(folder):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported, only llama, "),
+        ({"model_type": "opt"}, "model_type 'opt' is not supported, only llama, "),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported: it has experts; supported are llama, "),
+        ({"model_type": "gpt_oss"}, "it has experts .its attention sinks are the encoding AttentionSink.; supported"),
+        ({"model_type": "lfm3"}, "it has convolutions in place of attention .its RoPE has ProportionalScaling."),
+        ({"model_type": "recurrent_gemma"}, "it has recurrent layers; supported are llama, "),
         ({"model_type": None}, "model_type None is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq' is not supported"),

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
-from nope_jax.encodings import T5, HeadScale, NTKScaling, RoPE, UniformScale, Windowed, YaRNScaling
-from nope_jax.interop import FAMILIES, load_pretrained, published, save_pretrained
+from nope_jax.encodings import T5, ALiBi, HeadScale, NoPE, NTKScaling, RoPE, UniformScale, Windowed, YaRNScaling
+from nope_jax.interop import FAMILIES, huggingface, load_pretrained, published, save_pretrained
 from nope_jax.interop.parameters import published_tensors
+from nope_jax.interop.safetensors import read_header
 from nope_jax.interop.settings import Settings
 from tests.goldens import regenerate
-from tests.support.published import CONFIGS, POSITIONS, VOCABULARY, golden_tokens, tokens, write_folder
+from tests.support.published import CONFIGS, POSITIONS, VOCABULARY, golden_tokens, tokens, weight, write_folder
 
 GOLDENS = regenerate.load("published")
 
@@ -149,6 +150,115 @@ REAL = {
         },
         7_298_617_344,
     ),
+    "EleutherAI/pythia-70m": (
+        {
+            "model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 2048,
+            "num_hidden_layers": 6, "num_attention_heads": 8, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+            "max_position_embeddings": 2048, "use_parallel_residual": True,
+        },
+        70_426_624,
+    ),
+    "EleutherAI/gpt-j-6b": (
+        {
+            "model_type": "gptj", "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28,
+            "n_head": 16, "n_inner": None, "rotary": True, "rotary_dim": 64,
+        },
+        6_050_882_784,
+    ),
+    "bigscience/bloom-560m": (
+        {
+            "model_type": "bloom", "vocab_size": 250880, "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16,
+            "offset_alibi": 100, "seq_length": 2048, "skip_bias_add": True,
+        },
+        559_214_592,
+    ),
+    "bigscience/bloom": (
+        {"model_type": "bloom", "vocab_size": 250880, "n_embed": 14336, "n_layer": 70, "num_attention_heads": 112},
+        176_247_271_424,
+    ),
+    "mosaicml/mpt-7b": (
+        {
+            "model_type": "mpt", "architectures": ["MPTForCausalLM"], "vocab_size": 50432, "d_model": 4096,
+            "n_layers": 32, "n_heads": 32, "max_seq_len": 2048, "expansion_ratio": 4, "no_bias": True,
+            "learned_pos_emb": True, "norm_type": "low_precision_layernorm",
+            "attn_config": {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "clip_qkv": None},
+            "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"},
+        },
+        6_649_286_656,
+    ),
+    "tiiuae/falcon-7b": (
+        {
+            "model_type": "falcon", "vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32,
+            "num_attention_heads": 71, "num_kv_heads": 71, "multi_query": True, "parallel_attn": True,
+        },
+        6_921_720_704,
+    ),
+    "tiiuae/falcon-40b": (
+        {
+            "model_type": "falcon", "vocab_size": 65024, "hidden_size": 8192, "num_hidden_layers": 60,
+            "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True,
+        },
+        41_303_293_952,
+    ),
+    "tiiuae/falcon-rw-1b": (
+        {
+            "model_type": "falcon", "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 24,
+            "num_attention_heads": 32, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False,
+        },
+        1_311_625_216,
+    ),
+    "CohereLabs/c4ai-command-r7b-12-2024": (
+        {
+            "model_type": "cohere2", "vocab_size": 256000, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "rope_theta": 50000, "max_position_embeddings": 8192, "sliding_window": 4096, "sliding_window_pattern": 4,
+        },
+        8_028_033_024,
+    ),
+    "google/gemma-2b": (
+        {
+            "model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384,
+            "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+            "max_position_embeddings": 8192, "hidden_act": "gelu",
+        },
+        2_506_172_416,
+    ),
+    "google/gemma-2-2b": (
+        {
+            "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
+            "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+            "max_position_embeddings": 8192,
+        },
+        2_614_341_888,
+    ),
+    "google/gemma-3-1b-pt": (
+        {
+            "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
+            "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+            "max_position_embeddings": 32768, "sliding_window": 512, "sliding_window_pattern": 6,
+        },
+        999_885_952,
+    ),
+    "AntNLP/TinyLlama-NoPE-1.1B": (
+        {
+            "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+            "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048, "nope": True,
+        },
+        1_100_048_384,
+    ),
+    "google-t5/t5-small": (  # 60,506,624 less those of the encoder and of cross-attention
+        {"model_type": "t5", "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6,
+         "num_heads": 8, "n_positions": 512},
+        60_506_624 - 18_881_280 - 6 * (4 * 512 * 512 + 512),
+    ),
+    "McGill-NLP/codellm_1b_nope": (  # 6.85 GB in float32, with 24 layers of cross-attention that nothing reads
+        {
+            "model_type": "custom_decoder_only_t5", "vocab_size": 49152, "d_model": 1024, "d_kv": 128, "d_ff": 16384,
+            "num_layers": 24, "num_heads": 32, "tie_word_embeddings": False, "position_encoding_type": "none",
+        },
+        1_308_673_024,
+    ),
 }  # fmt: skip
 
 
@@ -158,6 +268,80 @@ def test_published_models_have_as_many_parameters_as_they_should(name):
     family = FAMILIES[settings["model_type"]]
     tensors = published_tensors(family.read(Settings(settings, "config.json")), family.weights)
     assert sum(math.prod(tensor.shape) for tensor in tensors) == count
+
+
+# What config.json does not say.
+
+
+def test_factors_of_a_model_without_positions(tmp_path):
+    settings = CONFIGS["llama without positions"]
+    folder = folder_of(tmp_path / "folder", settings)
+    plain, _ = load_pretrained(str(folder))
+    assert plain.config.encoding == NoPE()
+    shapes = {name: tensor.shape for name, tensor in read_header(folder / "model.safetensors").items()}
+    factors = {f"model.layers.{layer}.self_attn.scale_param": (4,) for layer in range(settings["num_hidden_layers"])}
+    model, _ = load_pretrained(str(write_folder(tmp_path / "scaled", settings, shapes | factors)))
+    assert model.config.encoding == HeadScale(NoPE())
+    expected = np.stack([weight(name, shape) for name, shape in factors.items()])
+    np.testing.assert_array_equal(model.blocks[0].attention.position["head_scale"][...], expected)
+    ids = tokens(2, 30)
+    np.testing.assert_allclose(model(ids), plain(ids, logit_scale=expected), atol=1e-5)
+    _, again = saved(model, tmp_path / "saved")
+    assert (again.config.encoding, published(str(tmp_path / "saved")).family.name) == (NoPE(), "smollm3")
+    np.testing.assert_allclose(again(ids), model(ids), atol=1e-5)
+
+
+def test_names_whose_authors_patch_the_code(tmp_path, monkeypatch):
+    settings = {name: value for name, value in CONFIGS["llama without positions"].items() if name != "nope"}
+    folder = folder_of(tmp_path / "folder", settings)
+    monkeypatch.setattr(huggingface, "find_folder", lambda name, **_: folder)
+    assert published("hf:AntNLP/TinyLlama-NoPE-1.1B@main").config.model.encoding == NoPE()
+    assert published("hf:someone/else").config.model.encoding == RoPE()
+
+
+def test_a_t5_is_its_decoder(tmp_path):
+    settings = CONFIGS["t5 1.1"]
+    folder = folder_of(tmp_path / "folder", settings)
+    own = {name: tensor.shape for name, tensor in read_header(folder / "model.safetensors").items()}
+    rest = {
+        "encoder.embed_tokens.weight": (48, 32),
+        "encoder.block.0.layer.0.SelfAttention.q.weight": (64, 32),
+        "decoder.block.0.layer.1.EncDecAttention.q.weight": (64, 32),
+    }
+    whole, _ = load_pretrained(str(write_folder(tmp_path / "whole", settings, own | rest)))
+    assert same(whole, load_pretrained(str(folder))[0])
+    with pytest.raises(ValueError, match="config.json of t5 cannot say that a decoder has no encoder"):
+        save_pretrained(whole, tmp_path / "saved", family="t5")
+
+
+def test_mpt_with_steeper_slopes(tmp_path):
+    settings = {**CONFIGS["mpt 6 heads, scaled"], "attn_config": {"alibi_bias_max": 16}}
+    model, _ = load_pretrained(str(folder_of(tmp_path / "folder", settings)))
+    # Powers of 2^(-16/8), every second first.
+    assert model.config.encoding == ALiBi(slopes=[2**-4, 2**-8, 2**-12, 2**-16, 2**-2, 2**-6])
+    written, again = saved(model, tmp_path / "saved")
+    assert written["attn_config"]["alibi_bias_max"] == 16
+    assert again.config.encoding == model.config.encoding
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("mpt", {"attn_config": {"clip_qkv": 6}}, "attn_config: clip_qkv 6 is not supported"),
+        ("mpt", {"attn_config": {"alibi": False}}, "alibi False is not supported, only True"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True"),
+        ("falcon two norms", {"parallel_attn": False}, "parallel_attn False is not supported"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True is not supported, only False"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported, only None"),
+        ("t5", {"feed_forward_proj": "gated-mish"}, "feed_forward_proj 'gated-mish' is not supported"),
+        ("codellm", {"position_encoding_type": "abs_learned"}, "position_encoding_type 'abs_learned' is not supported"),
+    ],
+)
+def test_variants_that_are_not_supported(name, settings, match):
+    config = CONFIGS[name] | settings
+    with pytest.raises(ValueError, match=match):
+        FAMILIES[config["model_type"]].read(Settings(config, "config.json"))
 
 
 # What tuning makes of a model, written as transformers says it.

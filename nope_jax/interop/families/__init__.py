@@ -74,6 +74,29 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
 )
 """All families by `model_type`."""
 
+_EXPERTS = (
+    "cohere2_moe dbrx deepseek_v2 deepseek_v3 ernie4_5_moe exaone_moe glm4_moe granitemoe minimax_m2 mixtral olmoe "
+    "phimoe qwen2_moe qwen3_moe"
+)
+_RECURRENT = (
+    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_next "
+    "recurrent_gemma rwkv xlstm zamba zamba2"
+)
+REFUSED: MappingProxyType[str, str] = MappingProxyType(
+    dict.fromkeys(_EXPERTS.split(), "experts")
+    | dict.fromkeys(_RECURRENT.split(), "recurrent layers")
+    | {
+        "gemma3": "images (the text model is gemma3_text)",
+        "gemma4": "images, and embeddings for every layer (its RoPE has ProportionalScaling)",
+        "gemma4_text": "embeddings for every layer (its RoPE has ProportionalScaling)",
+        "gpt_oss": "experts (its attention sinks are the encoding AttentionSink)",
+        "lfm2": "convolutions in place of attention",
+        "lfm2_moe": "convolutions in place of attention, and experts",
+        "lfm3": "convolutions in place of attention (its RoPE has ProportionalScaling)",
+    }
+)
+"""What known models have that the decoder has not, by `model_type`."""
+
 GGUF_FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
     {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf}
 )
