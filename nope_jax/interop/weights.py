@@ -14,6 +14,7 @@ heads, then K value heads; in "(K * H) D" each of the K groups has its N/K query
 is the name in those models alone whose config has `mlp` gated: other fields of ModelConfig may stand there too.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -65,12 +66,22 @@ class Weight:
     only: tuple[tuple[str, tuple[str, ...]], ...]
     """Fields of ModelConfig, and the values that a model may have there for its tensor to go by this name."""
 
+    plus: float
+    """What the published tensor has been increased by; see `increased`."""
+
     def __init__(self, name: str, axes: str, *places: str, **only: str | tuple[str, ...]):
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "places", places)
         values = ((field, (value,) if isinstance(value, str) else value) for field, value in only.items())
         object.__setattr__(self, "only", tuple(values))
+        object.__setattr__(self, "plus", 0.0)
+
+    def increased(self, plus: float) -> "Weight":
+        """The same line for a tensor that has been published increased by a number."""
+        line = copy.copy(self)
+        object.__setattr__(line, "plus", plus)
+        return line
 
     @property
     def per_layer(self) -> bool:
@@ -86,6 +97,8 @@ class Weight:
 
     def unpack(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> list[np.ndarray]:
         """The parameter at each place, as views of the published tensor where NumPy can."""
+        if self.plus:
+            tensor = tensor - np.asarray(self.plus, tensor.dtype)
         if self.axes == "=":
             return [tensor]
         known = self._sizes(sizes)
@@ -103,6 +116,8 @@ class Weight:
 
     def pack(self, parameters: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
         """The published tensor, given the parameter at each place."""
+        if self.plus:
+            parameters = [parameter + np.asarray(self.plus, parameter.dtype) for parameter in parameters]
         if self.axes == "=":
             return parameters[0]
         known = self._sizes(sizes)

@@ -33,15 +33,33 @@ def tensors_of(config, folder):
     return {name: weight(name, tuple(entry["shape"])) for name, entry in json.loads(header[8 : 8 + length]).items()}
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name in GGUF_FAMILIES])
+# What GGUF does not say, but llama.cpp takes for granted.
+GRANTED = {
+    "gemma2": {"query_pre_attn_scalar": 12},
+    "gemma3": {
+        "query_pre_attn_scalar": 12, "sliding_window_pattern": 6, "num_hidden_layers": 7, "rope_scaling": None,
+        "rope_local_base_freq": 1e4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_FAMILIES)
 def test_a_model_is_that_of_the_folder(name, tmp_path):
-    config = CONFIGS[name]
+    family = GGUF_FAMILIES[name].name
+    config = next(config for config in CONFIGS.values() if config["model_type"] == family) | GRANTED.get(name, {})
+    config = config | {"seq_length": 24} if name == "bloom" else config
     folder = folder_of(tmp_path / "folder", config)
     file = write_gguf(tmp_path / "model.gguf", config, tensors_of(config, folder))
     expected, _ = load_pretrained(str(folder))
     model, tokenizer = load_pretrained(f"gguf:{file}")
     assert tokenizer is None
-    assert same(model, expected)
+    assert model.config.encoding == expected.config.encoding
+    if name.startswith("gemma"):  # whose norms lose bits when 1 is added to them
+        theirs = arrays(expected)
+        for path, value in arrays(model).items():
+            np.testing.assert_allclose(value, theirs[path], atol=1e-6)
+    else:
+        assert same(model, expected)
     ids = tokens(2, 20)
     np.testing.assert_allclose(model(ids), expected(ids), atol=1e-5, rtol=1e-5)
 
@@ -54,10 +72,6 @@ def test_losses_are_those_of_an_independent_forward_pass(tmp_path):
     (ids,) = tokens(1, 21)
     hidden, _ = model.hidden(ids[None, :-1])
     np.testing.assert_allclose(model.nll(hidden, ids[None, 1:])[0], numpy_llama.nll(str(file), ids), atol=1e-4)
-
-
-def test_every_architecture_was_tried():
-    assert GGUF_FAMILIES.keys() <= CONFIGS.keys()
 
 
 def test_quantised_weights_are_near_and_bfloat16_is_kept(tmp_path):

@@ -3,9 +3,10 @@
 from typing import Any
 
 from nope_jax.config import ModelConfig
+from nope_jax.data.gguf import GGUFHeader
 from nope_jax.encodings import ALiBi
-from nope_jax.interop.families.family import Family, named, read_heads, read_tied
-from nope_jax.interop.families.gpt2 import QUERY_KEY_VALUE
+from nope_jax.interop.families.family import GGUF, Family, gguf_rows, named, read_heads, read_tied
+from nope_jax.interop.families.gpt2 import GGUF_WEIGHTS, QUERY_KEY_VALUE
 from nope_jax.interop.settings import Settings
 from nope_jax.interop.weights import Weight, linear
 
@@ -68,6 +69,21 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def gguf_settings(metadata: Settings, header: GGUFHeader) -> dict[str, Any]:
+    heads, width = metadata.integer("attention.head_count"), metadata.integer("embedding_length")
+    metadata.only("attention.head_count_kv", heads)
+    metadata.only("feed_forward_length", 4 * width)
+    return {
+        "vocab_size": gguf_rows(header),
+        "n_layer": metadata.integer("block_count"),
+        "n_head": heads,
+        "hidden_size": width,
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon", 1e-5),
+        "seq_length": metadata.integer("context_length"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+
+
 FAMILY = Family(
     name="bloom",
     architecture="BloomForCausalLM",
@@ -75,4 +91,5 @@ FAMILY = Family(
     read=read,
     write=write,
     prefix="transformer.",
+    gguf=GGUF("bloom", (*GGUF_WEIGHTS, *linear("token_embd_norm", "D", "embedding_norm")), gguf_settings),
 )

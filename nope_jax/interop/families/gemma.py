@@ -3,10 +3,11 @@
 from typing import Any
 
 from nope_jax.config import ModelConfig
-from nope_jax.interop.families.family import Family, read_biases, read_shape, write_shape
-from nope_jax.interop.families.llama import WEIGHTS
+from nope_jax.interop.families.family import GGUF, Family, gguf_shape, read_biases, read_shape, write_shape
+from nope_jax.interop.families.llama import PRE_NORMS, WEIGHTS, gguf_weights
 from nope_jax.interop.rotary import read_rope, write_rope
 from nope_jax.interop.settings import Settings
+from nope_jax.interop.weights import Weight
 
 GELU = "gelu_pytorch_tanh"
 
@@ -34,4 +35,18 @@ def write(config: ModelConfig) -> dict[str, Any]:
     return write_shape(config) | write_rope(config) | {"attention_bias": "qkv" in config.biases}
 
 
-FAMILY = Family(name="gemma", architecture="GemmaForCausalLM", weights=WEIGHTS, read=read, write=write)
+def gguf_table(*norms: Weight) -> tuple[Weight, ...]:
+    """The table of a Gemma in GGUF, whose scales of norms have been increased by 1."""
+    return tuple(
+        weight.increased(1.0) if "norm" in weight.name else weight for weight in gguf_weights(*norms, pairs=False)
+    )
+
+
+FAMILY = Family(
+    name="gemma",
+    architecture="GemmaForCausalLM",
+    weights=WEIGHTS,
+    read=read,
+    write=write,
+    gguf=GGUF("gemma", gguf_table(*PRE_NORMS), gguf_shape),
+)

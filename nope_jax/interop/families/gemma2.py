@@ -4,9 +4,10 @@
 from typing import Any
 
 from nope_jax.config import ModelConfig
-from nope_jax.interop.families.family import Family, write_shape
-from nope_jax.interop.families.gemma import read_common
-from nope_jax.interop.families.llama import ATTENTION_AND_MLP, EMBEDDING_AND_HEAD
+from nope_jax.data.gguf import GGUFHeader
+from nope_jax.interop.families.family import GGUF, Family, gguf_shape, write_shape
+from nope_jax.interop.families.gemma import gguf_table, read_common
+from nope_jax.interop.families.llama import ATTENTION_AND_MLP, EMBEDDING_AND_HEAD, POST_NORMS
 from nope_jax.interop.rotary import (
     head_dim,
     read_rope,
@@ -26,6 +27,13 @@ WEIGHTS = (
     Weight("model.layers.{}.post_attention_layernorm.weight", "D", "attention_post_norm"),
     Weight("model.layers.{}.pre_feedforward_layernorm.weight", "D", "mlp_norm"),
     Weight("model.layers.{}.post_feedforward_layernorm.weight", "D", "mlp_post_norm"),
+)
+
+
+GGUF_NORMS = (
+    Weight("blk.{}.attn_norm.weight", "D", "attention_norm"),
+    Weight("blk.{}.ffn_norm.weight", "D", "mlp_norm"),
+    *POST_NORMS,
 )
 
 
@@ -75,4 +83,35 @@ def write(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-FAMILY = Family(name="gemma2", architecture="Gemma2ForCausalLM", weights=WEIGHTS, read=read, write=write)
+def gguf_settings_2(metadata: Settings, header: GGUFHeader, *, largest: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 say alike in GGUF, given the number of layers of the largest model.
+
+    It alone divides by √(D/N), not √H. llama.cpp knows it by that number: the file does not tell.
+    """
+    shape, caps = gguf_shape(metadata, header), {}
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if name in metadata:
+            caps[name] = metadata.number(name)
+    return (
+        shape
+        | caps
+        | {
+            "query_pre_attn_scalar": width // heads if shape["num_hidden_layers"] == largest else shape["head_dim"],
+            "sliding_window": metadata.integer("attention.sliding_window", 4096),
+        }
+    )
+
+
+def gguf_settings(metadata: Settings, header: GGUFHeader) -> dict[str, Any]:
+    return gguf_settings_2(metadata, header, largest=46)
+
+
+FAMILY = Family(
+    name="gemma2",
+    architecture="Gemma2ForCausalLM",
+    weights=WEIGHTS,
+    read=read,
+    write=write,
+    gguf=GGUF("gemma2", gguf_table(*GGUF_NORMS), gguf_settings),
+)

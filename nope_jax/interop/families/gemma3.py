@@ -4,9 +4,11 @@ base of its own (transformers: models/gemma3)."""
 from typing import Any
 
 from nope_jax.config import ModelConfig
+from nope_jax.data.gguf import GGUFHeader
 from nope_jax.encodings import RoPE
-from nope_jax.interop.families.family import Family
-from nope_jax.interop.families.gemma2 import WEIGHTS, read_common_2, write_common_2
+from nope_jax.interop.families.family import GGUF, Family
+from nope_jax.interop.families.gemma import gguf_table
+from nope_jax.interop.families.gemma2 import GGUF_NORMS, WEIGHTS, gguf_settings_2, read_common_2, write_common_2
 from nope_jax.interop.rotary import (
     head_dim,
     per_layer,
@@ -69,4 +71,17 @@ def write(config: ModelConfig) -> dict[str, Any]:
     return settings | {"rope_parameters": nested}
 
 
-FAMILY = Family(name="gemma3_text", architecture="Gemma3ForCausalLM", weights=WEIGHTS, read=read, write=write)
+def gguf_settings(metadata: Settings, header: GGUFHeader) -> dict[str, Any]:
+    metadata.only("attention.sliding_window_pattern", 6)
+    metadata.only("rope.freq_base_swa", 10_000.0)
+    return {"rope_theta": 1e6, **gguf_settings_2(metadata, header, largest=62)}
+
+
+FAMILY = Family(
+    name="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    weights=WEIGHTS,
+    read=read,
+    write=write,
+    gguf=GGUF("gemma3", gguf_table(*GGUF_NORMS), gguf_settings),
+)

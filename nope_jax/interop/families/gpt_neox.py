@@ -4,8 +4,17 @@
 from typing import Any
 
 from nope_jax.config import ModelConfig
-from nope_jax.interop.families.family import ACTIVATIONS, Family, read_heads, read_tied, write_activation
-from nope_jax.interop.families.gpt2 import QUERY_KEY_VALUE
+from nope_jax.data.gguf import GGUFHeader
+from nope_jax.interop.families.family import (
+    ACTIVATIONS,
+    GGUF,
+    Family,
+    gguf_rows,
+    read_heads,
+    read_tied,
+    write_activation,
+)
+from nope_jax.interop.families.gpt2 import GGUF_WEIGHTS, QUERY_KEY_VALUE
 from nope_jax.interop.rotary import read_rope, write_rope
 from nope_jax.interop.settings import Settings
 from nope_jax.interop.weights import Weight, linear
@@ -66,6 +75,24 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def gguf_settings(metadata: Settings, header: GGUFHeader) -> dict[str, Any]:
+    heads, width = metadata.integer("attention.head_count"), metadata.integer("embedding_length")
+    metadata.only("attention.head_count_kv", heads)
+    return {
+        "vocab_size": gguf_rows(header),
+        "num_hidden_layers": metadata.integer("block_count"),
+        "num_attention_heads": heads,
+        "hidden_size": width,
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon", 1e-5),
+        "use_parallel_residual": bool(metadata.get("use_parallel_residual", True)),
+        "max_position_embeddings": metadata.integer("context_length"),
+        "rotary_pct": metadata.integer("rope.dimension_count", width // heads) / (width // heads),
+        "rotary_emb_base": metadata.number("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+
+
 FAMILY = Family(
     name="gpt_neox",
     architecture="GPTNeoXForCausalLM",
@@ -73,5 +100,6 @@ FAMILY = Family(
     read=read,
     write=write,
     prefix="gpt_neox.",
+    gguf=GGUF("gptneox", GGUF_WEIGHTS, gguf_settings),
     ignored=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )
