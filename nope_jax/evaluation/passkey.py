@@ -26,7 +26,7 @@ from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
 from nope_jax.evaluation.common.placement import over_devices
 from nope_jax.evaluation.common.plots import QUIET
-from nope_jax.evaluation.common.report import Section, Table
+from nope_jax.evaluation.common.report import CAVEAT, Section, Table
 from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.registry import Options, PasskeyConfig
@@ -268,4 +268,4 @@ def notes(runs: Sequence[Run[Correct]], settings: PasskeyConfig) -> list[str]:
         f"{settings.depths} depths with {settings.keys} keys each, [its 95 % Wilson interval] and (the share at the "
         "worst depth). Lengths include prompt and answer. All runs are asked for the same keys."
     )
-    return [*cannot_read(runs), definition]
+    return [*cannot_read(runs), definition, CAVEAT]

@@ -13,6 +13,7 @@ bad arguments are rejected at once; that is why the settings of an evaluation ar
 """
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,22 @@ class PasskeyConfig:
     """Number of keys per depth and length."""
     batch_size: int = 8
     seed: int = 0
+
+
+RulerTaskName = Literal["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RulerConfig:
+    """Settings of eval.py ruler (Hsieh et al. 2024, arXiv 2404.06654)."""
+
+    tasks: tuple[RulerTaskName, ...] = typing.get_args(RulerTaskName)
+    """RULER's names of the tasks."""
+    examples: int = 100
+    """Number of examples per task and length; RULER has 500, of which fewer are the first."""
+    batch_size: int = 8
+    seed: int = 42
+    """RULER's is 42."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +119,11 @@ EVALUATIONS = {
         "Measures how often a model retrieves a number hidden in filler text.",
         "nope_jax.evaluation.passkey",
         PasskeyConfig(),
+    ),
+    "ruler": Entry(
+        "Measures retrieval, tracing and counting over long contexts by tasks of RULER.",
+        "nope_jax.evaluation.ruler",
+        RulerConfig(),
     ),
     "similarity": Entry(
         "Compares the attention of two runs.",

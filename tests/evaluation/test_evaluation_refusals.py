@@ -24,6 +24,7 @@ from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_
 EVALUATIONS = {
     "curves": "--workdirs {run} --lengths 16",
     "passkey": "passkey --workdirs {run} --lengths 400",
+    "ruler": "ruler --workdirs {run} --lengths 1000 --ruler.tasks fwe",
     "similarity": "similarity --workdirs {run} {other}",
     "probe": "probe --workdirs {run} --lengths 16",
     "tune": "tune --workdirs {run} --method uniform --lengths 32",
@@ -133,6 +134,22 @@ WORDS = {
     "passkey past all positions": (
         "passkey --workdirs {0}/learned --lengths 400",
         "--lengths: learned reads none of them, its learned encoding has 16 positions",
+    ),
+    "ruler past all positions": (
+        "ruler --workdirs {0}/learned --lengths 4096",
+        "--lengths: learned reads none of them, its learned encoding has 16 positions",
+    ),
+    "ruler at a length that is too short": (
+        "ruler --workdirs {0}/nope --lengths 1000 4000 --ruler.tasks vt",
+        "--lengths of nope (bytes): length 1000 is too short for RULER's vt, whose smallest text and its answer take ",
+    ),
+    "a task of RULER twice": (
+        "ruler --workdirs {0}/nope --lengths 4000 --ruler.tasks vt fwe vt",
+        "--ruler.tasks names vt twice",
+    ),
+    "ruler in a tokenizer without its words": (
+        "ruler --workdirs {0}/nope --lengths 4000 --data.tokenizer task:copy --ruler.tasks fwe",
+        "data.tokenizer task:copy has no word ",
     ),
     "probe past all positions": (
         "probe --workdirs {0}/learned --lengths 17",

@@ -39,6 +39,12 @@ class Section(NamedTuple):
     """Descriptions of the data files in the report directory, by file name."""
 
 
+CAVEAT = (
+    "Plain perplexity and passkeys predict long-context ability poorly (Yen et al. 2024; Fang et al. 2024): measure it "
+    "with eval.py ruler too."
+)
+"""A note below the tables of perplexity and of passkeys."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --quiet: #6a6a70; --paper: #fdfdfb; --line: #dcdcd6; --card: #fff; }
 @media (prefers-color-scheme: dark) {

@@ -95,14 +95,15 @@ def divide(part: np.ndarray | np.generic, whole: np.ndarray | np.generic) -> np.
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Confidence interval of a success probability (Wilson 1927, JASA 22:209), always within [0, 1].
 
     Unlike a proportion plus and minus its standard error, it has a positive width if all or no trials succeed, and
     close to nominal coverage for few trials (Newcombe 1998, Statistics in Medicine 17:857, method 3).
 
     Args:
-        successes: number of successful trials.
+        successes: number of successful trials; or the sum of scores from 0 to 1, which vary less than successes of the
+            same mean, so that the interval is wide enough.
         trials: number of independent trials; with 0 trials the interval is [0, 1].
         confidence: coverage probability of the interval.
 

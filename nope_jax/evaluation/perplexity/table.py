@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from nope_jax.evaluation.common.documents import describe_protocol
-from nope_jax.evaluation.common.report import Section, Table
+from nope_jax.evaluation.common.report import CAVEAT, Section, Table
 from nope_jax.evaluation.common.runs import Run, cannot_read
 from nope_jax.evaluation.common.uncertainty import Estimate, plus_minus
 from nope_jax.evaluation.perplexity.measure import Curve
@@ -107,7 +107,7 @@ def section(runs: Sequence[Run[Curve]], units: Units, corpus: str) -> Section:
         f"{score} and attention entropy by position",
         f"Protocol: {units.protocol}. {describe_protocol(units.stride)}",
         Table(f"{score} by position, protocol: {units.protocol}", header(units), rows(runs, units)),
-        [*notes(runs, units), corpus],
+        [*notes(runs, units), corpus, CAVEAT],
         figures={"curves.png": panels},
         files={"curves.csv": f"one row per run, evaluated length and position bucket; {IN_NATS}."},
     )

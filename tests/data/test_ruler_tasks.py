@@ -1,0 +1,112 @@
+"""RULER's tasks: the strings and answers of its own code, as long as fits, and what cannot be made."""
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+
+from nope_jax.data.ruler import RULER, score, words
+from nope_jax.data.ruler.needles import Pairs
+from nope_jax.data.tokenizers import ByteTokenizer
+from tests.goldens import regenerate
+
+GOLDENS = regenerate.load("ruler")
+
+
+class Words:
+    """Words and punctuation marks as tokens, counted only."""
+
+    def encode(self, text):
+        return np.zeros(len(re.findall(r"\w+|[^\w\s]", text)), np.int32)
+
+
+TOKENIZERS = {"words": Words(), "bytes": ByteTokenizer()}
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("case", GOLDENS)
+def test_prompts_and_answers_are_those_of_rulers_own_code(case):
+    name, tokenizer, length, seed = case.split("-")
+    task, tokens, golden = RULER[name], TOKENIZERS[tokenizer], GOLDENS[case]
+    examples = list(task.examples(tokens, int(length), len(golden), int(seed)))
+    for (prompt, answers), (digest, start, end, wanted, size) in zip(examples, golden.values(), strict=True):
+        assert (prompt[:60], prompt[-60:], list(answers)) == (start, end, wanted)
+        assert len(tokens.encode(prompt)) + task.room == size <= int(length)
+        assert hashlib.sha256(prompt.encode()).hexdigest() == digest
+
+
+def test_the_first_examples_do_not_depend_on_how_many_follow():
+    for task in RULER.values():
+        few, more = (list(task.examples(ByteTokenizer(), 8000, count)) for count in (1, 2))
+        assert few == more[:1] and more[0].prompt != more[1].prompt, task.name
+
+
+SOLVERS = {
+    "niah": lambda prompt: re.findall(rf"for {key(prompt)} is: (\S+)\.\n", prompt),
+    "vt": lambda prompt: chain(prompt[prompt.rindex("Memorize and track") :]),
+    "cwe": lambda prompt: most_common(re.findall(r"\d+\. (\S+)", asked(prompt)), 10),
+    "fwe": lambda prompt: most_common(re.findall(r"\b[a-z]{6}\b", asked(prompt)), 3),
+}
+
+
+def key(prompt):
+    return re.search(r"for (\S+) mentioned", prompt)[1]
+
+
+def asked(prompt):
+    """The last list of a prompt, without the sentences around it."""
+    text = prompt[: prompt.rindex("\nQuestion:")]
+    return max(text.split("\n")[-1].split("coded words. "), key=len)
+
+
+def most_common(found, count):
+    return sorted(set(found), key=lambda word: -found.count(word))[:count]
+
+
+def chain(prompt):
+    value = re.search(r"assigned the value (\d+)", prompt)[1]
+    names = [re.search(rf"VAR (\w+) = {value}", prompt)[1]]
+    while following := re.search(rf"VAR (\w+) = VAR {names[-1]}\b", prompt):
+        names.append(following[1])
+    return names
+
+
+@pytest.mark.parametrize("name", RULER)
+@pytest.mark.parametrize("length", [3000, 8000])
+def test_answers_are_those_of_an_independent_solver(name, length):
+    for prompt, answers in RULER[name].examples(ByteTokenizer(), length, 3, seed=5):
+        assert len(prompt) + RULER[name].room <= length
+        solved = SOLVERS[name.split("_")[0]](prompt)
+        assert sorted(solved) == sorted(answers)
+        assert score(" ".join(solved).upper(), answers) == 1 and score("nothing", answers) == 0
+    assert score(f"It is {answers[0]}.", answers) == 1 / len(answers)
+
+
+@pytest.mark.parametrize("name", RULER)
+@pytest.mark.parametrize("length", [1, 200, 700])
+def test_lengths_that_are_too_short_are_refused(name, length):
+    if name == "fwe" and length == 700:
+        return  # has room in bytes
+    with pytest.raises(ValueError, match=f"length {length} is too short for RULER's {name}"):
+        list(RULER[name].examples(ByteTokenizer(), length, 1))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_list_longer_than_wonderwords_is_refused():
+    with pytest.raises(ValueError, match=r"length 200000 is too long .* wonderwords has \d{4}"):
+        list(RULER["cwe"].examples(Words(), 200_000, 1))
+
+
+def test_without_wonderwords_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wonderwords", None)
+    words.wonderwords.cache_clear()
+    with pytest.raises(ValueError, match="RULER's words need pip install wonderwords"):
+        list(RULER["cwe"].examples(ByteTokenizer(), 4096, 1))
+
+
+def test_pairs_of_words_are_in_the_order_of_the_alphabet():
+    adjectives = ["old", "odd", "old-fashioned", "old-f", "x-rated", "x", "olden"]
+    nouns = ["fashion", "dune buggy", "fashioned-dune", "ex-wife", "a", "z"]
+    pairs = Pairs(adjectives, nouns)
+    assert list(pairs) == sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns})
