@@ -66,6 +66,22 @@ class RulerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongpplConfig:
+    """Settings of eval.py longppl (Fang et al. 2024, arXiv 2410.23771)."""
+
+    judge: Path | None = None
+    """The run that decides which tokens need the long context, or hf:... or gguf:...; None: each run by itself."""
+    short: int = 4096
+    """Tokens of the short context."""
+    step: int = 1024
+    """Consecutive tokens whose short contexts begin at the same token."""
+    gain: float = 2.0
+    """A key token gains more than this many nats from the long context (the paper's alpha)."""
+    loss: float = 2.0
+    """A key token has less than this many nats of loss given the long context (the paper's -beta)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SimilarityConfig:
     """Settings of eval.py similarity."""
 
@@ -124,6 +140,12 @@ EVALUATIONS = {
         "Measures retrieval, tracing and counting over long contexts by tasks of RULER.",
         "nope_jax.evaluation.ruler",
         RulerConfig(),
+    ),
+    "longppl": Entry(
+        "Measures perplexity over the tokens that need a long context (LongPPL).",
+        "nope_jax.evaluation.longppl",
+        LongpplConfig(),
+        takes_eval=("documents", "seed", "batch_size"),
     ),
     "similarity": Entry(
         "Compares the attention of two runs.",

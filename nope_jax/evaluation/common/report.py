@@ -41,7 +41,7 @@ class Section(NamedTuple):
 
 CAVEAT = (
     "Plain perplexity and passkeys predict long-context ability poorly (Yen et al. 2024; Fang et al. 2024): measure it "
-    "with eval.py ruler too."
+    "with eval.py ruler and eval.py longppl too."
 )
 """A note below the tables of perplexity and of passkeys."""
 
