@@ -73,7 +73,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, pytest.param(Path.unlink, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_warned_about_and_the_one_before_it_restored(workdir, damage, capfd):
     damage(data_file(workdir, 30))
     with pytest.warns(UserWarning, match="step 30 .*going back to that of step 20"):

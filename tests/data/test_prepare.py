@@ -395,6 +395,7 @@ def test_the_command(config, tmp_path):
     assert absent.returncode == 2 and absent.stderr.startswith("error: data.source tfds:books does not lie in data.dir")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_the_page_can_be_used(data_dir, tmp_path, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.M | re.S)
     monkeypatch.chdir(tmp_path)

@@ -98,7 +98,13 @@ DRAWN = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
 @pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(
     "encoding",
-    ["learned", "forgetting", "convolution", Windowed(RoPE(), 4), RoPE(scaling=DynamicNTKScaling(2.0, 8))],
+    [
+        "learned",
+        pytest.param("forgetting", marks=pytest.mark.slow),
+        pytest.param("convolution", marks=pytest.mark.slow),
+        Windowed(RoPE(), 4),
+        RoPE(scaling=DynamicNTKScaling(2.0, 8)),
+    ],
     ids=str,
 )
 def test_rows_with_prompts_of_different_lengths_are_as_alone(encoding, options):

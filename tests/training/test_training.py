@@ -163,7 +163,11 @@ def test_a_run_goes_on_with_its_own_encoding_only_while_that_is_the_same(config,
 @pytest.mark.parametrize(
     "signals",
     # A terminal that is closed hangs up, and so does its shell.
-    [[signal.SIGINT], pytest.param([signal.SIGTERM], marks=pytest.mark.slow), [signal.SIGHUP, signal.SIGHUP]],
+    [
+        [signal.SIGINT],
+        pytest.param([signal.SIGTERM], marks=pytest.mark.slow),
+        pytest.param([signal.SIGHUP, signal.SIGHUP], marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, signals):
     signum = signals[0]
