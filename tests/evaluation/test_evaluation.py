@@ -343,6 +343,13 @@ def test_figures_name_what_leaves_their_axis():
     assert axes.get_ylim()[1] < 300 and axes.get_xlim()[1] == 2048
 
 
+def test_a_figure_of_one_run_has_its_name_as_title():
+    figure = figures.draw([synthetic_run("a_published_model_with_a_long_name")], Units(), figures.scores)
+    (axes,) = figure.axes
+    assert figure.get_suptitle() == "a_published_model_with_a_long_name"
+    assert {text.get_text() for text in axes.texts} == {"trained at 128"}
+
+
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
     """Two runs as train.py leaves them, and documents to read, in one folder."""

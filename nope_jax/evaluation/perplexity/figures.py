@@ -27,7 +27,7 @@ UNINFORMED_BITS = 8.0
 
 A curve that exceeds the axis is labelled with its highest value."""
 DIRECT_LABELS = 10
-"""Maximum number of runs whose lines are labelled at their ends; more runs get a legend."""
+"""Maximum number of runs whose lines are labelled at their ends; more runs get a legend, and one gives the title."""
 
 
 class _Line(NamedTuple):
@@ -164,11 +164,13 @@ def _finish(figure: Figure, panels: Sequence[_Panel], units: Units) -> Figure:
             color=INK,
             fontsize=9,
         )
+    if len(lines) == 1:
+        figure.suptitle(_name(top, panels[0].lines[0]), color=_darker(lines[0].colour), fontsize=10, fontweight="bold")
     if len(lines) > DIRECT_LABELS:
         handles, names = top.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper")
     for axes, of_panel in panels:
-        if len(lines) <= DIRECT_LABELS:
+        if 1 < len(lines) <= DIRECT_LABELS:
             _label_at_ends(figure, axes, [line for line in of_panel if max(line.run.results) == last])
         _mark_ends(axes, [line for line in of_panel if max(line.run.results) < last])
     return figure
