@@ -269,8 +269,8 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
     }
     if evaluation.methods:
         options["method"] = (Literal[evaluation.methods], "What to search for.")
-    if evaluation.takes_lengths:
-        options["lengths"] = (tuple[int, ...], "The lengths to evaluate at, in tokens.")
+    if evaluation.lengths is not None:
+        options["lengths"] = evaluation.lengths
     options["out"] = (Path, evaluation.out)
     options["trust_code"] = _TRUST_CODE
     groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig()}
@@ -287,7 +287,7 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
             goes_by += [f"--eval.{field}" for field in evaluation.takes_eval]
             raise ValueError(f"--{field} changes nothing about {name}, which goes by {', '.join(goes_by)}")
     override(Config(), overrides)
-    lengths = getattr(values, "lengths", ())
+    lengths = getattr(values, "lengths", None) or ()
     if min(lengths, default=1) < 1:
         raise ValueError(f"--lengths must be at least 1, not {min(lengths)}")
     for field, value in given.items():

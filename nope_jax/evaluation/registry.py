@@ -100,6 +100,18 @@ class ProbeConfig:
     """Ridge penalty: weight of the squared norm of the probe, relative to the variance of the hidden states."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """Settings of eval.py tasks (Kazemnejad et al. 2023, arXiv 2305.19466)."""
+
+    task: str | None = None
+    """The task to ask, as in data.source after task:. None: the task that each run was trained on."""
+    examples: int = 100
+    """Number of held-out examples drawn for each length."""
+    batch_size: int = 32
+    seed: int = 0
+
+
 class Entry(NamedTuple):
     """Registry entry of an evaluation."""
 
@@ -108,8 +120,8 @@ class Entry(NamedTuple):
     """Module that defines `plan`."""
     settings: Any = None
     """An instance of its settings dataclass, with the defaults; each field is an option, `--NAME.FIELD`."""
-    takes_lengths: bool = True
-    """Whether `--lengths` is required."""
+    lengths: tuple[Any, str] | None = (tuple[int, ...], "The lengths to evaluate at, in tokens.")
+    """Type and help text of `--lengths`, which is optional if the type includes None; None: no such option."""
     takes_eval: tuple[str, ...] = ()
     """The eval.* fields that it uses."""
     methods: tuple[str, ...] = ()
@@ -136,6 +148,12 @@ EVALUATIONS = {
         "nope_jax.evaluation.passkey",
         PasskeyConfig(),
     ),
+    "tasks": Entry(
+        "Measures exact match on the tasks that runs were trained on, within and past the lengths of training.",
+        "nope_jax.evaluation.tasks",
+        TasksConfig(),
+        lengths=(tuple[int, ...] | None, "Lengths of the examples, as the task counts; those of the paper by default."),
+    ),
     "ruler": Entry(
         "Measures retrieval, tracing and counting over long contexts by tasks of RULER.",
         "nope_jax.evaluation.ruler",
@@ -151,7 +169,7 @@ EVALUATIONS = {
         "Compares the attention of two runs.",
         "nope_jax.evaluation.similarity",
         SimilarityConfig(),
-        takes_lengths=False,
+        lengths=None,
         takes_eval=("seed",),
     ),
     "probe": Entry(
@@ -169,7 +187,7 @@ class Options(NamedTuple):
 
     workdirs: tuple[Path, ...]
     lengths: tuple[int, ...]
-    """In tokens, ascending, without duplicates; empty for an evaluation that takes no lengths."""
+    """Ascending, without duplicates; empty if not given."""
     out: Path
     overrides: dict[str, Any]
     """The given data.* and eval.* fields, by dotted name; `override` applies them to the config of each run."""

@@ -66,7 +66,7 @@ def own(tmp_path, monkeypatch):
     assert len(OWN.splitlines()) <= 40
     (tmp_path / "own_evaluation.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(EVALUATIONS, "probes", Entry("Measures embeddings.", "own_evaluation", Settings(), False))
+    monkeypatch.setitem(EVALUATIONS, "probes", Entry("Measures embeddings.", "own_evaluation", Settings(), None))
     (tmp_path / "text").mkdir()
     for name in "ab":
         write_run(tmp_path, name, seed=ord(name))
