@@ -62,7 +62,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
     check_reachable(workdir)
     steps = config.train.steps
     mesh = make_mesh(config.mesh)
-    _check(config, workdir, mesh)
+    check_run(config, workdir, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
     share, shares = process_share(mesh)
     hosts = {"process_index": share, "process_count": shares}
@@ -82,9 +82,9 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         _make_shared(workdir)
         check_is_ours = stack.enter_context(_held_by_process_0(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir))
-        start, state = _restore(config, data, workdir, checkpointer, abstract)
+        start, state = restore_state(config, data, workdir, checkpointer, abstract)
         # The validation loss is computed after a save: if the run ended in between, compute it now.
-        unmeasured = _evaluates(start, config) and not _has_validation(workdir, start)
+        unmeasured = evaluates_after(start, config) and not _has_validation(workdir, start)
         if start == steps and not unmeasured:
             if jax.process_index() == 0:
                 print(f"{workdir}: already finished at step {steps}; a larger train.steps would continue it")
@@ -121,7 +121,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
                 nll = sum(float(total) for total in [validate(params, rows) for rows in validation])
                 record.validation(step, nll / sum(int(num_targets(rows)) for rows in validation))
 
-        signals = stack.enter_context(_caught_signals())
+        signals = stack.enter_context(caught_signals())
         unread: deque[tuple[int, Metrics]] = deque()
         clock.switch("step")
         if unmeasured:
@@ -138,7 +138,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             check_is_ours()
             signum = agreed_stop(signals, step)
             stops = signum is not None and step < steps
-            evaluates = _evaluates(step, config)
+            evaluates = evaluates_after(step, config)
             saves = step % config.train.checkpoint_every == 0 or step == steps or stops
             # Leave one step unread, so the device stays busy, but none before a save: only good states are saved.
             while len(unread) > (0 if evaluates or saves else 1):
@@ -155,7 +155,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         checkpointer.wait()  # while signals are still caught
 
 
-def _evaluates(step: int, config: Config) -> bool:
+def evaluates_after(step: int, config: Config) -> bool:
     """Whether to compute the validation loss after this step."""
     return step > 0 and (step % config.train.eval_every == 0 or step == config.train.steps)
 
@@ -166,7 +166,7 @@ def _has_validation(workdir: Location, step: int) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(written)))
 
 
-def _check(config: Config, workdir: Location, mesh: Mesh) -> None:
+def check_run(config: Config, workdir: Location, mesh: Mesh) -> None:
     check_can_record(config, workdir)
     check_fits(config, mesh)
     tokens = load_tokenizer(config.data.tokenizer).vocab_size
@@ -212,7 +212,7 @@ def _held_by_process_0(workdir: Location) -> Iterator[Callable[[], None]]:
         yield check or (lambda: None)
 
 
-def _restore(
+def restore_state(
     config: Config, data: DataDigests, workdir: Location, checkpointer: Checkpointer, abstract: TrainState
 ) -> tuple[int, TrainState | None]:
     """Return the number of steps taken by the run in `workdir` and its state; 0 and None if it has saved none."""
@@ -262,7 +262,7 @@ def _sound(step: int, metrics: Metrics, config: Config, checkpointer: Checkpoint
 
 
 @contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """Collect the stop signals received. A second one of the same kind ends the process at once.
 
     Exception: hang-ups, because a closed terminal and its shell send one each. A hang-up that was ignored at startup

@@ -171,18 +171,28 @@ class MetricWriter:
     """Reports the progress of a run: lines in `metrics.jsonl`, and a progress bar on a terminal.
 
     If stdout or stderr is not a terminal (a file, a pipe, a job log), each logged step is a line on stdout, unbuffered.
-    Only the first process reports.
+    Only the first process reports. If `quiet`, files are all that it writes.
     """
 
-    def __init__(self, config: Config, workdir: Location, clock: GoodputTimer, *, start: int, tokens_per_step: int):
+    def __init__(
+        self,
+        config: Config,
+        workdir: Location,
+        clock: GoodputTimer,
+        *,
+        start: int,
+        tokens_per_step: int,
+        quiet: bool = False,
+    ):
         is_main = jax.process_index() == 0
         self._config = config.train
         self._workdir = workdir
+        self._quiet = quiet
         self._clock = clock
         self._learning_rate = jax.jit(learning_rate_schedule(config.optimizer, config.train.steps))
         self._tokens_per_step = tokens_per_step
         self._logged = start, clock.read()
-        self._judged: dict[Activity, float] | None = clock.read() if is_main else None
+        self._judged: dict[Activity, float] | None = clock.read() if is_main and not quiet else None
         chip = chip_of(jax.devices()[0])
         self._peak_rate: float | None = None
         if chip is not None:
@@ -197,7 +207,7 @@ class MetricWriter:
                     total=config.train.steps,
                     initial=start,
                     unit="step",
-                    disable=not (is_main and sys.stdout.isatty() and sys.stderr.isatty()),
+                    disable=quiet or not (is_main and sys.stdout.isatty() and sys.stderr.isatty()),
                     dynamic_ncols=True,
                 )
             )
@@ -321,7 +331,7 @@ class MetricWriter:
                 self._tensorboard.add_scalar(name, value, step)
 
     def _say(self, message: str) -> None:
-        if jax.process_index():
+        if jax.process_index() or self._quiet:
             return
         with contextlib.suppress(OSError):  # continue the run if the terminal was closed or a pipe has no reader
             if self._bar.disable:

@@ -39,7 +39,8 @@ class TrainState(NamedTuple):
     skips: Skips
 
 
-def _init(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def new_state(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Return the state of a run before its first step."""
     params = nnx.state(Decoder(config.model, rngs=nnx.Rngs(key)))
     return TrainState(params, optimizer.init(params), no_skips())
 
@@ -53,7 +54,7 @@ def abstract_state(
         ValueError: an axis of a parameter does not divide evenly over the mesh.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
-    abstract = jax.eval_shape(lambda: _init(config, optimizer, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: new_state(config, optimizer, jax.random.key(0)))
     params = abstract_on_mesh(abstract.params, mesh, PARAMETER_RULES[config.mesh.rules])
     return graphdef, abstract_on_mesh(abstract, mesh)._replace(params=params)
 
@@ -63,5 +64,5 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, abstract
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     # This runs once. On a CPU the lower level compiles in a fifth of the time and gives the same bits.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    init = jax.jit(lambda key: _init(config, optimizer, key), out_shardings=shardings, compiler_options=options)
+    init = jax.jit(lambda key: new_state(config, optimizer, key), out_shardings=shardings, compiler_options=options)
     return init(jax.random.key(config.train.seed))

@@ -136,23 +136,20 @@ def _over_microbatches(function: Callable[[Batch], _Sums], batch: Batch, count: 
     return sums
 
 
-def jit_train_step(
+def seeded_step(
     graphdef: nnx.GraphDef[Decoder],
     optimizer: optax.GradientTransformation,
-    abstract: TrainState,
     accumulation: int = 1,
-    seed: int = 0,
     *,
     skip_bad: bool = False,
     spike_factor: float | None = None,
-) -> jax.stages.Wrapped:
-    """Jit `train_step` for the shardings of `abstract`, donating the state it is given.
+) -> Callable[[TrainState, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
+    """Return `train_step` as a function of the state, a batch and the seed of randomized encodings.
 
-    Randomized encodings draw from `seed` and the step count, so a resumed run draws the same as an uninterrupted one.
+    They draw from the seed and the step count, so a resumed run draws the same as an uninterrupted one.
     """
-    shardings = jax.tree.map(lambda array: array.sharding, abstract)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, seed: jax.typing.ArrayLike) -> tuple[TrainState, Metrics]:
         (_, updates), *_ = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
         return train_step(
             state,
@@ -165,13 +162,34 @@ def jit_train_step(
             spike_factor=spike_factor,
         )
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return step
 
 
-def jit_validation(graphdef: nnx.GraphDef[Decoder], accumulation: int = 1) -> jax.stages.Wrapped:
-    """Jit `total_nll` of parameters and a batch, in as many microbatches as a training step."""
+def jit_train_step(
+    graphdef: nnx.GraphDef[Decoder],
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    accumulation: int = 1,
+    seed: int = 0,
+    *,
+    skip_bad: bool = False,
+    spike_factor: float | None = None,
+) -> jax.stages.Wrapped:
+    """Jit `seeded_step` for the shardings of `abstract`, donating the state it is given."""
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    step = seeded_step(graphdef, optimizer, accumulation, skip_bad=skip_bad, spike_factor=spike_factor)
+    return jax.jit(lambda state, batch: step(state, batch, seed), donate_argnums=0, out_shardings=(shardings, None))
+
+
+def total_loss(graphdef: nnx.GraphDef[Decoder], accumulation: int = 1) -> Callable[[nnx.State, Batch], jax.Array]:
+    """Return `total_nll` as a function of parameters and a batch, in as many microbatches as a training step."""
 
     def validation(params: nnx.State, batch: Batch) -> jax.Array:
         return _over_microbatches(lambda rows: total_nll(graphdef, params, rows), batch, accumulation, jnp.float32(0))
 
-    return jax.jit(validation)
+    return validation
+
+
+def jit_validation(graphdef: nnx.GraphDef[Decoder], accumulation: int = 1) -> jax.stages.Wrapped:
+    """Jit `total_loss`."""
+    return jax.jit(total_loss(graphdef, accumulation))
