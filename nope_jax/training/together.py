@@ -1,7 +1,8 @@
 """Training many small models at once: models of one shape take their steps together, in one program.
 
-The step of `train` is vmapped over runs, which differ in their seeds and in the examples they read, and the runs are
-spread over the devices. Every run has its own workdir, as `train` writes it, and either of the two continues it.
+The step of `train` is mapped over runs, which differ in their seeds and in the examples they read, and the runs are
+spread over the devices (of a CPU, as many as `--xla_force_host_platform_device_count` in XLA_FLAGS says). Every run has
+its own workdir, as `train` writes it, and either of the two continues it.
 
 N runs.
 """
@@ -94,7 +95,7 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
         Interrupted: as `train`; all runs are saved.
     """
     clock = GoodputTimer()
-    _check_alike(runs)
+    check_alike(runs)
     config = runs[0][0]
     devices = jax.devices()
     one = make_mesh(MeshConfig(), devices[:1])
@@ -189,7 +190,12 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
         raise FloatingPointError("; ".join(diverged))
 
 
-def _check_alike(runs: Sequence[tuple[Config, Any]]) -> None:
+def check_alike(runs: Sequence[tuple[Config, Any]]) -> None:
+    """Check that runs, given by config and workdir, can train together.
+
+    Raises:
+        ValueError: as `train_together`.
+    """
     if jax.process_count() > 1:
         raise ValueError("train_together is for one process")
     if not runs:
@@ -236,9 +242,19 @@ def _open(config, path, load, abstract: TrainState, one: Mesh, clock: GoodputTim
 
 def _for_all(function: Any, spread: NamedSharding) -> Any:
     """A function of one run as a function of stacked ones, each computed where it is."""
+
+    def of_stacked(*stacked: Any) -> Any:
+        if vectorizes(spread.mesh.devices.flat[0]):
+            return jax.vmap(function)(*stacked)
+        return jax.lax.map(lambda one: function(*one), stacked)
+
     spec = spread.spec
-    mapped = jax.vmap(function)
-    return jax.shard_map(mapped, mesh=spread.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.shard_map(of_stacked, mesh=spread.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def vectorizes(device: jax.Device) -> bool:
+    """Whether runs on one device are vectorized; on a CPU, which is slow at batches of matrices, they take turns."""
+    return device.platform != "cpu"
 
 
 def _stacked(trees: Sequence[_Tree], spread: NamedSharding) -> _Tree:

@@ -196,7 +196,7 @@ def test_a_trained_model_is_right_at_every_length_and_interrupted_keeps_its_resu
         assert row["correct"] == row["examples"] and 8 <= count <= 9
         low, high = wilson_interval(count, count)
         assert (float(row["accuracy_low"]), float(row["accuracy_high"])) == pytest.approx((low, high), rel=1e-5)
-    assert len(other) == 4 and {row["correct"] for row in other} == {"0"}
+    assert [row["correct"] for row in other] == ["0"] * 4 + [""] and int(other[4]["examples"]) >= 8
     said = " ".join(capsys.readouterr().out.split())
     assert "untrained cannot be asked say of lengths 5: its learned encoding has 9 positions" in said
     assert "Mean reciprocal ranks" in said and "1 of 1 cells" in said

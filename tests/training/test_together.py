@@ -99,6 +99,7 @@ def test_together_they_come_to_the_same_as_alone(trained, alone, alike, capsys):
 
 def test_stopped_and_not_equally_far_they_go_on_to_the_same_numbers(alike, trained, tmp_path, monkeypatch):
     workdirs = [tmp_path / name for name in "abc"]
+    monkeypatch.setattr(together, "vectorizes", lambda device: True)  # as on an accelerator
     # One run is ahead of the others, trained alone.
     batches = together.train_batches
 
@@ -108,13 +109,12 @@ def test_stopped_and_not_equally_far_they_go_on_to_the_same_numbers(alike, train
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(
-        "nope_jax.training.loop.train_batches",
-        lambda data, process_index, process_count, **given: stopping(data, **given),
-    )
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(
+            "nope_jax.training.loop.train_batches",
+            lambda data, process_index, process_count, **given: stopping(data, **given),
+        )
         train(alike[1], workdirs[1])
-    monkeypatch.undo()
     calls = []
 
     def stop_later(signals, step):

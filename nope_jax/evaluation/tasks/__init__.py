@@ -35,7 +35,8 @@ COLUMNS = (
 """Columns of tasks.csv, one row per run and length of the task.
 
 `distribution` is `in` for lengths of training and `out` for others; `accuracy_low` and `accuracy_high` are the 95 %
-Wilson interval. `correct_scratchpads` counts answers of which every step is right; empty without a scratchpad."""
+Wilson interval. These and `correct` are empty if the encoding does not support the length. `correct_scratchpads` counts
+answers of which every step is right; it is empty without a scratchpad."""
 PAPER_RANKS = {"nope": 0.687, "t5": 0.549, "alibi": 0.502, "rope": 0.330, "sinusoidal": 0.215}
 """Mean reciprocal ranks of the paper, of five encodings on 17 splits without scratchpads."""
 
@@ -55,12 +56,13 @@ class Exam:
     """The lengths of training: of the run, or of the paper if the run was trained on something else."""
     questions: Mapping[int, Sequence[Question]]
     """The questions of each length that the encoding of the run supports."""
-    refused: Sequence[int]
-    """The lengths that it does not support."""
+    refused: Mapping[int, int]
+    """The number of questions of each length that it does not support: all of them count as wrong."""
 
     @property
-    def longest(self) -> int:
-        return max(question.positions for asked in self.questions.values() for question in asked)
+    def beyond(self) -> set[int]:
+        """The lengths out of distribution."""
+        return {*self.questions, *self.refused} - self.trained
 
 
 def plan(options: Options) -> "TaskAccuracy":
@@ -103,7 +105,7 @@ def _exam(run: Run[Answers], lengths: Sequence[int], settings: TasksConfig) -> E
             f"--lengths: {run.name} can be asked none of them: its {run.encoding} encoding has {run.max_length:,} "
             f"positions, and task:{source} takes {min(longest.values()):,} or more"
         )
-    refused = [length for length in possible if length not in questions]
+    refused = {length: len(asked) for length, asked in possible.items() if length not in questions}
     return Exam(task, source, load_tokenizer(data.tokenizer), trained, questions, refused)
 
 
@@ -186,6 +188,10 @@ class TaskAccuracy(Evaluation):
                 what = (run.name, run.encoding, exam.source, format, run.config.train.seed, length, where)
                 shares = (count, correct, correct / count, *wilson_interval(correct, count))
                 yield (*what, *shares, None if format == "none" else int(answers.scratchpad.sum()))
+            for length, count in exam.refused.items():
+                where = "in" if length in exam.trained else "out"
+                what = (run.name, run.encoding, exam.source, format, run.config.train.seed, length, where)
+                yield (*what, count, *[None] * 5)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         yield "tasks.png", draw(self.examined)
@@ -220,25 +226,22 @@ def _path(out: Path, run: Run[Answers], exam: Exam, length: int) -> Path:
     return out / "measured" / f"{name}.npz"
 
 
-def _total(run: Run[Answers], lengths: Collection[int]) -> tuple[int, int]:
+def _total(run: Run[Answers], exam: Exam, lengths: Collection[int]) -> tuple[int, int]:
     """Right answers and questions at some lengths, as far as they are measured."""
     answers = [run.results[length].right for length in lengths if length in run.results]
-    return sum(int(right.sum()) for right in answers), sum(right.size for right in answers)
-
-
-def _beyond(exam: Exam) -> set[int]:
-    return {*exam.questions, *exam.refused} - exam.trained
+    refused = sum(exam.refused.get(length, 0) for length in lengths)
+    return sum(int(right.sum()) for right in answers), refused + sum(right.size for right in answers)
 
 
 def _row(run: Run[Answers], exam: Exam) -> tuple[str, ...]:
     def cell(lengths: Collection[int]) -> str:
-        correct, count = _total(run, lengths)
+        correct, count = _total(run, exam, lengths)
         if not count:
-            return "cannot" if set(lengths) & set(exam.refused) else "-"
+            return "-"
         low, high = wilson_interval(correct, count)
         return f"{100 * correct / count:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
-    return run.name, run.short_encoding, _named(run, exam), cell(exam.trained), cell(_beyond(exam))
+    return run.name, run.short_encoding, _named(run, exam), cell(exam.trained), cell(exam.beyond)
 
 
 def _named(run: Run[Answers], exam: Exam) -> str:
@@ -297,7 +300,7 @@ def rank(
     """
     found: dict[str, dict[Cell, list[float]]] = {}
     for run, exam in examined:
-        correct, count = _total(run, _beyond(exam))
+        correct, count = _total(run, exam, exam.beyond)
         if count and set(run.results) == set(exam.questions):
             cell = (exam.source, run.config.data.scratchpad, run.config.train.seed)
             found.setdefault(run.encoding, {}).setdefault(cell, []).append(correct / count)
@@ -320,7 +323,7 @@ def draw(examined: Sequence[tuple[Run[Answers], Exam]]) -> Figure:
         if trained:
             axes.axvspan(min(trained) - 0.5, max(trained) + 0.5, color="#ededed", linewidth=0)
         for index, encoding in enumerate(encodings):
-            _draw_encoding(axes, [run for run, _ in shown if run.encoding == encoding], index)
+            _draw_encoding(axes, [(run, exam) for run, exam in shown if run.encoding == encoding], index)
         plots.finish(axes, "Length of the task", "Share of right answers")
         axes.set_title(name, fontsize=9)
         axes.set_ylim(-0.03, 1.03)
@@ -332,13 +335,14 @@ def draw(examined: Sequence[tuple[Run[Answers], Exam]]) -> Figure:
     return figure
 
 
-def _draw_encoding(axes: Axes, runs: Sequence[Run[Answers]], index: int) -> None:
-    lengths = sorted({length for run in runs for length in run.results})
+def _draw_encoding(axes: Axes, examined: Sequence[tuple[Run[Answers], Exam]], index: int) -> None:
+    lengths = sorted({length for run, _ in examined for length in run.results})
     if not lengths:
         return
-    totals = [tuple(map(sum, zip(*(_total(run, [length]) for run in runs), strict=True))) for length in lengths]
+    at_lengths = [[_total(run, exam, [length]) for run, exam in examined] for length in lengths]
+    totals = [tuple(map(sum, zip(*at_length, strict=True))) for at_length in at_lengths]
     shares = np.array([correct / count for correct, count in totals])
     ends = np.array([wilson_interval(*total) for total in totals]).T
     style = plots.line_style(index) | {"marker": None}
     bars = np.abs(ends - shares)
-    axes.errorbar(lengths, shares, bars, linewidth=1.4, elinewidth=0.6, label=runs[0].encoding, **style)
+    axes.errorbar(lengths, shares, bars, linewidth=1.4, elinewidth=0.6, label=examined[0][0].encoding, **style)
