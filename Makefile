@@ -3,6 +3,7 @@
 ## make test-all       the slow tests too
 ## make test-oracles   goldens against live PyTorch and transformers
 ## make study          six encodings trained, tuned and measured as in Wang et al. 2024, into docs/study.md
+## make length-study SIZE=small|paper   tasks, encodings and seeds of Kazemnejad et al. 2023, into docs/length_generalization.md
 ## make benchmarks     attention and decoding beside jax.nn, and beside torch where it is installed
 ## make pods           compiles decoders for slices of TPUs, hours of one core: the table of docs/pods.md
 ## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
@@ -16,7 +17,7 @@ CONSTRAINTS := $(wildcard constraints/$(VERSION).txt)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oracles lint study benchmarks pods constraints clean
+.PHONY: help demo test test-all test-oracles lint study length-study benchmarks pods constraints clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -76,6 +77,10 @@ test-oracles: $(BIN)/.installed-test
 
 study: $(BIN)/.installed
 	@$(MAKE) --no-print-directory --jobs 2 --file benchmarks/study/Makefile PYTHON=$(BIN)/python
+
+SIZE ?= small
+length-study: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.length_study.study --size $(SIZE)
 
 benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention
