@@ -69,7 +69,7 @@ def write(page: Path, folder: Path, command: str, tasks: Sequence[str], encoding
         return [share(rows) for own in seeds.values() if (rows := [r for r in own if r["distribution"] == where])]
 
     def mean(values: Sequence[float]) -> str:
-        return f"{100 * sum(values) / len(values):.1f}" if values else "missing"
+        return f"{100 * sum(values) / len(values):.1f}" if values else "-"
 
     scores = {
         encoding: {
@@ -79,13 +79,12 @@ def write(page: Path, folder: Path, command: str, tasks: Sequence[str], encoding
             if (rows := [row for row in own if row["distribution"] == "out"])
         }
         for encoding in encodings
-        if any((task, encoding) in found for task in tasks)
     }
     paper_only = {name: own for name, own in scores.items() if name in PAPER_RANKS}
     (all_ranks, cells), (ranks, paper_cells) = mean_reciprocal_ranks(scores), mean_reciprocal_ranks(paper_only)
 
     def rank(found: Mapping[str, float], name: str) -> str:
-        return f"{found[name]:.3f}" if name in found else ""
+        return f"{found[name]:.3f}" if name in found else "missing" if not found else ""
 
     lines = [
         "# Length generalization",
@@ -117,7 +116,11 @@ def write(page: Path, folder: Path, command: str, tasks: Sequence[str], encoding
     for task in tasks:
         paper = dict(zip(PAPER_RANKS, PAPER.get(task, ()), strict=False))
         cells_of_task = [
-            f"{mean(shares(task, name, 'in'))} / {mean(shares(task, name, 'out'))}"
+            (
+                f"{mean(shares(task, name, 'in'))} / {mean(shares(task, name, 'out'))}"
+                if (task, name) in found
+                else "missing"
+            )
             + (f" [{100 * paper[name]:.1f}]" if name in paper else "")
             for name in encodings
         ]

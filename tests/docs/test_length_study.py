@@ -54,9 +54,15 @@ def test_the_page_has_the_numbers_the_ranks_and_what_is_missing(tmp_path):
     assert "| nope | 0.687 | 0.500 | 0.500 |" in lines and "| alibi | 0.502 | 1.000 | 1.000 |" in lines
     assert "| learned |  |  | 0.333 |" in lines
     assert "| copy | 100.0 / 75.0 [98.6] | 100.0 / 100.0 [28.9] | 100.0 / 0.0 |" in lines
-    assert "| scan | missing / missing [79.7] | missing / missing [43.8] | missing / missing |" in lines
+    assert "| scan | missing [79.7] | missing [43.8] | missing |" in lines
     assert lines[-5:-2] == ["| encoding | 2 | 21 |", "| --- | --- | --- |", "| nope | 100 | 75 |"]
     assert lines[-2:] == ["| alibi | 100 | 100 |", "| learned | 100 | 0 |"]
+
+
+def test_ranks_wait_for_all_encodings(tmp_path):
+    report(tmp_path / "reports" / "1", [("copy-nope-0", 21, "out", 4, 3)])
+    page.write(tmp_path / "page.md", tmp_path, "make it", ["copy"], ["nope", "alibi"])
+    assert "| nope | 0.687 | missing | missing |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_time_is_estimated_by_a_few_steps(tmp_path, monkeypatch):
