@@ -748,3 +748,12 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(folder, tmp
     said = capsys.readouterr().err.splitlines()  # whoever reads the corpus first is told of the binary file in it
     assert said[-1].startswith("error: ") and message in said[-1] and not any("error" in line for line in said[:-1])
     assert not (tmp_path / "out").exists()
+
+
+def test_no_batch_has_more_rows_than_there_are_documents(folder, tmp_path, monkeypatch):
+    rows = set()
+    place = search.place_batch
+    monkeypatch.setattr(search, "place_batch", lambda batch, mesh: rows.add(len(batch[0])) or place(batch, mesh))
+    words = ["--workdirs", folder / "uniform", "--method", "log-n", "--lengths", 24, "--tune.documents", 2]
+    assert command(monkeypatch, "tune", *words, "--out", tmp_path / "out") == 0
+    assert rows == {2}

@@ -18,7 +18,7 @@ from nope_jax.evaluation.common.report import Section
 from nope_jax.evaluation.common.runs import Run, find_runs, refuse_length
 from nope_jax.evaluation.registry import Options
 from nope_jax.evaluation.tune import report
-from nope_jax.evaluation.tune.methods import new_encoding, refuse_method
+from nope_jax.evaluation.tune.methods import LEARNED, new_encoding, refuse_method
 from nope_jax.evaluation.tune.search import Job, Tuner
 from nope_jax.evaluation.tune.state import read_updates
 
@@ -82,7 +82,10 @@ class Tune(Evaluation):
         """
         (run,) = self.runs
         bar.describe(f"{run.name}: loading")
-        mesh, rows = over_devices(self.job.settings.batch_size)
+        rows = self.job.settings.batch_size
+        if self.job.method not in LEARNED:
+            rows = min(rows, *map(len, self.job.documents.values()))
+        mesh, rows = over_devices(rows)
         model = run.load(mesh)
         self.tuning = self.job.begin(self.command).or_continued(out)
         tuner = Tuner(self.job, self.tuning, mesh, rows, bar)
