@@ -5,6 +5,7 @@
 ## make study          six encodings trained, tuned and measured as in Wang et al. 2024, into docs/study.md
 ## make length-study SIZE=small|paper   tasks, encodings and seeds of Kazemnejad et al. 2023, into docs/length_generalization.md
 ## make benchmarks     attention and decoding beside jax.nn, and beside torch where it is installed
+## make smollm2        a published model read to 32,768 tokens, and extended, into docs/smollm2.md: half an hour
 ## make pods           compiles decoders for slices of TPUs, hours of one core: the table of docs/pods.md
 ## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
 ## make clean          removes environments and caches
@@ -17,7 +18,7 @@ CONSTRAINTS := $(wildcard constraints/$(VERSION).txt)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oracles lint study length-study benchmarks pods constraints clean
+.PHONY: help demo test test-all test-oracles lint study length-study smollm2 benchmarks pods constraints clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -81,6 +82,10 @@ study: $(BIN)/.installed
 SIZE ?= small
 length-study: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.length_study.study --size $(SIZE)
+
+smollm2: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[interop]'
+	@$(MAKE) --no-print-directory --file benchmarks/smollm2/Makefile PYTHON=$(BIN)/python
 
 benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention

@@ -3,18 +3,13 @@
 python -m benchmarks.study.write_page runs/study
 """
 
-import csv
-import datetime
 import json
 import math
-import os
-import platform
 import shutil
 import sys
-from collections import defaultdict
 from pathlib import Path
 
-import jax
+from benchmarks.pages import Curves, date, hardware, number, table
 
 PAGE = Path(__file__).parents[2] / "docs/study.md"
 PICTURE = Path("images/study.png")
@@ -52,42 +47,6 @@ NAMES = {
 TRAINED = tuple(NAMES)[:6]
 
 
-class Curves:
-    """The curves.csv of a report: mean losses and entropies, weighted by tokens."""
-
-    def __init__(self, path: Path):
-        self.rows = defaultdict(list)
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                self.rows[Path(row["run"]).name, int(row["length"])].append(row)
-
-    def lengths(self, run: str) -> list[int]:
-        return sorted(length for name, length in self.rows if name == run)
-
-    def mean(self, run: str, length: int, column: str, start: int = 0, end: int | None = None) -> float:
-        """Mean of a column over the positions in [start, end)."""
-        rows = [
-            row
-            for row in self.rows[run, length]
-            if int(row["position_start"]) >= start and int(row["position_end"]) <= (end or length)
-        ]
-        tokens = [int(row["tokens"]) for row in rows]
-        return sum(float(row[column]) * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
-
-    def perplexity(self, run: str, length: int, start: int = 0, end: int | None = None) -> float:
-        return math.exp(self.mean(run, length, "nll", start, end))
-
-    def holds_to(self, run: str, train_length: int) -> int:
-        """The longest length up to which perplexity stays within 10 % of its value at the training length."""
-        held = train_length
-        for length in self.lengths(run):
-            if length > train_length:
-                if self.perplexity(run, length) > 1.1 * self.perplexity(run, train_length):
-                    break
-                held = length
-        return held
-
-
 def main(runs: Path) -> None:
     config = json.loads((runs / "nope" / "config.json").read_text())
     window, start = Curves(runs / "window" / "curves.csv"), Curves(runs / "start" / "curves.csv")
@@ -116,7 +75,7 @@ The question is that of Wang et al. 2024 ([arXiv 2404.12224](https://arxiv.org/a
 does a model without positions fail, has its attention spread out by then, and does a logit scale help?
 Their model has 1.1 billion parameters and L = 2,048; this one is a thousand times smaller, and its results may differ.
 
-`make study` wrote this page, with its numbers and verdicts: {_date()}, {_hardware()}.
+`make study` wrote this page, with its numbers and verdicts: {date()}, {hardware()}.
 The decoder ([benchmarks/study/decoder.py](../benchmarks/study/decoder.py)) has {model["num_layers"]} layers of
 {model["num_heads"]} heads and width {model["model_dim"]};
 {train["steps"]:,} steps of {data["batch_size"]} x {data["context_length"]} bytes of Python's standard library took
@@ -165,13 +124,13 @@ def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
             "HeadScale beats UniformScale far past L (perplexity at 4 L and 8 L; the paper's are tuned for 4 L, and "
             "9 L against 4 L)",
             "21.1 < 45; 30.4 < 224",
-            "; ".join(f"{_number(head)} against {_number(uniform)}" for head, uniform in scaled.values()),
+            "; ".join(f"{number(head)} against {number(uniform)}" for head, uniform in scaled.values()),
             all(head < uniform for head, uniform in scaled.values()),
         ),
         (
             "Ablation of HeadScale: both parts, without the focus constraint, without the start at the best λ",
             "passkey 81 %, 53 %, 26 %",
-            "perplexity at 8 L " + ", ".join(map(_number, ablation)),
+            "perplexity at 8 L " + ", ".join(map(number, ablation)),
             ablation == sorted(ablation),
         ),
     ]
@@ -182,7 +141,7 @@ def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
 
 {verdict}
 
-{_table(("finding", "Wang et al.", "here", "agrees"), body)}
+{table(("finding", "Wang et al.", "here", "agrees"), body)}
 """
 
 
@@ -190,7 +149,7 @@ def _past_the_length(window: Curves, length: int) -> str:
     lengths = [k * length for k in STRETCHES]
     body = []
     for run, name in NAMES.items():
-        numbers = [_number(window.perplexity(run, n)) for n in lengths]
+        numbers = [number(window.perplexity(run, n)) for n in lengths]
         paper = PAPER.get(run, ("", *[""] * len(lengths)))
         body.append((name, *numbers, f"{window.holds_to(run, length) / length:.4g} L", *paper[1:]))
     header = ("run", "L", "2 L", "4 L", "8 L", "holds to", "paper: L", "2 L", "4 L", "8 L")
@@ -201,7 +160,7 @@ eighth), each token scored once: all lengths score the same tokens. Perplexity p
 compare how it changes. "Holds to" is the longest of 1, 1.125, 1.25, 1.5, 2, 4 and 8 L up to which perplexity stays
 within 10 %. The paper's UniformScale was chosen for 4 L, its last HeadScale for 9 L.
 
-{_table(header, body)}
+{table(header, body)}
 """
 
 
@@ -221,7 +180,7 @@ Documents are read from their start, so position and context grow together. Mean
 nats, over the second half of each length; in parentheses its share of the ceiling ln(position + 1), the entropy of
 uniform weights over all positions so far:
 
-{_table(("run", "L", "2 L", "4 L", "8 L"), body)}
+{table(("run", "L", "2 L", "4 L", "8 L"), body)}
 """
 
 
@@ -245,7 +204,7 @@ def _uniform(tuned: dict, length: int) -> str:
 The λ with the lowest loss at the target length, on documents of the training split read from their start (nats per
 byte; `eval.py tune --method uniform`). The paper's fit is λ = 1 + 0.397 ln s at s times L.
 
-{_table(header, body)}
+{table(header, body)}
 """
 
 
@@ -256,7 +215,7 @@ def _heads(window: Curves, tuned: dict, length: int) -> str:
         factors = [factor for layer in result["learned"]["factors"] for factor in layer]
         outcome = _last(result)
         cells = (f"{result['start']:.2f}", f"{min(factors):.2f} to {max(factors):.2f}", f"{outcome['loss_before']:.3f}")
-        perplexity = _number(window.perplexity(run, 8 * length))
+        perplexity = number(window.perplexity(run, 8 * length))
         body.append((NAMES[run], *cells, f"{outcome['loss_after']:.3f}", perplexity))
     header = ("run", "started at", "factors", "loss before", "loss after", "perplexity at 8 L")
     starts = ("nope-head-8x", "nope-head-8x-from-one")
@@ -268,7 +227,7 @@ def _heads(window: Curves, tuned: dict, length: int) -> str:
 the paper's settings); losses in nats per byte at that length. Started at the best λ and at 1, the {len(best)} factors
 for 8 L end at most {apart:.2f} apart (the paper learns 704).
 
-{_table(header, body)}
+{table(header, body)}
 """
 
 
@@ -304,31 +263,6 @@ def _training_minutes(metrics: Path, config: dict) -> float:
     tokens = config["train"]["log_every"] * config["data"]["batch_size"] * config["data"]["context_length"]
     lines = map(json.loads, metrics.read_text().splitlines())
     return sum(tokens / line["tokens_per_second"] for line in lines if "tokens_per_second" in line) / 60
-
-
-def _hardware() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{os.cpu_count()} cores ({model}), jax {jax.__version__}"
-
-
-def _date() -> str:
-    return datetime.date.today().isoformat()
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
-
-
-def _table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

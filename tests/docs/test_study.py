@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pages import Curves
 from benchmarks.study import write_page
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ def curves(path, losses, entropies=lambda run, start: 1.0):
             edges = [0, *[2**k for k in range(6, 11) if 2**k <= length]]
             for start, end in itertools.pairwise(edges):
                 writer.writerow((run, length, start, end, end - start, nll, entropies(run, start)))
-    return write_page.Curves(path)
+    return Curves(path)
 
 
 def test_the_page_reads_what_the_recipe_makes():
