@@ -5,7 +5,7 @@
 ## make study          six encodings trained, tuned and measured as in Wang et al. 2024, into docs/study.md
 ## make length-study SIZE=small|paper   tasks, encodings and seeds of Kazemnejad et al. 2023, into docs/length_generalization.md
 ## make benchmarks     attention and decoding beside jax.nn, and beside torch where it is installed
-## make smollm2        a published model read to 32,768 tokens, and extended, into docs/smollm2.md: half an hour
+## make smollm2        a published model read to 32,768 tokens, extended and tested, into docs/smollm2.md
 ## make pods           compiles decoders for slices of TPUs, hours of one core: the table of docs/pods.md
 ## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
 ## make clean          removes environments and caches
