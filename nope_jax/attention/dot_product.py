@@ -53,7 +53,7 @@ def dot_product_attention(
     chunk_size: int | None = None,
     segment_ids: Integer[ArrayLike, "B T"] | tuple[Integer[ArrayLike, "B T"], Integer[ArrayLike, "B S"]] | None = None,
     logit_scale: Float[ArrayLike, ""] | Float[ArrayLike, "N"] | Float[ArrayLike, "#B #N T"] | None = None,
-    scale: float | None = None,
+    qk_scale: float | None = None,
     softcap: float | None = None,
     implementation: str | Sequence[str] | None = None,
     return_stats: bool = False,
@@ -85,7 +85,7 @@ def dot_product_attention(
         chunk_size: Mask keys outside the query's chunk of `chunk_size` positions; chunks start at position 0.
         segment_ids: Mask keys of other segments than the query's; a pair if queries and keys have different segments.
         logit_scale: Factor of the content logits.
-        scale: Factor of q·k in place of 1/√H.
+        qk_scale: Factor of q·k in place of 1/√H.
         softcap: Cap of the scaled content logits: softcap · tanh(logit / softcap), before `logit` is added (Gemma 2).
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
             T·S (differentiable once, in reverse mode). Of several names, the first that supports the call is used.
@@ -122,7 +122,7 @@ def dot_product_attention(
         value_term,
         mask_spec,
         logit_scale=logit_scale,
-        scale=scale,
+        qk_scale=qk_scale,
         softcap=softcap,
         implementation=implementation,
         return_stats=return_stats,
@@ -139,7 +139,7 @@ def attend(
     mask_spec: MaskSpec,
     *,
     logit_scale: Any = None,
-    scale: float | None = None,
+    qk_scale: float | None = None,
     softcap: float | None = None,
     sink: Float[Array, "N"] | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -147,8 +147,8 @@ def attend(
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
     """`dot_product_attention` on validated arrays and a `MaskSpec`, with an encoding's sink."""
-    positive(scale=scale, softcap=softcap)
-    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale)
+    positive(qk_scale=qk_scale, softcap=softcap)
+    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, qk_scale)
     call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats, softcap
     backend = choose(implementation, *call)
     if query.shape[1] and key.shape[1]:
@@ -169,15 +169,15 @@ def attend_weights(
     mask_spec: MaskSpec,
     *,
     logit_scale: Any = None,
-    scale: float | None = None,
+    qk_scale: float | None = None,
     softcap: float | None = None,
     sink: Float[Array, "N"] | None = None,
     return_stats: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Any:
     """The attention weights of `attend`: [B, N, T, S], float32."""
-    positive(scale=scale, softcap=softcap)
-    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale)
+    positive(qk_scale=qk_scale, softcap=softcap)
+    factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, qk_scale)
     weights, entropy, logsumexp = _weights(query, factor, key, logit, mask_spec, precision, softcap)
     if sink is not None:
         share, entropy, logsumexp = with_sink(entropy, logsumexp, sink)
@@ -185,8 +185,8 @@ def attend_weights(
     return (weights, AttentionStats(entropy, logsumexp)) if return_stats else weights
 
 
-def _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale):
-    """Return logit_scale/√H (or logit_scale · scale) as an array, and the logit in the form that backends evaluate."""
+def _factor_and_logit(query, key, logit, mask_spec, logit_scale, qk_scale):
+    """Return the factor of q·k as an array, and the logit in the form that backends evaluate."""
     (batch, query_length, num_heads, head_dim), key_length = query.shape, key.shape[1]
     if not isinstance(logit, Logit | None):
         raise ValueError(f"logit must be a DistanceLogit, BlockLogit, ScanLogit or None, not a {type(logit).__name__}")
@@ -197,7 +197,7 @@ def _factor_and_logit(query, key, logit, mask_spec, logit_scale, scale):
         values = logit.values(jnp.arange(1 - query_length, key_length))
         logit = DistanceLogit(_Tabulated(1 - query_length), values)
     factor = _logit_scale(logit_scale, batch, num_heads, query_length)
-    return factor / math.sqrt(head_dim) if scale is None else factor * scale, logit
+    return factor / math.sqrt(head_dim) if qk_scale is None else factor * qk_scale, logit
 
 
 # Jitted as a whole, so a call outside jit does not compile operation by operation.

@@ -203,7 +203,7 @@ class Attention(nnx.Module):
 
     def _common(self) -> dict[str, Any]:
         """Keywords of attention that the config sets."""
-        return {"scale": self.config.attention_scale, "softcap": self.config.attention_softcap}
+        return {"qk_scale": self.config.attention_scale, "softcap": self.config.attention_softcap}
 
     def _queries(self, x: Shaped[Array, "B T D"]) -> Shaped[Array, "B T N H"]:
         return self._normed(_to_heads(x, self.query, self.query_bias, "heads"), self.query_norm)

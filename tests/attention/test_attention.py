@@ -99,9 +99,14 @@ COMMON = {
     "logit scale per head": {"logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32)},
     "logit scale per row": {"logit_scale": random(2, 4, LENGTH) + 1.0},
     "logit scale per position": {"logit_scale": np.linspace(0.5, 2.0, LENGTH, dtype=np.float32)[None, None]},
-    "scale": {"scale": 0.8, "logit_scale": 1.7},
+    "scale": {"qk_scale": 0.8, "logit_scale": 1.7},
     "soft cap": {"softcap": 0.4},
-    "soft cap of scaled logits in a mask": {"softcap": 0.4, "scale": 2.0, "logit_scale": 1.7, "mask": INDEX % 3 != 1},
+    "soft cap of scaled logits in a mask": {
+        "softcap": 0.4,
+        "qk_scale": 2.0,
+        "logit_scale": 1.7,
+        "mask": INDEX % 3 != 1,
+    },
     "positions of documents": {
         "query_positions": np.concatenate([np.arange(9), np.arange(12)]),
         "key_positions": np.concatenate([np.arange(9), np.arange(12)]),

@@ -198,7 +198,7 @@ BAD = [
     ("key_positions", np.zeros((3, LENGTH), int)),
     ("segment_ids", np.zeros((2, 5), int)),
     ("logit_scale", np.ones(3)),
-    ("scale", 0.0),
+    ("qk_scale", 0.0),
     ("softcap", -1.0),
 ]
 

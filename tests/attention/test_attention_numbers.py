@@ -96,7 +96,7 @@ TERMS = {
     "block": lambda: {"logit": BlockLogit(block_term, jnp.asarray(random(H)))},
     "scan": lambda: {"logit": CoPE().logit({"embeddings": jnp.asarray(random(5, H))}, None, None)},
     "value": lambda: {"value_term": Shaw(clip=4).value({"values": jnp.asarray(random(9, H))})},
-    "soft cap": lambda: {"softcap": 0.5, "scale": 1.2},
+    "soft cap": lambda: {"softcap": 0.5, "qk_scale": 1.2},
     "soft cap and block": lambda: {"softcap": 0.5, **TERMS["block"]()},
     "soft cap and scan": lambda: {"softcap": 0.5, **TERMS["scan"]()},
 }

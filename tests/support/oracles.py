@@ -38,7 +38,7 @@ def attention(
     chunk_size=None,
     segment_ids=None,
     logit_scale=1.0,
-    scale=None,
+    qk_scale=None,
     softcap=None,
     sink=None,
 ) -> Attention:
@@ -75,7 +75,7 @@ def attention(
             may = may & (query_positions[b, t] // chunk_size == key_positions[b] // chunk_size)
         if not may.any() and sink is None:
             continue
-        content = logit_scale[b, n, t] * (key[b, may, head] @ query[b, t, n]) * (scale or 1 / math.sqrt(H))
+        content = logit_scale[b, n, t] * (key[b, may, head] @ query[b, t, n]) * (qk_scale or 1 / math.sqrt(H))
         if softcap is not None:
             content = softcap * np.tanh(content / softcap)
         logits = content + bias[b, n, t, may]
