@@ -10,11 +10,16 @@ Size, vocabulary, data and schedule are those of configs/gpt2.py, so that shapes
 dataset and tokenizer.json as that file.
 """
 
-from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+import dataclasses
+from pathlib import Path
+
+from nope_jax.config import Config, ModelConfig, load_file
 
 
 def get_config() -> Config:
-    return Config(
+    gpt2 = load_file(Path(__file__).with_name("gpt2.py"))
+    return dataclasses.replace(
+        gpt2,
         model=ModelConfig(
             vocab_size=50_304,
             num_layers=12,
@@ -30,9 +35,4 @@ def get_config() -> Config:
             dtype="bfloat16",
             remat=True,
         ),
-        data=DataConfig(
-            source="tfds:c4/en", tokenizer="tokenizers/gpt2/tokenizer.json", context_length=1024, batch_size=512
-        ),
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=700, accumulation=8),
-        train=TrainConfig(steps=19_000, log_every=10, checkpoint_every=1000, eval_every=1000, eval_batches=8),
     )

@@ -180,16 +180,13 @@ def find_folder(name: str, *, weights: bool = False) -> Path:
     repository, _, revision = name.partition("@")
     patterns = _SETTINGS_FILES + _WEIGHT_FILES * weights
     get = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision or None)
+    needed = "*.safetensors" if weights else "config.json"
     try:
-        cached = Path(get(local_files_only=True))
-    except Exception:  # not cached, in one of the library's many ways to say so
-        pass
-    else:
-        needed = "*.safetensors" if weights else "config.json"
-        if any(cached.glob(needed)):
-            return cached
-    try:
-        return Path(get(allow_patterns=patterns))
+        try:
+            cached = Path(get(local_files_only=True))
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            return Path(get(allow_patterns=patterns))
+        return cached if any(cached.glob(needed)) else Path(get(allow_patterns=patterns))
     except Exception as error:  # the network, the hub and credentials raise various exceptions
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
