@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import sys
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from nope_jax.compiled import drop_broken, keep_compiled
 from nope_jax.config import (
     GROUPS,
     HINTS,
@@ -40,32 +42,44 @@ from nope_jax.errors import is_refusal
 from nope_jax.evaluation.registry import EVALUATIONS, Options
 from nope_jax.paths import Location, is_published, location, on_disk
 
+DEBUG = "--debug"
+"""The option of every command that shows the traceback of an error that is otherwise one line."""
+
 
 def run(command: Callable[[], None]) -> int:
     """Run a command and return its exit status; report an expected error as one line on stderr.
 
     0: success. 1: an unexpected error, or one in the user's own code, with its traceback. 2: invalid input (rejected by
     a check of this package), or a file system error. 4: training diverged. 128 + n: stopped by signal n (130 is
-    Ctrl-C). A process of a multi-process run may exit with 3, see `nope_jax.distributed`.
+    Ctrl-C). A process of a multi-process run may exit with 3, see `nope_jax.distributed`. With DEBUG among the
+    arguments, the line of an error comes after its traceback.
     """
     _keep_freed_memory()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    keep_compiled()
+    warnings.showwarning = _warn
+    debug = DEBUG in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != DEBUG]
     try:
         command()
     except KeyboardInterrupt as stop:
         _say(str(stop) if stop.args else "interrupted")
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except FloatingPointError as error:
-        return _fail(str(error), status=DIVERGED)
+        return _fail(str(error), status=DIVERGED, debug=debug)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 128 + signal.SIGPIPE
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status=2)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status=2, debug=debug)
     except ValueError as error:
         if not is_refusal(error):
             raise
-        return _fail(str(error), status=2)
+        return _fail(str(error), status=2, debug=debug)
     return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    if not drop_broken(str(message)):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _keep_freed_memory() -> None:
@@ -96,7 +110,10 @@ def _stdout_is_closed() -> bool:
     return closed
 
 
-def _fail(message: str, *, status: int) -> int:
+def _fail(message: str, *, status: int, debug: bool) -> int:
+    """Report the error that is being handled as one line, with `debug` after its traceback; return the status."""
+    if debug:
+        traceback.print_exc()
     _say(f"error: {' '.join(message.split())}")
     return status
 
@@ -210,6 +227,23 @@ def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None]:
     if values.trust_code and not is_published(values.workdir):
         load(values.workdir, trust_code=True)  # this process trusts the code from here on
     return values.workdir, values.out, values.family
+
+
+def parse_plot(arguments: Sequence[str]) -> tuple[tuple[Path, ...], Path, Literal["step", "tokens"]]:
+    """Parse the command line of `python -m nope_jax.plot`; return the workdirs, the figure's path, and its x axis.
+
+    Raises:
+        ValueError: an argument is invalid; the message is one line.
+    """
+    options: dict[str, tuple[Any, str]] = {
+        "workdirs": (tuple[Path, ...], "The runs to draw, which may come first, without the name of the option."),
+        "out": (Path | None, "The figure to write, losses.png if not given."),
+        "x": (Literal["step", "tokens"] | None, "What the horizontal axis shows; steps if not given."),
+    }
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--workdirs", *arguments]
+    values, _ = _parse(arguments, options, {}, "Draws the training and validation losses of runs by step.")
+    return values.workdirs, values.out or Path("losses.png"), values.x or "step"
 
 
 def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
@@ -336,7 +370,7 @@ def _parse(
         with contextlib.redirect_stderr(complaint):
             parsed: Any = tyro.cli(
                 dataclasses.make_dataclass("Arguments", fields, kw_only=True),
-                description=description,
+                description=f"{description} {DEBUG}: show the traceback of any error.",
                 args=arguments,
                 use_underscores=True,
                 config=(tyro.conf.FlagConversionOff,),

@@ -220,3 +220,18 @@ def test_parse_eval_tells_what_was_given():
 def test_parse_eval_refuses(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         parse_eval(arguments.split())
+
+
+def test_debug_shows_the_traceback_before_the_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--workdir", "x", "--debug"])
+
+    def command():
+        assert sys.argv == ["train.py", "--workdir", "x"]
+        parse_eval(["--workdirs", "x", "--lengths", "0", "--out", "y"])
+
+    assert run(command) == 2
+    *before, last = capsys.readouterr().err.splitlines()
+    assert before[0] == "Traceback (most recent call last):" and any("in parse_eval" in line for line in before)
+    assert last == "error: --lengths must be at least 1, not 0"
+    assert run(command) == 2  # without the option, which is gone from sys.argv: the line alone
+    assert capsys.readouterr().err == f"{last}\n"

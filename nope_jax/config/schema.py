@@ -164,6 +164,8 @@ class TrainConfig:
     """With on_bad_step skip: the maximum number of consecutive bad steps; one more stops the run."""
     tensorboard: bool = False
     """Also write the metrics to WORKDIR/tensorboard (pip install tensorboardX)."""
+    wandb: bool = False
+    """Also send the metrics to Weights & Biases (pip install wandb), to the project in $WANDB_PROJECT."""
     profile_steps: int = 0
     """Profile this many steps, soon after the start, and write the trace to WORKDIR/profile."""
 

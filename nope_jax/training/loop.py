@@ -153,6 +153,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             if evaluates:  # after the save, which evaluation must not delay: a run resumed from there logs it
                 evaluate(step, state.params)
         checkpointer.wait()  # while signals are still caught
+        record.flush()
+        record.finished(steps)
 
 
 def evaluates_after(step: int, config: Config) -> bool:

@@ -23,12 +23,11 @@ neither a step nor one of these losses (logging, starting and stopping a trace) 
 there is one line of `step` and `validation_loss` (nats per token) every `train.eval_every` steps and after the last. If
 a checkpoint is saved at the same step, it is saved first; a run that ends in between computes the loss when resumed.
 
-With `train.tensorboard`, the same numbers go to `<workdir>/tensorboard`. With `train.profile_steps`, a trace of a few
-steps goes to `<workdir>/profile`; view it in XProf, or its trace.json.gz in Perfetto (ui.perfetto.dev).
+The same numbers go to the trackers that `train` asks for (`training/trackers.py`). With `train.profile_steps`, a trace
+of a few steps goes to `<workdir>/profile`; view it in XProf, or its trace.json.gz in Perfetto (ui.perfetto.dev).
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -47,6 +46,7 @@ from nope_jax.config import Config
 from nope_jax.paths import Location, write_whole
 from nope_jax.training.flops import chip_of, model_flops_per_token
 from nope_jax.training.optimizer import learning_rate_schedule
+from nope_jax.training.trackers import TRACKERS, Tracker, check_trackers
 
 Activity = Literal["startup", "compile", "step", "input", "validation", "save", "other"]
 
@@ -146,12 +146,16 @@ def _is_up_to(line: str, step: int) -> bool:
         return False
 
 
-def has_validation(workdir: Location, step: int) -> bool:
-    """Whether the log in `workdir` has the validation loss of this step."""
+def read_lines(workdir: Location) -> list[dict[str, float]]:
+    """The complete lines of the log in `workdir`; none if there is no log."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if _is_up_to(line, step)]
-    return any(line.keys() <= {"step", "validation_loss"} for line in found if line["step"] == step)
+    return [json.loads(line) for line in lines if _is_up_to(line, sys.maxsize)]
+
+
+def has_validation(workdir: Location, step: int) -> bool:
+    """Whether the log in `workdir` has the validation loss of this step."""
+    return any(line.keys() <= {"step", "validation_loss"} for line in read_lines(workdir) if line["step"] == step)
 
 
 def check_can_record(config: Config, workdir: Location) -> None:
@@ -163,8 +167,7 @@ def check_can_record(config: Config, workdir: Location) -> None:
     for name in "tensorboard", "profile_steps":
         if getattr(config.train, name) and not isinstance(workdir, Path):
             raise ValueError(f"train.{name} needs a workdir on a disk, not {workdir}")
-    if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError("train.tensorboard needs a package that is not installed: pip install tensorboardX")
+    check_trackers(config)
 
 
 class MetricWriter:
@@ -214,14 +217,11 @@ class MetricWriter:
             path = workdir / "metrics.jsonl" if is_main else Path(os.devnull)
             self._log = (MetricsLog if isinstance(path, Path) else BucketMetricsLog)(path, start=start)
             stack.callback(self._log.close)
-            self._tensorboard = None
-            if config.train.tensorboard and is_main:
-                from tensorboardX import SummaryWriter  # optional
-
-                # Readers drop the steps from `purge_step` on that an earlier process wrote.
-                directory, suffix = str(workdir / "tensorboard"), f".{start}"
-                self._tensorboard = SummaryWriter(directory, purge_step=start + 1, filename_suffix=suffix)
-                stack.callback(self._tensorboard.close)
+            self._trackers: list[Tracker] = []
+            for name, tracker in TRACKERS.items():
+                if getattr(config.train, name) and is_main:
+                    self._trackers.append(tracker(config, workdir, start=start))
+                    stack.callback(self._trackers[-1].close)
             stack.callback(self._end_trace)
             # A thread waits for the devices to record when they finish, so the loop does not have to.
             self._watcher = stack.enter_context(ThreadPoolExecutor(1))
@@ -302,6 +302,18 @@ class MetricWriter:
         self._write(step, {"validation_loss": loss})
         self._say(f"step {step}: validation loss {loss:.4f}")
 
+    def finished(self, step: int) -> None:
+        """Report the end of the run, after its last step: what it has read, this process's time, its best loss."""
+        losses = {
+            line["step"]: line["validation_loss"] for line in read_lines(self._workdir) if "validation_loss" in line
+        }
+        best = min(losses, key=losses.__getitem__)
+        self._say(
+            f"finished: {step:,} steps, {step * self._tokens_per_step:,} tokens, "
+            f"{tqdm.format_interval(sum(self._clock.read().values()))} in this process, lowest validation loss "
+            f"{losses[best]:.4f} at step {best}; {self._workdir} has config.json, metrics.jsonl and checkpoints"
+        )
+
     def _rate(self, step: int, seconds: Mapping[Activity, float]) -> float:
         """Tokens per second of training since the last reading."""
         logged_step, logged = self._logged
@@ -326,9 +338,8 @@ class MetricWriter:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         self._log.write(step, values)
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def _say(self, message: str) -> None:
         if jax.process_index() or self._quiet:

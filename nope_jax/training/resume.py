@@ -32,6 +32,7 @@ MAY_CHANGE = frozenset(
         "train.spike_factor",
         "train.max_skipped",
         "train.tensorboard",
+        "train.wandb",
         "train.profile_steps",
         *(name for name in HINTS if name.startswith(("mesh.", "eval."))),
     }

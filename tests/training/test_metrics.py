@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import struct
 import sys
 import threading
 import warnings
@@ -21,11 +20,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, cli
+from nope_jax import Decoder
 from nope_jax.config import Config, DataConfig, ModelConfig, TrainConfig, override
 from nope_jax.data import Batch
 from nope_jax.encodings import Chunked, NoPE, Windowed
-from nope_jax.training import metrics, train
+from nope_jax.training import metrics
 from nope_jax.training.flops import CHIPS, Chip, chip_of, model_flops_per_token
 from nope_jax.training.metrics import GoodputTimer, MetricWriter
 from nope_jax.training.step import total_nll
@@ -303,46 +302,3 @@ def test_a_trace_holds_the_steps_asked_for(tmp_path):
 def test_more_steps_than_there_are_cannot_be_traced():
     with pytest.raises(ValueError, match="train.profile_steps must be at most train.steps 100, not 101"):
         override(CONFIG, {"train.profile_steps": 101})
-
-
-def events(directory: Path) -> list:
-    """The records of TensorBoard's files, oldest file first."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack_from("<Q", data)  # length, its checksum, the record, its checksum
-            found.append(Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return found
-
-
-def test_tensorboard_holds_what_the_lines_hold(tmp_path):
-    config = override(CONFIG, {"train.tensorboard": True})
-    with open_record(config, tmp_path)[0] as record:
-        record.step(2, VALUES)
-        record.validation(2, 2.5)
-        record.step(4, VALUES)
-    with open_record(config, tmp_path, start=2)[0] as record:
-        record.step(4, VALUES | {"loss": 1.5})
-    written = events(tmp_path / "tensorboard")
-    scalars = {(event.step, value.tag): value.simple_value for event in written for value in event.summary.value}
-    logged = {
-        (line["step"], name): number for line in lines(tmp_path) for name, number in line.items() if name != "step"
-    }
-    assert scalars == pytest.approx(logged)
-    # What the first process wrote of step 4 is to be forgotten.
-    assert [event.step for event in written if event.session_log.status == event.session_log.START] == [1, 3]
-
-
-def test_tensorboard_without_its_package_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    config = override(CONFIG, {"train.tensorboard": True})
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `run` sets
-    assert cli.run(lambda: train(config, tmp_path / "run")) == 2
-    assert capsys.readouterr().err.startswith(
-        "error: train.tensorboard needs a package that is not installed: pip install"
-    )
-    assert not (tmp_path / "run").exists()
