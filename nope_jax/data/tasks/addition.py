@@ -37,11 +37,13 @@ class Addition(Task):
 
     def steps(self, instance: tuple[int, int]) -> tuple[Step, ...]:
         first, second = instance
+        texts = spaced(first), spaced(second)
         columns = len(str(max(first, second)))
         steps, carry = [], 0
-        for left in reversed(range(columns)):
+        for column in range(1, columns + 1):
             (first, a), (second, b) = divmod(first, 10), divmod(second, 10)
-            steps.append(_step(a, b, carry, f"{spaced(first)} + {spaced(second)}" if left else " + "))
+            left, right = [text[: -2 * column] or "0" for text in texts]  # without a digit and a space for each column
+            steps.append(_step(a, b, carry, f"{left} + {right}" if column < columns else " + "))
             carry = (a + b + carry) // 10
         if carry:
             steps.append(_step(0, 0, carry, " + "))

@@ -68,11 +68,11 @@ class Lego(Task):
     def steps(self, instance: Chain) -> tuple[Step, ...]:
         names, clauses, signs = instance.names, instance.clauses(), ["", *instance.signs()]
         values = [VALUES[value] for value in instance.values]
-        steps = []
+        steps, remaining = [], [clauses[i] for i in instance.order]
         for i in range(instance.query + 1):
             computation = f"{signs[i]} {names[i - 1]} = {signs[i]} {values[i - 1]}" if i else ""
-            remaining = ", ".join([clauses[j] for j in instance.order if j > i])
-            steps.append(Step(names[i], computation, values[i], None, remaining))
+            remaining.remove(clauses[i])
+            steps.append(Step(names[i], computation, values[i], None, ", ".join(remaining)))
         return tuple(steps)
 
 

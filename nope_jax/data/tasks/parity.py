@@ -28,9 +28,9 @@ class Parity(Task):
         return source, f"The answer is {'No' if sum(instance) % 2 else 'Yes'}."
 
     def steps(self, instance: list[int]) -> tuple[Step, ...]:
-        steps, parity = [], 0
+        steps, parity, bits = [], 0, ", ".join(map(str, instance))
         for i, bit in enumerate(instance, 1):
             computation, parity = f"{bit} ** par = {bit} ** {parity}", bit ^ parity
-            remaining = f"[ {', '.join(map(str, instance[i:]))} ]"
+            remaining = f"[ {bits[3 * i :]} ]"  # a bit has three characters there
             steps.append(Step(str(bit), computation, str(parity), f"par: {parity}", remaining))
         return tuple(steps)

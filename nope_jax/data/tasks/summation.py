@@ -28,11 +28,10 @@ class Summation(Task):
         return f"Compute: {' + '.join(map(str, instance))} .[SEP] ", f"The answer is {sum(instance) % 10} ."
 
     def steps(self, instance: list[int]) -> tuple[Step, ...]:
-        steps, total = [], 0
+        steps, total, digits = [], 0, " + ".join(map(str, instance))
         for i, digit in enumerate(instance, 1):
             output = spaced(digit + total)
             computation, total = f"{digit} + sum = {digit} + {total} =", (digit + total) % 10
-            steps.append(
-                Step(str(digit), computation, output, f"sum: {output} = {total}", " + ".join(map(str, instance[i:])))
-            )
+            remaining = digits[4 * i :]  # a digit has four characters there
+            steps.append(Step(str(digit), computation, output, f"sum: {output} = {total}", remaining))
         return tuple(steps)
