@@ -1,5 +1,7 @@
 """Similarity of the attention of two runs, and the attention distance of their heads (`eval.py similarity`).
 
+Runs that were trained on a task are compared on its examples instead, by length: see `examples`.
+
 Shapes: T length (queries and keys), L layers, N heads of the first run, M heads of the second. Distances in nats.
 Layers and heads are numbered from 0.
 """
@@ -11,17 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from nope_jax.data import load_corpus
-from nope_jax.encodings import unskew
+from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.evaluation.common.console import Bar, plural
@@ -33,6 +33,8 @@ from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import Run, find_runs, refuse_differing, refuse_length
 from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
 from nope_jax.evaluation.registry import Options
+from nope_jax.evaluation.similarity.distances import head_distances, weight_by_distance
+from nope_jax.evaluation.similarity.examples import ExampleSimilarity, plan_examples
 from nope_jax.models import Decoder
 
 COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_distance_stderr documents"
@@ -43,45 +45,6 @@ COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_dista
 empty for a single document. The closest heads are selected on the same documents; their distance on others is somewhat
 larger."""
 HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
-
-
-@jax.jit
-def head_distances(p: Float[Array, "N T T"], q: Float[Array, "M T T"]) -> Float[Array, "N M"]:
-    """Distances between the heads of two layers, in nats: 0 for equal weights, at most ln 2.
-
-    D(P, Q) is the Jensen-Shannon divergence of two heads' attention rows, (KL(P || M) + KL(Q || M)) / 2 with
-    M = (P + Q) / 2, averaged over the queries (Kazemnejad et al. 2023, arXiv 2305.19466, Figure 4). Their code
-    swaps the arguments of the Kullback-Leibler divergence, KL(M || P), which is unbounded, and omits pairs of heads
-    with the same number. This function implements the definition, over all pairs, so its numbers differ from those of
-    their figure.
-
-    Args:
-        p: attention weights, query by key. Rows sum to 1; of rows with a sink, the term of the sink is left out.
-        q: attention weights of the other layer.
-    """
-
-    def from_all(head: Float[Array, "T T"]) -> Float[Array, "M"]:
-        both = _relative_to_mean(head, q) + _relative_to_mean(q, head)
-        return jnp.clip(both.sum(-1).mean(-1) / 2, 0, math.log(2))
-
-    return jax.lax.map(from_all, p)  # one head at a time: the peak memory is a few [M, T, T]
-
-
-def _relative_to_mean(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x ln(x / mean of x and y), 0 where x is 0."""
-    some = x >= jnp.finfo(x.dtype).tiny
-    x = jnp.where(some, x, 1.0)
-    # Rounding ruins the logarithm of the ratio where x and y are close, and log1p of the difference where they are not.
-    close = x > y / 3
-    near = jnp.log1p(jnp.where(close, (x - y) / (x + y), 0.0))
-    return jnp.where(some, x * jnp.where(close, near, jnp.log(2 * x / (x + y))), 0.0)
-
-
-@jax.jit
-def weight_by_distance(weights: Float[Array, "N T T"]) -> Float[Array, "N T"]:
-    """Mean weight of the key d tokens before the query, over the queries that have such a key."""
-    length = weights.shape[-1]
-    return unskew(weights).sum(-2)[:, length - 1 :] / (length - jnp.arange(length))
 
 
 def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
@@ -103,30 +66,31 @@ def share_by_band(weight: Float[np.ndarray, "... T"]) -> Float[np.ndarray, "... 
     return np.add.reduceat(share, distance_bands(length)[:-1], axis=-1)
 
 
-def plan(options: Options) -> "Similarity":
+def plan(options: Options) -> "Similarity | ExampleSimilarity":
     """Plans a comparison of two runs, layer by layer, on the same documents (Kazemnejad et al. 2023, Figure 4).
+
+    If they were trained on a task, it is on examples of it, and of the first run with any number of others.
 
     Raises:
         ValueError: there are not exactly two runs, the runs cannot be compared, or no document reaches the length or an
             encoding does not support it.
     """
-    if len(options.workdirs) != 2:
-        raise ValueError(f"--workdirs must be the two runs to compare, not {len(options.workdirs)}")
-    a, b = runs = find_runs(options, ("data.source", "eval.seed"))
+    runs = find_runs(options, ("data.source", "eval.seed"))
+    on_task = runs[0].config.data.source.startswith("task:")
+    if len(runs) != 2 and not (on_task and len(runs) > 2):
+        raise ValueError(f"--workdirs must be the two runs to compare, not {len(runs)}")
     why = ": only runs that read the same tokens can be compared"
-    refuse_differing(runs, ["data.tokenizer"], why, _content)
+    refuse_differing(runs, ["data.tokenizer"], why, tokenizer_digest)
     refuse_differing(runs, ["data.bos", "model.vocab_size"], why)
+    if on_task:
+        return plan_examples(runs, options.settings)
+    a, b = runs
     length = options.settings.length or min(a.train_length, b.train_length)
     refuse_length(runs, length, "--similarity.length")
     corpus = load_corpus(a.config.data, "validation")
     count, seed = options.settings.documents, a.config.eval.seed
     chosen = choose_documents(corpus.lengths, [length], count, seed, option="--similarity.length")
     return Similarity(runs, length, [corpus[int(index)][:length] for index in chosen[length]])
-
-
-def _content(tokenizer: str) -> str | bytes:
-    """Content by which tokenizers are compared, since two paths may hold copies of one file."""
-    return tokenizer if tokenizer == "bytes" else Path(tokenizer).expanduser().read_bytes()
 
 
 @dataclasses.dataclass
