@@ -5,6 +5,7 @@
     python eval.py passkey --workdirs runs/nope runs/nope-head --lengths 256 512 --out runs/report
     python eval.py tasks --workdirs runs/copy-nope runs/copy-rope --out runs/copy-report
     python eval.py ruler --workdirs hf:HuggingFaceTB/SmolLM2-135M --lengths 4096 8192 --out runs/report
+    python eval.py longbench --workdirs runs/nope --lengths 4096 --longbench.path LongBench/data --out runs/report
     python eval.py longppl --workdirs runs/nope --lengths 512 --longppl.short 128 --out runs/report
     python eval.py similarity --workdirs runs/nope runs/t5 --out runs/report
     python eval.py probe --workdirs runs/nope runs/rope --lengths 128 256 --out runs/report

@@ -13,7 +13,6 @@ bad arguments are rejected at once; that is why the settings of an evaluation ar
 """
 
 import dataclasses
-import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,20 +48,51 @@ class PasskeyConfig:
     seed: int = 0
 
 
-RulerTaskName = Literal["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"]
+RulerTaskName = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class RulerConfig:
     """Settings of eval.py ruler (Hsieh et al. 2024, arXiv 2404.06654)."""
 
-    tasks: tuple[RulerTaskName, ...] = typing.get_args(RulerTaskName)
-    """RULER's names of the tasks."""
+    tasks: tuple[RulerTaskName, ...] | None = None
+    """RULER's names of the tasks. None: those that need no file, and those whose files are given."""
+    haystack: Path | None = None
+    """A text to hide needles in (niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue, niah_multiquery)."""
+    questions: tuple[Path, ...] = ()
+    """Questions in the JSON format of SQuAD (qa_1) or HotpotQA (qa_2): one file, or one of each."""
     examples: int = 100
     """Number of examples per task and length; RULER has 500, of which fewer are the first."""
     batch_size: int = 8
     seed: int = 42
     """RULER's is 42."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LongbenchConfig:
+    """Settings of eval.py longbench (Bai et al. 2023, arXiv 2308.14508)."""
+
+    path: Path | None = None
+    """Folder with datasets of LongBench, NAME.jsonl, and, if there, dataset2prompt.json and dataset2maxlen.json."""
+    datasets: tuple[str, ...] | None = None
+    """Names of datasets. None: the English ones and those of code in the folder."""
+    examples: int | None = None
+    """The first so many examples of each dataset. None: all."""
+    batch_size: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +118,7 @@ class SimilarityConfig:
     length: int | None = None
     """Tokens per document. None: the shorter training length of the two runs."""
     documents: int = 16
+    """Number of documents; on a task, number of examples of each length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +190,15 @@ EVALUATIONS = {
         "nope_jax.evaluation.ruler",
         RulerConfig(),
     ),
+    "longbench": Entry(
+        "Measures answers to real tasks over long texts, from a folder in the format of LongBench.",
+        "nope_jax.evaluation.longbench",
+        LongbenchConfig(),
+        lengths=(
+            tuple[int, ...],
+            "The most tokens of a prompt and its answer; longer prompts are cut in the middle.",
+        ),
+    ),
     "longppl": Entry(
         "Measures perplexity over the tokens that need a long context (LongPPL).",
         "nope_jax.evaluation.longppl",
@@ -166,7 +206,7 @@ EVALUATIONS = {
         takes_eval=("documents", "seed", "batch_size"),
     ),
     "similarity": Entry(
-        "Compares the attention of two runs.",
+        "Compares the attention of two runs; on a task, that of a run with any number of others, by length.",
         "nope_jax.evaluation.similarity",
         SimilarityConfig(),
         lengths=None,

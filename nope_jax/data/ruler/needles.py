@@ -1,59 +1,110 @@
-"""Needle in a haystack: the value of one key, among filler or other keys with their values."""
+"""Needles in a haystack: the values of keys, among filler, other keys with their values, or the user's own text."""
 
 import bisect
 import dataclasses
 import functools
 import itertools
+import json
 import random
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
-from nope_jax.data.ruler.task import FILLER, SHORT, Example, RulerTask, first_fitting, largest
+import numpy as np
+
+from nope_jax.data.ruler.task import FILLER, SHORT, Example, RulerTask, first_fitting, largest, read_text
 from nope_jax.data.ruler.words import wonderwords
 from nope_jax.data.tokenizers import Tokenizer
 
 Kind = Literal["words", "numbers", "uuids"]
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-PROMPT = (
-    "A special magic {one} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-    "{one} afterwards.\n{haystack}\n"
-    "What is the special magic {one} for {key} mentioned in the provided text? "
-    "The special magic {one} for {key} mentioned in the provided text is"
+ONE = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards.\n{haystack}\n"
+    "What is the special magic {kind} for {keys} mentioned in the provided text? "
+    "The special magic {kind} for {keys} mentioned in the provided text is"
 )
+"""The prompt that asks for one value, which is called by the singular of its kind."""
+SEVERAL = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the {kind} afterwards.\n{haystack}\n"
+    "What are all the special magic {kind} for {keys} mentioned in the provided text? "
+    "The special magic {kind} for {keys} mentioned in the provided text are"
+)
+DEPTHS = np.linspace(0, 100, 40).round().astype(int).tolist()
+"""Depths of needles in a text, in percent of its sentences."""
+SENTENCE_END = re.compile(r"(?:(?<=[.?!])|(?<=[.?!][\"')\]”’])) +")
+"""What is between two sentences."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Needles(RulerTask):
-    """The haystack has as many lines as fit: filler, or needles with keys of their own."""
+    """The haystack is as long as fits: lines of filler, needles with keys of their own, or words of a text.
 
-    haystack: Literal["filler", "needles"]
+    Text is repeated where it is too short, and needles lie between its sentences. RULER finds these with a model of
+    NLTK, a download; here they end with a point, a question mark or an exclamation mark, so that needles may lie a few
+    sentences elsewhere in a text with abbreviations.
+    """
+
+    haystack: Literal["filler", "needles", "text"]
     keys: Kind
     values: Kind
+    num_keys: int = 1
+    num_values: int = 1
+    """Values of each key."""
+    num_queries: int = 1
+    """Keys asked for."""
+    words: Sequence[str] = dataclasses.field(default=(), repr=False)
+    """Those of the text."""
+    digest: str = ""
+    """Of the text."""
     room = 128
+
+    @property
+    def file(self) -> Literal["haystack"] | None:
+        return "haystack" if self.haystack == "text" else None
+
+    def read(self, path: Path) -> "Needles":
+        if self.file is None:
+            super().read(path)  # which refuses
+        text, digest = read_text(path)
+        if path.suffix == ".json":  # as RULER stores the essays that it downloads
+            try:
+                text = "".join(json.loads(text)["text"])  # a text, or a list of them
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} must be a text, or a JSON object with a field text") from None
+        if not text.strip():
+            raise ValueError(f"{path} has no words")
+        return dataclasses.replace(self, words=tuple(re.sub(r"\s+", " ", text).split(" ")), digest=digest)
 
     def examples(self, tokenizer: Tokenizer, length: int, count: int, seed: int = 42) -> Iterator[Example]:
         rng = random.Random(seed)
 
-        def draw(lines: int) -> Example:
-            key, value = _draw(self.keys, rng), _draw(self.values, rng)
-            if self.haystack == "filler":
-                haystack = [FILLER] * lines
-            else:
-                haystack = [self._needle(_draw(self.keys, rng), _draw(self.values, rng)) for _ in range(lines)]
-            haystack.insert(rng.sample(range(lines), 1)[0], self._needle(key, value))
-            rng.sample(range(1), 1)  # RULER's choice of the one key to ask for
-            one = self.values.removesuffix("s")
-            return Example(PROMPT.format(one=one, haystack="\n".join(haystack), key=key), [value])
+        def draw(size: int) -> Example:
+            keys, values, needles = [], [], []
+            for _ in range(self.num_keys):
+                keys.append(_draw(self.keys, rng))
+                values.append([_draw(self.values, rng) for _ in range(self.num_values)])
+                needles += [self._needle(keys[-1], value) for value in values[-1]]
+            random.Random(seed).shuffle(needles)
+            haystack = self._haystack(size, needles, rng)
+            asked = rng.sample(range(self.num_keys), self.num_queries)
+            *first, last = (keys[i] for i in asked)
+            named = f"{', '.join(first)}, and {last}" if first else last
+            answers = [value for i in asked for value in values[i]]
+            prompt, kind = (SEVERAL, self.values) if len(answers) > 1 else (ONE, self.values.removesuffix("s"))
+            return Example(prompt.format(kind=kind, haystack=haystack, keys=named), answers)
 
         def tokens(example: Example) -> int:
             return len(tokenizer.encode(example.prompt)) + self.room
 
-        step = 5 if length < SHORT else 25
-        per_line = (tokens(draw(step)) - self.room) / step
-        most = max(int(length / per_line * 3), 2 * step)
-        size = largest(lambda lines: tokens(draw(lines)) <= length, step, most)
+        step = 500 if self.haystack == "text" else 5 if length < SHORT else 25
+        per_unit = (tokens(draw(step)) - self.room) / step
+        most = max(int(length / per_unit * 3), 2 * step)
+        size = largest(lambda size: tokens(draw(size)) <= length, step, most)
         for _ in range(count):
             found = first_fitting(draw, tokens, size, step, length)
             if not isinstance(found, Example):
@@ -62,6 +113,22 @@ class Needles(RulerTask):
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(kind=self.values, key=key, value=value)
+
+    def _haystack(self, size: int, needles: list[str], rng: random.Random) -> str:
+        """So many lines or words with the needles in them."""
+        if self.haystack == "text":
+            text = " ".join(itertools.islice(itertools.cycle(self.words), size))
+            sentences = SENTENCE_END.split(text.strip())
+            ends = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
+            parts = [" ".join(sentences[start:end]) for start, end in itertools.pairwise([0, *ends, len(sentences)])]
+            return " ".join([*itertools.chain.from_iterable(zip(parts, needles, strict=False)), parts[-1]])
+        if self.haystack == "filler":
+            lines = [FILLER] * size
+        else:
+            lines = [self._needle(_draw(self.keys, rng), _draw(self.values, rng)) for _ in range(size)]
+        for line, needle in zip(sorted(rng.sample(range(size), len(needles)), reverse=True), needles, strict=True):
+            lines.insert(line, needle)
+        return "\n".join(lines)
 
 
 def _draw(kind: Kind, rng: random.Random) -> str:

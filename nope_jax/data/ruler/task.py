@@ -2,9 +2,11 @@
 
 import abc
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from nope_jax.data.tokenizers import Tokenizer
 
@@ -16,7 +18,7 @@ TRIES = 100
 
 
 class Example(NamedTuple):
-    """A model reads `prompt` and continues it; its score is the share of `answers` that it writes."""
+    """A model reads `prompt` and continues it; `RulerTask.score` compares what it writes with `answers`."""
 
     prompt: str
     answers: Sequence[str]
@@ -33,6 +35,30 @@ class RulerTask(abc.ABC):
     """A task of RULER; a subclass for each script of its code."""
 
     name: str
+
+    @property
+    def file(self) -> Literal["haystack", "questions"] | None:
+        """The file that the user has to give, where RULER downloads one; None: it needs none."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """The name in reports: a task over the user's own text is only in RULER's style."""
+        return self.name if self.file is None else f"{self.name} (RULER-style)"
+
+    @property
+    def available(self) -> int | None:
+        """Number of examples that there are; None: unlimited."""
+        return None
+
+    def read(self, path: Path) -> "RulerTask":
+        """Return this task over the user's own file.
+
+        Raises:
+            ValueError: the file has not the format that the task needs.
+            OSError: it cannot be read.
+        """
+        raise ValueError(f"RULER's {self.name} reads no file")
 
     @property
     @abc.abstractmethod
@@ -53,9 +79,27 @@ class RulerTask(abc.ABC):
             ValueError: the length is too short for the task, or cannot be made.
         """
 
+    def score(self, continuation: str, answers: Sequence[str]) -> float:
+        """The score of a continuation, from 0 to 1."""
+        return score(continuation, answers)
+
     def too_short(self, length: int, needs: int | None = None) -> ValueError:
         least = "" if needs is None else f", whose smallest text and its answer take {needs} tokens of this tokenizer"
         return ValueError(f"length {length} is too short for RULER's {self.name}{least}")
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The text of a file, and the SHA-256 of its bytes.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+        OSError: it cannot be read.
+    """
+    content = Path(path).expanduser().read_bytes()
+    try:
+        return content.decode(), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: byte {error.start} is not") from None
 
 
 def largest(fits: Callable[[int], bool], least: int, most: int) -> int:
