@@ -95,6 +95,7 @@ def test_a_prompt_is_cut_in_its_middle():
     assert cut(tokens, 6).tolist() == [0, 1, 2, 7, 8, 9] and cut(tokens, 5).tolist() == [0, 1, 8, 9]
 
 
+@pytest.mark.slow
 def test_an_untrained_run_answers(folder, tmp_path, monkeypatch):
     words = f"longbench --workdirs {folder}/nope --lengths 64 --longbench.path {folder}/data --out {tmp_path}"
     assert call_eval(monkeypatch, f"{words} --longbench.datasets hotpotqa --longbench.batch_size 6") == 0
