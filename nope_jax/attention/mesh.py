@@ -32,6 +32,15 @@ def ring_size() -> int:
     return axis_sizes().get(LENGTH, 1)
 
 
+def platform() -> str:
+    """The platform that is compiled for, cpu, gpu or tpu: that of the mesh in context, or JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind.lower()
+    if kind:
+        return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
+    return jax.default_backend()
+
+
 _Function = TypeVar("_Function", bound=Callable)
 
 

@@ -38,6 +38,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Shaped
 
+from nope_jax.attention.backends import pallas_tpu
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import BLOCK_SIZE, few_queries
@@ -61,6 +62,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "reference": Backend(reference_attention),
         "streaming": Backend(streaming_attention, in_parts=True),
+        "pallas_tpu": Backend(pallas_tpu.pallas_tpu_attention, pallas_tpu.supports, in_parts=True),
     }
 )
 """The backend of every implementation name."""
