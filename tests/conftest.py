@@ -72,9 +72,11 @@ def stand_ins() -> Iterator[None]:
 def small_blocks() -> Iterator[None]:
     """Blocks of 8, so that short sequences have interior, diagonal, padded and skipped ones."""
     with pytest.MonkeyPatch.context() as patch:
-        row = backends.BACKENDS["streaming"]
-        row = dataclasses.replace(row, attend=functools.partial(row.attend, block_size=8))
-        patch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "streaming": row})
+        table = dict(backends.BACKENDS)
+        for name in "streaming", "pallas_tpu":
+            small = functools.partial(table[name].attend, block_size=8)
+            table[name] = dataclasses.replace(table[name], attend=small)
+        patch.setattr(backends, "BACKENDS", table)
         jax.clear_caches()
         yield
     jax.clear_caches()

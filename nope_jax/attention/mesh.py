@@ -33,12 +33,16 @@ def ring_size() -> int:
 
 
 def platform() -> str:
-    """The platform that is compiled for, cpu, gpu or tpu: that of the mesh in context, or JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = "" if device is None else device.device_kind.lower()
-    if kind:
-        return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
-    return jax.default_backend()
+    """The platform that is compiled for, cpu, gpu or tpu: that of the mesh in context, or of JAX's default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or getattr(jax.config, "jax_default_device", None)
+    name = getattr(device, "platform", device) or jax.default_backend()
+    return name if name in ("cpu", "tpu") else "gpu"
+
+
+def unused_axes() -> tuple[str, ...]:
+    """The Auto axes with several devices, in the mesh in context, over which attention is not sharded here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1 and axis not in axis_sizes())
 
 
 _Function = TypeVar("_Function", bound=Callable)

@@ -55,7 +55,7 @@ def spread_attention(
     ring = in_parts and LENGTH in sizes and query_length == key_length and mask_spec.mask is None
     ring = ring and query_length % sizes[LENGTH] == 0
     split = _Split(rows or None, LENGTH if ring else None, heads)
-    if not any(split):
+    if not any(split) and not (backend.is_kernel and sizes):
         return backend.attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap)
 
     key, value = whole(key), whole(value)

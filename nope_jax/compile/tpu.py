@@ -3,7 +3,9 @@
 The TPU compiler (package libtpu, in the extra "tpu") needs no TPU. Nothing is executed, so times are estimates:
 
 - computing: the compiler's cycle estimate of each operation, including memory traffic, times the trip counts of the
-  loops around it, at the chip's clock. Operations without an estimate (scalars, some copies) count as zero.
+  loops around it, at the chip's clock. Operations without an estimate (scalars, some copies) count as zero. The
+  compiler has none for Pallas kernels; they say their FLOPs and bytes, and take the longer of the two, the FLOPs at
+  `KERNEL_EFFICIENCY`.
 - communicating: the bytes of each collective divided by the bandwidth of the links of its chips along the slice
   dimensions that its groups span. Latency is ignored.
 """
@@ -40,6 +42,9 @@ SLICES = {
 FLOPS_PER_CYCLE = {"v4": 2**18, "v5e": 2**17, "v5p": 2**18, "v6e": 2**19}
 """Bfloat16 matrix FLOPs per chip and cycle. The published peak divided by these gives the clock: 1.05, 1.50, 1.75 and
 1.75 GHz. By the compiler's cycles, a product of two 8192 x 8192 matrices reaches 70 % (v6e) to 93 % of the peak."""
+
+KERNEL_EFFICIENCY = 0.5
+"""Fraction of the peak at which the products of a Pallas kernel are assumed to run. It has not been measured."""
 
 UNKNOWN_CYCLES = 2**63 - 1
 """The compiler writes this value, or a larger one (-1 as an unsigned number), if it has no estimate."""
@@ -95,7 +100,8 @@ def computing(text: str, name: str, length: int) -> float:
         name: Name of the slice.
         length: Length of a chip's part of a sequence, in tokens.
     """
-    return cycles(text, -(-length // BLOCK_SIZE)) * FLOPS_PER_CYCLE[_generation(name)] / chip_of_slice(name).flops
+    generation = _generation(name)
+    return cycles(text, -(-length // BLOCK_SIZE), generation) / _clock(generation)
 
 
 def communicating(found: Sequence[Collective], mesh: Mesh, name: str) -> float:
@@ -122,13 +128,14 @@ def link_shares(found: Sequence[Collective], mesh: Mesh, slice_name: str) -> lis
     return [max(1, links(collective)) / (2 * len(wraps)) for collective in found]
 
 
-def cycles(text: str, blocks: int) -> float:
-    """The TPU compiler's estimate of the cycles of a program.
+def cycles(text: str, blocks: int, generation: str) -> float:
+    """The TPU compiler's estimate of the cycles of a program, and ours of its kernels.
 
     Args:
         text: The compiled program.
         blocks: Number of key blocks in a sequence. The loop over the blocks of a diagonal, inside the loop over
             diagonals, is the only one whose trip count is not in the text; that of the average diagonal is used.
+        generation: Generation of the TPU.
     """
     computations, entry = parse_program(text)
 
@@ -137,6 +144,7 @@ def cycles(text: str, blocks: int) -> float:
         for line in computations[name].values():
             expected = re.search(r'"estimated_cycles":"(\d+)"', line)
             total += int(expected[1]) if expected and int(expected[1]) < UNKNOWN_CYCLES else 0
+            total += kernel_cycles(line, generation)
             if " fusion(" in line:
                 continue  # its cycles include those of its computation
             turns = loop_turns(line, computations, name)
@@ -149,11 +157,26 @@ def cycles(text: str, blocks: int) -> float:
     return within(entry, 1)
 
 
+def kernel_cycles(line: str, generation: str) -> float:
+    """The cycles of a Pallas kernel, from the cost that it states; 0 for any other instruction."""
+    cost = re.search(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"', line)
+    if cost is None:
+        return 0
+    flops, moved = map(int, cost.groups())
+    computing = flops / (KERNEL_EFFICIENCY * FLOPS_PER_CYCLE[generation])
+    return max(computing, moved / CHIPS[generation].memory_bandwidth * _clock(generation))
+
+
 def _blocks_of_a_diagonal(diagonals: float, blocks: int) -> float:
     """The average number of computed blocks per diagonal."""
     if diagonals >= blocks:  # all diagonals are visited, including fully masked ones, whose blocks are skipped
         return blocks * (blocks + 1) / 2 / diagonals
     return blocks - (diagonals + 1) / 2  # below the main diagonal, each has one block less than the one before
+
+
+def _clock(generation: str) -> float:
+    """Cycles per second."""
+    return CHIPS[generation].flops / FLOPS_PER_CYCLE[generation]
 
 
 def _generation(name: str) -> str:

@@ -36,8 +36,8 @@ class ModelConfig:
     """Training length: the rows of a learned position table, and the reference length of evaluation.
 
     None: data.context_length."""
-    attention: Literal["reference", "streaming"] | None = None
-    """Attention implementation. None: chosen by sequence length."""
+    attention: Literal["reference", "streaming", "pallas_tpu"] | None = None
+    """Attention implementation. None: chosen by platform and sequence length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype. Parameters, softmax, entropies and losses are always float32."""
     remat: bool = False

@@ -234,12 +234,24 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_cycles_count_loops_as_often_as_they_turn():
     # Eight blocks of keys have seven diagonals below the main one, of 7, 6, ... 1 blocks: the inner loop's turns.
-    assert cycles(PROGRAM, blocks=8) == 3 + 7 * 100 + sum(range(1, 8)) * 7
+    assert cycles(PROGRAM, 8, "v5e") == 3 + 7 * 100 + sum(range(1, 8)) * 7
 
 
 def test_operations_without_an_estimate_count_as_none():
     for unknown in -1 % 2**64, 2**63 - 1:
-        assert cycles(PROGRAM.replace('"100"', f'"{unknown}"'), blocks=8) == 3 + sum(range(1, 8)) * 7
+        assert cycles(PROGRAM.replace('"100"', f'"{unknown}"'), 8, "v5e") == 3 + sum(range(1, 8)) * 7
+
+
+def test_a_kernel_takes_the_longer_of_its_products_and_of_its_bytes():
+    """In loops as often as they turn. In a cycle of its clock, a v5e does 2^17 FLOPs; in a second it moves 819 GB."""
+
+    def program(flops: int, moved: int) -> str:
+        cost = f'"cost_estimate":{{"flops":"{flops}","transcendentals":"1","bytes_accessed":"{moved}"}}'
+        return PROGRAM.replace('"window_config":{"estimated_cycles":"100"}', cost)
+
+    others, clock = 3 + sum(range(1, 8)) * 7, 197e12 / 2**17
+    assert cycles(program(2**20, 10), 8, "v5e") == others + 7 * 2**20 / 2**17 / tpu.KERNEL_EFFICIENCY
+    assert cycles(program(2**20, 10**6), 8, "v5e") == pytest.approx(others + 7 * 1e6 / (819e9 / clock))
 
 
 @pytest.mark.parametrize(("blocks", "diagonals"), [(8, 7), (8, 3), (5, 9)])

@@ -32,6 +32,7 @@ carry from later keys, and returns its own carry as a fourth result.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +43,9 @@ from nope_jax.attention.backends import pallas_tpu
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import BLOCK_SIZE, few_queries
-from nope_jax.attention.mesh import ring_size
+from nope_jax.attention.mesh import platform, ring_size
+
+log = logging.getLogger(__name__)
 
 Results = tuple[Shaped[Array, "B T N H2"], Float[Array, "B N T"], Float[Array, "B N T"]]
 """Output, entropy and logsumexp."""
@@ -56,26 +59,37 @@ class Backend:
     supports: Callable[..., str | None] = lambda *call: None
     """Returns the reason why a call cannot be served, or None if it can. By default, every call can be served."""
     in_parts: bool = False
+    is_kernel: bool = False
+    """Whether XLA cannot partition it: with several devices, it is always traced under `shard_map`."""
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "reference": Backend(reference_attention),
         "streaming": Backend(streaming_attention, in_parts=True),
-        "pallas_tpu": Backend(pallas_tpu.pallas_tpu_attention, pallas_tpu.supports, in_parts=True),
+        "pallas_tpu": Backend(pallas_tpu.pallas_tpu_attention, pallas_tpu.supports, in_parts=True, is_kernel=True),
     }
 )
 """The backend of every implementation name."""
 
 
+KERNEL_LENGTH = 128
+"""Queries and keys from which on a kernel is chosen by default: fewer do not fill one of its blocks."""
+
+
 def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
-    """Default names: streaming, unless all weights of a head fit in one block on one device and there is no cache."""
-    small = query_length * key_length <= BLOCK_SIZE**2 and not few_queries(query_length, key_length)
-    return ("reference",) if small and ring_size() == 1 else ("streaming",)
+    """Default names: on a TPU its kernel, for a block at least and not in decoding; then streaming.
+
+    Instead of streaming, reference if all weights of a head fit in one block on one device and there is no cache.
+    """
+    few = few_queries(query_length, key_length)
+    small = query_length * key_length <= BLOCK_SIZE**2 and not few and ring_size() == 1
+    kernel = platform() == "tpu" and not few and min(query_length, key_length) >= KERNEL_LENGTH
+    return ("pallas_tpu",) * kernel + ("reference" if small else "streaming",)
 
 
 def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
-    """Return the first named backend that can serve a call.
+    """Return the first named backend that can serve a call; a debug message names it and says why not those before it.
 
     Args:
         implementation: One name or several, tried in order; None for `default_order`.
@@ -90,10 +104,12 @@ def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
     if not names or not all(isinstance(name, str) and name in BACKENDS for name in names):
         known = ", ".join(f'"{name}"' for name in BACKENDS)
         raise ValueError(f"implementation must be one of {known}, a sequence of these or None, not {implementation!r}")
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         reason = BACKENDS[name].supports(*call)
         if reason is None:
+            query, key = call[0], call[2]
+            log.debug("%s", "; ".join([f'"{name}" for queries {query.shape} and keys {key.shape}', *reasons]))
             return BACKENDS[name]
         reasons.append(f'"{name}" cannot serve this call: {reason}')
     raise ValueError(f"implementation {'; '.join(reasons)}")

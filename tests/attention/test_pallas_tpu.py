@@ -1,0 +1,308 @@
+"""The kernels for TPUs: run in interpret mode here, and compiled for chips that need not exist."""
+
+import functools
+import logging
+import re
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from nope_jax.attention import alibi_attention, dot_product_attention, encoded_attention, fire_attention, nope_attention
+from nope_jax.attention.backends import BACKENDS
+from nope_jax.attention.blocks import CachedLayer
+from nope_jax.compile.tpu import slice_devices
+from nope_jax.config import MeshConfig, ModelConfig
+from nope_jax.encodings import ENCODINGS, AttentionSink, DistanceLogit, ModelDims
+from nope_jax.sharding import make_mesh
+from tests.support.attention_cases import IN_ATTENTION, assert_close, random
+
+B, T, N, K, H, H2 = 2, 21, 4, 2, 8, 12
+"""Three blocks, the last one padded."""
+
+
+def arrays(keys=T):
+    shapes = (B, T, N, H), (B, keys, K, H), (B, keys, K, H2)
+    return tuple(jnp.asarray(random(*shape, seed=i)) for i, shape in enumerate(shapes))
+
+
+def by_distance(table, distance):
+    return table[:, jnp.clip(distance + T, 0, table.shape[1] - 1)]
+
+
+def program(implementation, **static):
+    """A function of arrays: output, statistics and gradient, with keywords that are traced too."""
+
+    @jax.jit
+    def run(operands, logit_scale, table, traced):
+        def loss(operands, logit_scale, table):
+            logit = None if table is None else DistanceLogit(by_distance, table)
+            out, (entropy, logsumexp) = dot_product_attention(
+                *operands,
+                logit=logit,
+                logit_scale=logit_scale,
+                implementation=implementation,
+                return_stats=True,
+                **static,
+                **traced,
+            )
+            out, weights = out.astype(jnp.float32), jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+            total = (jnp.where(jnp.isfinite(out), out, 0.0) * weights).sum() + (jnp.nan_to_num(entropy) ** 2).sum()
+            return total + jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0).sum(), (out, entropy, logsumexp)
+
+        (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(operands, logit_scale, table)
+        return values, gradient
+
+    return run
+
+
+def assert_same(found, wanted, tolerance=1e-5):
+    """Values, and gradients, which are sums over blocks with the cancellation that comes with them."""
+    for results, factor in zip(zip(found, wanted, strict=True), (1, 5), strict=True):
+        jax.tree.map(functools.partial(assert_close, tolerance=factor * tolerance), *results)
+
+
+SCALE = jnp.linspace(0.5, 1.5, B * N * T, dtype=jnp.float32).reshape(B, N, T)
+TABLE = jnp.asarray(random(N, 2 * T, seed=7))
+SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 3, (B, T)), axis=1)
+POSITIONS = {
+    "query_positions": jnp.arange(T)[::-1] + 3,
+    "key_positions": jnp.arange(T + 5)[None] + jnp.array([[0], [2]]),
+}
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_table_of_distances_grouped_queries_and_a_soft_cap_are_the_reference_s():
+    operands, static = arrays(), {"softcap": 2.0}
+    found, wanted = (program(name, **static)(operands, SCALE, TABLE, {}) for name in ("pallas_tpu", "reference"))
+    assert_same(found, wanted)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them():
+    attend, reference = (program(name, window=6) for name in ("pallas_tpu", "reference"))
+    query, key, value = arrays()
+    alone = np.where(SEGMENTS == 1, 9, SEGMENTS)  # queries that see nothing
+    segments = {"segment_ids": (alone, SEGMENTS)}
+    wanted = reference((query, key, value), SCALE, None, segments)
+    found = attend((query, key, value), SCALE, None, segments)
+    assert_same(found, wanted)
+    none, (out, entropy, logsumexp) = np.broadcast_to((alone == 9)[:, None], (B, N, T)), found[0]
+    assert none.any() and (out.swapaxes(1, 2)[none] == 0).all()
+    assert (entropy[none] == 0).all() and (logsumexp[none] == -jnp.inf).all()
+
+    hidden = tuple(np.argwhere(SEGMENTS == 1)[0])
+    for places, seen in ([hidden], False), ([(0, 2)], True), ([(1, 17), (0, 9)], True):
+        key_, value_ = key, value
+        for place in places:
+            key_, value_ = key_.at[place].set(jnp.nan), value_.at[place].set(jnp.inf)
+        touched = reference((query, key_, value_), SCALE, None, segments)
+        found = attend((query, key_, value_), SCALE, None, segments)
+        for x, clean, now in zip(*map(jax.tree.leaves, (found, wanted, touched)), strict=True):
+            same = np.asarray(clean == now)
+            assert same.any() and same.all() == (not seen)
+            assert_close(np.where(same, x, 0.0), np.where(same, clean, 0.0), tolerance=5e-5)
+        np.testing.assert_array_equal(*(np.isfinite(results[0][0]) for results in (found, touched)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("keys", "static", "traced"),
+    [
+        (T, {"is_causal": False}, {}),
+        (T, {"is_causal": False, "window": 9}, {}),
+        (T, {"chunk_size": 12}, {}),
+        (T, {"chunk_size": 5, "is_causal": False}, {}),
+        (T + 12, {"window": 7, "qk_scale": 0.6}, {}),
+        (T - 9, {}, {}),
+        (T + 5, {}, POSITIONS),
+        (T + 5, {"chunk_size": 12, "window": 5}, POSITIONS),
+    ],
+)
+def test_every_rule_is_the_reference_s(keys, static, traced, dtype):
+    operands = tuple(x.astype(dtype) for x in arrays(keys))
+    table = None if traced else TABLE
+    found, wanted = (program(name, **static)(operands, SCALE, table, traced) for name in ("pallas_tpu", "reference"))
+    assert_same(found, wanted, 1e-5 if dtype == "float32" else 0.01)
+
+
+DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=T, num_kv_heads=K, vocab_size=32)
+NOT_SERVED = {
+    "cope": "ScanLogit",
+    "deberta": "BlockLogit",
+    "fire": "BlockLogit",
+    "forgetting": "BlockLogit",
+    "shaw": "BlockLogit",
+    "transformer_xl": "BlockLogit",
+    "tupe": "BlockLogit",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", IN_ATTENTION)
+def test_every_encoding_is_the_reference_s_or_is_refused(name):
+    encoding = ENCODINGS[name]().bind(DIMS)
+    params = encoding.init_shared(jax.random.key(0), DIMS) | encoding.init_layer(jax.random.key(1), DIMS)
+    params = {name: x + 0.3 * random(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
+    query, key, _ = arrays()
+    operands, tokens = (query, key, jnp.asarray(random(B, T, K, H, seed=2))), jnp.asarray(random(B, T, 16))
+
+    def run(implementation):
+        @jax.jit
+        @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+        def compute(params, operands):
+            features = encoding.features(params, tokens, None)
+            keywords = {"query_features": features, "key_features": features, "return_stats": True}
+            sink = AttentionSink(encoding)
+            own = params | {x: v for x, v in sink.init_layer(jax.random.key(1), DIMS).items() if x not in params}
+            out, stats = encoded_attention(sink, own, *operands, implementation=implementation, **keywords)
+            return (out**2).sum() + (stats.entropy**2).sum() + stats.logsumexp.sum(), (out, *stats)
+
+        (_, values), gradient = compute(params, operands)
+        return values, gradient
+
+    kind = NOT_SERVED.get(name)
+    if kind is not None:
+        with pytest.raises(
+            ValueError, match=f'implementation "pallas_tpu" cannot serve this call: the logit .* {kind}'
+        ):
+            run("pallas_tpu")
+        return
+    found, wanted = run("pallas_tpu"), run("reference")
+    assert_same(found, wanted)
+
+
+# --- Which calls it serves, and which it gets
+
+
+def shapes(queries=T, keys=T, dtype="float32"):
+    return [
+        jax.ShapeDtypeStruct((B, length, heads, H), dtype) for length, heads in ((queries, N), (keys, K), (keys, K))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "dtype", "reason"),
+    [
+        ({}, "float16", "query must be float32 or bfloat16, not float16"),
+        ({"mask": np.ones((T, T), bool)}, "float32", "there is a mask; is_causal, window"),
+        ({"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32}, "float32", "precision must be None, a jax.lax.Prec"),
+        ({"query_positions": np.arange(T)}, "float32", "with a logit, positions must be consecutive"),
+    ],
+)
+def test_what_it_cannot_serve_it_refuses_with_the_reason(keywords, dtype, reason):
+    with pytest.raises(ValueError, match=rf'(?m)\Aimplementation "pallas_tpu" cannot serve this call: {reason}.*$'):
+        jax.eval_shape(
+            functools.partial(alibi_attention, implementation="pallas_tpu", **keywords), *shapes(dtype=dtype)
+        )
+
+
+def tpu_mesh(*axes, size=2):
+    device = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((size,) * len(axes), axes, axis_types=(AxisType.Auto,) * len(axes), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def chosen(caplog, function, *operands, **keywords):
+    """The debug message of a call, compiled for whatever is in context."""
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, "nope_jax.attention"):
+        jax.make_jaxpr(functools.partial(function, **keywords))(*operands)
+    return caplog.messages[-1]
+
+
+def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(caplog):
+    fire = functools.partial(
+        fire_attention, hidden_weights=jnp.ones(6), hidden_bias=jnp.ones(6), weights=jnp.ones((6, N))
+    )
+    long = shapes(256, 256)
+    assert chosen(caplog, alibi_attention, *long).startswith('"reference" for queries (2, 256, 4, 8)')
+    with tpu_mesh("data"):
+        assert chosen(caplog, alibi_attention, *long).startswith('"pallas_tpu" for queries (2, 256, 4, 8) and keys')
+        assert chosen(caplog, alibi_attention, *shapes(256, 300)).startswith('"pallas_tpu"')
+        assert chosen(caplog, alibi_attention, *shapes(1, 300)).startswith('"streaming"')
+        assert chosen(caplog, alibi_attention, *shapes(100, 100)).startswith('"reference"')
+        assert chosen(caplog, alibi_attention, *long, implementation="streaming").startswith('"streaming"')
+        refused = '"pallas_tpu" cannot serve this call: the logit must be a DistanceLogit or None, not a BlockLogit'
+        assert chosen(caplog, fire, *shapes(512, 512)) == (
+            f'"streaming" for queries (2, 512, 4, 8) and keys (2, 512, 2, 8); {refused}'
+        )
+    with tpu_mesh("model"):  # a mesh of somebody else's
+        assert "XLA cannot shard it over the mesh axes model" in chosen(caplog, nope_attention, *long)
+    with jax.default_device("tpu"):
+        assert chosen(caplog, nope_attention, *long).startswith('"pallas_tpu"')
+
+
+def test_over_several_devices_it_is_always_within_shard_map():
+    """Also where nothing divides: XLA cannot partition a kernel."""
+    operands = [jax.ShapeDtypeStruct((3, 128, 3, H), jnp.float32)] * 3
+    for axes in ("data",), ("tensor",), ("data", "tensor"):
+        with tpu_mesh(*axes):
+            program = str(jax.make_jaxpr(nope_attention)(*operands))
+        assert "pallas_call" in program and "shard_map" in program
+
+
+def test_a_kv_cache_is_left_to_others():
+    cache = CachedLayer(jnp.zeros((2, B, K, 256, H)), jnp.int32(0), jnp.float32)
+    reason = BACKENDS["pallas_tpu"].supports(jnp.zeros((B, 1, N, H)), None, cache, cache, None, None, None, None)
+    assert reason == "keys of a KV cache are read by another backend"
+
+
+def test_a_config_takes_every_implementation():
+    (names,) = (x for x in get_args(ModelConfig.__annotations__["attention"]) if get_args(x))
+    assert set(get_args(names)) == set(BACKENDS)
+
+
+# --- Compiled for TPUs
+
+
+def for_tpu(slice_name, function, shapes):
+    """A function of bfloat16 arrays, these shapes on each chip, compiled for a slice."""
+    mesh = make_mesh(MeshConfig(), slice_devices(slice_name))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    operands = [jax.ShapeDtypeStruct((mesh.size, *shape), jnp.bfloat16, sharding=rows) for shape in shapes]
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*operands).compile()
+
+
+def gradient_of(attend):
+    def loss(*operands):
+        out, stats = attend(*operands, return_stats=True)
+        return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+def kernels(program):
+    return sorted(re.findall(r"%?(attention_\w+?)[.\d]* = .* custom-call\(.*tpu_custom_call", program.as_text()))
+
+
+GRADIENT = ["attention_forward", "attention_key_gradients", "attention_query_gradient"]
+LONG = 8192
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("slice_name", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+def test_it_compiles_for_a_chip_in_memory_that_grows_with_length(slice_name):
+    """By default, with a bias: no array has two axes of the length, and temporaries are those of ten arrays."""
+    sizes = [(LONG, heads, 128) for heads in (8, 2, 2)]
+    program = for_tpu(slice_name, gradient_of(functools.partial(alibi_attention, window=LONG // 2)), sizes)
+    assert kernels(program) == GRADIENT
+    assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * 128
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("slice_name", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_it_compiles_for_head_dims(head_dim, slice_name):
+    sizes = [(1024, heads, head_dim) for heads in (4, 2, 2)]
+    attend = functools.partial(alibi_attention, softcap=30.0, chunk_size=700)
+    assert kernels(for_tpu(slice_name, gradient_of(attend), sizes)) == GRADIENT
