@@ -110,18 +110,15 @@ def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("keys", "static", "traced"),
+    ("keys", "static", "traced", "dtype"),
     [
-        (T, {"is_causal": False}, {}),
-        (T, {"is_causal": False, "window": 9}, {}),
-        (T, {"chunk_size": 12}, {}),
-        (T, {"chunk_size": 5, "is_causal": False}, {}),
-        (T + 12, {"window": 7, "qk_scale": 0.6}, {}),
-        (T - 9, {}, {}),
-        (T + 5, {}, POSITIONS),
-        (T + 5, {"chunk_size": 12, "window": 5}, POSITIONS),
+        (T, {"is_causal": False, "window": 9}, {}, "float32"),
+        (T, {"chunk_size": 12}, {}, "bfloat16"),
+        (T, {"chunk_size": 5, "is_causal": False}, {}, "float32"),
+        (T + 12, {"window": 7, "qk_scale": 0.6}, {}, "float32"),
+        (T - 9, {}, {}, "float32"),
+        (T + 5, {"chunk_size": 12, "window": 5}, POSITIONS, "bfloat16"),
     ],
 )
 def test_every_rule_is_the_reference_s(keys, static, traced, dtype):
@@ -176,6 +173,27 @@ def test_every_encoding_is_the_reference_s_or_is_refused(name):
         return
     found, wanted = run("pallas_tpu"), run("reference")
     assert_same(found, wanted)
+
+
+def mapped(attend, *operands):
+    """Gradient of several calls at once, recomputed in the backward pass."""
+
+    def loss(*operands):
+        out, stats = attend(*operands, return_stats=True)
+        return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
+
+    return jax.vmap(jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2)))(*operands)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+def test_it_may_be_mapped_and_recomputed():
+    operands = [jnp.stack([x, 2 * x]) for x in arrays()]
+    found, wanted = (
+        jax.jit(functools.partial(mapped, functools.partial(alibi_attention, implementation=name)))(*operands)
+        for name in ("pallas_tpu", "reference")
+    )
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), found, wanted)
 
 
 # --- Which calls it serves, and which it gets
@@ -306,3 +324,12 @@ def test_it_compiles_for_head_dims(head_dim, slice_name):
     sizes = [(1024, heads, head_dim) for heads in (4, 2, 2)]
     attend = functools.partial(alibi_attention, softcap=30.0, chunk_size=700)
     assert kernels(for_tpu(slice_name, gradient_of(attend), sizes)) == GRADIENT
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_it_compiles_mapped_and_recomputed():
+    program = for_tpu(
+        "v5e:1x1", functools.partial(mapped, alibi_attention), [(1, 256, heads, 64) for heads in (4, 2, 2)]
+    )
+    assert set(kernels(program)) == set(GRADIENT)

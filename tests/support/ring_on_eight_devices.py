@@ -79,7 +79,7 @@ def function_of(encoding, **common):
     return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(6)), has_aux=True))
 
 
-def assert_mesh_changes_nothing(encoding, axes, arrays=None, **common):
+def assert_mesh_changes_nothing(encoding, axes, arrays=None, implementation=None, **common):
     """Attention over a mesh against that of one device that writes its weights out; returns the mesh's program."""
     arrays, params, logit_scale = arrays or operands(), parameters(encoding), jnp.linspace(0.5, 1.5, N)
     reference = function_of(encoding, implementation="reference", **common)
@@ -87,7 +87,7 @@ def assert_mesh_changes_nothing(encoding, axes, arrays=None, **common):
     mesh = make_mesh(MeshConfig(**axes))
     with jax.set_mesh(mesh):
         arguments = params, *place(mesh, arrays), logit_scale
-        compiled = function_of(encoding, **common).lower(*arguments).compile()
+        compiled = function_of(encoding, implementation=implementation, **common).lower(*arguments).compile()
         (_, values), gradient = compiled(*arguments)
     jax.tree.map(assert_close, values, wanted)
     # A gradient sums over rows and blocks in another order, with the cancellation that comes with it.
@@ -177,6 +177,21 @@ def test_a_ring_sees_what_one_device_sees(case, name):
 
 
 @slow
+@pytest.mark.parametrize(
+    ("name", "axes", "case"),
+    [
+        ("t5", RING, {"softcap": 2.0}),
+        ("nope", RING, CASES["rows that see nothing"] | {"window": 20}),
+        ("nope", RING, CASES["any positions"]),
+        ("t5", ALL, CASES["both directions in a window"]),
+        ("t5", {"data": 2, "fsdp": 2, "tensor": 2}, CASES["chunks"]),
+    ],
+)
+def test_the_kernels_for_tpus(name, axes, case):
+    assert_mesh_changes_nothing(ENCODINGS[name]().bind(SIZES), axes, implementation="pallas_tpu", **case)
+
+
+@slow
 @pytest.mark.parametrize("length", [36, 72])
 @pytest.mark.parametrize("name", ["nope", "kerple", "cope"])
 def test_shares_that_have_no_halves_and_halves_that_are_no_whole_blocks(name, length):
@@ -185,12 +200,15 @@ def test_shares_that_have_no_halves_and_halves_that_are_no_whole_blocks(name, le
 
 @pytest.mark.parametrize("name", ["rope", *(pytest.param(name, marks=slow) for name in ("nope", "alibi", "cope"))])
 @pytest.mark.parametrize("in_context", [False, pytest.param(True, marks=slow)])
-def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, in_context):
+@pytest.mark.parametrize("implementation", ["streaming", pytest.param("pallas_tpu", marks=slow)])
+def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, in_context, implementation):
+    if name == "cope" and implementation == "pallas_tpu":
+        pytest.skip("it does not serve CoPE")
     function = getattr(attention, f"{name}_attention")
     keywords = {"embeddings": 0.3 * draw(16, H)} if name == "cope" else {}
 
     def loss(query, key, value):
-        out, stats = function(query, key, value, **keywords, implementation="streaming", return_stats=True)
+        out, stats = function(query, key, value, **keywords, implementation=implementation, return_stats=True)
         return (out**2).sum() + stats.entropy.sum(), (out, stats.entropy)
 
     compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))

@@ -1,6 +1,6 @@
 """The backends of attention: a table with one row for each value of `implementation`.
 
-To add a backend, add a file to this folder and a row to the table. The file defines a function
+To add a backend, add a file or folder to this one and a row to the table. The file defines a function
 `attend(query, factor, key, value, logit, value_term, mask_spec, precision, with_entropy, softcap)`, whose arguments
 have been validated:
 
