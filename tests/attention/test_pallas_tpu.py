@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -14,8 +15,9 @@ from jax.sharding import AbstractMesh, AxisType
 from nope_jax.attention import alibi_attention, dot_product_attention, encoded_attention, fire_attention, nope_attention
 from nope_jax.attention.backends import BACKENDS
 from nope_jax.attention.blocks import CachedLayer
+from nope_jax.compile.estimate import estimate_run
 from nope_jax.compile.tpu import slice_devices
-from nope_jax.config import MeshConfig, ModelConfig
+from nope_jax.config import MeshConfig, ModelConfig, load_file, override
 from nope_jax.encodings import ENCODINGS, AttentionSink, DistanceLogit, ModelDims
 from nope_jax.sharding import make_mesh
 from tests.support.attention_cases import IN_ATTENTION, assert_close, random
@@ -134,9 +136,9 @@ NOT_SERVED = {
     "deberta": "BlockLogit",
     "fire": "BlockLogit",
     "forgetting": "BlockLogit",
+    "nezha": "BlockLogit",
     "shaw": "BlockLogit",
     "transformer_xl": "BlockLogit",
-    "tupe": "BlockLogit",
 }
 
 
@@ -324,6 +326,17 @@ def test_it_compiles_for_head_dims(head_dim, slice_name):
     sizes = [(1024, heads, head_dim) for heads in (4, 2, 2)]
     attend = functools.partial(alibi_attention, softcap=30.0, chunk_size=700)
     assert kernels(for_tpu(slice_name, gradient_of(attend), sizes)) == GRADIENT
+
+
+@pytest.mark.tpu
+def test_a_training_step_on_data_tensor_and_sequence_axes_compiles():
+    config = override(
+        load_file(Path(__file__).parents[2] / "configs/tiny.py"),
+        {"mesh.data": 2, "mesh.tensor": 2, "mesh.sequence": 2, "data.context_length": 1024}
+        | {"model.attention": "pallas_tpu", "model.remat": True, "model.num_layers": 2},
+    )
+    estimate = estimate_run(config, "v5e:2x4")
+    assert estimate.computing > 0 and "collective-permute" in estimate.sent  # the ring
 
 
 @pytest.mark.tpu

@@ -67,7 +67,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "reference": Backend(reference_attention),
         "streaming": Backend(streaming_attention, in_parts=True),
-        "pallas_tpu": Backend(pallas_tpu.pallas_tpu_attention, pallas_tpu.supports, in_parts=True, is_kernel=True),
+        "pallas_tpu": Backend(pallas_tpu.attend, pallas_tpu.supports, in_parts=True, is_kernel=True),
     }
 )
 """The backend of every implementation name."""

@@ -13,12 +13,23 @@ Blocks in which no query sees a key are neither fetched nor computed; masks are 
     call.py       a call: its static arguments, its arrays cut into blocks, and which blocks meet
     block.py      one block of queries and keys within a kernel: visibility, logits, the shear
     walk.py       runs a function over all blocks that meet: one kernel
-    attention.py  the backend: the kernels of the forward and backward pass
+    attention.py  the kernels of the forward and the backward pass
+    served.py     which calls they serve
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H and H2 the head dims;
 q = k the size of blocks of queries and keys.
 """
 
-from nope_jax.attention.backends.pallas_tpu.attention import pallas_tpu_attention, supports
+from typing import Any
 
-__all__ = ["pallas_tpu_attention", "supports"]
+from nope_jax.attention.backends.pallas_tpu.served import supports
+
+__all__ = ["attend", "supports"]
+
+
+def attend(*call: Any, **keywords: Any) -> tuple[Any, Any, Any]:
+    """The `attend` of the backend."""
+    # Pallas takes long to import, and only who uses it should wait.
+    from nope_jax.attention.backends.pallas_tpu.attention import pallas_tpu_attention
+
+    return pallas_tpu_attention(*call, **keywords)
