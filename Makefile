@@ -3,10 +3,11 @@
 ## make test-all       the slow tests too
 ## make test-oracles   goldens against live PyTorch and transformers
 ## make study          six encodings trained, tuned and measured as in Wang et al. 2024, into docs/study.md
+## make study SIZE=10m|100m|1b LENGTH=512|1024|2048   the same with five encodings on GPUs, into docs/study_SIZE_LENGTH.md
 ## make length-study SIZE=small|paper   tasks, encodings and seeds of Kazemnejad et al. 2023, into docs/length_generalization.md
 ## make benchmarks     attention and decoding beside jax.nn, and beside torch where it is installed
 ## make smollm2        a published model read to 32,768 tokens, extended and tested, into docs/smollm2.md
-## make pods           compiles decoders for slices of TPUs, hours of one core: the table of docs/pods.md
+## make pods           compiles decoders for slices of TPUs and for GPUs, hours of one core: the tables of docs/pods.md
 ## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
 ## make clean          removes environments and caches
 
@@ -61,16 +62,24 @@ lint: $(BIN)/.installed-test
 test: lint
 	$(BIN)/pytest --numprocesses auto
 
-# Apart from the rest: where JAX finds the TPU compiler without a TPU, every command complains that there is none.
+# Apart from the rest: where JAX finds the TPU or GPU compiler without a TPU or GPU, every command complains that there
+# is none. The GPU compiler needs none of NVIDIA's libraries.
 TPU := $(abspath $(VENV))/tpu
 $(TPU)/.installed: $(BIN)/.installed
 	libtpu=$$($(BIN)/python -c "from importlib.metadata import requires; print(*[r.split(';')[0] for r in requires('jax') if r.startswith('libtpu')])") && \
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TPU) "$$libtpu"
 	@touch $@
 
-test-all: lint $(TPU)/.installed
-	$(BIN)/pytest --numprocesses auto -m 'not tpu and not oracle'
+CUDA := $(abspath $(VENV))/cuda
+$(CUDA)/.installed: $(BIN)/.installed
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)") && \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(CUDA) "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	@touch $@
+
+test-all: lint $(TPU)/.installed $(CUDA)/.installed
+	$(BIN)/pytest --numprocesses auto -m 'not tpu and not cuda and not oracle'
 	PYTHONPATH=$(CURDIR):$(TPU) $(BIN)/pytest -m tpu
+	PYTHONPATH=$(CURDIR):$(CUDA) $(BIN)/pytest -m cuda
 
 test-oracles: $(BIN)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[oracles]'
@@ -91,8 +100,8 @@ benchmarks: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.decoding
 
-pods: $(BIN)/.installed $(TPU)/.installed
-	PYTHONPATH=$(CURDIR):$(TPU) $(BIN)/python -m benchmarks.pods
+pods: $(BIN)/.installed $(TPU)/.installed $(CUDA)/.installed
+	PYTHONPATH=$(CURDIR):$(TPU):$(CUDA) $(BIN)/python -m benchmarks.pods
 
 constraints: $(BIN)/.installed-test
 	mkdir -p constraints

@@ -14,11 +14,13 @@ Kubernetes jobs (`pip install kubernetes`) each process finds its own number; el
 
     python train.py ... --coordinator HOST:PORT --num_processes N --process_id I
 
-To estimate the memory and time of a run on a TPU slice, on any machine and without training (`pip install '.[tpu]'`):
+To estimate the memory and time of a run on a TPU slice or on GPUs, on any machine and without training (docs/pods.md
+says what to install):
 
     python train.py --config configs/nope_1b.py --compile_for v5e:16x16
+    python train.py --config configs/nope_1b.py --compile_for h100:8
 
-This compiles the run for that slice; the exit status is 2 if it does not fit.
+This compiles the run for that machine; the exit status is 2 if it does not fit.
 """
 
 import sys

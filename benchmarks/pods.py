@@ -1,34 +1,36 @@
-"""What fits where: decoders of four sizes compiled for slices of TPUs, into the table of docs/pods.md.
+"""What fits where: decoders compiled for slices of TPUs and for GPUs, into the tables of docs/pods.md.
 
     python -m benchmarks.pods [--minutes 60] [--results docs/pods.jsonl]
 
-Needs libtpu (`pip install '.[tpu]'`) and no TPU. A row of the table is one decoder, without positional encoding, on one
-slice, in microbatches of as many rows as make the shortest step. Each compilation, of a training step and of the
-validation loss, takes minutes of one core; the memory in the table is that of the larger. Each result is
-appended to the results file and the table is rewritten, so that the command resumes where it was stopped. After a
-change to what is compiled, take the old lines out.
+Needs libtpu and the packages of the GPU compiler (`make pods` installs both), and neither TPU nor GPU. A row of the
+first table is one decoder, without positional encoding, on one machine, in microbatches of as many rows as make the
+shortest step; a row of the second a run of the scale study (configs/scale), as its recipe says. Each compilation, of a
+training step and of the validation loss, takes minutes of one core; the memory in the tables is that of the larger.
+Each result is appended to the results file and the tables are rewritten, so that the command resumes where it was
+stopped. After a change to what is compiled, take the old lines out.
 """
 
 import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nope_jax.compile.estimate import estimate_run
+from nope_jax.compile.estimate import estimate_run, find_machine
 from nope_jax.compile.memory import GIB, DoesNotFitError
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
 from nope_jax.evaluation.common.files import replace_file
 from nope_jax.models.decoder import LOGITS_AT_ONCE
-from nope_jax.training.flops import CHIPS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/pods.md"
 BEGIN, END = "<!-- made by benchmarks/pods.py: begin -->", "<!-- made by benchmarks/pods.py: end -->"
+BEGIN_RECIPES, END_RECIPES = BEGIN.replace("pods.py", "pods.py, recipes"), END.replace("pods.py", "pods.py, recipes")
 
 
 def _llama(rows: int, **shape: int) -> Config:
@@ -39,37 +41,68 @@ def _llama(rows: int, **shape: int) -> Config:
 SHAPES = {
     "125 M": load_file(ROOT / "configs/gpt2.py"),
     "1 B": load_file(ROOT / "configs/nope_1b.py"),
+    "3 B": override(load_file(ROOT / "configs/smollm3_3b.py"), {"model.encoding": "nope"}),
     "7 B": _llama(1024, num_layers=32, num_heads=32, num_kv_heads=8, model_dim=4096, mlp_dim=14_336),
     "70 B": _llama(2048, num_layers=80, num_heads=64, num_kv_heads=8, model_dim=8192, mlp_dim=28_672),
 }
 """The decoders and their batches: NoPE, which no encoding undercuts."""
-SLICES = {
-    "125 M": ("v5e:2x2", "v6e:2x2", "v5p:2x2x1"),
-    "1 B": ("v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:2x2x4"),
-    "7 B": ("v5e:16x16", "v6e:8x8", "v5p:4x4x4"),
+MACHINES = {
+    "125 M": ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "a100:8", "h100:8", "b200:8"),
+    "1 B": ("v5e:4x4", "v5e:16x16", "2xv5e:16x16", "v6e:4x4", "v5p:2x2x4", "a100:8", "h100:8", "h100:2x8", "b200:8"),
+    "3 B": ("a100:8", "h100:8", "h100:4x8", "h200:8", "b200:8"),
+    "7 B": ("v5e:16x16", "v6e:8x8", "v5p:4x4x4", "h100:8x8"),
     "70 B": ("v5e:16x16", "v6e:16x16", "v5p:4x8x8"),
 }
 
+LENGTHS = (1024, 512, 2048)
+ENCODINGS = ("nope", "t5", "alibi", "rope", "smollm3")
+RECIPES = {"10m": "h100:1", "100m": "h100:8", "1b": "h100:8"}
+"""The recipes of configs/scale, by size, and the machine that each is for."""
+
 Cell = tuple[str, str]
-"""Decoder and slice."""
+"""Decoder and machine."""
 
 
 def cells() -> list[Cell]:
-    return [(shape, where) for shape in SHAPES for where in SLICES[shape]]
+    return [(shape, where) for shape in SHAPES for where in MACHINES[shape]]
+
+
+def recipes() -> list[Cell]:
+    """The runs of the scale study: one of each size and length before the other encodings."""
+    runs = itertools.product(ENCODINGS, LENGTHS, RECIPES)
+    return [(f"{size}, L = {length}, {encoding}", RECIPES[size]) for encoding, length, size in runs]
+
+
+def recipe(name: str) -> Config:
+    size, length, encoding = name.replace("L = ", "").split(", ")
+    config = load_file(ROOT / f"configs/scale/{size}.py")
+    rows = config.data.batch_size * config.data.context_length // int(length)
+    changes = {"model.encoding": encoding, "data.context_length": int(length), "data.batch_size": rows}
+    return override(config, {"model.train_length": None} | changes)
 
 
 def configs(cell: Cell) -> Iterator[Config]:
     """The cell's run with fewer and fewer rows of a chip at a time, from as many as a rough reckoning lets fit."""
-    shape, where = cell
-    # Each chip has all of a small model; of a larger one all chips share the parameters.
-    config = dataclasses.replace(SHAPES[shape], mesh=MeshConfig() if shape == "125 M" else MeshConfig(data=1, fsdp=-1))
-    chips = _chips(where)
-    rows = config.data.batch_size // chips
-    while rows > 1 and reckoned(config, chips, rows) > 0.8 * CHIPS[where.partition(":")[0]].memory:
-        rows //= 2
+    shape, machine = cell[0], find_machine(cell[1])
+    if shape not in SHAPES:
+        yield recipe(shape)
+        return
+    # Each chip has all of a small model; of a larger one the chips of a slice share the parameters.
+    mesh = MeshConfig() if shape == "125 M" else MeshConfig(data=machine.num_slices, fsdp=-1)
+    config = dataclasses.replace(SHAPES[shape], mesh=mesh)
+    chips = machine.num_chips
+    most = config.data.batch_size // chips
+    rows = most
+    while rows > 1 and reckoned(config, chips, rows) > 0.8 * min(machine.chip.memory, machine.memory):
+        rows = _half(rows, most)
     while rows:
-        yield override(config, {"optimizer.accumulation": config.data.batch_size // (chips * rows)})
-        rows //= 2
+        yield override(config, {"optimizer.accumulation": most // rows})
+        rows = _half(rows, most)
+
+
+def _half(rows: int, most: int) -> int:
+    """Half of the rows, or the next fewer that divide all rows of a chip; 0 for less than one."""
+    return next((fewer for fewer in range(rows // 2, 0, -1) if most % fewer == 0), 0)
 
 
 def reckoned(config: Config, chips: int, rows: int) -> float:
@@ -96,13 +129,13 @@ def read(path: Path) -> list[dict]:
 
 
 def compile_all(path: Path, minutes: float) -> None:
-    """Appends to the results file, and writes the table, until all is compiled or the time is over.
+    """Appends to the results file, and writes the tables, until all is compiled or the time is over.
 
     Rows are halved until they fit; once that is done for every cell, further while that shortens the step.
     """
     end = time.monotonic() + 60 * minutes
     for further in (False, True):
-        for cell in cells():
+        for cell in [*cells(), *recipes()]:
             shortest = math.inf
             for config in configs(cell):
                 key = {"cell": list(cell), "rows": _rows(config, cell)}
@@ -121,16 +154,13 @@ def compile_all(path: Path, minutes: float) -> None:
                     shortest = line["seconds"][1]
 
 
-def _chips(where: str) -> int:
-    return math.prod(int(size) for size in where.partition(":")[2].split("x"))
-
-
 def _rows(config: Config, cell: Cell) -> int:
-    return config.data.batch_size // (_chips(cell[1]) * config.optimizer.accumulation)
+    return config.data.batch_size // (find_machine(cell[1]).num_chips * config.optimizer.accumulation)
 
 
 def compiled(config: Config, cell: Cell) -> dict:
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
+    packages = ("jax", find_machine(cell[1]).compiler)
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     made = {"date": str(datetime.date.today()), "versions": versions}
     try:
         estimate = estimate_run(config, cell[1])
@@ -155,46 +185,75 @@ def compiled(config: Config, cell: Cell) -> dict:
 
 def table(lines: list[dict]) -> str:
     """The line of each cell with the shortest step if no communication hides."""
-    rows = []
-    missing: dict[str, list[str]] = {}
-    for shape in SHAPES:
-        for where in SLICES[shape]:
-            fitting = [line for line in lines if line["cell"] == [shape, where] and line["fits"]]
-            if fitting:
-                rows.append(_row(shape, where, min(fitting, key=lambda line: line["seconds"][1])))
-            else:
-                missing.setdefault(shape, []).append(where)
+    header = "| decoder | machine | chips | mesh | rows at a time | memory, GiB | step, s | MFU |"
+    rows, missing = [], []
+    for cell in cells():
+        found, line = _shortest(lines, cell)
+        if line:
+            rows.append(_row(cell, line))
+        else:
+            missing.append(f"{cell[0]} on {cell[1]}{', which it does not fit' if found else ''}")
+    return _tabulated(header, rows, missing, [line for line in lines if tuple(line["cell"]) in cells()])
+
+
+def recipes_table(lines: list[dict]) -> str:
+    """The cost of each run of the scale study."""
+    header = "| recipe | machine | rows at a time | memory, GiB | step, s | steps | hours | chip hours |"
+    rows, missing = [], []
+    for cell in sorted(recipes(), key=lambda cell: [*RECIPES].index(cell[0].split(",")[0])):
+        found, line = _shortest(lines, cell)
+        if line:
+            steps, chips = recipe(cell[0]).train.steps, math.prod(line["shape"].values())
+            hours = [seconds * steps / 3600 for seconds in line["seconds"]]
+            rows.append(
+                f"| {cell[0]} | {cell[1]} | {line['rows']} | {_memory(cell, line)} | {_span(line['seconds'], '.2f')} | "
+                f"{steps:,} | {_span(hours, '.2g')} | {_span([chips * h for h in hours], '.2g')} |"
+            )
+        else:
+            missing.append(f"{cell[0]}{', which does not fit' if found else ''}")
+    return _tabulated(header, rows, missing, [line for line in lines if tuple(line["cell"]) in recipes()])
+
+
+def _tabulated(header: str, rows: list[str], missing: list[str], lines: list[dict]) -> str:
     dates = sorted({line["date"] for line in lines})
     versions = "; ".join(sorted({line["versions"] for line in lines}))
-    return "\n".join(
-        [
-            "| decoder | slice | chips | mesh | rows at a time | memory, GiB | step, s | MFU |",
-            "|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            f"`python -m benchmarks.pods`, {' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))}, {versions}.",
-            "",
-            "Not compiled yet: " + (";\n".join(f"{k} on {', '.join(v)}" for k, v in missing.items()) or "none") + ".",
-        ]
-    )
+    made = f"`python -m benchmarks.pods`, {' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))}, {versions}."
+    not_compiled = f"Not compiled: {'; '.join(missing) or 'none'}."
+    return "\n".join([header, "|---" * header.count(" | ") + "|---|", *rows, "", made, "", not_compiled])
+
+
+def _shortest(lines: list[dict], cell: Cell) -> tuple[bool, dict | None]:
+    """Whether the cell was compiled, and its fastest line of those that fit."""
+    found = [line for line in lines if tuple(line["cell"]) == cell]
+    fitting = [line for line in found if line["fits"]]
+    return bool(found), min(fitting, key=lambda line: line["seconds"][1], default=None)
 
 
 def write_table(path: Path) -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
+    lines = read(path)
+    text = PAGE.read_text(encoding="utf-8")
+    for begin, end, made in ((BEGIN, END, table(lines)), (BEGIN_RECIPES, END_RECIPES, recipes_table(lines))):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
     with replace_file(PAGE) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{table(read(path))}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-def _row(shape: str, where: str, line: dict) -> str:
+def _row(cell: Cell, line: dict) -> str:
     chips = math.prod(line["shape"].values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in line["shape"].items() if size > 1)
-    memory = f"{sum(line['memory'].values()) / GIB:.1f} of {CHIPS[where.partition(':')[0]].memory / GIB:.0f}"
-    (best, worst), (low, high) = line["seconds"], line["mfu"]
     return (
-        f"| {shape} | {where} | {chips} | {mesh} | {line['rows']} | {memory} | "
-        f"{best:.2f} to {worst:.2f} | {low:.0%} to {high:.0%} |"
+        f"| {cell[0]} | {cell[1]} | {chips} | {mesh} | {line['rows']} | {_memory(cell, line)} | "
+        f"{_span(line['seconds'], '.2f')} | {_span(line['mfu'], '.0%')} |"
     )
+
+
+def _memory(cell: Cell, line: dict) -> str:
+    return f"{sum(line['memory'].values()) / GIB:.1f} of {find_machine(cell[1]).chip.memory / GIB:.0f}"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    return " to ".join(format(value, form) for value in values)
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ class TrainArguments(NamedTuple):
     workdir: Location
     """Path() if not given; it is optional with compile_for."""
     compile_for: str | None = None
-    """The TPU slice to compile for instead of training."""
+    """The TPU slices or GPUs to compile for instead of training."""
     place: ProcessSpec = ProcessSpec()
     """This process's place among the processes of the run."""
 
@@ -158,8 +158,9 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
         ),
         "compile_for": (
             str | None,
-            "A TPU slice such as v5e:16x16. Instead of training, compile the run for this slice, without a TPU, and "
-            "report the memory and time it would take.",
+            "A TPU slice such as v5e:16x16, two of them (2xv5e:16x16), or the GPUs of one host (h100:8) or of two "
+            "(h100:2x8). Instead of training, compile the run for this machine, which need not be there, and report "
+            "the memory and time it would take.",
         ),
         "coordinator": (
             str | None,

@@ -54,10 +54,12 @@ PARAMETER_RULES: Mapping[str, Rules] = MappingProxyType(
 def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Create the mesh over `devices` (None: all) with the axes data, fsdp, tensor and sequence.
 
-    One axis may be -1, to use the devices left by the others; data is 1 if another axis is -1.
+    One axis may be -1, to use the devices left by the others; data is 1 if another axis is -1. Over several slices
+    (devices with fast links among them: a TPU slice, or the GPUs of a host), the first axes go over the slower network
+    between slices: data, as far as its size allows, then fsdp, and so on.
 
     Raises:
-        ValueError: the product of the axes is not the number of devices.
+        ValueError: the product of the axes is not the number of devices, or the axes do not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
@@ -70,11 +72,28 @@ def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None)
         asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise ValueError(f"mesh {asked} does not fit {len(devices)} device(s): the product must be their number")
     types = (AxisType.Auto,) * len(AXES)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1:
+        between = _between_slices(shape, num_slices)
+        within = [size // slices for size, slices in zip(shape, between, strict=True)]
+        placed = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     try:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # an axis takes a part of one dimension of the slice
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=types)
+
+
+def _between_slices(shape: Sequence[int], num_slices: int) -> list[int]:
+    """Split a number of slices over the axes of a mesh, the first as far as they go."""
+    between: list[int] = []
+    for size in shape:
+        between.append(math.gcd(size, num_slices // math.prod(between)))
+    if math.prod(between) != num_slices:
+        axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"mesh {axes} does not divide over {num_slices} slices")
+    return between
 
 
 def partition_spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

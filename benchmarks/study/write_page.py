@@ -1,6 +1,6 @@
-"""Writes docs/study.md and its figure from the results of `make study`, as the last step of the Makefile next to it.
+"""Writes a page and its figure from the results of `make study`, as the last step of the Makefile next to it.
 
-python -m benchmarks.study.write_page runs/study
+python -m benchmarks.study.write_page runs/study docs/study.md benchmarks/study/decoder.py
 """
 
 import json
@@ -9,10 +9,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.pages import Curves, date, hardware, number, table
+import jax
+from flax import nnx
 
-PAGE = Path(__file__).parents[2] / "docs/study.md"
-PICTURE = Path("images/study.png")
+from benchmarks.pages import Curves, date, hardware, number, table
+from nope_jax.config import Config, load
+from nope_jax.models import Decoder
+
 STRETCHES = (1, 2, 4, 8)
 
 PAPER = {
@@ -44,52 +47,60 @@ NAMES = {
     "rope-ntk-8x": "RoPE, NTK for 8 L",
     "rope-yarn-8x": "RoPE, YaRN for 8 L",
 }
-TRAINED = tuple(NAMES)[:6]
+ENCODINGS = tuple(NAMES)[:6]
+WORDS = {5: "five", 6: "six"}
 
 
-def main(runs: Path) -> None:
-    config = json.loads((runs / "nope" / "config.json").read_text())
+def main(runs: Path, page: Path, recipe: Path) -> None:
+    config = load(runs / "nope")
+    trained = [run for run in ENCODINGS if (runs / run / "config.json").exists()]
+    picture = Path("images", page.stem).with_suffix(".png")
     window, start = Curves(runs / "window" / "curves.csv"), Curves(runs / "start" / "curves.csv")
     tuned = {path.parent.name: json.loads(path.read_text()) for path in runs.glob("*/tune.json")}
-    length = config["data"]["context_length"]
-    shutil.copy(runs / "start" / "curves.png", PAGE.parent / PICTURE)
+    length = config.data.context_length
+    unit = "byte" if config.data.tokenizer == "bytes" else "token"
+    shutil.copy(runs / "start" / "curves.png", page.parent / picture)
     parts = [
-        _introduction(config, runs),
-        _findings(window, start, tuned, length),
-        _past_the_length(window, length),
-        _entropy(start, length),
-        _uniform(tuned, length),
-        _heads(window, tuned, length),
+        _introduction(config, runs, recipe, trained, unit),
+        _findings(window, start, tuned, length, trained),
+        _past_the_length(window, length, trained, unit),
+        _entropy(start, length, trained, picture),
+        _uniform(tuned, length, unit),
+        _heads(window, tuned, length, unit),
         _limits(),
     ]
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    page.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _introduction(config: dict, runs: Path) -> str:
-    model, data, train = config["model"], config["data"], config["train"]
-    minutes = [_training_minutes(runs / run / "metrics.jsonl", config) for run in TRAINED]
+def _introduction(config: Config, runs: Path, recipe: Path, trained: list[str], unit: str) -> str:
+    model, data, train = config.model, config.data, config.train
+    minutes = [_training_minutes(runs / run / "metrics.jsonl", config) for run in trained]
+    params = nnx.state(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+    millions = sum(array.size for array in jax.tree.leaves(params)) / 1e6
+    source = {"python_stdlib": "Python's standard library"}.get(data.source, f"`{data.source}`")
     return f"""# The study
 
-Six decoders that differ only in their encoding are trained at L = {data["context_length"]} bytes and tested up to 8 L.
+{WORDS[len(trained)].capitalize()} decoders that differ only in their encoding are trained at
+L = {data.context_length:,} {unit}s and tested up to 8 L.
 The question is that of Wang et al. 2024 ([arXiv 2404.12224](https://arxiv.org/abs/2404.12224)): at which length
 does a model without positions fail, has its attention spread out by then, and does a logit scale help?
-Their model has 1.1 billion parameters and L = 2,048; this one is a thousand times smaller, and its results may differ.
+Their model has 1.1 billion parameters and L = 2,048; this one has {millions:,.1f} million, and its results may differ.
 
 `make study` wrote this page, with its numbers and verdicts: {date()}, {hardware()}.
-The decoder ([benchmarks/study/decoder.py](../benchmarks/study/decoder.py)) has {model["num_layers"]} layers of
-{model["num_heads"]} heads and width {model["model_dim"]};
-{train["steps"]:,} steps of {data["batch_size"]} x {data["context_length"]} bytes of Python's standard library took
-{min(minutes):.0f} to {max(minutes):.0f} minutes per encoding, two trained at a time. One seed each.
+The decoder ([{recipe}](../{recipe})) has {model.num_layers} layers of
+{model.num_heads} heads and width {model.model_dim};
+{train.steps:,} steps of {data.batch_size} x {data.context_length:,} {unit}s of {source} took
+{min(minutes):.0f} to {max(minutes):.0f} minutes per encoding. One seed each.
 """
 
 
-def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
+def _findings(window: Curves, start: Curves, tuned: dict, length: int, trained: list[str]) -> str:
     far = 8 * length
     nope, rope = (window.holds_to(run, length) / length for run in ("nope", "rope"))
     # Do the models whose perplexity rises most also have the attention that spreads out most?
-    left = {run: math.log(window.perplexity(run, far) / window.perplexity(run, length)) for run in TRAINED}
-    spread = {run: _share(start, run, far) - _share(start, run, length) for run in TRAINED}
-    ranks = _rank_correlation([left[run] for run in TRAINED], [spread[run] for run in TRAINED])
+    left = {run: math.log(window.perplexity(run, far) / window.perplexity(run, length)) for run in trained}
+    spread = {run: _share(start, run, far) - _share(start, run, length) for run in trained}
+    ranks = _rank_correlation([left[run] for run in trained], [spread[run] for run in trained])
     gains = {run: _last(tuned[f"{run}-uniform-8x"]) for run in ("nope", "rope")}
     helps = {run: outcome["loss_before"] - outcome["loss_at_factor"] for run, outcome in gains.items()}
     scaled = {k: [window.perplexity(f"nope-{m}-{k}x", k * length) for m in ("head", "uniform")] for k in (4, 8)}
@@ -102,8 +113,8 @@ def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
             nope > rope,
         ),
         (
-            "Where perplexity rises, attention entropy has risen (rank correlation of the two changes over the six "
-            "encodings, from L to 8 L; agrees above 0.5)",
+            "Where perplexity rises, attention entropy has risen (rank correlation of the two changes over the "
+            f"{WORDS[len(trained)]} encodings, from L to 8 L; agrees above 0.5)",
             "seen in every model",
             f"{ranks:.2f}",
             ranks > 0.5,
@@ -145,28 +156,28 @@ def _findings(window: Curves, start: Curves, tuned: dict, length: int) -> str:
 """
 
 
-def _past_the_length(window: Curves, length: int) -> str:
+def _past_the_length(window: Curves, length: int, trained: list[str], unit: str) -> str:
     lengths = [k * length for k in STRETCHES]
     body = []
-    for run, name in NAMES.items():
+    for run in [*trained, *[run for run in NAMES if run not in ENCODINGS]]:
         numbers = [number(window.perplexity(run, n)) for n in lengths]
         paper = PAPER.get(run, ("", *[""] * len(lengths)))
-        body.append((name, *numbers, f"{window.holds_to(run, length) / length:.4g} L", *paper[1:]))
+        body.append((NAMES[run], *numbers, f"{window.holds_to(run, length) / length:.4g} L", *paper[1:]))
     header = ("run", "L", "2 L", "4 L", "8 L", "holds to", "paper: L", "2 L", "4 L", "8 L")
     return f"""## Perplexity past the training length
 
-A window of 1, 2, 4 and 8 times L slid over whole documents by half of L ({length // 2} bytes; the paper slides by an
-eighth), each token scored once: all lengths score the same tokens. Perplexity per byte here, per token in the paper, so
-compare how it changes. "Holds to" is the longest of 1, 1.125, 1.25, 1.5, 2, 4 and 8 L up to which perplexity stays
-within 10 %. The paper's UniformScale was chosen for 4 L, its last HeadScale for 9 L.
+A window of 1, 2, 4 and 8 times L slid over whole documents by half of L ({length // 2:,} {unit}s; the paper slides by
+an eighth), each token scored once: all lengths score the same tokens. Perplexity per {unit} here, per token of its own
+tokenizer in the paper, so compare how it changes. "Holds to" is the longest of 1, 1.125, 1.25, 1.5, 2, 4 and 8 L up to
+which perplexity stays within 10 %. The paper's UniformScale was chosen for 4 L, its last HeadScale for 9 L.
 
 {table(header, body)}
 """
 
 
-def _entropy(start: Curves, length: int) -> str:
+def _entropy(start: Curves, length: int, trained: list[str], picture: Path) -> str:
     body = []
-    for run in TRAINED:
+    for run in trained:
         cells = [NAMES[run]]
         for k in (1, 2, 4, 8):
             entropy = start.mean(run, 8 * length, "entropy", k * length // 2, k * length)
@@ -174,7 +185,8 @@ def _entropy(start: Curves, length: int) -> str:
         body.append(tuple(cells))
     return f"""## Perplexity and attention entropy by position
 
-![Perplexity and attention entropy by position of the six encodings and of NoPE with HeadScale]({PICTURE.as_posix()})
+![Perplexity and attention entropy by position of the {WORDS[len(trained)]} encodings and of NoPE with HeadScale]\
+({picture.as_posix()})
 
 Documents are read from their start, so position and context grow together. Mean attention entropy over all heads, in
 nats, over the second half of each length; in parentheses its share of the ceiling ln(position + 1), the entropy of
@@ -184,7 +196,7 @@ uniform weights over all positions so far:
 """
 
 
-def _uniform(tuned: dict, length: int) -> str:
+def _uniform(tuned: dict, length: int, unit: str) -> str:
     outcomes = {("NoPE", k): _last(tuned[f"nope-uniform-{k}x"]) for k in (2, 4, 8)}
     outcomes |= {("RoPE", o["length"] // length): o for o in tuned["rope-uniform-8x"]["lengths"]}
     body = [
@@ -202,13 +214,13 @@ def _uniform(tuned: dict, length: int) -> str:
     return f"""## One factor for all heads
 
 The λ with the lowest loss at the target length, on documents of the training split read from their start (nats per
-byte; `eval.py tune --method uniform`). The paper's fit is λ = 1 + 0.397 ln s at s times L.
+{unit}; `eval.py tune --method uniform`). The paper's fit is λ = 1 + 0.397 ln s at s times L.
 
 {table(header, body)}
 """
 
 
-def _heads(window: Curves, tuned: dict, length: int) -> str:
+def _heads(window: Curves, tuned: dict, length: int, unit: str) -> str:
     body = []
     for run in [name for name in NAMES if name.startswith("nope-head")]:
         result = tuned[run]
@@ -224,8 +236,8 @@ def _heads(window: Curves, tuned: dict, length: int) -> str:
     return f"""## One factor per head
 
 200 updates of only the factors, on windows of the target length from the training split (`eval.py tune --method head`,
-the paper's settings); losses in nats per byte at that length. Started at the best λ and at 1, the {len(best)} factors
-for 8 L end at most {apart:.2f} apart (the paper learns 704).
+the paper's settings); losses in nats per {unit} at that length. Started at the best λ and at 1, the {len(best)}
+factors for 8 L end at most {apart:.2f} apart (the paper learns 704).
 
 {table(header, body)}
 """
@@ -234,9 +246,9 @@ for 8 L end at most {apart:.2f} apart (the paper learns 704).
 def _limits() -> str:
     return """## What this cannot show
 
-One seed, one size, bytes of one kind of text, and windows of a few hundred bytes: the order of two close numbers here
-is not evidence. The paper judges its ablation by passkey retrieval, which models this small must be trained for
-([configs/passkey.py](../configs/passkey.py)); here it is judged by perplexity.
+One seed, one size, one kind of text: the order of two close numbers here is not evidence. The paper judges its ablation
+by passkey retrieval, which small models must be trained for ([configs/passkey.py](../configs/passkey.py)); here it is
+judged by perplexity.
 """
 
 
@@ -258,12 +270,12 @@ def _rank_correlation(a: list[float], b: list[float]) -> float:
     return 1 - 6 * sum((x - y) ** 2 for x, y in zip(*ranks, strict=True)) / (n * (n**2 - 1))
 
 
-def _training_minutes(metrics: Path, config: dict) -> float:
+def _training_minutes(metrics: Path, config: Config) -> float:
     """Training time, from the logged throughput."""
-    tokens = config["train"]["log_every"] * config["data"]["batch_size"] * config["data"]["context_length"]
+    tokens = config.train.log_every * config.data.batch_size * config.data.context_length
     lines = map(json.loads, metrics.read_text().splitlines())
     return sum(tokens / line["tokens_per_second"] for line in lines if "tokens_per_second" in line) / 60
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

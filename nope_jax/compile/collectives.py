@@ -13,16 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nope_jax.compile.program import called_computations, loop_turns, parse_program
+from nope_jax.compile.program import array_bytes, arrays, called_computations, loop_turns, parse_program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_TRANSFER = r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}".*_xla_megascale_transfer_type="(\w+)"'
 
 
 class Collective(NamedTuple):
     """One collective of a program, as seen by each participating device."""
 
     kind: str
-    """One of KINDS. A fused all-reduce and slice in TPU programs counts as a reduce-scatter."""
+    """One of KINDS. A fused all-reduce and slice in TPU programs counts as a reduce-scatter.
+
+    In a program for several TPU slices, a transfer between them counts as the collective that it belongs to."""
     shapes: tuple[str, ...]
     """The result arrays on each device, such as "f32[8,32]"."""
     bytes: int
@@ -95,7 +99,7 @@ def collectives(text: str) -> list[Collective]:
             collective = Collective(
                 kind,
                 tuple(f"{dtype}[{sizes}]" for dtype, sizes in shapes),
-                sum(_bytes(*shape) for shape in shapes),
+                sum(array_bytes(*shape) for shape in shapes),
                 groups,
                 None if math.isnan(times) else round(times),
                 loops,
@@ -112,30 +116,26 @@ def collectives(text: str) -> list[Collective]:
 
 def _kind_and_shapes(line: str, header: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the kind of collective of an instruction, "" for none, and the dtypes and sizes of its results."""
+    if transfer := re.search(rf" = \((\S+), .*? recv\(.*{_TRANSFER}", line):
+        return transfer[4].lower().replace("_", "-"), arrays(transfer[1])
     operation = re.search(rf" = (.*?[)\]}}]) ({'|'.join(KINDS)})(-start)?\(", line)
     if operation is None:
         return "", []
     result, kind, starts = operation.groups()
     if header.startswith("%all-reduce-scatter"):
-        return "reduce-scatter", _shapes(header.split("->")[-1])
-    shapes = _shapes(result)
+        return "reduce-scatter", arrays(header.split("->")[-1])
+    shapes = arrays(result)
     if starts and kind != "all-reduce":  # operands are listed before results
         shapes = [shape for shape in shapes if shape != ("u32", "")]
         shapes = shapes[len(shapes) // 2 :]
     return kind, shapes
 
 
-def _shapes(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", text)
-
-
-def _bytes(dtype: str, sizes: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return -(-bits * math.prod(int(size.strip("<=")) for size in sizes.split(",") if size) // 8)
-
-
 def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     """Parse the device groups of a collective, in any of XLA's formats."""
+    if transfer := re.search(_TRANSFER, line):  # slices from 1, chips of a slice from 0; each chip with its likes
+        slices, chips = (_ranges(transfer[n]) for n in (1, 2))
+        return tuple(tuple(chip + (n - 1) * num_devices for n in slices) for chip in chips)
     iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}", line):
         groups = tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
@@ -157,6 +157,12 @@ def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
             ids = np.moveaxis(ids, last, range(-len(last), 0)).reshape(-1, math.prod(axes[axis] for axis in along))
             return tuple(map(tuple, ids.tolist()))
     raise ValueError(f"unknown way of naming devices: {line.strip()[:300]}")
+
+
+def _ranges(text: str) -> list[int]:
+    """Parse numbers and ranges, both ends included, such as 0:3,8."""
+    ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
+    return [number for first, *last in ends for number in range(first, (last or [first])[0] + 1)]
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Estimates of memory and time of a run on a TPU slice, from programs compiled for that slice on any machine.
+"""Estimates of memory and time of a run on a TPU slice or GPUs, from programs compiled for them on any machine.
 
-Memory is what the compiler allocates: a program that compiles fits. Nothing is executed, so times are estimates of
-computation and communication (`nope_jax.compile.tpu`). How much of the two overlaps is unknown: a step takes between
-the larger of the two and their sum.
+Memory is what the compiler allocates. Nothing is executed, so times are estimates of computation
+(`nope_jax.compile.tpu`, `nope_jax.compile.gpu`) and communication (`nope_jax.compile.machine`). How much of the two
+overlaps is unknown: a step takes between the larger of the two and their sum.
 """
 
+import difflib
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from nope_jax.compile import gpu, tpu
 from nope_jax.compile.collectives import collectives
-from nope_jax.compile.memory import Memory, compiled, kept_memory, memory_of
-from nope_jax.compile.tpu import chip_of_slice, communicating, computing, slice_devices
+from nope_jax.compile.machine import Machine, Traffic
+from nope_jax.compile.memory import Memory, compiled, kept_memory
 from nope_jax.config import Config
 from nope_jax.data import Batch
 from nope_jax.data.batches import masks_loss
@@ -26,7 +28,7 @@ from nope_jax.training.step import jit_train_step, jit_validation
 
 
 class Estimate(NamedTuple):
-    """The estimate of a run on a slice; bytes and seconds are per chip and training step."""
+    """The estimate of a run on a machine; bytes and seconds are per chip and training step."""
 
     chips: int
     mesh: dict[str, int]
@@ -37,9 +39,20 @@ class Estimate(NamedTuple):
     peak: float
     """Peak bfloat16 FLOP/s of all chips."""
     computing: float
-    communicating: float
-    sent: dict[str, int]
-    """Bytes sent by each kind of collective."""
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def communicating(self) -> float:
+        """Seconds of all collectives."""
+        return sum(traffic.seconds for traffic in self.traffic)
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """Bytes sent by each kind of collective."""
+        sent: Counter[str] = Counter()
+        for traffic in self.traffic:
+            sent[traffic.kind] += traffic.sent
+        return dict(sent)
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -53,14 +66,31 @@ class Estimate(NamedTuple):
         return self.flops / self.peak / worst, self.flops / self.peak / best
 
 
-def estimate_run(config: Config, slice_name: str) -> Estimate:
-    """Compile the training step and the validation loss of a run for a slice, and estimate their memory and time.
+def find_machine(name: str) -> Machine:
+    """Return a machine by its name, such as v5e:16x16, 2xv5e:16x16 (two slices), h100:8 or h100:2x8 (two hosts).
+
+    Raises:
+        ValueError: there is no such machine.
+    """
+    machine = tpu.find_tpus(name) or gpu.find_gpus(name)
+    if machine is not None:
+        return machine
+    kind = name.partition(":")[0].lower()
+    known = [*tpu.names(), *gpu.names()]
+    same = [one for one in known if one.partition(":")[0] == kind]
+    nearest = ", ".join(same or difflib.get_close_matches(name, known, n=6, cutoff=0))
+    raise ValueError(f"--compile_for must be a slice of TPUs or GPUs of a host, not {name!r}: such as {nearest}")
+
+
+def estimate_run(config: Config, name: str) -> Estimate:
+    """Compile the training step and the validation loss of a run for a machine, and estimate their memory and time.
 
     Raises:
         DoesNotFitError: a program needs more memory than a chip has; the message is one line and states how much.
-        ValueError: the slice or the compiler does not exist, or the config cannot be sharded over the chips.
+        ValueError: the machine or its compiler does not exist, or the config cannot be sharded over the chips.
     """
-    devices = slice_devices(slice_name)
+    machine = find_machine(name)
+    devices = machine.devices()
     mesh = make_mesh(config.mesh, devices)
     check_fits(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -77,28 +107,21 @@ def estimate_run(config: Config, slice_name: str) -> Estimate:
             spike_factor=config.train.spike_factor,
         )
         loss = jit_validation(graphdef, config.optimizer.accumulation)
-        program = compiled("the training step", step.lower(abstract, batch), kept, slice_name)
-        training = memory_of(program, kept)
+        program, training = compiled("the training step", step.lower(abstract, batch), kept, machine)
         kept = kept._replace(optimizer=0)
-        lowered = loss.lower(abstract.params, batch)
-        validation = memory_of(compiled("the validation loss", lowered, kept, slice_name), kept)
+        _, validation = compiled("the validation loss", loss.lower(abstract.params, batch), kept, machine)
 
     text = program.as_text()
     assert text is not None
-    found = collectives(text)  # in loops of unknown trip count, they count once; attention has none
-    sent: Counter[str] = Counter()
-    for collective in found:
-        sent[collective.kind] += collective.sent * (collective.times or 1)
     return Estimate(
         chips=len(devices),
         mesh=dict(mesh.shape),
         training=training,
         validation=validation,
         flops=model_flops_per_token(config) * config.data.batch_size * config.data.context_length,
-        peak=chip_of_slice(slice_name).flops * len(devices),
-        computing=computing(text, slice_name, -(-config.data.context_length // mesh.shape["sequence"])),
-        communicating=communicating(found, mesh, slice_name),
-        sent=dict(sent),
+        peak=machine.chip.flops * len(devices),
+        computing=machine.computing(text, -(-config.data.context_length // mesh.shape["sequence"])),
+        traffic=tuple(machine.traffic(collectives(text), mesh)),
     )
 
 

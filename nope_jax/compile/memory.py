@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nope_jax.compile.machine import Machine
 from nope_jax.training.state import TrainState
 
 GIB = 2**30
@@ -47,32 +48,48 @@ def kept_memory(abstract: TrainState) -> Memory:
     return Memory(parameters, state - parameters, 0, 0)
 
 
-def compiled(what: str, lowered: jax.stages.Lowered, kept: Memory, slice_name: str) -> jax.stages.Compiled:
-    """Compile a program.
+def compiled(
+    what: str, lowered: jax.stages.Lowered, kept: Memory, machine: Machine
+) -> tuple[jax.stages.Compiled, Memory]:
+    """Compile a program for a machine, given the memory of its training state; return it and all its memory.
 
     Raises:
         DoesNotFitError: the program needs more memory than a chip has; the message is one line and states how much.
     """
+    what = f"{what} does not fit a chip of {machine.name}"
     try:
-        return lowered.compile()
+        program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _shortage(f"{what} does not fit a chip of {slice_name}", str(error), kept) from error
+        raise _refused(what, str(error), kept) from error
+    memory = memory_of(program, kept)
+    if memory.total > machine.memory:
+        raise _shortage(what, memory.total, machine.memory, kept)
+    return program, memory
 
 
-def _shortage(what: str, message: str, kept: Memory) -> DoesNotFitError:
+def _refused(what: str, message: str, kept: Memory) -> DoesNotFitError:
     """Build the error from the numbers in the compiler's out-of-memory message."""
-    state = f"parameters {gib(kept.parameters)} GiB, optimizer {gib(kept.optimizer)} GiB"
     numbers = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)[:2]
     if len(numbers) < 2:
-        return DoesNotFitError(f"{what}: {message.splitlines()[0]} ({state})")
+        return DoesNotFitError(f"{what}: {message.splitlines()[0]} ({_of_state(kept)})")
     needed, available = (float(number) * 1024 ** (1 + "KMGT".index(unit)) for number, unit in numbers)
-    needs, has = (f"{number} {unit}iB" for number, unit in numbers)
-    rest = "the rest for activations and gradients"
+    return _shortage(what, needed, available, kept)
+
+
+def _shortage(what: str, needed: float, available: float, kept: Memory) -> DoesNotFitError:
     return DoesNotFitError(
-        f"{what}: it needs {needs} of the {has} there are ({state}, {rest})", needed, available, kept.total
+        f"{what}: it needs {gib(needed)} GiB of the {gib(available)} GiB there are ({_of_state(kept)}, "
+        "the rest for activations and gradients)",
+        needed,
+        available,
+        kept.total,
     )
+
+
+def _of_state(kept: Memory) -> str:
+    return f"parameters {gib(kept.parameters)} GiB, optimizer {gib(kept.optimizer)} GiB"
 
 
 def memory_of(program: jax.stages.Compiled, kept: Memory) -> Memory:
@@ -85,7 +102,7 @@ def memory_of(program: jax.stages.Compiled, kept: Memory) -> Memory:
     return kept._replace(temporaries=temporaries, other=given - kept.total + stats.generated_code_size_in_bytes)
 
 
-def gib(size: int) -> str:
+def gib(size: float) -> str:
     """Format bytes in GiB."""
     return f"{size / GIB:.2f}" if size >= GIB / 10 else f"{size / GIB:.2g}"
 

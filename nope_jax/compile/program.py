@@ -33,6 +33,51 @@ def parse_program(text: str) -> tuple[Computations, str]:
     return computations, entry
 
 
+def executed(computations: Computations, entry: str, blocks: int) -> Iterator[tuple[str, str, float]]:
+    """Yield the instructions that a compiled program executes, those within fusions excepted.
+
+    Args:
+        computations: Those of the program, with the name of the first, from `parse_program`.
+        entry: The name.
+        blocks: Number of key blocks in a sequence. The loop over the blocks of a diagonal, inside the loop over
+            diagonals, is the only one whose trip count is not in the text; that of the average diagonal is used.
+
+    Yields:
+        The name of its computation, the instruction's line, and the number of executions.
+    """
+
+    def within(name: str, around: float, times: float) -> Iterator[tuple[str, str, float]]:
+        for line in computations[name].values():
+            yield name, line, times
+            if re.search(r" fusion(-start|-done)?\(", line):
+                continue  # one operation
+            turns = loop_turns(line, computations, name)
+            if turns is not None and math.isnan(turns):
+                turns = _blocks_of_a_diagonal(around, blocks)
+            for callee in called_computations(line):
+                yield from within(callee, turns or around, times * (turns or 1))
+
+    yield from within(entry, 1, 1)
+
+
+def _blocks_of_a_diagonal(diagonals: float, blocks: int) -> float:
+    """The average number of computed blocks per diagonal."""
+    if diagonals >= blocks:  # all diagonals are visited, including fully masked ones, whose blocks are skipped
+        return blocks * (blocks + 1) / 2 / diagonals
+    return blocks - (diagonals + 1) / 2  # below the main diagonal, each has one block less than the one before
+
+
+def arrays(text: str) -> list[tuple[str, str]]:
+    """Return the dtype and the sizes of every array type in a text, such as ("bf16", "8,32")."""
+    return re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", text)
+
+
+def array_bytes(dtype: str, sizes: str) -> int:
+    """Size of an array in bytes."""
+    bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or [0])[0])  # a token has none
+    return -(-bits * math.prod(int(size.strip("<=")) for size in sizes.split(",") if size) // 8)
+
+
 def called_computations(line: str) -> Iterator[str]:
     """Yield the names of the computations that an instruction calls."""
     if re.search(r" async-(?:update|done)\(", line):

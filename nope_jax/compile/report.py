@@ -1,21 +1,22 @@
-"""The report of `train.py --compile_for`: memory and time of a run on a slice, or settings with which it would fit."""
+"""The report of `train.py --compile_for`: memory and time of a run on a machine, or settings that would fit."""
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from nope_jax.compile.estimate import Estimate, estimate_run
+from nope_jax.compile.estimate import Estimate, estimate_run, find_machine
+from nope_jax.compile.machine import Traffic
 from nope_jax.compile.memory import GIB, DoesNotFitError, Memory, gib
-from nope_jax.compile.tpu import KERNEL_EFFICIENCY, chip_of_slice, slice_devices
+from nope_jax.compile.tpu import KERNEL_EFFICIENCY
 from nope_jax.config import Config, override
 from nope_jax.sharding import make_mesh
 
 
-def report(config: Config, slice_name: str) -> str:
-    """Return a report of the memory and time of a run on a slice.
+def report(config: Config, name: str) -> str:
+    """Return a report of the memory and time of a run on a machine.
 
     Raises:
         DoesNotFitError: the run does not fit; the message is one line and states by how much, and settings that fit, as
@@ -23,48 +24,59 @@ def report(config: Config, slice_name: str) -> str:
         ValueError: as for `estimate_run`.
     """
     try:
-        return describe(config, slice_name, estimate_run(config, slice_name))
+        return describe(config, name, estimate_run(config, name))
     except DoesNotFitError as error:
-        raise DoesNotFitError(f"{error}; {_what_fits(config, slice_name, error)}") from error
+        raise DoesNotFitError(f"{error}; {_what_fits(config, name, error)}") from error
 
 
-def describe(config: Config, slice_name: str, estimate: Estimate) -> str:
+def describe(config: Config, name: str, estimate: Estimate) -> str:
     """Format an estimate as text."""
-    e, chip = estimate, chip_of_slice(slice_name)
+    e, machine = estimate, find_machine(name)
     tokens = config.data.batch_size * config.data.context_length
     axes = " x ".join(f"{axis} {size}" for axis, size in e.mesh.items())
-    sent = ", ".join(f"{kind} {amount / 1e9:.3g} GB" for kind, amount in e.sent.items()) or "nothing"
+    between = [t for t in e.traffic if t.between_slices]
+    slices = across = ""
+    if machine.num_slices > 1:
+        slices = f" in {machine.num_slices} {machine.slices}"
+        seconds = sum(t.seconds for t in between)
+        sent = f"{_sent(between) or 'nothing'}: {seconds:.3g} s over the {machine.network}"
+        across = f"  {f'across {machine.slices}':13} {sent}\n"
 
     def memory(m: Memory) -> str:
         parts = [f"{name} {gib(size)}" for name, size in m._asdict().items() if size]
-        return f"{gib(m.total)} of {chip.memory / GIB:.0f} GiB: {', '.join(parts)}"
+        return f"{gib(m.total)} of {machine.chip.memory / GIB:.0f} GiB: {', '.join(parts)}"
 
     best, worst = e.seconds
     low, high = e.mfu
     return f"""\
-{slice_name}: {e.chips} chips, mesh {axes}; it fits.
+{name}: {e.chips} chips{slices}, mesh {axes}; it fits.
 Memory of each chip
   training      {memory(e.training)}
   validation    {memory(e.validation)}
                 temporaries are activations, gradients and all else that lives within a step
 A training step of {tokens:,} tokens
   model FLOPs   {e.flops:.3g} (6 per weight and token, and attention; nothing that is computed again)
-  sent          {sent}, by each chip
-  computing     {e.computing:.3g} s, from the cycles that the compiler expects
+  sent          {_sent(t for t in e.traffic if not t.between_slices) or "nothing"}, by each chip
+{across}  computing     {e.computing:.3g} s, from {machine.computed_from}
   communicating {e.communicating:.3g} s, from what is sent and the published bandwidth
   time          {best:.3g} s if all communication hides behind computation, {worst:.3g} s if none does
   utilisation   {low:.0%} to {high:.0%} of the published peak, where the model FLOPs take {e.flops / e.peak:.3g} s
   throughput    {tokens / worst:,.0f} to {tokens / best:,.0f} tokens per second
-Nothing was run: times are estimates. Attention kernels are assumed to reach {KERNEL_EFFICIENCY:.0%} of the peak."""
+Nothing was run: times are estimates. On a TPU attention is a kernel, assumed to reach {KERNEL_EFFICIENCY:.0%} of the
+peak where it serves; on a GPU it is plain JAX."""
 
 
-def _what_fits(config: Config, slice_name: str, error: DoesNotFitError) -> str:
+def _sent(traffic: Iterable[Traffic]) -> str:
+    return ", ".join(f"{t.kind} {t.sent / 1e9:.3g} GB ({t.times:,} along {' x '.join(t.axes)})" for t in traffic)
+
+
+def _what_fits(config: Config, name: str, error: DoesNotFitError) -> str:
     """Compile alternative settings, cheapest first, until one fits; return that one, or all those tried."""
     tried = []
-    for settings in _remedies(config, make_mesh(config.mesh, slice_devices(slice_name)), error):
+    for settings in _remedies(config, make_mesh(config.mesh, find_machine(name).devices()), error):
         options = " ".join(f"--{name} {value}" for name, value in settings.items())
         try:
-            estimate_run(override(config, settings), slice_name)
+            estimate_run(override(config, settings), name)
             return f"it fits with {options}"
         except DoesNotFitError:
             tried.append(options)

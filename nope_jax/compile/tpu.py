@@ -10,9 +10,8 @@ The TPU compiler (package libtpu, in the extra "tpu") needs no TPU. Nothing is e
   dimensions that its groups span. Latency is ignored.
 """
 
-import difflib
+import dataclasses
 import importlib.util
-import itertools
 import math
 import os
 import re
@@ -26,8 +25,9 @@ from jax.sharding import Mesh
 
 from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.compile.collectives import Collective
-from nope_jax.compile.program import called_computations, loop_turns, parse_program
-from nope_jax.training.flops import CHIPS, Chip
+from nope_jax.compile.machine import Machine
+from nope_jax.compile.program import executed, parse_program
+from nope_jax.training.flops import CHIPS
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -50,82 +50,69 @@ UNKNOWN_CYCLES = 2**63 - 1
 """The compiler writes this value, or a larger one (-1 as an unsigned number), if it has no estimate."""
 
 
-def slice_devices(name: str) -> list[jax.Device]:
-    """Return the chips of a slice, given a name such as v5e:16x16. They are valid only as compilation targets.
+@dataclasses.dataclass(frozen=True)
+class Tpus(Machine):
+    """One or more equal slices of a generation of TPUs."""
 
-    Raises:
-        ValueError: the slice does not exist, or libtpu is not installed.
-    """
-    generation, _, shape = name.partition(":")
-    if shape not in SLICES.get(generation, ()):
-        known = {kind: [f"{kind}:{shape}" for shape in shapes] for kind, shapes in SLICES.items()}
-        nearest = known.get(generation) or difflib.get_close_matches(
-            name, itertools.chain(*known.values()), n=6, cutoff=0
-        )
-        raise ValueError(f"--compile_for must be a slice of TPUs, not {name!r}: such as {', '.join(nearest)}")
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError("--compile_for needs the TPU compiler, which is not installed: pip install '.[tpu]'")
-    # Without these, the compiler searches the network for TPUs, logs it, and blocks other processes from loading it.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for variable, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        os.environ.setdefault(variable, value)
-    jax.config.update("jax_platforms", "cpu")  # local accelerators are not needed, may be busy and start slowly
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
-    options: dict[str, Any] = {"wrap": (*_wraps(name), False, False)[:3]}
-    if shape == "1x1":
-        options["chips_per_host_bounds"] = (1, 1, 1)  # older compilers assume four chips per host
-    if generation in ("v4", "v5p"):
-        options["chip_config_name"] = "megacore"  # the two cores of a chip form one device
-    return topologies.get_topology_desc(name, platform="tpu", **options).devices
+    generation: str
 
+    slices = "slices"
+    network = "data-center network"
+    compiler = "libtpu"
+    computed_from = "the cycles that the compiler expects"
 
-def _wraps(name: str) -> tuple[bool, ...]:
-    """Whether each dimension of a slice is a ring: all in slices of whole cubes, those of 16 chips in flat slices."""
-    sizes = [int(size) for size in name.partition(":")[2].split("x")]
-    if len(sizes) == 3:
-        return (all(size % 4 == 0 for size in sizes),) * 3
-    return tuple(size == 16 for size in sizes)
+    def _devices(self) -> list[jax.Device]:
+        if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+            raise ValueError(
+                f"--compile_for {self.name} needs the TPU compiler, which is not installed: pip install '.[tpu]'"
+            )
+        # Without these, the compiler searches the network for TPUs, logs it, and keeps other processes from loading it.
+        quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+        for variable, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+            os.environ.setdefault(variable, value)
+        options: dict[str, Any] = {"wrap": (*self.wraps, False, False)[:3]}
+        if self.num_slices > 1:
+            options["num_slices"] = self.num_slices
+        if math.prod(self.slice_shape) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)  # older compilers assume four chips per host
+        if self.generation in ("v4", "v5p"):
+            options["chip_config_name"] = "megacore"  # the two cores of a chip form one device
+        name = f"{self.generation}:{'x'.join(map(str, self.slice_shape))}"
+        return topologies.get_topology_desc(name, platform="tpu", **options).devices
 
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether each dimension of a slice is a ring: all in slices of whole cubes, those of 16 in flat slices."""
+        if len(self.slice_shape) == 3:
+            return (all(size % 4 == 0 for size in self.slice_shape),) * 3
+        return tuple(size == 16 for size in self.slice_shape)
 
-def chip_of_slice(name: str) -> Chip:
-    """The published specifications of the chips of a slice."""
-    return CHIPS[_generation(name)]
+    def computing(self, text: str, length: int) -> float:
+        return cycles(text, -(-length // BLOCK_SIZE), self.generation) / _clock(self.generation)
 
+    def link_shares(self, found: Sequence[Collective], mesh: Mesh) -> list[float]:
+        chips = mesh.devices.reshape(-1)
+        permutes = {c.groups: c.mesh_axes(mesh.shape) for c in found if c.kind == "collective-permute"}
 
-def computing(text: str, name: str, length: int) -> float:
-    """Estimate the computation time of a compiled program on each chip of a slice, in seconds.
+        def links(collective: Collective) -> int:
+            if collective.kind == "collective-permute":  # one link, or two with an opposite permute
+                return min(2, list(permutes.values()).count(permutes[collective.groups]))
+            where = np.array([chips[index].coords for index in max(collective.groups, key=len)])
+            # A ring sends in both directions; on a line, the chips at the ends must receive everything over one link.
+            return sum(2 if wraps else 1 for axis, wraps in enumerate(self.wraps) if len(set(where[:, axis])) > 1)
 
-    Args:
-        text: The compiled program.
-        name: Name of the slice.
-        length: Length of a chip's part of a sequence, in tokens.
-    """
-    generation = _generation(name)
-    return cycles(text, -(-length // BLOCK_SIZE), generation) / _clock(generation)
-
-
-def communicating(found: Sequence[Collective], mesh: Mesh, name: str) -> float:
-    """Estimate the time of collectives on each chip of a slice, executed one after the other, in seconds."""
-    bandwidth = chip_of_slice(name).interconnect_bandwidth
-    return sum(
-        collective.sent * (collective.times or 1) / (bandwidth * share)
-        for collective, share in zip(found, link_shares(found, mesh, name), strict=True)
-    )
+        return [max(1, links(collective)) / (2 * len(self.wraps)) for collective in found]
 
 
-def link_shares(found: Sequence[Collective], mesh: Mesh, slice_name: str) -> list[float]:
-    """The maximum fraction of its links over which a chip can send each collective."""
-    wraps, chips = _wraps(slice_name), mesh.devices.reshape(-1)
-    permutes = {c.groups: c.mesh_axes(mesh.shape) for c in found if c.kind == "collective-permute"}
-
-    def links(collective: Collective) -> int:
-        if collective.kind == "collective-permute":  # one link, or two with an opposite permute
-            return min(2, list(permutes.values()).count(permutes[collective.groups]))
-        where = np.array([chips[index].coords for index in max(collective.groups, key=len)])
-        # A ring sends in both directions; on a line, the chips at the ends must receive everything over one link.
-        return sum(2 if wraps[axis] else 1 for axis in range(len(wraps)) if len(set(where[:, axis])) > 1)
-
-    return [max(1, links(collective)) / (2 * len(wraps)) for collective in found]
+def find_tpus(name: str) -> Tpus | None:
+    """Return the machine of a name: v5e:16x16 is a slice, 2xv5e:16x16 two of them. None: there is no such machine."""
+    parts = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):(\w+)", name)
+    if parts is None or parts[3] not in SLICES.get(parts[2], ()):
+        return None
+    chip, num_slices = CHIPS[parts[2]], int(parts[1] or 1)
+    if num_slices > 1 and chip.network_bandwidth is None:
+        return None
+    return Tpus(name, chip, num_slices, tuple(map(int, parts[3].split("x"))), generation=parts[2])
 
 
 def cycles(text: str, blocks: int, generation: str) -> float:
@@ -133,28 +120,15 @@ def cycles(text: str, blocks: int, generation: str) -> float:
 
     Args:
         text: The compiled program.
-        blocks: Number of key blocks in a sequence. The loop over the blocks of a diagonal, inside the loop over
-            diagonals, is the only one whose trip count is not in the text; that of the average diagonal is used.
+        blocks: Number of key blocks in a sequence.
         generation: Generation of the TPU.
     """
-    computations, entry = parse_program(text)
-
-    def within(name: str, around: float) -> float:
-        total = 0.0
-        for line in computations[name].values():
-            expected = re.search(r'"estimated_cycles":"(\d+)"', line)
-            total += int(expected[1]) if expected and int(expected[1]) < UNKNOWN_CYCLES else 0
-            total += kernel_cycles(line, generation)
-            if " fusion(" in line:
-                continue  # its cycles include those of its computation
-            turns = loop_turns(line, computations, name)
-            if turns is not None and math.isnan(turns):
-                turns = _blocks_of_a_diagonal(around, blocks)
-            for callee in called_computations(line):
-                total += (turns or 1) * within(callee, turns or around)
-        return total
-
-    return within(entry, 1)
+    total = 0.0
+    for _, line, times in executed(*parse_program(text), blocks):
+        expected = re.search(r'"estimated_cycles":"(\d+)"', line)
+        total += times * int(expected[1]) if expected and int(expected[1]) < UNKNOWN_CYCLES else 0
+        total += times * kernel_cycles(line, generation)
+    return total
 
 
 def kernel_cycles(line: str, generation: str) -> float:
@@ -167,17 +141,11 @@ def kernel_cycles(line: str, generation: str) -> float:
     return max(computing, moved / CHIPS[generation].memory_bandwidth * _clock(generation))
 
 
-def _blocks_of_a_diagonal(diagonals: float, blocks: int) -> float:
-    """The average number of computed blocks per diagonal."""
-    if diagonals >= blocks:  # all diagonals are visited, including fully masked ones, whose blocks are skipped
-        return blocks * (blocks + 1) / 2 / diagonals
-    return blocks - (diagonals + 1) / 2  # below the main diagonal, each has one block less than the one before
-
-
 def _clock(generation: str) -> float:
     """Cycles per second."""
     return CHIPS[generation].flops / FLOPS_PER_CYCLE[generation]
 
 
-def _generation(name: str) -> str:
-    return name.partition(":")[0]
+def names() -> list[str]:
+    """The names of all slices."""
+    return [f"{generation}:{shape}" for generation, shapes in SLICES.items() for shape in shapes]

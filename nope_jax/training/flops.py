@@ -30,24 +30,29 @@ class Chip(NamedTuple):
     """Bytes per second that one chip sends to others in its slice or node over all its links, in one direction."""
     device_kinds: tuple[str, ...]
     """Names in JAX: `jax.Device.device_kind`."""
+    network_bandwidth: float | None = None
+    """Bytes per second that one chip sends to other slices or nodes, in one direction; None if not published."""
 
 
 _GIB = 2**30
 CHIPS = {
     "v4": Chip(275e12, 32 * _GIB, 1200e9, 300e9, ("TPU v4",)),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, ("TPU v5", "TPU v5p")),
-    "v6e": Chip(918e12, 32 * _GIB, 1600e9, 400e9, ("TPU v6 lite", "TPU v6e")),
-    "A100-40GB": Chip(312e12, 40 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",)),
-    "A100": Chip(312e12, 80 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
-    "H100": Chip(989e12, 80 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
-    "H200": Chip(989e12, 141 * _GIB, 4800e9, 450e9, ("NVIDIA H200",)),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9, ("TPU v5 lite", "TPU v5e"), 3.125e9),
+    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, ("TPU v5", "TPU v5p"), 6.25e9),
+    "v6e": Chip(918e12, 32 * _GIB, 1600e9, 400e9, ("TPU v6 lite", "TPU v6e"), 12.5e9),
+    "A100-40GB": Chip(312e12, 40 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",), 25e9),
+    "A100": Chip(312e12, 80 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",), 25e9),
+    "H100": Chip(989e12, 80 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",), 50e9),
+    "H200": Chip(989e12, 141 * _GIB, 4800e9, 450e9, ("NVIDIA H200",), 50e9),
+    "B200": Chip(2250e12, 180 * _GIB, 8000e9, 900e9, ("NVIDIA B200",), 50e9),
 }
 """Chips by their usual names; GPUs are the SXM boards.
 
 Sources: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, for v4's links Jouppi et al. 2023 (arXiv 2304.01433, table 4);
-NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPUs. Their peaks with sparsity and their bidirectional
-NVLink bandwidths are halved here."""
+NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPUs and of the DGX B200. Their peaks with sparsity and
+their bidirectional NVLink bandwidths are halved here. The network of TPUs is the data-center network, of a pod divided
+by its chips (v5e, v6e) or of a chip (v5p), from the same pages; of GPUs, an adapter of 200 Gb/s (A100) or 400 Gb/s for
+each, as in the DGX of their generation."""
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -82,6 +82,26 @@ def test_groups_however_they_are_written(written, groups):
         assert found.mesh_axes({"data": 2, "fsdp": 2, "tensor": 2}) == axis
 
 
+@pytest.mark.parametrize(
+    ("kind", "chips", "groups", "sent"),
+    [
+        ("ALL_REDUCE", "0:7", [(chip, chip + 8) for chip in range(8)], 64),
+        ("ALL_GATHER", "0:1,5", [(0, 8), (1, 9), (5, 13)], 32),
+    ],
+)
+def test_what_crosses_between_tpu_slices_is_a_collective_of_each_chip_with_its_likes(kind, chips, groups, sent):
+    transfer = f'_xla_megascale_target="{{1,2}}x{{{chips}}}",_xla_megascale_transfer_type="{kind}"'
+    lines = [
+        f"%send = (f32[16]{{0:T(8)}}, u32[]{{:S(2)}}, token[]) send(%p, %t), frontend_attributes={{{transfer}}}",
+        f"%recv = (f32[16]{{0:T(8)}}, u32[]{{:S(2)}}, token[]) recv(%t), frontend_attributes={{{transfer}}}",
+        "%done = (f32[16]{0:T(8)}, token[]) recv-done(%recv), channel_id=1",
+    ]
+    found = only(program(*lines))
+    assert (found.kind, found.bytes, found.sent) == (kind.lower().replace("_", "-"), 64, sent)
+    assert sorted(found.groups) == groups
+    assert found.mesh_axes({"data": 2, "fsdp": 8}) == ("data",)
+
+
 def test_groups_that_are_not_known_are_refused():
     with pytest.raises(ValueError, match="unknown way of naming devices: .*'a':"):
         collectives(program("%x = f32[8]{0} all-reduce(%p), replica_groups=mesh['a'=8] {'a':(2)2}"))

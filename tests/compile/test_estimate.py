@@ -21,13 +21,15 @@ from flax import nnx
 
 from benchmarks import pods
 from nope_jax.cli import parse_train, run
+from nope_jax.compile import program, tpu
 from nope_jax.compile import report as reports
-from nope_jax.compile import tpu
 from nope_jax.compile.collectives import Collective
-from nope_jax.compile.estimate import Estimate, estimate_run
+from nope_jax.compile.estimate import Estimate, estimate_run, find_machine
+from nope_jax.compile.gpu import find_gpus
+from nope_jax.compile.machine import Traffic
 from nope_jax.compile.memory import DoesNotFitError, Memory, compiled, memory_of
 from nope_jax.compile.report import describe
-from nope_jax.compile.tpu import SLICES, cycles, link_shares, slice_devices
+from nope_jax.compile.tpu import SLICES, cycles
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_file, override
 from nope_jax.data import Batch
 from nope_jax.models import Decoder
@@ -64,18 +66,20 @@ def test_configs_have_the_parameters_of_their_papers(name, expected):
     assert (config.data.batch_size * config.data.context_length) % 2**15 == 0  # many meshes divide it
 
 
-def test_every_cell_of_the_table_has_runs_that_divide_over_its_slice():
-    for cell in pods.cells():
-        chips = math.prod(map(int, cell[1].partition(":")[2].split("x")))
+def test_every_cell_of_the_tables_has_runs_that_divide_over_its_machine():
+    for cell in [*pods.cells(), *pods.recipes()]:
+        chips = find_machine(cell[1]).num_chips
         tried = list(pods.configs(cell))
         for config in tried:
-            sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-            sizes = {axis: chips if size == -1 else size for axis, size in sizes.items()}
+            shape = [getattr(config.mesh, axis) for axis in AXES]
+            if shape.count(-1) == 2:
+                shape[0] = 1
+            sizes = {axis: chips // -math.prod(shape) if n == -1 else n for axis, n in zip(AXES, shape, strict=True)}
             assert math.prod(sizes.values()) == chips
             check_fits(config, jax.sharding.AbstractMesh(tuple(sizes.values()), AXES))
         rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]
         assert rows == sorted(rows, reverse=True)
-        assert rows[-1] == chips  # one at a time of each chip
+        assert rows[-1] == chips or cell in pods.recipes()  # one at a time of each chip
 
 
 def test_the_table_has_the_shortest_step_of_each_cell():
@@ -96,6 +100,9 @@ def test_the_table_has_the_shortest_step_of_each_cell():
     assert "| 1 B | v5e:4x4 | 16 | fsdp 8 x tensor 2 | 4 | 9.0 of 16 | 2.50 to 5.00 | 20% to 40% |" in text
     assert text.count("| 1 B |") == 1
     assert "1 B on v5e:16x16" in text
+    recipe = line(4, 3.6) | {"cell": ["1b, L = 512, t5", "h100:8"]}
+    text = pods.recipes_table([recipe, line(8, 6.0)])
+    assert "| 1b, L = 512, t5 | h100:8 | 4 | 9.0 of 80 | 1.80 to 3.60 | 10,500 | 5.2 to 10 | 84 to 1.7e+02 |" in text
 
 
 def test_rows_are_halved_until_they_fit_and_further_while_that_shortens_the_step(tmp_path, monkeypatch):
@@ -110,6 +117,7 @@ def test_rows_are_halved_until_they_fit_and_further_while_that_shortens_the_step
     config = load_file(ROOT / "configs/gpt2.py")
     rows = [override(config, {"optimizer.accumulation": config.data.batch_size // (4 * n)}) for n in (16, 8, 4, 2, 1)]
     monkeypatch.setattr(pods, "cells", lambda: [("125 M", "v5e:2x2")])
+    monkeypatch.setattr(pods, "recipes", list)
     monkeypatch.setattr(pods, "configs", lambda cell: rows)
     monkeypatch.setattr(pods, "compiled", compiled)
     monkeypatch.setattr(pods, "write_table", lambda path: None)
@@ -135,26 +143,44 @@ def test_the_published_peaks_give_plausible_clocks():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("v5e:16x61", "v5e:16x16"), ("v5p:2x2", "v5p:2x2x1"), ("v5:16x16", "v5e:16x16"), ("v6e", "v6e:"), ("", "v")],
+    [
+        *[("v5e:16x61", "v5e:16x16"), ("v5p:2x2", "v5p:2x2x1"), ("v5:16x16", "v5e:16x16"), ("v6e", "v6e:"), ("", "v")],
+        *[("0xv5e:2x2", "v5e:2x2"), ("2xv4:2x2x1", "v4:2x2x1")],  # nobody says what v4's network between slices can do
+        *[("h100:3", "h100:8"), ("h100:0x8", "h100:2x8"), ("H100:8", "h100:8"), ("2xh100:8", "h100:2x8")],
+    ],
 )
-def test_a_slice_that_does_not_exist_is_refused_with_those_that_are_near(name, near):
+def test_a_machine_that_does_not_exist_is_refused_with_those_that_are_near(name, near):
     with pytest.raises(ValueError, match=re.escape(near)) as error:
-        slice_devices(name)
-    assert f"--compile_for must be a slice of TPUs, not {name!r}" in str(error.value)
+        find_machine(name)
+    assert f"--compile_for must be a slice of TPUs or GPUs of a host, not {name!r}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [("v5e:2x2", "'.[tpu]'"), ("h100:8", f"--no-deps --target cuda jax-cuda13-plugin=={jax.__version__} ")],
+)
+def test_without_the_compiler_it_says_what_to_install(name, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(ValueError, match=r"not installed: pip install '\.\[tpu\]'"):
-        slice_devices("v5e:2x2")
+    with pytest.raises(ValueError, match=re.escape(f"not installed: pip install {install}")):
+        find_machine(name)._devices()
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "shape"),
+    [("v5e:16x16", 1, (16, 16)), ("2xv5p:2x2x4", 2, (2, 2, 4)), ("h100:8", 1, (8,)), ("a100-40gb:4x8", 4, (8,))],
+)
+def test_what_a_name_says(name, slices, shape):
+    machine = find_machine(name)
+    assert (machine.num_slices, machine.slice_shape) == (slices, shape)
+    assert machine.num_chips == slices * math.prod(shape)
 
 
 def test_which_dimensions_are_rings():
-    assert tpu._wraps("v5e:8x16") == (False, True)
-    assert tpu._wraps("v5p:2x2x4") == (False,) * 3
-    assert tpu._wraps("v5p:4x4x8") == (True,) * 3
+    assert find_machine("v5e:8x16").wraps == (False, True)
+    assert find_machine("v5p:2x2x4").wraps == (False,) * 3
+    assert find_machine("2xv5p:4x4x8").wraps == (True,) * 3
 
 
 # The command line
@@ -169,7 +195,7 @@ def test_compile_for_needs_no_workdir():
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ("v5e:3x3", "--compile_for must be a slice of TPUs, not 'v5e:3x3'"),
+        ("v5e:3x3", "--compile_for must be a slice of TPUs or GPUs of a host, not 'v5e:3x3'"),
         ("", "--compile_for must be a string or None, not ''"),
         ("v5e:2x2 v5e:4x4", "--compile_for must be a string or None, not 'v5e:2x2 v5e:4x4'"),
     ],
@@ -260,7 +286,7 @@ def test_turns_of_the_loop_over_a_diagonal(blocks, diagonals):
     causal = np.tril(np.ones((blocks, blocks)))
     offsets = range(-diagonals, 0) if diagonals < blocks else range(1 - blocks, blocks)
     visited = [np.trace(causal, offset) for offset in offsets]
-    assert tpu._blocks_of_a_diagonal(diagonals, blocks) == pytest.approx(np.mean(visited))
+    assert program._blocks_of_a_diagonal(diagonals, blocks) == pytest.approx(np.mean(visited))
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -274,7 +300,7 @@ def test_links_that_a_collective_can_use():
             devices=np.array(chips).reshape(2, -1), shape={"data": 2, "fsdp": size * size // 2}
         )
         each = [Collective(kind, (), 0, tuple(map(tuple, groups)), 1, 0, "") for kind, groups in found]
-        return link_shares(each, mesh, name)
+        return find_machine(name).link_shares(each, mesh)
 
     column, everything = [list(range(4))], [list(range(16))]
     assert shares("v5e:4x4", ("all-gather", everything), ("all-gather", column)) == [2 / 4, 1 / 4]
@@ -302,7 +328,7 @@ def test_what_the_compiler_lacks_is_said_in_numbers(message):
 
     kept = Memory(parameters=2**30, optimizer=2**31, temporaries=0, other=0)
     with pytest.raises(DoesNotFitError) as caught:
-        compiled("the step", types.SimpleNamespace(compile=refuse), kept, "v5e:2x2")
+        compiled("the step", types.SimpleNamespace(compile=refuse), kept, find_machine("v5e:2x2"))
     error = caught.value
     said = "the step does not fit a chip of v5e:2x2: it needs 40.25 GiB of the 15.75 GiB there are (parameters 1.00 GiB"
     assert str(error).startswith(f"{said}, optimizer 2.00 GiB")
@@ -355,7 +381,7 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
 
     monkeypatch.setattr(reports, "estimate_run", estimate_run)
     monkeypatch.setattr(reports, "make_mesh", mesh_of)
-    monkeypatch.setattr(reports, "slice_devices", lambda _: None)
+    monkeypatch.setattr(reports, "find_machine", lambda _: types.SimpleNamespace(devices=lambda: None))
     with pytest.raises(DoesNotFitError, match=f"^too much; .*{says}"):
         reports.report(config, "v5e:2x4")
     assert len(tried) == compiled
@@ -392,15 +418,14 @@ def test_an_estimate_in_words():
         flops=1e15,
         peak=16 * 197e12,
         computing=0.6,
-        communicating=0.2,
-        sent={"all-gather": 12_000_000_000},
+        traffic=(Traffic("all-gather", ("fsdp",), False, 44, 12_000_000_000, 0.2),),
     )
     assert estimate.seconds == (0.6, pytest.approx(0.8))
     assert estimate.mfu == pytest.approx((1e15 / (0.8 * 16 * 197e12), 1e15 / (0.6 * 16 * 197e12)))
     said = describe(config, "v5e:4x4", estimate)
     assert "16 chips, mesh data 1 x fsdp 16; it fits" in said
     assert "7.00 of 16 GiB: parameters 1.00, optimizer 2.00, temporaries 4.00" in said
-    assert "all-gather 12 GB" in said
+    assert "all-gather 12 GB (44 along fsdp), by each chip" in said
     assert "0.6 s if all communication hides behind computation, 0.8 s if none does" in said
     assert "40% to 53%" in said
     assert "40,000 to 53,333 tokens per second" in said
@@ -433,7 +458,7 @@ def compile_for(slice_name: str, *options: str) -> subprocess.CompletedProcess[s
 def test_the_compiler_knows_every_slice():
     for generation, shapes in SLICES.items():
         for shape in shapes:
-            chips = slice_devices(f"{generation}:{shape}")
+            chips = find_machine(f"{generation}:{shape}").devices()
             assert len(chips) == math.prod(map(int, shape.split("x")))
             assert {chip.device_kind for chip in chips} <= set(CHIPS[generation].device_kinds)
 
@@ -442,7 +467,7 @@ def test_the_compiler_knows_every_slice():
 @pytest.mark.parametrize("slice_name", ["v6e:8x8", "v5e:16x16", "v5p:4x8x8"])
 @pytest.mark.parametrize("axes", [{"fsdp": -1, "tensor": 4}, {"data": 2, "fsdp": -1, "tensor": 2, "sequence": 2}])
 def test_an_axis_may_take_a_part_of_one_dimension_of_a_slice(slice_name, axes):
-    chips = slice_devices(slice_name)
+    chips = find_machine(slice_name).devices()
     mesh = make_mesh(MeshConfig(**axes), chips)
     assert set(mesh.devices.flat) == set(chips)
     assert all(mesh.shape[axis] == size for axis, size in axes.items() if size != -1)
@@ -499,7 +524,7 @@ def commands_of(path: Path) -> list[list[str]]:
 
 
 def runs_on_slices() -> dict[tuple[str, str], Config]:
-    """By file and slice: every run that a command of the files puts on a slice of TPUs, or compiles for one."""
+    """By file and machine: every run that a command of the files puts on a slice of TPUs, or compiles for a machine."""
     found = {}
     shown = ["README.md", "train.py", "docs/*.md", "configs/**/*.py", "launch/*.sh", "launch/*.yaml"]
     for path in sorted(path for pattern in shown for path in ROOT.glob(pattern)):
@@ -537,6 +562,7 @@ SHOWN = [
     ("docs/pods.md", "v5e:4x4"),
     ("launch/jobset.yaml", "v5e:4x4"),
     ("launch/tpu.sh", "v5e:4x4"),
+    ("train.py", "h100:8"),
     ("train.py", "v5e:16x16"),
 ]
 
@@ -545,8 +571,10 @@ def test_the_runs_on_slices_that_the_files_show_are_known(runs):
     assert sorted(runs) == SHOWN
 
 
-@pytest.mark.tpu
-@pytest.mark.parametrize(("file", "slice_name"), SHOWN)
+@pytest.mark.parametrize(
+    ("file", "slice_name"),
+    [pytest.param(*shown, marks=pytest.mark.cuda if find_gpus(shown[1]) else pytest.mark.tpu) for shown in SHOWN],
+)
 def test_every_run_that_the_files_put_on_a_slice_fits_it(runs, file, slice_name):
     estimate = compiled_once(runs[file, slice_name], slice_name)
     said = (ROOT / file).read_text(encoding="utf-8")

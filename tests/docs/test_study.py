@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from benchmarks.pages import Curves
 from benchmarks.study import write_page
+from nope_jax.cli import parse_train
+from nope_jax.config import load_file
 
 ROOT = Path(__file__).parents[2]
 L = 128
@@ -26,14 +29,54 @@ def curves(path, losses, entropies=lambda run, start: 1.0):
     return Curves(path)
 
 
+def recipe(*variables):
+    command = ["make", "--dry-run", "--file", "benchmarks/study/Makefile", "RUNS=nowhere", *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("size", ["small", "10m", "100m", "1b"])
+def test_every_size_of_the_study_has_as_many_tokens_a_step_at_every_length(size):
+    """And what is evaluated and tuned follows from the length."""
+    for length in (512, 1024):
+        made = recipe(f"SIZE={size}", f"LENGTH={length}").stdout
+        (command,) = re.findall(r"(train\.py .*--model.encoding nope .*?) +>", made)
+        config = parse_train(command.split()[1:]).config
+        own = load_file(command.split()[2])
+        assert config.data.context_length == config.model.train_length == length
+        assert config.data.batch_size * length == own.data.batch_size * own.data.context_length
+        assert config.data.batch_size % (8 * config.optimizer.accumulation) == 0 or size == "small"
+        assert f"--lengths {length} {length * 9 // 8} {length * 5 // 4} " in made
+        assert f"--lengths {8 * length} --eval.documents" in made
+        assert f"write_page nowhere docs/study_{size}_{length}.md {command.split()[2]}" in made
+
+
+def test_the_study_of_the_default_size_is_the_one_of_docs():
+    made = recipe().stdout.replace("\\\n", " ")
+    assert "--lengths 128 144 160 192 256 512 1024 --eval.stride 64 --eval.documents 4" in " ".join(made.split())
+    assert "write_page nowhere docs/study.md benchmarks/study/decoder.py" in made
+    assert "--data.context_length 128 --data.batch_size 16 " in made
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (["SIZE=2b"], "SIZE must be small, 10m, 100m or 1b, not 2b"),
+        (
+            ["SIZE=10m", "LENGTH=500"],
+            "LENGTH must be a multiple of 8 that divides the 131072 tokens of a step, not 500",
+        ),
+        (["LENGTH=-8"], "LENGTH must be a multiple of 8 that divides the 2048 tokens of a step, not -8"),
+        (["LENGTH=long"], "LENGTH must be a multiple of 8 that divides the 2048 tokens of a step, not long"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_before_anything_runs(variables, says):
+    refused = recipe(*variables)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert says in refused.stderr
+
+
 def test_the_page_reads_what_the_recipe_makes():
-    made = subprocess.run(
-        ["make", "--dry-run", "--file", "benchmarks/study/Makefile", "RUNS=nowhere"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    made = recipe().stdout
     for run in write_page.NAMES:
         assert f"--workdir nowhere/{run} " in made or f"--out nowhere/{run} " in made
         assert f"nowhere/{run} " in made.split("--out nowhere/window")[0].rsplit("eval.py --workdirs", 1)[1]
@@ -61,19 +104,21 @@ def test_verdicts_follow_the_numbers(tmp_path):
         for run, factor, loss in (("nope", 1.5, 1.5), ("rope", 1.1, 1.9))
     }
     losses = {(run, n): 1.0 for run in write_page.NAMES for n in (L, 2 * L, 4 * L, 8 * L)}
-    for i, run in enumerate(write_page.TRAINED):
+    for i, run in enumerate(write_page.ENCODINGS):
         losses[run, 8 * L] = 2.0 + i
     losses |= {("rope", 2 * L): 2.0, ("nope-uniform-4x", 4 * L): 1.5, ("nope-uniform-8x", 8 * L): 1.8}
     losses |= {("nope-head-8x-unconstrained", 8 * L): 1.2, ("nope-head-8x-from-one", 8 * L): 1.3}
 
     def spread(run, start):
-        return 1.0 + (0.5 * write_page.TRAINED.index(run) if run in write_page.TRAINED and start > L else 0.0)
+        return 1.0 + (0.5 * write_page.ENCODINGS.index(run) if run in write_page.ENCODINGS and start > L else 0.0)
 
     start = {(run, 8 * L): 1.0 for run in write_page.NAMES}
     start = curves(tmp_path / "start.csv", start, spread)
 
     def page():
-        return write_page._findings(curves(tmp_path / "window.csv", losses), start, tuned, L)
+        return write_page._findings(
+            curves(tmp_path / "window.csv", losses), start, tuned, L, list(write_page.ENCODINGS)
+        )
 
     assert "All of it agrees." in page()
     losses["nope-head-8x-from-one", 8 * L] = 1.1
