@@ -93,7 +93,7 @@ def configs(cell: Cell) -> Iterator[Config]:
     chips = machine.num_chips
     most = config.data.batch_size // chips
     rows = most
-    while rows > 1 and reckoned(config, chips, rows) > 0.8 * min(machine.chip.memory, machine.memory):
+    while rows > 1 and reckoned(config, chips, rows) > 0.8 * machine.memory:
         rows = _half(rows, most)
     while rows:
         yield override(config, {"optimizer.accumulation": most // rows})
@@ -192,15 +192,16 @@ def table(lines: list[dict]) -> str:
         if line:
             rows.append(_row(cell, line))
         else:
-            missing.append(f"{cell[0]} on {cell[1]}{', which it does not fit' if found else ''}")
+            missing.append(f"{cell[0]} on {cell[1]}{' (does not fit)' if found else ''}")
     return _tabulated(header, rows, missing, [line for line in lines if tuple(line["cell"]) in cells()])
 
 
 def recipes_table(lines: list[dict]) -> str:
     """The cost of each run of the scale study."""
     header = "| recipe | machine | rows at a time | memory, GiB | step, s | steps | hours | chip hours |"
-    rows, missing = [], []
-    for cell in sorted(recipes(), key=lambda cell: [*RECIPES].index(cell[0].split(",")[0])):
+    rows: list[str] = []
+    missing: dict[str, list[str]] = {}
+    for cell in sorted(recipes(), key=lambda cell: [*RECIPES].index(cell[0].split(",")[0])):  # and else as compiled
         found, line = _shortest(lines, cell)
         if line:
             steps, chips = recipe(cell[0]).train.steps, math.prod(line["shape"].values())
@@ -210,8 +211,10 @@ def recipes_table(lines: list[dict]) -> str:
                 f"{steps:,} | {_span(hours, '.2g')} | {_span([chips * h for h in hours], '.2g')} |"
             )
         else:
-            missing.append(f"{cell[0]}{', which does not fit' if found else ''}")
-    return _tabulated(header, rows, missing, [line for line in lines if tuple(line["cell"]) in recipes()])
+            run, _, encoding = cell[0].rpartition(", ")
+            missing.setdefault(run, []).append(f"{encoding}{' (does not fit)' if found else ''}")
+    not_compiled = [f"{run}: {', '.join(encodings)}" for run, encodings in missing.items()]
+    return _tabulated(header, rows, not_compiled, [line for line in lines if tuple(line["cell"]) in recipes()])
 
 
 def _tabulated(header: str, rows: list[str], missing: list[str], lines: list[dict]) -> str:
@@ -249,11 +252,11 @@ def _row(cell: Cell, line: dict) -> str:
 
 
 def _memory(cell: Cell, line: dict) -> str:
-    return f"{sum(line['memory'].values()) / GIB:.1f} of {find_machine(cell[1]).chip.memory / GIB:.0f}"
+    return f"{sum(line['memory'].values()) / GIB:.1f} of {find_machine(cell[1]).memory / GIB:.0f}"
 
 
 def _span(values: Sequence[float], form: str) -> str:
-    return " to ".join(format(value, form) for value in values)
+    return " to ".join(dict.fromkeys(format(value, form) for value in values))
 
 
 def main() -> None:

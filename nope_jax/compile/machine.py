@@ -74,8 +74,8 @@ class Machine(abc.ABC):
 
     @property
     def memory(self) -> float:
-        """Bytes of a chip that a program can have, where its compiler does not refuse programs that need more."""
-        return math.inf
+        """Bytes of a chip that a program can have."""
+        return self.chip.memory
 
     def devices(self) -> list[jax.Device]:
         """Return the chips. They are valid only as compilation targets.

@@ -44,7 +44,7 @@ def describe(config: Config, name: str, estimate: Estimate) -> str:
 
     def memory(m: Memory) -> str:
         parts = [f"{name} {gib(size)}" for name, size in m._asdict().items() if size]
-        return f"{gib(m.total)} of {machine.chip.memory / GIB:.0f} GiB: {', '.join(parts)}"
+        return f"{gib(m.total)} of {machine.memory / GIB:.0f} GiB: {', '.join(parts)}"
 
     best, worst = e.seconds
     low, high = e.mfu
@@ -73,7 +73,8 @@ def _sent(traffic: Iterable[Traffic]) -> str:
 def _what_fits(config: Config, name: str, error: DoesNotFitError) -> str:
     """Compile alternative settings, cheapest first, until one fits; return that one, or all those tried."""
     tried = []
-    for settings in _remedies(config, make_mesh(config.mesh, find_machine(name).devices()), error):
+    machine = find_machine(name)
+    for settings in _remedies(config, make_mesh(config.mesh, machine.devices()), machine.num_slices, error):
         options = " ".join(f"--{name} {value}" for name, value in settings.items())
         try:
             estimate_run(override(config, settings), name)
@@ -85,7 +86,9 @@ def _what_fits(config: Config, name: str, error: DoesNotFitError) -> str:
     return f"nor does it fit with {', with '.join(tried)}" if tried else "there was nothing to try that takes less"
 
 
-def _remedies(config: Config, mesh: Mesh | AbstractMesh, error: DoesNotFitError) -> Iterator[dict[str, Any]]:
+def _remedies(
+    config: Config, mesh: Mesh | AbstractMesh, num_slices: int, error: DoesNotFitError
+) -> Iterator[dict[str, Any]]:
     """Yield settings that need less memory, cheapest first; each kind adds to the previous ones.
 
     Fewer rows per microbatch cost little. Sharding all parameters costs communication, remat a third more computation,
@@ -94,15 +97,19 @@ def _remedies(config: Config, mesh: Mesh | AbstractMesh, error: DoesNotFitError)
     model, sizes = config.model, mesh.shape
     num_shards = sizes["data"] * sizes["fsdp"]
     kinds: list[dict[str, Any]] = [{}]
-    if sizes["data"] > 1 or config.mesh.rules != "fsdp":
-        kinds.append({"mesh.data": 1, "mesh.fsdp": num_shards, "mesh.rules": "fsdp"})
+    if sizes["data"] > num_slices or config.mesh.rules != "fsdp":  # the parameters are not gathered between slices
+        kinds.append({"mesh.data": num_slices, "mesh.fsdp": num_shards // num_slices, "mesh.rules": "fsdp"})
     if not model.remat:
         kinds.append({"model.remat": True})
     shared = math.gcd(
-        model.num_heads, model.num_kv_heads or model.num_heads, model.mlp_size, model.vocab_size, num_shards
+        model.num_heads,
+        model.num_kv_heads or model.num_heads,
+        model.mlp_size,
+        model.vocab_size,
+        num_shards // num_slices,
     )
     if sizes["tensor"] == 1 < shared:
-        kinds.append({"mesh.data": 1, "mesh.fsdp": num_shards // shared, "mesh.tensor": shared})
+        kinds.append({"mesh.data": num_slices, "mesh.fsdp": num_shards // num_slices // shared, "mesh.tensor": shared})
 
     settings: dict[str, Any] = {}
     for kind in kinds:

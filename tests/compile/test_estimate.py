@@ -102,7 +102,7 @@ def test_the_table_has_the_shortest_step_of_each_cell():
     assert "1 B on v5e:16x16" in text
     recipe = line(4, 3.6) | {"cell": ["1b, L = 512, t5", "h100:8"]}
     text = pods.recipes_table([recipe, line(8, 6.0)])
-    assert "| 1b, L = 512, t5 | h100:8 | 4 | 9.0 of 80 | 1.80 to 3.60 | 10,500 | 5.2 to 10 | 84 to 1.7e+02 |" in text
+    assert "| 1b, L = 512, t5 | h100:8 | 4 | 9.0 of 59 | 1.80 to 3.60 | 10,500 | 5.2 to 10 | 84 to 1.7e+02 |" in text
 
 
 def test_rows_are_halved_until_they_fit_and_further_while_that_shortens_the_step(tmp_path, monkeypatch):
@@ -381,7 +381,7 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
 
     monkeypatch.setattr(reports, "estimate_run", estimate_run)
     monkeypatch.setattr(reports, "make_mesh", mesh_of)
-    monkeypatch.setattr(reports, "find_machine", lambda _: types.SimpleNamespace(devices=lambda: None))
+    monkeypatch.setattr(reports, "find_machine", lambda _: types.SimpleNamespace(devices=lambda: None, num_slices=1))
     with pytest.raises(DoesNotFitError, match=f"^too much; .*{says}"):
         reports.report(config, "v5e:2x4")
     assert len(tried) == compiled
@@ -557,6 +557,8 @@ SHOWN = [
     ("configs/nope_1b.py", "v5e:4x4"),
     ("configs/smollm3_3b.py", "v6e:8x8"),
     ("configs/t5_base_decoder.py", "v5e:1x1"),
+    ("docs/pods.md", "2xv5e:16x16"),
+    ("docs/pods.md", "h100:8"),
     ("docs/pods.md", "v5e:16x16"),
     ("docs/pods.md", "v5e:2x4"),
     ("docs/pods.md", "v5e:4x4"),
