@@ -1,6 +1,7 @@
 """The config of a run: defined by a Python file, overridden on the command line, saved as JSON in the workdir.
 
     schema.py      the fields, as frozen dataclasses
+    choices.py     the settings that only some optimizers or schedules have
     validation.py  the validation rules and their error messages
     files.py       config files, and config.json in a workdir
     own_code.py    the code of a user's own encoding, copied into the workdir

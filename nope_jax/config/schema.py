@@ -5,6 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from nope_jax.config.choices import CHOICES
 from nope_jax.config.validation import check, unknown
 from nope_jax.encodings import Encoding
 
@@ -122,12 +123,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer. The learning rate has a linear warm-up, then a cosine decay to a tenth."""
+    """The optimizer and its learning-rate schedule.
+
+    Settings that are None have the default of the chosen optimizer or schedule. One that it does not have is refused.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the weight matrices of the layers, Adam for the rest; weight decay as in adamw."""
     learning_rate: float = 1e-3
+    """At the peak, which follows the warm-up."""
     warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly."""
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.1
@@ -135,6 +141,25 @@ class OptimizerConfig:
     """Maximum global gradient norm; larger gradients are clipped."""
     accumulation: int = 1
     """Microbatches per step (gradient accumulation); must divide the batch of each device."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up. wsd: constant, then linear over the last steps (warm-up, stable, decay)."""
+    floor: float | None = None
+    """Learning rate at the end, as a fraction of its peak (cosine, linear, wsd). None: 0.1."""
+    decay_share: float | None = None
+    """Fraction of the steps over which wsd decays. None: 0.2."""
+
+    def settings(self, choice: str) -> dict[str, float]:
+        """The settings of what a field chooses, with its defaults for those that are None."""
+        defaults = CHOICES[choice][getattr(self, choice)]
+        given = {name: getattr(self, name) for name in defaults}
+        return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+
+    def with_defaults(self) -> "OptimizerConfig":
+        """The same optimizer, with the defaults of its settings written out."""
+        settings: dict[str, Any] = {}
+        for choice in CHOICES:
+            settings |= self.settings(choice)
+        return dataclasses.replace(self, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

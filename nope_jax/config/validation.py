@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nope_jax.config.choices import CHOICES
 from nope_jax.encodings import ENCODINGS, SCHEDULES, Encoding, resolve
 from nope_jax.paths import check_location, on_disk
 
@@ -51,6 +52,17 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
     for name in "optimizer.b1", "optimizer.b2":
         if not 0 <= values[name] < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {values[name]}")
+    for choice, table in CHOICES.items():
+        chosen = values[f"optimizer.{choice}"]
+        for field in sorted(set().union(*table.values()) - table[chosen].keys()):
+            if values[f"optimizer.{field}"] is not None:
+                have = ", ".join(name for name in table if field in table[name])
+                raise ValueError(f"optimizer.{field} is a setting of optimizer.{choice} {have}, not of {chosen}")
+    floor, share = values["optimizer.floor"], values["optimizer.decay_share"]
+    if floor is not None and not 0 <= floor <= 1:
+        raise ValueError(f"optimizer.floor must be from 0 to 1, a fraction of the peak, not {floor}")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"optimizer.decay_share must be greater than 0 and at most 1, not {share}")
 
     if config.train.profile_steps > config.train.steps:
         raise ValueError(

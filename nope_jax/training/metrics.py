@@ -45,7 +45,7 @@ from tqdm import tqdm
 from nope_jax.config import Config
 from nope_jax.paths import Location, write_whole
 from nope_jax.training.flops import chip_of, model_flops_per_token
-from nope_jax.training.optimizer import learning_rate_schedule
+from nope_jax.training.schedules import learning_rate_schedule
 from nope_jax.training.trackers import TRACKERS, Tracker, check_trackers
 
 Activity = Literal["startup", "compile", "step", "input", "validation", "save", "other"]

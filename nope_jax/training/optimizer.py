@@ -1,29 +1,13 @@
-"""Optimizers by name, the learning-rate schedule, and which parameters get weight decay."""
+"""Optimizers by name, and which parameters get weight decay."""
 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from nope_jax.config import OptimizerConfig
-
-
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the update after `count` updates: linear warm-up, then cosine decay to a tenth at `steps`.
-
-    The first update has the rate peak / warmup_steps, not 0. A run shorter than its warm-up ends during it.
-    """
-
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        count = jnp.asarray(count, jnp.float32)
-        warmup = (count + 1) / max(1, config.warmup_steps)
-        progress = (count - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        cosine = 0.55 + 0.45 * jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))
-        return config.learning_rate * jnp.minimum(warmup, cosine)
-
-    return schedule
+from nope_jax.training.schedules import learning_rate_schedule
 
 
 def decays(params: nnx.State) -> nnx.State:

@@ -1,5 +1,6 @@
 """Checks whether a run may resume from its workdir: it must train the same function on the same data."""
 
+import dataclasses
 import json
 import operator
 import sys
@@ -42,9 +43,9 @@ MAY_CHANGE = frozenset(
 Most set how a step is computed (mesh, microbatches, rematerialization, attention implementation), which affects the
 result only by rounding, or what is measured, written and shown, which does not affect it. The location of the data may
 change because `DataDigests` identify their content. Two fields change the training itself, on purpose: with another
-`train.steps` the rest of the run follows the cosine of the new length, and the handling of bad steps may change so that
-a run stopped by one can continue past it. `model.dtype` is not included, because it changes more than rounding, and
-neither is `train.init_from`, which has already taken effect and records where the run comes from."""
+`train.steps` the rest of the run follows the schedule of the new length, and the handling of bad steps may change so
+that a run stopped by one can continue past it. `model.dtype` is not included, because it changes more than rounding,
+and neither is `train.init_from`, which has already taken effect and records where the run comes from."""
 
 DataDigests = dict[str, str]
 """The data of a run by content: digests of the tokenizer and of the tokens of each split."""
@@ -81,9 +82,11 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
             print(f"{workdir} does not say what its data were: from now on they are today's", file=sys.stderr)
     configs.refuse_changed_code(config, workdir)
     before = configs.load(workdir)
+    # A default is the same as its value written out.
+    both = [dataclasses.replace(whole, optimizer=whole.optimizer.with_defaults()) for whole in (before, config)]
     differences = []
     for name in HINTS:
-        was, is_now = (operator.attrgetter(name)(whole) for whole in (before, config))
+        was, is_now = map(operator.attrgetter(name), both)
         if was != is_now and name not in may_change:
             differences.append(f"{name} was {was!r}, not {is_now!r}")
     if differences:

@@ -29,6 +29,17 @@ from nope_jax.config import (
         ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate must be greater than 0, not 0.0"),
         ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate must be greater than 0, not nan"),
         ({"optimizer.b2": 1.0}, "optimizer.b2 must be at least 0 and less than 1, not 1.0"),
+        ({"optimizer.schedule": "step"}, "optimizer.schedule must be one of cosine, linear, constant, wsd, not 'step'"),
+        ({"optimizer.floor": 1.5}, "optimizer.floor must be from 0 to 1, a fraction of the peak, not 1.5"),
+        (
+            {"optimizer.decay_share": 0.0, "optimizer.schedule": "wsd"},
+            "optimizer.decay_share must be greater than 0 and at most 1, not 0.0",
+        ),
+        ({"optimizer.decay_share": 0.1}, "decay_share is a setting of optimizer.schedule wsd, not of cosine"),
+        (
+            {"optimizer.floor": 0.1, "optimizer.schedule": "constant"},
+            "optimizer.floor is a setting of optimizer.schedule cosine, linear, wsd, not of constant",
+        ),
         ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay must be at least 0, not -0.1"),
         ({"optimizer.accumulation": 3}, "optimizer.accumulation 3 must divide data.batch_size 32"),
         ({"eval.stride": 0}, "eval.stride must be at least 1, not 0"),
