@@ -10,9 +10,10 @@
     python eval.py similarity --workdirs runs/nope runs/t5 --out runs/report
     python eval.py probe --workdirs runs/nope runs/rope --lengths 128 256 --out runs/report
 
-Without a name, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json.
-The data.* fields, and the eval.* fields that an evaluation uses, can be overridden for all runs by their dotted names;
---help lists them. The --out directory gets tables, figures and report.html, which collects all results in it.
+Without a name, it measures perplexity and attention entropy by position. Each run is loaded from its own config.json
+and its newest checkpoint, or that of --step N or --step best (the lowest validation loss). The data.* fields, and the
+eval.* fields that an evaluation uses, can be overridden for all runs by their dotted names; --help lists them. The
+--out directory gets tables, figures and report.html, which collects all results in it.
 Exit status: 0 finished, 1 unexpected error, or one in an encoding's own code, with its traceback, 2 bad input, 4 a loss
 that is not finite, 130 interrupted (Ctrl-C); the results so far are kept.
 """

@@ -3,9 +3,10 @@
     python generate.py --workdir runs/nope --prompt 'def main(' --max_new_tokens 200 --temperature 0.8 --top_p 0.95
     git diff | python generate.py --workdir hf:HuggingFaceTB/SmolLM2-135M --prompt - > continued.txt
 
-The model is the workdir of a run or a published one, hf:NAME_OR_FOLDER or gguf:FILE. Without --temperature it takes the
-most likely token at every step. It ends after --max_new_tokens tokens, at the token that separates documents, or before
-one of the texts of --stop. Only the continuation is printed, and a newline.
+The model is the workdir of a run (its newest checkpoint, or that of --step N or --step best) or a published one,
+hf:NAME_OR_FOLDER or gguf:FILE. Without --temperature it takes the most likely token at every step. It ends after
+--max_new_tokens tokens, at the token that separates documents, or before one of the texts of --stop. Only the
+continuation is printed, and a newline.
 Exit status: 0 finished, 1 unexpected error, or one in an encoding's own code, with its traceback, 2 bad input, 130
 interrupted (Ctrl-C), 141 nobody reads stdout any more.
 """

@@ -6,14 +6,16 @@ Only this module imports orbax.
 import contextlib
 import functools
 import gc
+import json
 import logging
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,9 +27,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from nope_jax import config as configs
-from nope_jax.config import Config
+from nope_jax.config import Config, Step
+from nope_jax.config.format import check_format, stamp
 from nope_jax.models import Decoder
-from nope_jax.paths import Location, location
+from nope_jax.paths import location
+from nope_jax.retention import DEFAULT, Retention, find_step, saved_steps
 from nope_jax.sharding import abstract_on_mesh
 
 PyTree = Any
@@ -53,25 +57,31 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 logging.getLogger("absl").addFilter(_reports)
 
 
-def saved_steps(workdir: Location) -> list[int]:
-    """Return the steps of the complete checkpoints in a workdir, ascending."""
-    if isinstance(workdir, Path):  # renamed when complete
-        whole = (workdir / "checkpoints").glob("*")
-    else:  # marked when complete
-        whole = (marker.parent for marker in (workdir / "checkpoints").glob("*/commit_success.txt"))
-    return sorted(int(entry.name) for entry in whole if entry.name.isdigit())
+class _Policy:
+    """Orbax's question which checkpoints stay, asked when the next one is saved."""
+
+    def __init__(self, retention: Retention, losses: Mapping[int, float]):
+        self._retention, self._losses = retention, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self._retention.kept([info.step for info in checkpoints], self._losses)
+        return [info.step in kept for info in checkpoints]
 
 
 class Checkpointer:
-    """The checkpoints of one workdir, of which the newest `keep` are kept.
+    """The checkpoints of one workdir.
 
     A checkpoint is a dict of named trees of arrays, each saved with its checksum, so one tree can be read without the
     others. As a context manager, it finishes the current save before it closes.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False):
-        folder = location(workdir)
+    losses: dict[int, float]
+    """Validation losses by step, which say which checkpoints are the best; on process 0, which removes the others."""
+
+    def __init__(self, workdir: str | os.PathLike[str], *, keep: Retention = DEFAULT, read_only: bool = False):
+        self.workdir = folder = location(workdir)
         self._directory = (folder.absolute() if isinstance(folder, Path) else folder) / "checkpoints"
+        self.losses = {}
         self._read_only = read_only
         self._saving: int | None = None
         self._broken = False
@@ -84,7 +94,9 @@ class Checkpointer:
         if not read_only:
             self._manager = ocp.CheckpointManager(
                 self._directory,
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_Policy(keep, self.losses), cleanup_tmp_directories=True
+                ),
             )
             # It would ask JAX, late and from a thread, about a past step, and JAX would continue counting from there.
             self._manager.reached_preemption = lambda step: False
@@ -128,7 +140,7 @@ class Checkpointer:
         with self._as_os_error(step):
             args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             try:
-                self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+                self._manager.save(step, args=ocp.args.Composite(**args), force=True, custom_metadata=stamp())
             except BaseException:
                 self._saving, self._broken = None, jax.process_count() > 1
                 raise
@@ -162,7 +174,14 @@ class Checkpointer:
         if _reports.refusal:
             self.wait()
 
-    def restore(self, abstract: dict[str, PyTree], optional: Collection[str] = ()) -> tuple[int, dict[str, PyTree]]:
+    def restore(
+        self,
+        abstract: dict[str, PyTree],
+        optional: Collection[str] = (),
+        *,
+        instead: Mapping[str, str] = MappingProxyType({}),
+        only: int | None = None,
+    ) -> tuple[int, dict[str, PyTree]]:
         """Restore the newest checkpoint that all processes can read; return its step and its trees.
 
         A checkpoint that cannot be read (truncated, corrupted) causes a warning and, unless read-only, is renamed to
@@ -172,15 +191,17 @@ class Checkpointer:
         Args:
             abstract: The trees to read, as `jax.ShapeDtypeStruct` with shardings, which may differ from those saved.
             optional: Names of trees to omit if they were not saved.
+            instead: For names of trees, the names of others that are read in their place if they were saved.
+            only: The step to restore, and no other; None: the newest.
 
         Raises:
-            ValueError: there is no checkpoint, or none that can be read.
+            ValueError: there is no checkpoint, or none that can be read; or it was written by a later version.
         """
         unreadable: dict[int, str] = {}
         with _hushed():
             while True:
                 # List the steps again each time: if a step is gone, there is a newer one.
-                steps = saved_steps(self._directory.parent)
+                steps = [step for step in saved_steps(self._directory.parent) if only in (None, step)]
                 newest = max(set(steps) - unreadable.keys(), default=None)
                 step = _told_by_process_0(newest if len(unreadable.keys() - set(steps)) <= _VANISHED else None)
                 if step is None:
@@ -188,9 +209,14 @@ class Checkpointer:
                     raise ValueError(
                         f"{self._directory}: no checkpoint that can be read ({reasons or 'there is none'})"
                     )
-                saved = {name: (self._directory / str(step) / name).exists() for name in optional}
-                left_out = {name for name, exists in saved.items() if not _told_by_process_0(int(exists))}
-                trees, reason = self._read(step, {name: abstract[name] for name in abstract if name not in left_out})
+                self._check_format(step)
+                left_out = {name for name in optional if not self._has(step, name)}
+                stored = {
+                    name: instead[name] if name in instead and self._has(step, instead[name]) else name
+                    for name in abstract
+                    if name not in left_out
+                }
+                read, reason = self._read(step, {saved: abstract[name] for name, saved in stored.items()})
                 if reason is None:
                     break
                 unreadable[step] = reason
@@ -203,7 +229,7 @@ class Checkpointer:
             )
         if broken and not self._read_only:
             self._set_aside(list(broken))
-        return step, trees
+        return step, {name: read[saved] for name, saved in stored.items()}
 
     def _read(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], str | None]:
         """Return the trees of a checkpoint, or the reason why some process cannot read it."""
@@ -221,6 +247,18 @@ class Checkpointer:
             if int(_checksum(items[name]["tree"])) != int(items[name]["checksum"]):
                 return {}, f"the checksum of its {name} is wrong"
         return {name: items[name]["tree"] for name in abstract}, None
+
+    def _has(self, step: int, name: str) -> bool:
+        """Whether a checkpoint has a tree of this name, as seen by process 0."""
+        return bool(_told_by_process_0(int((self._directory / str(step) / name).exists())))
+
+    def _check_format(self, step: int) -> None:
+        folder = self._directory / str(step)
+        try:
+            found = json.loads((folder / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}
+        except (OSError, ValueError, AttributeError):  # of an early version, or broken: reading it says how
+            found = {}
+        check_format(found, folder)
 
     def _set_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
@@ -298,12 +336,15 @@ def _drop_late_complaints() -> None:
 
 
 def load_model(
-    workdir: str | os.PathLike[str], mesh: Mesh | None = None, *, trust_code: bool = False
+    workdir: str | os.PathLike[str], mesh: Mesh | None = None, *, step: Step = "newest", trust_code: bool = False
 ) -> tuple[Config, Decoder, int]:
-    """Load the trained decoder of a workdir from its config.json and its newest readable checkpoint.
+    """Load the trained decoder of a workdir from its config.json and a checkpoint.
+
+    If the run averaged its weights (`train.ema`), they are the average.
 
     Args:
         workdir: Folder written by `train.py`.
+        step: The checkpoint: its step, "best" (the lowest validation loss), or "newest", of those that can be read.
         mesh: Devices to shard the parameters over; None puts them all on the first device of this process.
         trust_code: Run the code of the run's custom encoding even if it was not trained on this machine by you.
 
@@ -311,8 +352,9 @@ def load_model(
         The config of the run, the decoder, and the step of the checkpoint.
 
     Raises:
-        ValueError: there is no such run, it has no readable checkpoint, its config.json describes a decoder with other
-            parameters, or it comes with code that is not trusted (`nope_jax.config.own_code`).
+        ValueError: there is no such run, it does not have that checkpoint or it cannot be read, its config.json
+            describes a decoder with other parameters, or it comes with code that is not trusted
+            (`nope_jax.config.own_code`).
     """
     config = configs.load(workdir, trust_code=trust_code)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
@@ -322,15 +364,18 @@ def load_model(
     else:
         abstract = abstract_on_mesh(abstract, mesh)
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        _check_shapes(workdir, checkpointer, abstract)
-        step, trees = checkpointer.restore({"params": abstract})
-    return config, nnx.merge(graphdef, trees["params"]), step
+        chosen = _told_by_process_0(find_step(checkpointer.workdir, step))
+        assert chosen is not None
+        _check_shapes(workdir, chosen, checkpointer, abstract)
+        read, trees = checkpointer.restore(
+            {"params": abstract}, instead={"params": "ema"}, only=None if step == "newest" else chosen
+        )
+    return config, nnx.merge(graphdef, trees["params"]), read
 
 
-def _check_shapes(workdir: str | os.PathLike[str], checkpointer: Checkpointer, abstract: nnx.State) -> None:
-    """Check that the parameters of config.json match those of the newest checkpoint."""
-    step = checkpointer.latest_step
-    saved = None if step is None else checkpointer.shapes(step, "params")
+def _check_shapes(workdir: str | os.PathLike[str], step: int, checkpointer: Checkpointer, abstract: nnx.State) -> None:
+    """Check that the parameters of config.json match those of a checkpoint."""
+    saved = checkpointer.shapes(step, "params")
     if saved is None:
         return
     ours = {_dotted(path): tuple(array.shape) for path, array in jax.tree_util.tree_leaves_with_path(abstract)}

@@ -30,6 +30,7 @@ from nope_jax.config import (
     DataConfig,
     EncodingSpec,
     EvalConfig,
+    Step,
     load,
     load_file,
     override,
@@ -123,6 +124,12 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+_STEP: tuple[Any, str] = (
+    Step | None,
+    "The checkpoint of a run: its step, newest, or best (the lowest validation loss); newest if not given.",
+)
+
+
 class TrainArguments(NamedTuple):
     """The command line of train.py."""
 
@@ -212,8 +219,8 @@ def parse_prepare(arguments: Sequence[str]) -> DataConfig:
     return override(config, overrides).data
 
 
-def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None]:
-    """Parse the command line of `python -m nope_jax.export`; return the model, the folder and the family.
+def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None, Step]:
+    """Parse the command line of `python -m nope_jax.export`; return the model, the folder, the family and the step.
 
     Raises:
         ValueError: an argument is invalid; the message is one line.
@@ -222,12 +229,13 @@ def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None]:
         "workdir": (Path, "The model to write: the workdir of a run, hf:NAME_OR_FOLDER or gguf:FILE."),
         "out": (Path, "The folder to write, new or empty."),
         "family": (str | None, "The model_type to write; the first that can hold the model if not given."),
+        "step": _STEP,
         "trust_code": _TRUST_CODE,
     }
     values, _ = _parse(arguments, options, {}, "Writes a model as a folder that transformers loads.")
     if values.trust_code and not is_published(values.workdir):
         load(values.workdir, trust_code=True)  # this process trusts the code from here on
-    return values.workdir, values.out, values.family
+    return values.workdir, values.out, values.family, _step(values)
 
 
 def parse_plot(arguments: Sequence[str]) -> tuple[tuple[Path, ...], Path, Literal["step", "tokens"]]:
@@ -256,6 +264,7 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
     options: dict[str, tuple[Any, str]] = {
         "workdir": (Path, "The model: the workdir of a run, hf:NAME_OR_FOLDER or gguf:FILE."),
         "prompt": (str, "The text to continue; - reads it from stdin."),
+        "step": _STEP,
         "max_new_tokens": (int | None, "Number of tokens to add; 256 if not given, or as many as the encoding has."),
         "temperature": (
             float | None,
@@ -278,7 +287,7 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
         load(values.workdir, trust_code=True)  # this process trusts the code from here on
     given = {name: value for name in options if (value := getattr(values, name)) is not None}
     given.pop("trust_code", None)
-    return given
+    return given | {"step": _step(values)}
 
 
 def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
@@ -307,6 +316,7 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
     if evaluation.lengths is not None:
         options["lengths"] = evaluation.lengths
     options["out"] = (Path, evaluation.out)
+    options["step"] = _STEP
     options["trust_code"] = _TRUST_CODE
     groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig()}
     if evaluation.settings is not None:
@@ -334,8 +344,15 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
     for workdir in values.workdirs if values.trust_code else ():
         if not is_published(workdir):
             load(workdir, trust_code=True)  # this process trusts the code from here on
-    settings = getattr(values, name, None)
-    return Options(values.workdirs, lengths, values.out, overrides, settings, getattr(values, "method", None))
+    settings, method = getattr(values, name, None), getattr(values, "method", None)
+    return Options(values.workdirs, lengths, values.out, overrides, settings, method, _step(values))
+
+
+def _step(values: Any) -> Step:
+    """The value of `--step`."""
+    if isinstance(values.step, int) and values.step < 0:
+        raise ValueError(f"--step must be at least 0, not {values.step}")
+    return "newest" if values.step is None else values.step
 
 
 def _parse(
@@ -380,9 +397,10 @@ def _parse(
     except SystemExit as exit:
         if not exit.code:
             raise
-        # tyro draws the box in ASCII if the terminal does not support box-drawing characters.
-        lines = [line.strip("│| ") for line in complaint.getvalue().splitlines() if line.startswith(("│", "|"))]
-        message = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
+        # Under a title; tyro draws a box around it if the terminal has the letters for that.
+        _, *lines = (line.strip("╰╯│|+ ") for line in complaint.getvalue().splitlines())
+        lines = [line if line.strip("─-") else "" for line in lines]
+        message = " ".join(itertools.takewhile(bool, itertools.dropwhile(operator.not_, lines)))
         for name, words in given.items():
             if re.search(rf"--{re.escape(name)}\b", message):
                 message = f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}"

@@ -2,6 +2,7 @@
 
     python -m nope_jax.export --workdir runs/smollm2-yarn --out SmolLM2-yarn
 
+Of a run, it is the newest checkpoint, or that of --step N or best; the average of the weights if the run has one.
 `nope_jax.interop.save_pretrained` says what a folder can hold. Exit status: 0 written, 1 unexpected error, 2 bad input.
 """
 
@@ -11,13 +12,13 @@ from nope_jax.cli import parse_export, run
 
 
 def main() -> None:
-    workdir, out, family = parse_export(sys.argv[1:])
+    workdir, out, family, step = parse_export(sys.argv[1:])
     # Import late, because it takes seconds and bad arguments should fail at once.
     from nope_jax.data import load_tokenizer
     from nope_jax.interop import save_pretrained
     from nope_jax.trained import find_trained
 
-    trained = find_trained(workdir)
+    trained = find_trained(workdir, step)
     spec = trained.config.data.tokenizer
     tokenizer = None if spec == "bytes" else load_tokenizer(spec)
     model, _ = trained.load()

@@ -38,9 +38,9 @@ def draw_losses(workdirs: Sequence[Path], out: Path, x: Literal["step", "tokens"
     """
     # Import late, because it takes seconds and bad arguments should fail at once.
     from nope_jax.evaluation.common.plots import finish, line_style, new_figure, save
-    from nope_jax.training.metrics import read_lines
+    from nope_jax.retention import read_log
 
-    runs = {workdir: read_lines(workdir) for workdir in workdirs}
+    runs = {workdir: read_log(workdir) for workdir in workdirs}
     unlogged = [str(workdir) for workdir, lines in runs.items() if not any("loss" in line for line in lines)]
     if len(unlogged) == len(runs):
         raise ValueError(f"--workdirs must be workdirs of runs: no loss is logged in {', '.join(unlogged)}")

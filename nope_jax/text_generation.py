@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from nope_jax.config import Step
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import Tokenizer, tokenizer_digest
 from nope_jax.interop import Dtype
@@ -34,6 +35,7 @@ class GenerateOptions(NamedTuple):
     stop: tuple[str, ...] = ()
     """Texts that end the output, and are not printed."""
     dtype: Dtype | None = None
+    step: Step = "newest"
 
 
 class LoadedModel(NamedTuple):
@@ -45,17 +47,18 @@ class LoadedModel(NamedTuple):
     """Whether every sequence that the model has seen starts with the tokenizer's BOS token."""
 
 
-def load(workdir: str | os.PathLike[str], dtype: Dtype | None = None) -> LoadedModel:
+def load(workdir: str | os.PathLike[str], dtype: Dtype | None = None, step: Step = "newest") -> LoadedModel:
     """Load a trained model and its tokenizer.
 
     Args:
         workdir: The workdir of a run, or hf:NAME_OR_FOLDER or gguf:FILE.
         dtype: Of parameters and computation, see `Trained.load`.
+        step: The checkpoint of a run, see `find_trained`.
 
     Raises:
         ValueError: There is no such model, or its tokenizer is missing or not the one that it was trained with.
     """
-    trained = find_trained(workdir)
+    trained = find_trained(workdir, step)
     config = trained.config
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -77,7 +80,7 @@ def write_text(options: GenerateOptions, out: Any) -> None:
         ValueError: As `load` and `generate`, or the prompt has no token.
     """
     text = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt
-    for piece in continuation(load(options.workdir, options.dtype), text, options):
+    for piece in continuation(load(options.workdir, options.dtype, options.step), text, options):
         out.write(piece)
         out.flush()
     out.write("\n")

@@ -11,12 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer, load_model
-from nope_jax.config import Config
+from nope_jax.checkpoint import load_model
+from nope_jax.config import Config, Step
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.interop import Dtype, PublishedModel, published
 from nope_jax.models import Decoder
 from nope_jax.paths import is_published, location
+from nope_jax.retention import find_step
 
 
 class Trained(abc.ABC):
@@ -26,11 +27,11 @@ class Trained(abc.ABC):
     """Of a published model: its shape, its tokenizer, and the length it was published for as `model.train_length`."""
 
     @abc.abstractmethod
-    def newest_step(self) -> int:
-        """Step of the newest checkpoint; 0 for a published model.
+    def find_step(self) -> int:
+        """Step of the checkpoint that `load` would read now; 0 for a published model.
 
         Raises:
-            ValueError: there is no checkpoint yet.
+            ValueError: there is no such checkpoint.
         """
 
     @abc.abstractmethod
@@ -54,35 +55,36 @@ class Trained(abc.ABC):
         """Digest of the tokenizer that it was trained with; None if that is unknown."""
 
 
-def find_trained(spec: str | os.PathLike[str], *, trust_code: bool = False) -> Trained:
+def find_trained(spec: str | os.PathLike[str], step: Step = "newest", *, trust_code: bool = False) -> Trained:
     """Find a trained model and read its config.
 
     Args:
         spec: A workdir, or hf:NAME_OR_FOLDER or gguf:FILE (`nope_jax.interop.published`).
+        step: The checkpoint of a run, as for `load_model`.
         trust_code: As `nope_jax.config.load`.
 
     Raises:
-        ValueError: there is none, or it is not supported.
+        ValueError: there is none, or it is not supported; or a step of a published model.
     """
-    return _Published(published(os.fspath(spec))) if is_published(spec) else _Run(spec, trust_code)
+    if not is_published(spec):
+        return _Run(spec, step, trust_code)
+    if step != "newest":
+        raise ValueError(f"step {step} is a checkpoint of a run, but {os.fspath(spec)} is a published model")
+    return _Published(published(os.fspath(spec)))
 
 
 class _Run(Trained):
     """The workdir of a run."""
 
-    def __init__(self, workdir: str | os.PathLike[str], trust_code: bool):
-        self._workdir = location(workdir)
+    def __init__(self, workdir: str | os.PathLike[str], step: Step, trust_code: bool):
+        self._workdir, self._step = location(workdir), step
         self.config = configs.load(workdir, trust_code=trust_code)
 
-    def newest_step(self) -> int:
-        with Checkpointer(self._workdir, read_only=True) as checkpointer:
-            step = checkpointer.latest_step
-        if step is None:
-            raise ValueError(f"{self._workdir}: no checkpoint yet")
-        return step
+    def find_step(self) -> int:
+        return find_step(self._workdir, self._step)
 
     def load(self, mesh: Mesh | None = None, dtype: Dtype | None = None) -> tuple[Decoder, int]:
-        _, model, step = load_model(self._workdir, mesh)
+        _, model, step = load_model(self._workdir, mesh, step=self._step)
         return (model if dtype is None else _cast(model, dtype)), step
 
     def identity(self, step: int) -> str:
@@ -103,7 +105,7 @@ class _Published(Trained):
     def __init__(self, model: PublishedModel):
         self._model, self.config = model, model.config
 
-    def newest_step(self) -> int:
+    def find_step(self) -> int:
         return 0
 
     def load(self, mesh: Mesh | None = None, dtype: Dtype | None = None) -> tuple[Decoder, int]:

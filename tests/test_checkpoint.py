@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.retention import Retention
 
 
 def trees(step: int) -> dict:
@@ -97,7 +98,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_newest
 
     def slow(self, step, abstract):
         if (newer := next(steps, None)) is not None:  # meanwhile the run that saves goes on
-            with Checkpointer(workdir, keep=1) as training:
+            with Checkpointer(workdir, keep=Retention(1)) as training:
                 training.save(newer, trees(newer))
         return read(self, step, abstract)
 
@@ -140,7 +141,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(workdir, monkeypa
     def busy(*_):
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
-    with Checkpointer(workdir, keep=2) as checkpointer:
+    with Checkpointer(workdir) as checkpointer:
         monkeypatch.setattr(checkpointer._manager._checkpoint_deleter, "delete_steps", busy)
         checkpointer.save(40, trees(40))
         with pytest.warns(UserWarning, match="cannot remove an old checkpoint .*Directory not empty"):

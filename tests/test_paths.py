@@ -11,10 +11,11 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from nope_jax import cli, config, locks
-from nope_jax.checkpoint import Checkpointer, load_model, saved_steps
+from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, TrainConfig
 from nope_jax.data import load_corpus
 from nope_jax.paths import location, write_whole
+from nope_jax.retention import saved_steps
 from nope_jax.training import train
 from nope_jax.training.metrics import BucketMetricsLog, MetricsLog
 

@@ -292,6 +292,10 @@ def on_other_meshes() -> tuple[dict[str, list[dict[str, Any]]], str]:
             ({"data": 1}, deep, 1, "muon"),
             (MESH, deep, 1, "muon"),
         ],
+        "adafactor": [
+            ({"data": 1}, deep, 1, "adafactor"),
+            (MESH, deep, 1, "adafactor"),
+        ],
     }
     found, complaints = results("train_steps", [case for cases in runs.values() for case in cases], 3)
     rest = iter(found)

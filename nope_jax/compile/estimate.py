@@ -24,7 +24,7 @@ from nope_jax.sharding import check_fits, make_mesh, partition_spec
 from nope_jax.training.flops import model_flops_per_token
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.state import abstract_state
-from nope_jax.training.step import jit_train_step, jit_validation
+from nope_jax.training.step import jit_train_step, jit_validation, step_settings
 
 
 class Estimate(NamedTuple):
@@ -98,18 +98,12 @@ def estimate_run(config: Config, name: str) -> Estimate:
         graphdef, abstract = abstract_state(config, optimizer, mesh)
         batch = _abstract_batch(config, mesh)
         kept = kept_memory(abstract)
-        step = jit_train_step(
-            graphdef,
-            optimizer,
-            abstract,
-            config.optimizer.accumulation,
-            skip_bad=config.train.on_bad_step == "skip",
-            spike_factor=config.train.spike_factor,
-        )
+        step = jit_train_step(graphdef, optimizer, abstract, **step_settings(config))
         loss = jit_validation(graphdef, config.optimizer.accumulation)
         program, training = compiled("the training step", step.lower(abstract, batch), kept, machine)
         kept = kept._replace(optimizer=0)
-        _, validation = compiled("the validation loss", loss.lower(abstract.params, batch), kept, machine)
+        lowered = loss.lower(abstract.weights, batch)
+        _, validation = compiled("the validation loss", lowered, kept, machine)
 
     text = program.as_text()
     assert text is not None

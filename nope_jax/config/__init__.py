@@ -3,6 +3,7 @@
     schema.py      the fields, as frozen dataclasses
     choices.py     the settings that only some optimizers or schedules have
     validation.py  the validation rules and their error messages
+    format.py      the version of the format of a workdir
     files.py       config files, and config.json in a workdir
     own_code.py    the code of a user's own encoding, copied into the workdir
 
@@ -22,6 +23,7 @@ from nope_jax.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    Step,
     TrainConfig,
     override,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Step",
     "TrainConfig",
     "code_digest",
     "load",

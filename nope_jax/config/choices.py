@@ -9,6 +9,16 @@ from types import MappingProxyType
 
 Settings = Mapping[str, Mapping[str, float]]
 
+OPTIMIZERS: Settings = MappingProxyType(
+    {
+        "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8},
+        "lion": {"b1": 0.9, "b2": 0.99},
+        "adafactor": {"b1": 0.0, "decay_rate": 0.8, "eps": 1e-30},
+        "muon": {"momentum": 0.95, "b1": 0.9, "b2": 0.95, "eps": 1e-8},
+    }
+)
+"""The settings of every `optimizer.name`."""
+
 SCHEDULES: Settings = MappingProxyType(
     {
         "cosine": {"floor": 0.1},
@@ -19,5 +29,5 @@ SCHEDULES: Settings = MappingProxyType(
 )
 """The settings of every `optimizer.schedule`."""
 
-CHOICES: Mapping[str, Settings] = MappingProxyType({"schedule": SCHEDULES})
+CHOICES: Mapping[str, Settings] = MappingProxyType({"name": OPTIMIZERS, "schedule": SCHEDULES})
 """The tables by the field of `OptimizerConfig` that chooses."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from nope_jax import encodings
 from nope_jax.config import own_code
+from nope_jax.config.format import check_format, stamp
 from nope_jax.config.schema import GROUPS, HINTS, Config, override
 from nope_jax.encodings import ENCODINGS, former_names
 from nope_jax.errors import is_refusal
@@ -51,7 +52,7 @@ def save(config: Config, workdir: str | os.PathLike[str]) -> None:
         groups[group][field] = _to_json(operator.attrgetter(name)(config), name)
     folder, own = location(workdir), _own_classes(config.model.encoding)
     own_code.keep(folder, own)
-    write_whole(folder / "config.json", (json.dumps(groups, indent=2) + "\n").encode())
+    write_whole(folder / "config.json", (json.dumps(stamp() | groups, indent=2) + "\n").encode())
     own_code.trust(own, always=True)
 
 
@@ -63,7 +64,8 @@ def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config
         trust_code: Run the code of a user's own encoding even if it has never been trusted on this machine.
 
     Raises:
-        ValueError: the file does not exist, is not the config of a run, or needs code that is not trusted.
+        ValueError: the file does not exist, is not the config of a run, was written by a later version, or needs code
+            that is not trusted.
     """
     folder = location(workdir)
     path = folder / "config.json"
@@ -76,6 +78,8 @@ def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     try:
+        written = {name: groups.pop(name) for name in stamp() if name in groups} if isinstance(groups, dict) else {}
+        check_format(written, "it")
         if not isinstance(groups, dict) or not all(isinstance(fields, dict) for fields in groups.values()):
             raise ValueError("it must be an object of objects, one for each group of fields")
         values = {

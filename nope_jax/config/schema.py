@@ -9,6 +9,8 @@ from nope_jax.config.choices import CHOICES
 from nope_jax.config.validation import check, unknown
 from nope_jax.encodings import Encoding
 
+Step = int | Literal["newest", "best"]
+"""A checkpoint of a run: its step, the newest, or the one with the lowest validation loss."""
 EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
 
 
@@ -128,14 +130,16 @@ class OptimizerConfig:
     Settings that are None have the default of the chosen optimizer or schedule. One that it does not have is refused.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the weight matrices of the layers, Adam for the rest; weight decay as in adamw."""
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, Adam for the rest; weight decay is decoupled in all of them."""
     learning_rate: float = 1e-3
     """At the peak, which follows the warm-up."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly."""
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float | None = None
+    """Decay rate of the first moment, in muon of the rest. None: 0.9; in adafactor 0, which keeps none."""
+    b2: float | None = None
+    """Decay rate of the second moment, in lion of the momentum (adamw, lion, muon). None: 0.95; in lion 0.99."""
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Maximum global gradient norm; larger gradients are clipped."""
@@ -147,6 +151,22 @@ class OptimizerConfig:
     """Learning rate at the end, as a fraction of its peak (cosine, linear, wsd). None: 0.1."""
     decay_share: float | None = None
     """Fraction of the steps over which wsd decays. None: 0.2."""
+    momentum: float | None = None
+    """Decay rate of the matrices' momentum (muon). None: 0.95."""
+    decay_rate: float | None = None
+    """The second moment decays by 1 - t^-decay_rate in step t (adafactor). None: 0.8."""
+    eps: float | None = None
+    """Added to the root of the second moment (adamw, muon), or to squared gradients (adafactor).
+
+    None: 1e-8; in adafactor 1e-30."""
+    decay: Literal["matrices", "no_embedding", "all"] = "matrices"
+    """What decays. matrices: weight matrices, token embedding and head; no_embedding: without the token embedding.
+
+    all: norms, biases and parameters of the encoding too."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's normalizer, added to the loss (Chowdhery et al. 2022); 0: none.
+
+    Logged losses are without it."""
 
     def settings(self, choice: str) -> dict[str, float]:
         """The settings of what a field chooses, with its defaults for those that are None."""
@@ -193,6 +213,16 @@ class TrainConfig:
     """Also send the metrics to Weights & Biases (pip install wandb), to the project in $WANDB_PROJECT."""
     profile_steps: int = 0
     """Profile this many steps, soon after the start, and write the trace to WORKDIR/profile."""
+    keep: int = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep the checkpoints of steps that are multiples of this, a multiple of checkpoint_every."""
+    keep_best: int = 0
+    """Also keep this many checkpoints with the lowest validation losses."""
+    ema: float | None = None
+    """Decay rate of an exponential moving average of the weights, which validation, evaluation and export then use."""
+    init_step: Step = "newest"
+    """The checkpoint of the run in init_from: its step, newest, or best (lowest validation loss)."""
 
 
 @dataclasses.dataclass(frozen=True)

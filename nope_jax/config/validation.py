@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 _AT_LEAST = {
     1: """model.vocab_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.model_dim
         model.mlp_dim model.train_length data.context_length data.batch_size optimizer.accumulation train.steps
-        train.log_every train.checkpoint_every train.eval_every train.eval_batches eval.documents eval.batch_size
+        train.log_every train.checkpoint_every train.keep train.keep_every train.eval_every train.eval_batches
+        eval.documents eval.batch_size
         eval.stride""",
-    0: """data.seed optimizer.warmup_steps optimizer.weight_decay train.seed train.max_skipped train.profile_steps
-        eval.seed""",
+    0: """data.seed optimizer.warmup_steps optimizer.weight_decay optimizer.z_loss train.seed train.max_skipped
+        train.keep_best train.profile_steps eval.seed""",
 }
 _POSITIVE = """model.norm_eps model.attention_scale model.attention_softcap model.embedding_scale model.residual_scale
-    model.logits_scale model.logits_softcap optimizer.learning_rate optimizer.clip_norm"""
+    model.logits_scale model.logits_softcap optimizer.learning_rate optimizer.clip_norm optimizer.eps
+    optimizer.decay_rate"""
 
 
 def check(config: "Config", hints: Mapping[str, Any]) -> None:
@@ -49,8 +51,8 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
     for name in _POSITIVE.split():
         if values[name] is not None and not values[name] > 0:
             raise ValueError(f"{name} must be greater than 0, not {values[name]}")
-    for name in "optimizer.b1", "optimizer.b2":
-        if not 0 <= values[name] < 1:
+    for name in "optimizer.b1", "optimizer.b2", "optimizer.momentum", "train.ema":
+        if values[name] is not None and not 0 <= values[name] < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {values[name]}")
     for choice, table in CHOICES.items():
         chosen = values[f"optimizer.{choice}"]
@@ -68,6 +70,19 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
         raise ValueError(
             f"train.profile_steps must be at most train.steps {config.train.steps}, not {config.train.profile_steps}"
         )
+    train = config.train
+    if train.keep_every is not None and train.keep_every % train.checkpoint_every:
+        raise ValueError(
+            f"train.keep_every must be a multiple of train.checkpoint_every {train.checkpoint_every}, not "
+            f"{train.keep_every}"
+        )
+    if train.keep_best and train.eval_every % train.checkpoint_every and train.checkpoint_every % train.eval_every:
+        raise ValueError(
+            f"train.keep_best needs the validation loss of checkpoints: train.eval_every {train.eval_every} must be a "
+            f"multiple of train.checkpoint_every {train.checkpoint_every}, or divide it"
+        )
+    if train.init_step != "newest" and train.init_from is None:
+        raise ValueError(f"train.init_step {train.init_step} needs train.init_from, the run that has this checkpoint")
     factor = values["train.spike_factor"]
     if factor is not None and config.train.on_bad_step != "skip":
         raise ValueError(f"train.spike_factor {factor} needs train.on_bad_step skip, not {config.train.on_bad_step}")

@@ -24,7 +24,7 @@ from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv, store, stored
 from nope_jax.evaluation.common.report import Section, Table
-from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs, newest_step, result_identity
+from nope_jax.evaluation.common.runs import Run, cannot_read, checkpoint_step, find_runs, result_identity
 from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
 from nope_jax.evaluation.registry import LongbenchConfig, Options
 from nope_jax.models import Decoder
@@ -104,7 +104,7 @@ class LongBench(Evaluation):
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         bar.total(sum(len(dataset.rows) for dataset in self.datasets) * sum(sum(run.possible) for run in self.runs))
         for run in self.runs:
-            run.step, model = newest_step(run), None
+            run.step, model = checkpoint_step(run), None
             for length in run.possible:
                 for dataset in self.datasets:
                     path = out / "measured" / f"longbench-{run.name.replace('/', '-')}-{dataset.name}-{length}.npz"

@@ -31,8 +31,8 @@ from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import (
     Run,
     cannot_read,
+    checkpoint_step,
     find_runs,
-    newest_step,
     refuse_differing,
     refuse_length,
     result_identity,
@@ -85,7 +85,9 @@ def plan(options: Options) -> "LongPpl":
         runs = find_runs(options, SHARED)
         judge = None if settings.judge is None else runs[options.workdirs.index(settings.judge)]
     else:
-        *runs, judge = find_runs(options._replace(workdirs=(*options.workdirs, settings.judge)), SHARED)
+        *runs, judge = find_runs(
+            options._replace(workdirs=(*options.workdirs, settings.judge)), SHARED, at_newest=[settings.judge]
+        )
     if judge is not None:
         refuse_length([judge], options.lengths[-1])
         why = "; key tokens are those of one tokenizer, so --longppl.judge must have that of the runs"
@@ -110,9 +112,9 @@ class LongPpl(Evaluation):
         bar.total(sum(len(documents[n]) * n for run, documents in each for n in run.possible))
         keys: dict[int, Bool[np.ndarray, "D T"]] = {}
         if self.judge is not None:
-            self.judge.step = newest_step(self.judge)
+            self.judge.step = checkpoint_step(self.judge)
         for run, documents in zip(self.runs, self.documents, strict=True):
-            run.step = newest_step(run)
+            run.step = checkpoint_step(run)
             for length in run.possible:
                 path = _path(out, run, length)
                 if (found := stored(path, Losses, self._identity(run, documents, length))) is not None:

@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nope_jax.config import EvalConfig
+from nope_jax.config import EvalConfig, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,5 +235,7 @@ class Options(NamedTuple):
     """An instance of the evaluation's settings dataclass."""
     method: str | None = None
     """One of `Entry.methods`."""
+    step: Step = "newest"
+    """The checkpoint of the runs to evaluate."""
     command: str = ""
     """The command as typed, for the report."""

@@ -23,7 +23,7 @@ from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv, store, stored
 from nope_jax.evaluation.common.report import Section, Table
-from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs, newest_step, result_identity
+from nope_jax.evaluation.common.runs import Run, cannot_read, checkpoint_step, find_runs, result_identity
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.registry import Options, RulerConfig
 from nope_jax.models import Decoder
@@ -143,7 +143,7 @@ class Ruler(Evaluation):
         settings = self.settings
         bar.total(len(self.tasks) * settings.examples * sum(sum(run.possible) for run in self.runs))
         for run in self.runs:
-            run.step, model = newest_step(run), None
+            run.step, model = checkpoint_step(run), None
             for length, task in itertools.product(run.possible, self.tasks):
                 identity = self._identity(run, task, length)
                 path = out / "measured" / f"ruler-{run.name.replace('/', '-')}-{task.name}-{length}.npz"

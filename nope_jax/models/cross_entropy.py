@@ -24,8 +24,8 @@ def nll_in_chunks(
     chunks: int,
     bias: Float[Array, "V"] | None = None,
     finish: Callable[[Array, Array | None], Array] = lambda products, bias: products,
-) -> Float[Array, "B T"]:
-    """Negative log-likelihood of each target, nats, computed in `chunks` sequential chunks of tokens.
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Negative log-likelihood of each target, nats, and logsumexp of its logits, in `chunks` sequential chunks.
 
     Differentiable: the backward pass recomputes the logits of each chunk. The gradient of the weights is accumulated in
     float32 on each device and summed over devices once.
@@ -52,11 +52,14 @@ def nll_in_chunks(
         x = jnp.moveaxis(x.reshape(rows, spans, chunks, size, *features), 2, 0)
         return with_logical_constraint(x, (None, *CHUNK, *[None] * len(features)))
 
-    nll = jnp.moveaxis(_nll(finish, cut(hidden), weights, bias, cut(targets)), 0, 2).reshape(rows, spans, -1)[
-        :, :, :tokens
-    ]
-    nll = jnp.moveaxis(nll.reshape(rows, spans, batch // rows, length // spans), 1, 2)
-    return with_logical_constraint(nll.reshape(batch, length), ("batch", "length"))
+    def join(x):
+        """From [n, R, S, C] to [B, T]."""
+        x = jnp.moveaxis(x, 0, 2).reshape(rows, spans, -1)[:, :, :tokens]
+        x = jnp.moveaxis(x.reshape(rows, spans, batch // rows, length // spans), 1, 2)
+        return with_logical_constraint(x.reshape(batch, length), ("batch", "length"))
+
+    nll, logsumexp = _nll(finish, cut(hidden), weights, bias, cut(targets))
+    return join(nll), join(logsumexp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,7 +69,7 @@ def _nll(
     weights: Shaped[Array, "D V"],
     bias: Float[Array, "V"] | None,
     targets: Int[Array, "n R S C"],
-) -> Float[Array, "n R S C"]:
+) -> tuple[Float[Array, "n R S C"], Float[Array, "n R S C"]]:
     return _forward(finish, hidden, weights, bias, targets)[0]
 
 
@@ -88,18 +91,19 @@ def _forward(finish, hidden, weights, bias, targets):
         return None, (logsumexp, jnp.where(_is_target(logits, targets), logits, 0).sum(-1))
 
     _, (logsumexp, of_targets) = jax.lax.scan(chunk, None, (hidden, targets))
-    return logsumexp - of_targets, (hidden, weights, bias, targets, logsumexp)
+    return (logsumexp - of_targets, logsumexp), (hidden, weights, bias, targets, logsumexp)
 
 
-def _backward(finish, kept, gradient):
+def _backward(finish, kept, gradients):
     hidden, weights, bias, targets, logsumexp = kept
 
     def chunk(sums, of_chunk):
         of_weights, of_bias = sums
-        hidden, targets, logsumexp, gradient = of_chunk
+        hidden, targets, logsumexp, of_nll, of_logsumexp = of_chunk
         logits, pull = jax.vjp(finish, _products(hidden, weights), bias)
-        of_logits = jnp.exp(logits - logsumexp[..., None]) - _is_target(logits, targets)
-        of_products, more_bias = pull(gradient[..., None] * of_logits)
+        softmax = jnp.exp(logits - logsumexp[..., None])
+        of_logits = of_nll[..., None] * (softmax - _is_target(logits, targets)) + of_logsumexp[..., None] * softmax
+        of_products, more_bias = pull(of_logits)
         of_products = of_products.astype(hidden.dtype)
         more = jnp.einsum("rscd,rscv->rsdv", hidden, of_products, preferred_element_type=jnp.float32)
         of_hidden = jnp.einsum("rscv,dv->rscd", of_products, weights, preferred_element_type=jnp.float32)
@@ -110,7 +114,7 @@ def _backward(finish, kept, gradient):
     zeros = jnp.zeros((*hidden.shape[1:3], *weights.shape), jnp.float32)
     zeros = with_logical_constraint(zeros, ("batch", "length", None, "vocab"))
     sums = zeros, jax.tree.map(jnp.zeros_like, bias)
-    (of_weights, of_bias), of_hidden = jax.lax.scan(chunk, sums, (hidden, targets, logsumexp, gradient))
+    (of_weights, of_bias), of_hidden = jax.lax.scan(chunk, sums, (hidden, targets, logsumexp, *gradients))
     of_weights = with_logical_constraint(
         of_weights.sum((0, 1)), ("embed", "vocab")
     )  # each device keeps the sum of its own shard

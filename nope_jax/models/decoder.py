@@ -431,15 +431,23 @@ class Decoder(nnx.Module):
 
         Differentiable. Large logits are computed in chunks of tokens (`LOGITS_AT_ONCE`).
         """
+        return self.nll_and_logsumexp(hidden, targets)[0]
+
+    @auto_axes
+    def nll_and_logsumexp(
+        self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """`nll`, and the logsumexp of the logits that each was computed from: the log of the softmax's normalizer."""
         axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.vocab_size), strict=True)
-        logits = math.prod(size // num_shards(name, size) for name, size in axes)
+        total = math.prod(size // num_shards(name, size) for name, size in axes)
         chunks = 1
-        while logits > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
+        while total > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
             chunks *= 2
         if chunks > 1:
             finish = functools.partial(_finished, self.config)
             return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks, self._head_bias(), finish)
-        return optax.softmax_cross_entropy_with_integer_labels(self.logits(hidden), targets)
+        logits = self.logits(hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets), jax.nn.logsumexp(logits, axis=-1)
 
     def _head(self, dtype: Any) -> Shaped[Array, "D V"]:
         weights = self.embedding[...].T if self.head is None else self.head[...]

@@ -14,7 +14,7 @@ from flax import nnx
 from nope_jax.config import Config
 from nope_jax.encodings import keys_seen
 from nope_jax.models import Decoder
-from nope_jax.training.optimizer import decays
+from nope_jax.training.optimizer import matrices
 
 
 class Chip(NamedTuple):
@@ -72,7 +72,7 @@ def model_flops_per_token(config: Config) -> float:
     """
     model = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)))
     params = nnx.state(model)
-    sizes = jax.tree.map(lambda array, is_matrix: math.prod(array.shape) if is_matrix else 0, params, decays(params))
+    sizes = jax.tree.map(lambda array, is_matrix: math.prod(array.shape) if is_matrix else 0, params, matrices(params))
     weights = sum(jax.tree.leaves(sizes)) - (0 if config.model.tie_embeddings else model.embedding.size)
     period = len(model.encodings)
     reaches = [model.encodings[layer % period].span() for layer in range(config.model.num_layers)]

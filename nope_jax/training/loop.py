@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.checkpoint import Checkpointer, saved_steps
+from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import Config
 from nope_jax.data import load_corpus, load_tokenizer, train_batches, validation_batches
 from nope_jax.data.corpora import Split
@@ -24,13 +25,14 @@ from nope_jax.errors import is_refusal
 from nope_jax.locks import held
 from nope_jax.models import Decoder, transfer_weights
 from nope_jax.paths import Location, check_reachable, location
+from nope_jax.retention import Retention, disk_budget, saved_steps, validation_losses
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
 from nope_jax.trained import find_trained
-from nope_jax.training.metrics import GoodputTimer, MetricWriter, check_can_record, has_validation
+from nope_jax.training.metrics import GoodputTimer, MetricWriter, check_can_record
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import DataDigests, check_goes_on, digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, init_state, no_skips
-from nope_jax.training.step import Metrics, jit_train_step, jit_validation, num_targets, reason_to_stop
+from nope_jax.training.step import Metrics, jit_train_step, jit_validation, num_targets, reason_to_stop, step_settings
 
 
 class Interrupted(KeyboardInterrupt):
@@ -81,14 +83,15 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         source = _init_source(config, workdir, mesh)
         _make_shared(workdir)
         check_is_ours = stack.enter_context(_held_by_process_0(workdir))
-        checkpointer = stack.enter_context(Checkpointer(workdir))
+        checkpointer = stack.enter_context(Checkpointer(workdir, keep=retention(config)))
         start, state = restore_state(config, data, workdir, checkpointer, abstract)
         # The validation loss is computed after a save: if the run ended in between, compute it now.
-        unmeasured = evaluates_after(start, config) and not _has_validation(workdir, start)
+        unmeasured = evaluates_after(start, config) and not _seen_by_process_0(start in checkpointer.losses)
         if start == steps and not unmeasured:
             if jax.process_index() == 0:
                 print(f"{workdir}: already finished at step {steps}; a larger train.steps would continue it")
             return
+        _say_disk_budget(config, workdir, abstract)
         batches = train_batches(config.data, start_step=start, corpus=corpora.pop("train"), **hosts)
         if jax.process_index() == 0:
             save_digests(data, workdir)
@@ -96,36 +99,32 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         if state is None:
             state = init_state(config, optimizer, abstract)
             if source is not None:
-                state = state._replace(params=_initialized_from(state.params, graphdef, source))
+                params = _initialized_from(state.params, graphdef, source)
+                average = None if state.ema is None else jax.tree.map(jnp.copy, params)
+                state = state._replace(params=params, ema=average)
 
         batch = place_batch(next(batches), mesh)
         tokens_per_step = batch.targets.size
         record = stack.enter_context(MetricWriter(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
         with clock.during("compile"):
-            jitted = jit_train_step(
-                graphdef,
-                optimizer,
-                abstract,
-                config.optimizer.accumulation,
-                config.train.seed,
-                skip_bad=config.train.on_bad_step == "skip",
-                spike_factor=config.train.spike_factor,
-            )
+            jitted = jit_train_step(graphdef, optimizer, abstract, config.train.seed, **step_settings(config))
             take_step = jitted.lower(state, batch).compile()
             # Compile validation before the first step too: if it does not fit, the run fails now and not after a day.
             jitted = jit_validation(graphdef, config.optimizer.accumulation)
-            validate = jitted.lower(state.params, batch).compile()
+            validate = jitted.lower(state.weights, batch).compile()
 
-        def evaluate(step: int, params: nnx.State) -> None:
+        def evaluate(step: int, weights: nnx.State) -> None:
             with clock.during("validation"):
-                nll = sum(float(total) for total in [validate(params, rows) for rows in validation])
-                record.validation(step, nll / sum(int(num_targets(rows)) for rows in validation))
+                nll = sum(float(total) for total in [validate(weights, rows) for rows in validation])
+                loss = nll / sum(int(num_targets(rows)) for rows in validation)
+                checkpointer.losses[step] = loss
+                record.validation(step, loss)
 
         signals = stack.enter_context(caught_signals())
         unread: deque[tuple[int, Metrics]] = deque()
         clock.switch("step")
         if unmeasured:
-            evaluate(start, state.params)
+            evaluate(start, state.weights)
         for step in range(start + 1, steps + 1):
             with record.dispatching(step):
                 state, metrics = take_step(state, batch)
@@ -146,12 +145,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             if saves:  # after logging this step: a run resumed from here does not log it
                 with clock.during("save"):
                     record.flush()
-                    checkpointer.save(step, state._asdict())
+                    checkpointer.save(step, state.trees())
             if signum is not None and stops:
                 checkpointer.wait()
                 raise Interrupted(signum, step)
             if evaluates:  # after the save, which evaluation must not delay: a run resumed from there logs it
-                evaluate(step, state.params)
+                evaluate(step, state.weights)
         checkpointer.wait()  # while signals are still caught
         record.flush()
         record.finished(steps)
@@ -162,10 +161,35 @@ def evaluates_after(step: int, config: Config) -> bool:
     return step > 0 and (step % config.train.eval_every == 0 or step == config.train.steps)
 
 
-def _has_validation(workdir: Location, step: int) -> bool:
-    """Whether process 0 has logged the validation loss of this step; all processes must agree to compute it."""
-    written = jax.process_index() == 0 and has_validation(workdir, step)
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(written)))
+def _seen_by_process_0(seen: bool) -> bool:
+    """What process 0 sees; all processes must agree on what they do."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(seen)))
+
+
+def retention(config: Config) -> Retention:
+    """The checkpoints that a run keeps."""
+    return Retention(config.train.keep, config.train.keep_every, config.train.keep_best)
+
+
+def budget(config: Config, workdir: Location, abstract: TrainState, runs: int = 1) -> str:
+    """Describe the disk that the checkpoints of a run, or of several like it, will take, as `disk_budget`."""
+    size = runs * sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(abstract))
+    return disk_budget(workdir, size, retention(config), config.train.steps, config.train.checkpoint_every)
+
+
+def _say_disk_budget(config: Config, workdir: Location, abstract: TrainState) -> None:
+    """Print the budget on process 0; if it is refused, it is to all."""
+    said = refusal = ""
+    if jax.process_index() == 0:
+        try:
+            said = budget(config, workdir, abstract)
+        except ValueError as error:
+            refusal = str(error)
+    if refusal := said_by_all(refusal)[0]:
+        raise ValueError(refusal)
+    if said:
+        with contextlib.suppress(OSError):  # as of a pipe without a reader
+            print(said, flush=True)
 
 
 def check_run(config: Config, workdir: Location, mesh: Mesh) -> None:
@@ -217,15 +241,19 @@ def _held_by_process_0(workdir: Location) -> Iterator[Callable[[], None]]:
 def restore_state(
     config: Config, data: DataDigests, workdir: Location, checkpointer: Checkpointer, abstract: TrainState
 ) -> tuple[int, TrainState | None]:
-    """Return the number of steps taken by the run in `workdir` and its state; 0 and None if it has saved none."""
+    """Return the number of steps taken by the run in `workdir` and its state; 0 and None if it has saved none.
+
+    The checkpointer learns the validation losses of its checkpoints.
+    """
     if checkpointer.latest_step is None:
         return 0, None
     check_goes_on(config, data, workdir)
-    step, trees = checkpointer.restore(abstract._asdict(), optional=["skips"])
+    step, trees = checkpointer.restore(abstract.trees(), optional=["skips"])
     if step > config.train.steps:
         raise ValueError(f"train.steps is {config.train.steps}, but {workdir} has already reached step {step}")
     if "skips" not in trees:  # saved by an earlier version
         trees["skips"] = jax.jit(no_skips, out_shardings=jax.tree.map(lambda array: array.sharding, abstract.skips))()
+    checkpointer.losses.update(validation_losses(workdir, until=step))
     return step, TrainState(**trees)
 
 
@@ -235,7 +263,7 @@ def _init_source(config: Config, workdir: Location, mesh: Mesh) -> Decoder | Non
     # Decided by what process 0 sees: either all processes read the source or none does.
     if workdir_of_source is None or multihost_utils.broadcast_one_to_all(np.int32(len(saved_steps(workdir)))):
         return None
-    source, _ = find_trained(workdir_of_source).load(mesh)
+    source, _ = find_trained(workdir_of_source, config.train.init_step).load(mesh)
     try:
         transfer_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), source)
     except ValueError as error:

@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from nope_jax.config import Config
 from nope_jax.paths import Location, write_whole
+from nope_jax.retention import validation_losses
 from nope_jax.training.flops import chip_of, model_flops_per_token
 from nope_jax.training.schedules import learning_rate_schedule
 from nope_jax.training.trackers import TRACKERS, Tracker, check_trackers
@@ -144,18 +145,6 @@ def _is_up_to(line: str, step: int) -> bool:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except ValueError:  # a line half written by a killed process
         return False
-
-
-def read_lines(workdir: Location) -> list[dict[str, float]]:
-    """The complete lines of the log in `workdir`; none if there is no log."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if _is_up_to(line, sys.maxsize)]
-
-
-def has_validation(workdir: Location, step: int) -> bool:
-    """Whether the log in `workdir` has the validation loss of this step."""
-    return any(line.keys() <= {"step", "validation_loss"} for line in read_lines(workdir) if line["step"] == step)
 
 
 def check_can_record(config: Config, workdir: Location) -> None:
@@ -304,9 +293,7 @@ class MetricWriter:
 
     def finished(self, step: int) -> None:
         """Report the end of the run, after its last step: what it has read, this process's time, its best loss."""
-        losses = {
-            line["step"]: line["validation_loss"] for line in read_lines(self._workdir) if "validation_loss" in line
-        }
+        losses = validation_losses(self._workdir)
         best = min(losses, key=losses.__getitem__)
         self._say(
             f"finished: {step:,} steps, {step * self._tokens_per_step:,} tokens, "

@@ -1,6 +1,6 @@
 """The training state, created sharded on the mesh: no device ever holds more than its shard."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,24 @@ class TrainState(NamedTuple):
     params: nnx.State
     opt_state: optax.OptState
     skips: Skips
+    ema: nnx.State | None = None
+    """The moving average of the parameters (`train.ema`), sharded as they are; None: there is none."""
+
+    @property
+    def weights(self) -> nnx.State:
+        """What is validated, and evaluated later: the average if there is one, else the parameters."""
+        return self.params if self.ema is None else self.ema
+
+    def trees(self) -> dict[str, Any]:
+        """The parts that a checkpoint has, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
 
 
 def new_state(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Return the state of a run before its first step."""
     params = nnx.state(Decoder(config.model, rngs=nnx.Rngs(key)))
-    return TrainState(params, optimizer.init(params), no_skips())
+    average = None if config.train.ema is None else jax.tree.map(jnp.copy, params)  # its own memory, to be donated
+    return TrainState(params, optimizer.init(params), no_skips(), average)
 
 
 def abstract_state(
@@ -56,7 +68,8 @@ def abstract_state(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
     abstract = jax.eval_shape(lambda: new_state(config, optimizer, jax.random.key(0)))
     params = abstract_on_mesh(abstract.params, mesh, PARAMETER_RULES[config.mesh.rules])
-    return graphdef, abstract_on_mesh(abstract, mesh)._replace(params=params)
+    average = None if abstract.ema is None else params
+    return graphdef, abstract_on_mesh(abstract, mesh)._replace(params=params, ema=average)
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:

@@ -5,14 +5,14 @@ B batch, T length, V vocabulary.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nope_jax.config import TrainConfig
+from nope_jax.config import Config, TrainConfig
 from nope_jax.data import Batch
 from nope_jax.models import Decoder
 from nope_jax.sharding import auto_axes
@@ -28,15 +28,27 @@ STEPS_BEFORE_SPIKES = 20
 
 
 @auto_axes
-def total_nll(
+def total_losses(
     graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, key: jax.Array | None = None
-) -> jax.Array:
-    """Negative log-likelihood of the targets, summed over those that count: nats, float32. `key` as in `Decoder`."""
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood of the targets and squared logsumexp of their logits, both summed over those that count.
+
+    float32, the first in nats. `key` as in `Decoder`.
+    """
     tokens, targets, positions, segment_ids, loss_mask = jax.tree.map(jnp.asarray, batch)
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
-    nll = model.nll(hidden, targets)
-    return (nll if loss_mask is None else jnp.where(loss_mask, nll, 0)).sum()
+    nll, logsumexp = model.nll_and_logsumexp(hidden, targets)
+    losses = nll, logsumexp**2
+    nll, square = losses if loss_mask is None else (jnp.where(loss_mask, loss, 0) for loss in losses)
+    return nll.sum(), square.sum()
+
+
+def total_nll(
+    graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """The first of `total_losses`."""
+    return total_losses(graphdef, params, batch, key)[0]
 
 
 def num_targets(batch: Batch) -> int | jax.Array:
@@ -54,6 +66,8 @@ def train_step(
     key: jax.Array | None = None,
     skip_bad: bool = False,
     spike_factor: float | None = None,
+    z_loss: float = 0.0,
+    ema: float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step on the mean negative log-likelihood per target that counts.
 
@@ -66,6 +80,9 @@ def train_step(
         key: Random key for randomized encodings.
         skip_bad: Whether to skip bad steps.
         spike_factor: None to treat only non-finite values as bad.
+        z_loss: Weight of the mean squared logsumexp of the logits, which is part of the gradient but not of the loss.
+        ema: Decay rate of the moving average of the parameters. It is (1 + n) / (10 + n) after n updates if that is
+            less, so that the average soon forgets where training started.
 
     Returns:
         The new state, and metrics: `loss` (nats per token) and `grad_norm` (global, unclipped) of the given state, and
@@ -73,23 +90,41 @@ def train_step(
         and, with `skip_bad`, `skipped_in_a_row` (0 if this step was not skipped); the new state is then finite if
         `param_norm` is.
     """
-    value_and_grad = jax.value_and_grad(lambda params, rows: total_nll(graphdef, params, rows, key))
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-    total, grads = _over_microbatches(lambda rows: value_and_grad(state.params, rows), batch, accumulation, zeros)
-    loss, grads = jax.tree.map(lambda x: x / num_targets(batch), (total, grads))
+
+    def objective(params: nnx.State, rows: Batch) -> tuple[jax.Array, jax.Array]:
+        nll, square = total_losses(graphdef, params, rows, key)
+        return (nll + z_loss * square if z_loss else nll), nll
+
+    gradient = jax.grad(objective, has_aux=True)
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.float32(0)))
+    sums = _over_microbatches(lambda rows: gradient(state.params, rows), batch, accumulation, zeros)
+    grads, loss = jax.tree.map(lambda x: x / num_targets(batch), sums)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    average = state.ema
+    if ema is not None:
+        count = updates_taken(opt_state)
+        decay = jnp.minimum(ema, (1 + count) / (10 + count))
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     skips = state.skips
     if skip_bad:
         good, skips = detect_bad_step(skips, loss, metrics["grad_norm"], spike_factor)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        params, opt_state, average = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, opt_state, average),
+            (state.params, state.opt_state, state.ema),
         )
         metrics["skipped_in_a_row"] = skips.in_a_row
     metrics["skipped_steps"] = skips.total
     metrics["param_norm"] = optax.tree.norm(params)
-    return TrainState(params, opt_state, skips), metrics
+    return TrainState(params, opt_state, skips, average), metrics
+
+
+def updates_taken(opt_state: optax.OptState) -> jax.Array:
+    """The number of updates that an optimizer has made."""
+    (_, count), *_ = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return count
 
 
 def detect_bad_step(
@@ -136,31 +171,33 @@ def _over_microbatches(function: Callable[[Batch], _Sums], batch: Batch, count: 
     return sums
 
 
+def step_settings(config: Config) -> dict[str, Any]:
+    """The keyword arguments of `train_step` that the config of a run says."""
+    return {
+        "accumulation": config.optimizer.accumulation,
+        "skip_bad": config.train.on_bad_step == "skip",
+        "spike_factor": config.train.spike_factor,
+        "z_loss": config.optimizer.z_loss,
+        "ema": config.train.ema,
+    }
+
+
 def seeded_step(
-    graphdef: nnx.GraphDef[Decoder],
-    optimizer: optax.GradientTransformation,
-    accumulation: int = 1,
-    *,
-    skip_bad: bool = False,
-    spike_factor: float | None = None,
+    graphdef: nnx.GraphDef[Decoder], optimizer: optax.GradientTransformation, **settings: Any
 ) -> Callable[[TrainState, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """Return `train_step` as a function of the state, a batch and the seed of randomized encodings.
 
     They draw from the seed and the step count, so a resumed run draws the same as an uninterrupted one.
+
+    Args:
+        graphdef: The structure of the model.
+        optimizer: The optimizer.
+        settings: As `step_settings`.
     """
 
     def step(state: TrainState, batch: Batch, seed: jax.typing.ArrayLike) -> tuple[TrainState, Metrics]:
-        (_, updates), *_ = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
-        return train_step(
-            state,
-            batch,
-            graphdef=graphdef,
-            optimizer=optimizer,
-            accumulation=accumulation,
-            key=jax.random.fold_in(jax.random.key(seed), updates + state.skips.total),
-            skip_bad=skip_bad,
-            spike_factor=spike_factor,
-        )
+        key = jax.random.fold_in(jax.random.key(seed), updates_taken(state.opt_state) + state.skips.total)
+        return train_step(state, batch, graphdef=graphdef, optimizer=optimizer, key=key, **settings)
 
     return step
 
@@ -169,15 +206,12 @@ def jit_train_step(
     graphdef: nnx.GraphDef[Decoder],
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
-    accumulation: int = 1,
     seed: int = 0,
-    *,
-    skip_bad: bool = False,
-    spike_factor: float | None = None,
+    **settings: Any,
 ) -> jax.stages.Wrapped:
     """Jit `seeded_step` for the shardings of `abstract`, donating the state it is given."""
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    step = seeded_step(graphdef, optimizer, accumulation, skip_bad=skip_bad, spike_factor=spike_factor)
+    step = seeded_step(graphdef, optimizer, **settings)
     return jax.jit(lambda state, batch: step(state, batch, seed), donate_argnums=0, out_shardings=(shardings, None))
 
 

@@ -30,12 +30,20 @@ from nope_jax.distributed import agreed_stop
 from nope_jax.locks import held
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.sharding import make_mesh
-from nope_jax.training.loop import Interrupted, caught_signals, check_run, evaluates_after, restore_state
-from nope_jax.training.metrics import GoodputTimer, MetricWriter, has_validation
+from nope_jax.training.loop import (
+    Interrupted,
+    budget,
+    caught_signals,
+    check_run,
+    evaluates_after,
+    restore_state,
+    retention,
+)
+from nope_jax.training.metrics import GoodputTimer, MetricWriter
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.resume import digest_data, save_digests
 from nope_jax.training.state import TrainState, abstract_state, new_state
-from nope_jax.training.step import Metrics, num_targets, reason_to_stop, seeded_step, total_loss
+from nope_jax.training.step import Metrics, num_targets, reason_to_stop, seeded_step, step_settings, total_loss
 
 MAY_DIFFER = frozenset(
     {
@@ -108,6 +116,7 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
         if not trained:
             print(f"all {len(runs)} runs have already finished at step {config.train.steps}")
             return
+        print(budget(config, trained[0].workdir, abstract, len(trained)), flush=True)
         count = max(n for n in range(1, len(devices) + 1) if len(trained) % n == 0)
         spread = NamedSharding(Mesh(np.array(devices[:count]), ("runs",)), PartitionSpec("runs"))
         seeds = jax.device_put(np.array([run.config.train.seed for run in trained]), spread)
@@ -116,19 +125,13 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
             after, metrics = step_of_one(state, batch, seed)
             return jax.tree.map(lambda new, old: jnp.where(takes, new, old), after, state), metrics
 
-        step_of_one = seeded_step(
-            graphdef,
-            optimizer,
-            config.optimizer.accumulation,
-            skip_bad=config.train.on_bad_step == "skip",
-            spike_factor=config.train.spike_factor,
-        )
+        step_of_one = seeded_step(graphdef, optimizer, **step_settings(config))
         with clock.during("compile"):
             state = _stacked_states(trained, lambda seed: new_state(config, optimizer, jax.random.key(seed)), spread)
             arguments = state, _stacked([run.batch for run in trained], spread), seeds, _takes(trained, 0, spread)
             step_of_all = jax.jit(_for_all(take_step, spread), donate_argnums=0).lower(*arguments).compile()
             losses = jax.jit(_for_all(total_loss(graphdef, config.optimizer.accumulation), spread))
-            validate = losses.lower(state.params, arguments[1]).compile()
+            validate = losses.lower(state.weights, arguments[1]).compile()
             shardings = jax.tree.map(lambda array: array.sharding, abstract)
             take = jax.jit(lambda states, i: jax.tree.map(lambda x: x[i], states))
 
@@ -137,24 +140,26 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
                 rows = [
                     _stacked(list(batches), spread) for batches in zip(*(r.validation for r in trained), strict=True)
                 ]
-                totals = sum(np.asarray(validate(state.params, batch), np.float64) for batch in rows)
+                totals = sum(np.asarray(validate(state.weights, batch), np.float64) for batch in rows)
                 for run, total in zip(trained, np.asarray(totals), strict=True):
                     if run in chosen:
-                        run.record.validation(step, float(total) / sum(int(num_targets(b)) for b in run.validation))
+                        loss = float(total) / sum(int(num_targets(batch)) for batch in run.validation)
+                        run.checkpointer.losses[step] = loss
+                        run.record.validation(step, loss)
 
         def save(step: int, chosen: Sequence[_Run]) -> None:
             with clock.during("save"):
                 for i, run in enumerate(trained):
                     if run in chosen:
                         run.record.flush()
-                        run.checkpointer.save(step, jax.device_put(take(state, i), shardings)._asdict())
+                        run.checkpointer.save(step, jax.device_put(take(state, i), shardings).trees())
 
         signals = stack.enter_context(caught_signals())
         say = _Progress(config, trained)
         unread: tuple[int, Metrics] | None = None
         clock.switch("step")
         for start in sorted({run.start for run in trained}):
-            unmeasured = [r for r in trained if r.start == start and not has_validation(r.workdir, start)]
+            unmeasured = [r for r in trained if r.start == start and start not in r.checkpointer.losses]
             if evaluates_after(start, config) and unmeasured:
                 evaluate(start, unmeasured)
         for step in range(min(run.start for run in trained) + 1, config.train.steps + 1):
@@ -225,9 +230,9 @@ def _open(config, path, load, abstract: TrainState, one: Mesh, clock: GoodputTim
     data = digest_data(config.data, corpora)
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(held(workdir))
-    checkpointer = stack.enter_context(Checkpointer(workdir))
+    checkpointer = stack.enter_context(Checkpointer(workdir, keep=retention(config)))
     start, state = restore_state(config, data, workdir, checkpointer, abstract)
-    if start == config.train.steps and has_validation(workdir, start):
+    if start == config.train.steps and start in checkpointer.losses:
         return None
     save_digests(data, workdir)
     configs.save(config, workdir)

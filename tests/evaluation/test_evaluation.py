@@ -31,6 +31,7 @@ from nope_jax.evaluation.common.runs import encoding_name, run_names, short_enco
 from nope_jax.evaluation.perplexity import figures, table
 from nope_jax.evaluation.perplexity.measure import Curve, bucket_edges, measure
 from nope_jax.evaluation.perplexity.units import Units
+from nope_jax.retention import Retention
 from tests.support.evaluation_cases import (
     HEADS,
     LAYERS,
@@ -404,7 +405,7 @@ def test_compare_measures_what_each_run_can_read(workdirs, tmp_path, capsys, ove
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
 def test_compare_keeps_what_was_measured_before_it_stopped(workdirs, tmp_path, monkeypatch, stop):
-    def load(workdir, mesh):
+    def load(workdir, mesh, **_):
         if workdir.name == "learned":
             raise stop
         return load_model(workdir, mesh)
@@ -553,9 +554,9 @@ def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypa
     run = shutil.copytree(workdirs / "alibi", tmp_path / "alibi")
     config = configs.load(run)
 
-    def load_late(workdir, mesh):
+    def load_late(workdir, mesh, **_):
         # Since it was looked which step is the newest, the run has gone on, and keeps that one no more.
-        with Checkpointer(run, keep=1) as training:
+        with Checkpointer(run, keep=Retention(1)) as training:
             training.save(5, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(5)))})
         return load_model(workdir, mesh)
 

@@ -413,7 +413,7 @@ def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evalua
 
 @pytest.mark.usefixtures("stand_ins")
 def test_a_model_that_knows_is_found_to_know(workdirs, tmp_path, evaluate, monkeypatch):
-    monkeypatch.setattr(trained, "load_model", lambda workdir, mesh: (None, Oracle(), 0))
+    monkeypatch.setattr(trained, "load_model", lambda workdir, mesh, **_: (None, Oracle(), 0))
     words = ("--workdirs", workdirs / "alibi", "--lengths", 260, "--out", tmp_path, *SMALL)
     assert evaluate("passkey", *words) == 0
     lines = (tmp_path / "passkey.csv").read_text().splitlines()[1:]
@@ -422,7 +422,7 @@ def test_a_model_that_knows_is_found_to_know(workdirs, tmp_path, evaluate, monke
 
 @pytest.mark.parametrize("stop", [pytest.param(KeyboardInterrupt, marks=pytest.mark.slow), ValueError])
 def test_what_was_measured_before_it_stopped_is_kept(workdirs, tmp_path, monkeypatch, stop):
-    def load(workdir, mesh):
+    def load(workdir, mesh, **_):
         if workdir.name == "learned":
             raise stop
         return load_model(workdir, mesh)

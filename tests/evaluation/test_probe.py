@@ -228,7 +228,7 @@ def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_what_was_measured_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch):
-    def stop(workdir, mesh):
+    def stop(workdir, mesh, **_):
         if workdir.name == "learned":
             raise KeyboardInterrupt
         return load_model(workdir, mesh)

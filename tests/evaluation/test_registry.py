@@ -106,7 +106,7 @@ def test_an_evaluation_of_40_lines_has_all_that_the_others_have(own, tmp_path, m
 def test_what_it_has_measured_is_kept_when_it_is_stopped(own, tmp_path, monkeypatch):
     load = trained.load_model
 
-    def stopped(workdir, mesh):
+    def stopped(workdir, mesh, **_):
         if workdir.name == "b":
             raise KeyboardInterrupt
         return load(workdir, mesh)

@@ -14,7 +14,7 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.config import Config
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.models import decoder as decoder_module
-from nope_jax.training.optimizer import decays, layer_matrices
+from nope_jax.training.optimizer import layer_matrices, matrices
 from tests.support.eight_devices import results
 
 PLAIN = ModelConfig(
@@ -180,7 +180,7 @@ def test_every_parameter_has_a_gradient_and_only_matrices_are_decayed_or_orthogo
         # The keys' bias adds the same to all logits of a query, unless something comes between it and the softmax.
         between = model.config.qk_norm or model.config.attention_softcap
         assert np.abs(x[...]).max() > 1e-7 or (path[-1] == "key_bias" and not between), path
-    for path, decayed in nnx.to_flat_state(decays(state)):
+    for path, decayed in nnx.to_flat_state(matrices(state)):
         assert decayed.get_value() == (not str(path[-1]).endswith(("norm", "bias"))), path
     for path, variable in nnx.to_flat_state(state):
         matrix = layer_matrices(nnx.from_flat_state([(path, variable)]))

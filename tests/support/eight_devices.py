@@ -53,7 +53,7 @@ def train_steps(cases: list[tuple], steps: int, logits_at_once: int | None = Non
     from nope_jax.sharding import make_mesh, place_batch
     from nope_jax.training.optimizer import make_optimizer
     from nope_jax.training.state import abstract_state, init_state
-    from nope_jax.training.step import jit_train_step
+    from nope_jax.training.step import jit_train_step, step_settings
 
     if logits_at_once is not None:
         decoder.LOGITS_AT_ONCE = logits_at_once
@@ -71,7 +71,7 @@ def train_steps(cases: list[tuple], steps: int, logits_at_once: int | None = Non
         with jax.set_mesh(mesh):
             graphdef, abstract = abstract_state(run, optimizer, mesh)
             batches = [place_batch(Batch(rows[:, :-1], rows[:, 1:]), mesh) for rows in tokens]
-            jitted = jit_train_step(graphdef, optimizer, abstract, run.optimizer.accumulation)
+            jitted = jit_train_step(graphdef, optimizer, abstract, **step_settings(run))
             step = jitted.lower(abstract, batches[0]).compile()
             case = {
                 "text": step.as_text(),

@@ -1,10 +1,14 @@
 """Optimizers and schedules: what each does to which parameters, and that the defaults are what they were."""
 
+import functools
 import inspect
+import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -12,10 +16,15 @@ from nope_jax import Decoder
 from nope_jax import config as configs
 from nope_jax.config import ModelConfig, OptimizerConfig
 from nope_jax.config.choices import CHOICES
-from nope_jax.training.optimizer import OPTIMIZERS, decays, make_optimizer
+from nope_jax.data import Batch
+from nope_jax.models import decoder
+from nope_jax.training.adafactor import matrix_axes
+from nope_jax.training.optimizer import OPTIMIZERS, make_optimizer, matrices
 from nope_jax.training.schedules import SCHEDULES, learning_rate_schedule
+from nope_jax.training.state import TrainState, no_skips
+from nope_jax.training.step import seeded_step
 
-MEMBERS = {"schedule": SCHEDULES}
+MEMBERS = {"name": OPTIMIZERS, "schedule": SCHEDULES}
 """The functions by the field that chooses them."""
 
 
@@ -65,12 +74,8 @@ def test_matrices_decay_and_norms_and_encodings_do_not(encoding):
         num_layers=2, num_heads=2, model_dim=16, encoding=encoding, tie_embeddings=False, train_length=32
     )
     params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    decayed = {path[-1] for path, decay in nnx.to_flat_state(decays(params)) if decay.get_value()}
+    decayed = {path[-1] for path, decay in nnx.to_flat_state(matrices(params)) if decay.get_value()}
     assert decayed == {"embedding", "query", "key", "value", "out", "gate", "up", "down", "head"}
-
-
-def test_the_config_knows_the_optimizers_there_are():
-    assert configs.wanted(configs.HINTS["optimizer.name"]) == f"one of {', '.join(OPTIMIZERS)}"
 
 
 def test_muon_orthogonalises_the_matrix_of_each_layer_and_leaves_the_rest_to_adam():
@@ -95,3 +100,132 @@ def test_muon_orthogonalises_the_matrix_of_each_layer_and_leaves_the_rest_to_ada
             singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
             # Newton and Schulz's iteration brings all of them to about 1, within what Jordan's coefficients allow.
             assert singular.min() > 0.5 and singular.max() < 1.3, path
+
+
+def parameters() -> nnx.State:
+    sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "model_dim": 16, "mlp_dim": 24, "vocab_size": 32}
+    return nnx.state(Decoder(ModelConfig(**sizes, encoding="t5"), rngs=nnx.Rngs(0)))
+
+
+def gradients(params: nnx.State, steps: int) -> list[nnx.State]:
+    draw = np.random.default_rng(0)
+    return [jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), params) for _ in range(steps)]
+
+
+def test_adafactor_treats_the_matrix_of_each_layer_as_optax_treats_a_matrix():
+    params = parameters()
+    config = OptimizerConfig("adafactor", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+    optimizer = make_optimizer(config, 10**9)
+    oracle = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0), optax.scale(-1.0)
+    )
+    axes = {path: matrix_axes(variable) for path, variable in nnx.to_flat_state(params)}
+
+    def apart(tree: nnx.State) -> dict:
+        """Each layer's matrix as a matrix, and the rest as it is."""
+        found = {}
+        for path, variable in nnx.to_flat_state(tree):
+            array = variable.get_value()
+            if axes[path] is None:
+                found[path] = array.reshape(-1)  # which optax does not factor
+                continue
+            size = math.prod(array.shape[axis] for axis in axes[path][0])
+            for layer, matrix in enumerate(array if "blocks" in path else array[None]):
+                found[*path, layer] = matrix.reshape(size, -1)
+        return found
+
+    state, expected_state = optimizer.init(params), oracle.init(apart(params))
+    update, expected_update = jax.jit(optimizer.update), jax.jit(oracle.update)
+    for gradient in gradients(params, 3):
+        updates, state = update(gradient, state, params)
+        expected, expected_state = expected_update(apart(gradient), expected_state, apart(params))
+        chex.assert_trees_all_close(apart(updates), expected, rtol=1e-4, atol=1e-6)
+    # Two vectors for a matrix: the state is that of the norms and the encoding, and little more.
+    in_matrices = sum(array.size for path, array in apart(params).items() if axes.get(path[:-1]))
+    assert sum(array.size for array in jax.tree.leaves(state)) < 0.2 * in_matrices
+
+
+def test_lion_takes_the_sign_of_its_momentum():
+    params = parameters()
+    config = OptimizerConfig("lion", learning_rate=0.5, warmup_steps=0, weight_decay=0.0)
+    optimizer = make_optimizer(config, 10**9)
+    [gradient] = gradients(params, 1)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.5 * np.sign(g), rtol=1e-6), updates, gradient)
+
+
+@functools.cache
+def third_update(name: str, **settings: float) -> list[np.ndarray]:
+    matrix, scale = nnx.Param(jnp.ones((1, 8, 6)), axes=("layers", "embed", "mlp")), nnx.Param(jnp.ones(8))
+    params = nnx.State({"query": matrix, "norm": scale})
+    optimizer = make_optimizer(OptimizerConfig(name, warmup_steps=0, learning_rate=1.0, **settings), 10)
+    state = optimizer.init(params)
+    for gradient in gradients(params, 3):
+        updates, state = optimizer.update(gradient, state, params)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(updates)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_setting_changes_what_its_optimizer_does(name):
+    for setting, default in CHOICES["name"][name].items():
+        other = {"b1": 0.999, "eps": 1.0}.get(setting, default / 2)
+        changed = third_update(name, **{setting: other})
+        assert any((x != y).any() for x, y in zip(changed, third_update(name), strict=True)), setting
+    for x, y in zip(third_update(name, **CHOICES["name"][name]), third_update(name), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("decay", ["matrices", "no_embedding", "all"])
+def test_weight_decay_is_of_what_optimizer_decay_says(decay):
+    params = jax.tree.map(jnp.ones_like, parameters())
+    config = OptimizerConfig("lion", learning_rate=1.0, warmup_steps=0, weight_decay=0.25, decay=decay)
+    optimizer = make_optimizer(config, 10**9)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    decayed = {str(path[-1]) for path, update in nnx.to_flat_state(updates) if np.any(update.get_value())}
+    assert all((update.get_value() == -0.25).all() for _, update in nnx.to_flat_state(updates) if np.any(update[...]))
+    hidden = {"query", "key", "value", "out", "gate", "up", "down"}
+    others = {str(path[-1]) for path, _ in nnx.to_flat_state(params)}
+    expected = {"matrices": {"embedding", "head", *hidden}, "no_embedding": {"head", *hidden}, "all": others}
+    assert decayed == expected[decay]
+
+
+@pytest.mark.parametrize("chunked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_z_loss_is_in_the_gradient_and_not_in_the_loss(chunked, monkeypatch):
+    monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 64 if chunked else 2**26)
+    model = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=32)
+    graphdef, params = nnx.split(Decoder(model, rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 32, (4, 9), np.int32)
+    mask = np.arange(8) % 3 > 0
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], loss_mask=np.broadcast_to(mask, (4, 8)))
+
+    def objective(params: nnx.State) -> jax.Array:
+        logits = nnx.merge(graphdef, params)(batch.tokens)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+        return (nll + 0.5 * jax.nn.logsumexp(logits, axis=-1) ** 2)[:, mask].mean()
+
+    def step(z_loss: float, accumulation: int = 1):
+        optimizer = optax.scale_by_schedule(lambda count: -1.0)
+        state = TrainState(params, optimizer.init(params), no_skips())
+        step = jax.jit(seeded_step(graphdef, optimizer, accumulation=accumulation, z_loss=z_loss))
+        after, metrics = step(state, batch, 0)
+        return jax.tree.map(lambda old, new: old - new, params, after.params), metrics["loss"]
+
+    gradient, loss = step(0.5, accumulation=2)
+    chex.assert_trees_all_close(gradient, jax.jit(jax.grad(objective))(params), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(loss, step(0.0)[1], rtol=1e-6)
+
+
+def test_the_average_of_the_weights_follows_them():
+    model = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=32)
+    graphdef, params = nnx.split(Decoder(model, rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 9), np.int32)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0), 10)
+    step = jax.jit(seeded_step(graphdef, optimizer, ema=0.2, skip_bad=True))
+    state, expected = TrainState(params, optimizer.init(params), no_skips(), params), params
+    for decay in (2 / 11, 0.2, 0.2):  # (1 + n) / (10 + n) after one update, then more than 0.2
+        state, _ = step(state, Batch(tokens[:, :-1], tokens[:, 1:]), 0)
+        expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, expected, state.params)  # noqa: B023
+    chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+    bad, metrics = step(state, Batch(np.full_like(tokens[:, 1:], 99), tokens[:, 1:]), 0)
+    assert metrics["skipped_in_a_row"] == 1
+    chex.assert_trees_all_equal(bad.ema, state.ema)

@@ -183,7 +183,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(config, run, tmp_path):
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     _, abstract = abstract_state(config, make_optimizer(config.optimizer, 12), mesh)
     with Checkpointer(run, read_only=True) as checkpointer:
-        _, trees = checkpointer.restore(abstract._asdict())
+        _, trees = checkpointer.restore(abstract.trees())
     assert trees.pop("skips").total == len(skipped(run))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(10, trees)

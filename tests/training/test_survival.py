@@ -15,6 +15,7 @@ import pytest
 
 from nope_jax import config as configs
 from nope_jax.config import Config
+from nope_jax.retention import best_steps, saved_steps, validation_losses
 from tests.support.hosts import ROOT, Started, checkpoints, logged, smoke_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_apart")]
@@ -86,7 +87,15 @@ def newest(workdir: Path) -> int:
 
 def test_a_run_killed_at_fifty_moments_loses_little_and_needs_no_hand(config, tmp_path):
     interval, draw, runs = 3, random.Random(0), Runs()
-    often = dataclasses.replace(config.train, steps=1_000_000, checkpoint_every=interval, eval_every=1_000_000)
+    often = dataclasses.replace(
+        config.train,
+        steps=1_000_000,
+        checkpoint_every=interval,
+        eval_every=interval,
+        keep=1,
+        keep_every=60,
+        keep_best=1,
+    )
     config = dataclasses.replace(config, train=often)
     workdir, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     for folder in workdir, undisturbed:
@@ -123,6 +132,11 @@ def test_a_run_killed_at_fifty_moments_loses_little_and_needs_no_hand(config, tm
     assert list(losses) == list(range(1, len(losses) + 1))
     assert losses == {step: expected[step] for step in losses}
     assert all(entry.isdigit() or "tmp" in entry for entry in checkpoints(workdir))  # none was found unreadable
+    # The newest, those kept for ever, the best, and one that may have been about to be removed.
+    saved, measured = saved_steps(workdir), validation_losses(workdir)
+    best = best_steps(range(interval, saved[-1], interval), measured)[0]
+    assert {*range(60, saved[-1], 60), best} <= set(saved)
+    assert len(saved) <= 1 + saved[-1] // 60 + 2 + 1
 
 
 # Other devices, other processes
@@ -153,7 +167,8 @@ distributed.leave(cli.run(run))
 
 
 def test_a_run_goes_on_with_fewer_devices_and_more_processes(config, tmp_path):
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=16))
+    kept = {"keep": 1, "keep_every": 8, "keep_best": 1, "eval_every": 4, "ema": 0.9}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=16, **kept))
     train = command(config, tmp_path)
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
@@ -183,6 +198,8 @@ def test_a_run_goes_on_with_fewer_devices_and_more_processes(config, tmp_path):
         # The same rows in the same order, summed in another: float32.
         np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
     assert 17 in logged(moved, "loss")
+    best = min((8, 12, 16), key=logged(moved, "validation_loss").get)
+    assert {"8", "16", "17", str(best)} >= set(checkpoints(moved)) >= {"8", "16", "17"}
 
 
 # A disk that refuses

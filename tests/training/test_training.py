@@ -29,9 +29,10 @@ from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from nope_jax.data import Batch
 from nope_jax.models import decoder
+from nope_jax.retention import validation_losses
 from nope_jax.sharding import make_mesh
 from nope_jax.training import Interrupted, loop, resume, train
-from nope_jax.training.metrics import MetricsLog, has_validation
+from nope_jax.training.metrics import MetricsLog
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.state import abstract_state, init_state
 from nope_jax.training.step import jit_train_step, jit_validation, train_step
@@ -222,7 +223,7 @@ def test_a_run_killed_during_validation_keeps_its_step_and_measures_when_it_goes
         patch.setattr(loop.MetricWriter, "validation", die)
         train(config, tmp_path / "run")
     assert load_model(tmp_path / "run")[2] == step
-    assert not has_validation(tmp_path / "run", step)
+    assert step not in validation_losses(tmp_path / "run")
     train(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "never_killed")
     capsys.readouterr()
@@ -266,8 +267,8 @@ MAY_CHANGE = {
     "model": "attention remat",
     "data": "source dir tokenizer document_separator",  # where it lies: what it is may not
     "optimizer": "accumulation",
-    "train": "steps log_every checkpoint_every eval_every eval_batches on_bad_step spike_factor max_skipped "
-    "tensorboard profile_steps",
+    "train": "steps log_every checkpoint_every keep keep_every keep_best eval_every eval_batches on_bad_step "
+    "spike_factor max_skipped tensorboard profile_steps",
     "mesh": "data fsdp tensor sequence rules",
     "eval": "documents batch_size stride seed entropy_unit",
 }
@@ -276,8 +277,9 @@ MUST_STAY = {
     "train_length dtype activation norm norm_eps norm_place block qk_norm biases attention_scale attention_softcap "
     "embedding_scale embedding_norm residual_scale logits_scale logits_softcap",
     "data": "context_length bos batch_size document_mask lengths scratchpad seed",
-    "optimizer": "name learning_rate warmup_steps schedule floor decay_share b1 b2 weight_decay clip_norm",
-    "train": "seed init_from",
+    "optimizer": "name learning_rate warmup_steps schedule floor decay_share b1 b2 momentum decay_rate eps "
+    "weight_decay decay z_loss clip_norm",
+    "train": "ema seed init_from init_step",
 }
 
 
@@ -455,7 +457,7 @@ def test_neither_step_nor_validation_holds_the_logits_of_a_batch(config, monkeyp
     batch = Batch(rows, rows)
 
     def temporaries(accumulation: int) -> list[int]:
-        step = jit_train_step(graphdef, optimizer, abstract, accumulation).lower(abstract, batch)
+        step = jit_train_step(graphdef, optimizer, abstract, accumulation=accumulation).lower(abstract, batch)
         validation = jit_validation(graphdef, accumulation).lower(abstract.params, batch)
         return [program.compile().memory_analysis().temp_size_in_bytes for program in (step, validation)]
 

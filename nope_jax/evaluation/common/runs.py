@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.config import Config, EncodingSpec
+from nope_jax.config import Config, EncodingSpec, Step
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.encodings import ENCODINGS, Wrapper
@@ -41,12 +41,14 @@ class Run(Generic[Result]):
     results: dict[int, Result] = dataclasses.field(default_factory=dict)
     step: int = 0
     """Step of the evaluated checkpoint."""
+    asked: Step = "newest"
+    """The checkpoint to evaluate, as `find_trained` takes it."""
     parameters: int = 0
     """Number of its parameters."""
 
     @functools.cached_property
     def trained(self) -> Trained:
-        return find_trained(self.workdir)
+        return find_trained(self.workdir, self.asked)
 
     @property
     def encoding(self) -> str:
@@ -83,30 +85,32 @@ class Run(Generic[Result]):
         return self.results[max(self.results)] if self.results else None
 
     def load(self, mesh: Mesh | None = None) -> Decoder:
-        """Loads the decoder, of a run from its newest readable checkpoint."""
+        """Loads the decoder, of a run from the checkpoint that was asked for."""
         model, self.step = self.trained.load(mesh)
         return model
 
 
-def find_runs(options: Options, same: Sequence[str] = ()) -> list[Run[Any]]:
+def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collection[Path] = ()) -> list[Run[Any]]:
     """Finds the runs of `--workdirs`, without results yet. Loads nothing large.
 
     Args:
         options: the parsed command line.
         same: config fields that must agree.
+        at_newest: workdirs of which the newest checkpoint is read, whatever `--step` is.
 
     Raises:
-        ValueError: a workdir is given twice, or holds no run or no checkpoint; a tokenizer does not fit its run; the
-            runs differ in a field; or a run supports none of the lengths.
+        ValueError: a workdir is given twice, or holds no run or not the checkpoint of `--step`; a tokenizer does not
+            fit its run; the runs differ in a field; or a run supports none of the lengths.
     """
     names = run_names(options.workdirs)
-    loaded = [configs.override(find_trained(workdir).config, options.overrides) for workdir in options.workdirs]
-    runs: list[Run[Any]] = [
-        Run(*each, lengths=options.lengths) for each in zip(options.workdirs, names, loaded, strict=True)
-    ]
+    runs: list[Run[Any]] = []
+    for workdir, name in zip(options.workdirs, names, strict=True):
+        step: Step = "newest" if workdir in at_newest else options.step
+        config = configs.override(find_trained(workdir, step).config, options.overrides)
+        runs.append(Run(workdir, name, config, lengths=options.lengths, asked=step))
     refuse_differing(runs, same)
     for run in runs:
-        run.step = newest_step(run)
+        run.step = checkpoint_step(run)
         model = nnx.eval_shape(lambda: Decoder(run.config.model, rngs=nnx.Rngs(0)))  # noqa: B023
         run.max_length = model.max_length
         run.parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
@@ -163,13 +167,13 @@ def _limit(run: Run[Any]) -> str:
     return f"its {run.encoding} encoding has {run.max_length:,} positions"
 
 
-def newest_step(run: Run[Any]) -> int:
-    """The step of the newest checkpoint of a run.
+def checkpoint_step(run: Run[Any]) -> int:
+    """The step of the checkpoint of a run that would be read now.
 
     Raises:
-        ValueError: there is no checkpoint yet, or the tokenizer (possibly overridden) is not the one of the run.
+        ValueError: there is no such checkpoint, or the tokenizer (possibly overridden) is not the one of the run.
     """
-    step = run.trained.newest_step()
+    step = run.trained.find_step()
     tokens = load_tokenizer(run.config.data.tokenizer).vocab_size
     if tokens > run.config.model.vocab_size:
         raise ValueError(

@@ -18,7 +18,7 @@ from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv, store, stored
 from nope_jax.evaluation.common.placement import evaluation_mesh, on_mesh
 from nope_jax.evaluation.common.report import Section
-from nope_jax.evaluation.common.runs import Run, find_runs, newest_step, result_identity
+from nope_jax.evaluation.common.runs import Run, checkpoint_step, find_runs, result_identity
 from nope_jax.evaluation.perplexity import dispersion, table
 from nope_jax.evaluation.perplexity.figures import draw, entropy, scores
 from nope_jax.evaluation.perplexity.measure import Curve, Sums, measure
@@ -58,7 +58,7 @@ class Perplexity(Evaluation):
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         bar.total(sum(map(_work, self.runs, self.documents)))
         for run, documents in zip(self.runs, self.documents, strict=True):
-            newest = run.step = newest_step(run)
+            newest = run.step = checkpoint_step(run)
             identities = _take_kept(run, documents, out)
             if run.results:
                 yield
