@@ -18,7 +18,7 @@ _BROKEN = re.compile(r"Error reading persistent compilation cache entry for '([\
 
 def keep_compiled() -> None:
     """Let JAX keep compiled programs, if nothing else was said and the folder can be written."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nope_jax" / _cpu()
     try:
@@ -35,7 +35,7 @@ def drop_broken(warning: str) -> bool:
     A process that was killed while it wrote the program leaves half a file; JAX compiles instead of reading it, but
     would not write it again.
     """
-    folder, broken = jax.config.jax_compilation_cache_dir, _BROKEN.match(warning)
+    folder, broken = jax.config.jax_compilation_cache_dir, _BROKEN.match(warning)  # type: ignore[attr-defined]
     if not folder or broken is None:
         return False
     for path in Path(folder).glob(f"{broken[1]}-*"):

@@ -48,7 +48,7 @@ def every_field_changed() -> Config:
         ModelConfig(*sizes, "plain", True, "rope", 77, "reference", "bfloat16", True, *shape, *scales),
         DataConfig("text:a", "dir", "tokenizer.json", "<|endoftext|>", 64, 12, True, True, 1),
         OptimizerConfig("muon", 0.1 + 0.2, 1, 0.5, 0.6, 0.0, 0.3, 4, "wsd", 0.0, 0.5, 0.9, None, 1e-6, "all", 1e-4),
-        TrainConfig(1, 2, 3, 4, 5, 6, "runs/other", "skip", 3.0, 4, True, 1, 3, 6, 0, 0.99, "best"),
+        TrainConfig(1, 2, 3, 4, 5, 6, "runs/other", "skip", 3.0, 4, True, True, 1, 3, 6, 0, 0.99, "best"),
         MeshConfig(2, -1, 3, 4, "zero1"),
         EvalConfig(1, 2, 3, 4, "bits"),
     )

@@ -19,7 +19,10 @@ from nope_jax.config import (
         ({"model.num_kv_heads": 3}, "model.num_kv_heads 3 must divide model.num_heads 4"),
         ({"model.num_heads": 3}, "model.num_heads 3 must divide model.model_dim 128"),
         ({"model.dtype": "float16"}, "model.dtype must be one of float32, bfloat16, not 'float16'"),
-        ({"model.attention": "fused"}, "model.attention must be one of reference, streaming or None, not 'fused'"),
+        (
+            {"model.attention": "fused"},
+            "model.attention must be one of reference, streaming, pallas_tpu or None, not 'fused'",
+        ),
         ({"model.encoding": "rop"}, "model.encoding: unknown encoding 'rop': did you mean 'rope'?"),
         ({"model.encoding": ("rope", "nop")}, "model.encoding: unknown encoding 'nop'"),
         ({"model.encoding": ()}, "model.encoding: .*non-empty"),
