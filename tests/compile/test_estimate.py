@@ -474,10 +474,14 @@ def test_an_axis_may_take_a_part_of_one_dimension_of_a_slice(slice_name, axes):
 
 
 @pytest.mark.tpu
-def test_a_run_is_compiled_for_a_slice():
-    done = compile_for("v5e:2x2", "--mesh.data", "2", "--mesh.fsdp", "2")
+@pytest.mark.parametrize(("name", "chips"), [("v5e:2x2", "4 chips"), ("2xv5e:2x2", "8 chips in 2 slices")])
+def test_a_run_is_compiled_for_a_slice_or_two(name, chips):
+    done = compile_for(name, "--mesh.data", "2", "--mesh.fsdp", "-1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "v5e:2x2: 4 chips, mesh data 2 x fsdp 2" in done.stdout
+    assert f"{name}: {chips}, mesh data 2 x fsdp {int(chips[0]) // 2}" in done.stdout
+    assert bool(re.search(r"across slices all-reduce .* along data\): \S+ s over the data-center", done.stdout)) == (
+        "slices" in chips
+    )
     sent = re.search(r"sent +(.*)", done.stdout)
     assert sent and "all-gather" in sent[1]
     best, worst = map(float, re.search(r"time +(\S+) s if .*, (\S+) s if none", done.stdout).groups())
