@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nope_jax.compile.estimate import estimate_run, find_machine
@@ -208,7 +208,8 @@ def recipes_table(lines: list[dict]) -> str:
             hours = [seconds * steps / 3600 for seconds in line["seconds"]]
             rows.append(
                 f"| {cell[0]} | {cell[1]} | {line['rows']} | {_memory(cell, line)} | {_span(line['seconds'], '.2f')} | "
-                f"{steps:,} | {_span(hours, '.2g')} | {_span([chips * h for h in hours], '.2g')} |"
+                f"{steps:,} | {_span(map(_two_digits, hours), ',g')} | "
+                f"{_span([_two_digits(chips * h) for h in hours], ',g')} |"
             )
         else:
             run, _, encoding = cell[0].rpartition(", ")
@@ -255,7 +256,11 @@ def _memory(cell: Cell, line: dict) -> str:
     return f"{sum(line['memory'].values()) / GIB:.1f} of {find_machine(cell[1]).memory / GIB:.0f}"
 
 
-def _span(values: Sequence[float], form: str) -> str:
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _span(values: Iterable[float], form: str) -> str:
     return " to ".join(dict.fromkeys(format(value, form) for value in values))
 
 
