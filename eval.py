@@ -14,14 +14,18 @@ Without a name, it measures perplexity and attention entropy by position. Each r
 and its newest checkpoint, or that of --step N or --step best (the lowest validation loss). The data.* fields, and the
 eval.* fields that an evaluation uses, can be overridden for all runs by their dotted names; --help lists them. The
 --out directory gets tables, figures and report.html, which collects all results in it.
-Exit status: 0 finished, 1 unexpected error, or one in an encoding's own code, with its traceback, 2 bad input, 4 a loss
-that is not finite, 130 interrupted (Ctrl-C); the results so far are kept.
+Exit status: 0 finished, 1 unexpected error, or one in an encoding's own code, with its traceback, 2 bad input, 3
+another process of several died, 4 a loss that is not finite, 130 interrupted (Ctrl-C); the results so far are kept.
+
+All devices share the work, and the parameters; --mesh.data, fsdp, tensor and sequence say how, as in training. Run the
+same command on every host to evaluate on all of them; processes find each other as those of train.py do.
 """
 
 import shlex
 import sys
 
 from nope_jax.cli import parse_eval, run
+from nope_jax.distributed import joined, leave
 from nope_jax.evaluation.registry import EVALUATIONS
 
 
@@ -29,12 +33,12 @@ def main() -> None:
     arguments = sys.argv[1:]
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else next(iter(EVALUATIONS))
     options = parse_eval(arguments, name)._replace(command=shlex.join(["python", "eval.py", *sys.argv[1:]]))
-    from nope_jax.evaluation.common.evaluation import (
-        evaluate,  # takes seconds; bad arguments are rejected before
-    )
+    # Import late, because it takes seconds and bad arguments should fail at once.
+    from nope_jax.evaluation.common.evaluation import evaluate
 
-    evaluate(name, options)
+    with joined(options.process, None):
+        evaluate(name, options)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))

@@ -30,6 +30,7 @@ from nope_jax.config import (
     DataConfig,
     EncodingSpec,
     EvalConfig,
+    MeshConfig,
     Step,
     load,
     load_file,
@@ -147,6 +148,39 @@ _TRUST_CODE: tuple[Any, str] = (
     "True: run the code stored in the workdirs even if train.py has not written it on this machine for this user.",
 )
 
+_PROCESS: dict[str, tuple[Any, str]] = {
+    "coordinator": (
+        str | None,
+        "HOST:PORT of process 0, for a multi-process run. Detected automatically on Cloud TPU slices and in SLURM, "
+        "Open MPI and Kubernetes jobs.",
+    ),
+    "num_processes": (int | None, "Number of processes in the run; 1 disables the detection of others."),
+    "process_id": (int | None, "Index of this process, from 0."),
+    "join_timeout": (
+        int | None,
+        f"Seconds to wait for all processes to join; {ProcessSpec().join_timeout} if not given.",
+    ),
+    "peer_timeout": (
+        int | None,
+        f"Seconds after which an unresponsive process counts as dead; {ProcessSpec().peer_timeout} if not given.",
+    ),
+}
+
+
+def _process(values: Any) -> ProcessSpec:
+    """This process's place by the options of _PROCESS, which must go together."""
+    place = ProcessSpec(**{name: value for name in ProcessSpec._fields if (value := getattr(values, name)) is not None})
+    place.named()
+    return place
+
+
+def _folders(arguments: Sequence[str], name: str) -> tuple[Location, ...]:
+    """The folders of runs that an option names.
+
+    Taken from the raw arguments: tyro has converted them to pathlib.Path, which breaks a bucket URL.
+    """
+    return tuple(location(word, f"--{name}") for word in _given(arguments)[name])
+
 
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse the command line of train.py: `--config`, `--workdir` or `--compile_for`, and overrides of any field.
@@ -169,21 +203,7 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
             "(h100:2x8). Instead of training, compile the run for this machine, which need not be there, and report "
             "the memory and time it would take.",
         ),
-        "coordinator": (
-            str | None,
-            "HOST:PORT of process 0, for a multi-process run. Detected automatically on Cloud TPU slices and in SLURM, "
-            "Open MPI and Kubernetes jobs.",
-        ),
-        "num_processes": (int | None, "Number of processes in the run; 1 disables the detection of others."),
-        "process_id": (int | None, "Index of this process, from 0."),
-        "join_timeout": (
-            int | None,
-            f"Seconds to wait for all processes to join; {ProcessSpec().join_timeout} if not given.",
-        ),
-        "peer_timeout": (
-            int | None,
-            f"Seconds after which an unresponsive process counts as dead; {ProcessSpec().peer_timeout} if not given.",
-        ),
+        **_PROCESS,
         "trust_code": _TRUST_CODE,
     }
     file = given.get("config")
@@ -192,10 +212,8 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     values, overrides = _parse(arguments, options, groups, "Trains a decoder.")
     if "data.context_length" in overrides and config.model.train_length == config.data.context_length:
         overrides = {"model.train_length": None} | overrides
-    place = ProcessSpec(**{name: value for name in ProcessSpec._fields if (value := getattr(values, name)) is not None})
-    place.named()
-    # Taken from the raw argument: tyro has converted it to a pathlib.Path, which breaks a bucket URL.
-    workdir = location(given["workdir"][0], "--workdir") if "workdir" in given else Path()
+    place = _process(values)
+    (workdir,) = _folders(arguments, "workdir") if "workdir" in given else (Path(),)
     if is_published(workdir):
         raise ValueError(f"--workdir must be a folder; to start from {workdir}, use --train.init_from")
     config = override(config, overrides)
@@ -219,7 +237,7 @@ def parse_prepare(arguments: Sequence[str]) -> DataConfig:
     return override(config, overrides).data
 
 
-def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None, Step]:
+def parse_export(arguments: Sequence[str]) -> tuple[Location, Path, str | None, Step]:
     """Parse the command line of `python -m nope_jax.export`; return the model, the folder, the family and the step.
 
     Raises:
@@ -233,9 +251,10 @@ def parse_export(arguments: Sequence[str]) -> tuple[Path, Path, str | None, Step
         "trust_code": _TRUST_CODE,
     }
     values, _ = _parse(arguments, options, {}, "Writes a model as a folder that transformers loads.")
-    if values.trust_code and not is_published(values.workdir):
-        load(values.workdir, trust_code=True)  # this process trusts the code from here on
-    return values.workdir, values.out, values.family, _step(values)
+    (workdir,) = _folders(arguments, "workdir")
+    if values.trust_code and not is_published(workdir):
+        load(workdir, trust_code=True)  # this process trusts the code from here on
+    return workdir, values.out, values.family, _step(values)
 
 
 def parse_plot(arguments: Sequence[str]) -> tuple[tuple[Path, ...], Path, Literal["step", "tokens"]]:
@@ -283,15 +302,16 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
         number = getattr(values, name)
         if number is not None and number < least:
             raise ValueError(f"--{name} must be at least {least}, not {number}")
-    if values.trust_code and not is_published(values.workdir):
-        load(values.workdir, trust_code=True)  # this process trusts the code from here on
+    (workdir,) = _folders(arguments, "workdir")
+    if values.trust_code and not is_published(workdir):
+        load(workdir, trust_code=True)  # this process trusts the code from here on
     given = {name: value for name in options if (value := getattr(values, name)) is not None}
     given.pop("trust_code", None)
-    return given | {"step": _step(values)}
+    return given | {"workdir": workdir, "step": _step(values)}
 
 
 def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
-    """Parse the command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.* or eval.* field.
+    """Parse the command line of eval.py: `--workdirs`, `--lengths`, `--out`, and any data.*, eval.* or mesh.* field.
 
     Args:
         arguments: The arguments after eval.py and the name of the evaluation.
@@ -317,11 +337,13 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
         options["lengths"] = evaluation.lengths
     options["out"] = (Path, evaluation.out)
     options["step"] = _STEP
+    options |= _PROCESS
     options["trust_code"] = _TRUST_CODE
-    groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig()}
+    groups: dict[str, Any] = {"data": DataConfig(), "eval": EvalConfig(), "mesh": MeshConfig()}
     if evaluation.settings is not None:
         groups[name] = evaluation.settings
-    rule = "Fields of data and eval default to those of the run."
+    rule = "Fields of data and eval default to those of the run. Without any field of mesh, one is chosen that shards "
+    rule += "the parameters over all devices."
     if name == next(iter(EVALUATIONS)):
         rule += f" Other evaluations: eval.py NAME --help, with NAME one of {', '.join(list(EVALUATIONS)[1:])}."
     values, given = _parse(arguments, options, groups, f"{evaluation.description} {rule}")
@@ -331,7 +353,10 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
             goes_by = [f"--{name}.*"] * (evaluation.settings is not None) + ["--data.*"]
             goes_by += [f"--eval.{field}" for field in evaluation.takes_eval]
             raise ValueError(f"--{field} changes nothing about {name}, which goes by {', '.join(goes_by)}")
-    override(Config(), overrides)
+    if "mesh.rules" in overrides:
+        raise ValueError("--mesh.rules is for training; to replicate parameters, use --mesh.data")
+    mesh = override(Config(), overrides).mesh  # refuses invalid values of any field
+    shared = {field: value for field, value in overrides.items() if not field.startswith("mesh.")}
     lengths = getattr(values, "lengths", None) or ()
     if min(lengths, default=1) < 1:
         raise ValueError(f"--lengths must be at least 1, not {min(lengths)}")
@@ -341,11 +366,22 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
             raise ValueError(f"--{field} must be at least {least}, not {value}")
         if field not in HINTS and isinstance(value, float) and not value > 0:
             raise ValueError(f"--{field} must be greater than 0, not {value}")
-    for workdir in values.workdirs if values.trust_code else ():
+    workdirs = _folders(arguments, "workdirs")
+    for workdir in workdirs if values.trust_code else ():
         if not is_published(workdir):
             load(workdir, trust_code=True)  # this process trusts the code from here on
     settings, method = getattr(values, name, None), getattr(values, "method", None)
-    return Options(values.workdirs, lengths, values.out, overrides, settings, method, _step(values))
+    return Options(
+        workdirs,
+        lengths,
+        values.out,
+        shared,
+        settings,
+        method,
+        _step(values),
+        mesh=None if shared == overrides else mesh,
+        process=_process(values),
+    )
 
 
 def _step(values: Any) -> Step:
@@ -373,7 +409,8 @@ def _parse(
             if not words or (len(words) > 1 and not takes_several(hints[name])) or (name in options and "" in words):
                 raise ValueError(f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}")
             for word in words:
-                if name in options and name != "workdir" and Path in (hints[name], *typing.get_args(hints[name])):
+                is_path = name in options and Path in (hints[name], *typing.get_args(hints[name]))
+                if is_path and name not in ("workdir", "workdirs"):
                     on_disk(word, f"--{name}")
         for name, (hint, _) in options.items():
             if name not in given and not _may_be_none(hint):

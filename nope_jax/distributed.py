@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import pickle
 import re
 import selectors
 import signal
@@ -17,9 +18,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from nope_jax.errors import is_refusal
 from nope_jax.paths import Location
@@ -84,7 +85,7 @@ class _Found(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(place: ProcessSpec, workdir: Location) -> Iterator[None]:
+def joined(place: ProcessSpec, workdir: Location | None) -> Iterator[None]:
     """Connect this process with the others of its run for the duration of the context; with one process, do nothing.
 
     If `place` gives no number and count, the environments that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes jobs)
@@ -94,7 +95,8 @@ def joined(place: ProcessSpec, workdir: Location) -> Iterator[None]:
 
     Args:
         place: Values given on the command line.
-        workdir: Workdir of the run; the message names its newest checkpoint.
+        workdir: Workdir of the run; the message names its newest checkpoint. None for work that does not stop at a
+            signal by `agreed_stop`: SIGTERM then ends a process, and with it the others.
 
     Raises:
         TimeoutError: not all processes joined; the message names those missing.
@@ -108,6 +110,8 @@ def joined(place: ProcessSpec, workdir: Location) -> Iterator[None]:
     watch = _Watch(found, connections, workdir)
     import jax
 
+    if workdir is None:
+        jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
     jax.distributed.initialize(
         found.coordinator,
         found.num_processes,
@@ -203,6 +207,50 @@ def said_by_all(text: str) -> list[str]:
         row.tobytes().rstrip(b"\0").decode(errors="ignore")
         for row in np.asarray(multihost_utils.process_allgather(said))
     ]
+
+
+_Value = TypeVar("_Value")
+
+
+def from_process_0(function: Callable[[], _Value]) -> _Value:
+    """Return what a function returns on process 0, where alone it is called. All processes must call this."""
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    if jax.process_count() == 1:
+        return function()
+    own = np.frombuffer(pickle.dumps(function()) if jax.process_index() == 0 else b"", np.uint8)
+    size = int(broadcast_one_to_all(np.int32(own.size)))
+    return pickle.loads(np.asarray(broadcast_one_to_all(np.resize(own, size))).tobytes())
+
+
+def make_shared(folder: Location, name: str = "the workdir") -> None:
+    """Create a folder on process 0, and check that all processes see it.
+
+    Raises:
+        ValueError: one does not.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_count() == 1:
+        return
+    probe = folder / f".probe-{multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31))}"
+    if jax.process_index() == 0:
+        probe.write_text("")
+    multihost_utils.sync_global_devices("probe written")
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(probe.exists())))
+    if jax.process_index() == 0:
+        probe.unlink()
+    if blind.size:
+        raise ValueError(
+            f"process {blind[0]} does not see what process 0 writes to {folder}: {name} must be on a file system "
+            "shared by all hosts"
+        )
 
 
 def _find(place: ProcessSpec) -> _Found:
@@ -361,7 +409,7 @@ class _Connection:
 class _Watch:
     """A thread that ends this process when another one is gone. Process 0 hears from all and tells the others."""
 
-    def __init__(self, found: _Found, connections: dict[int, _Connection], workdir: Location):
+    def __init__(self, found: _Found, connections: dict[int, _Connection], workdir: Location | None):
         self._found = found
         self._connections = connections
         self._workdir = workdir
@@ -425,7 +473,7 @@ class _Watch:
         if status != PEER_LOST:  # the error would recur
             os.write(sys.stderr.fileno(), f"error: {what}\n".encode())
             os._exit(status)
-        goes_on = ["it goes on from its last checkpoint"]
+        goes_on = ["it goes on from what it has stored"]
 
         def look(workdir: Path) -> None:
             saved = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]

@@ -70,10 +70,13 @@ def on_disk(path: str, name: str) -> str:
         ValueError: it is a URL.
     """
     if _URL.match(path):
-        raise ValueError(
-            f"{name} must be on a disk, not {path}; --workdir and train.init_from alone may be in a bucket, gs://..."
-        )
+        raise ValueError(f"{name} must be on a disk, not {path}; only the folder of a run may be in a bucket, gs://...")
     return path
+
+
+def resolved(folder: Location) -> Location:
+    """Return the absolute path of a folder; a bucket's is one already."""
+    return folder.resolve() if isinstance(folder, Path) else folder
 
 
 def write_whole(path: Location, content: bytes) -> None:

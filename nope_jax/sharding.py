@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from nope_jax.explicit_axes import call_with_auto_axes, explicit_mesh
 
 if TYPE_CHECKING:
-    from nope_jax.config import Config, MeshConfig
+    from nope_jax.config import Config, MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -146,6 +146,11 @@ def num_shards(name: str, size: int = 0) -> int:
     return devices if size % devices == 0 else 1
 
 
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Number of shards of a batch's rows on a mesh."""
+    return math.prod(mesh.shape[axis] for axis in _several(RULES["batch"]))
+
+
 def _auto_sizes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     known = set(mesh.axis_names) <= set(AXES)
@@ -214,23 +219,39 @@ def check_fits(config: "Config", mesh: Mesh | AbstractMesh) -> None:
     Raises:
         ValueError: names the mesh axes and the field that they must divide.
     """
-    model, data = config.model, config.data
+    check_model_fits(config.model, mesh)
+    data = config.data
+    _check_divides(mesh, "length", "data.context_length", data.context_length)
+    _check_divides(
+        mesh, "batch", "data.batch_size", data.batch_size, {"optimizer.accumulation": config.optimizer.accumulation}
+    )
+
+
+def check_model_fits(model: "ModelConfig", mesh: Mesh | AbstractMesh) -> None:
+    """Check that a model divides evenly over a mesh.
+
+    Raises:
+        ValueError: names the mesh axes and the field that they must divide.
+    """
     fields = {
-        "model.num_heads": (model.num_heads, "heads"),
-        "model.num_kv_heads": (model.num_kv_heads or model.num_heads, "kv_heads"),
-        "model.mlp_dim": (model.mlp_size, "mlp"),
-        "model.vocab_size": (model.vocab_size, "vocab"),
-        "model.model_dim": (model.model_dim, "embed"),
-        "data.context_length": (data.context_length, "length"),
-        "data.batch_size": (data.batch_size, "batch"),
+        "num_heads": (model.num_heads, "heads"),
+        "num_kv_heads": (model.num_kv_heads or model.num_heads, "kv_heads"),
+        "mlp_dim": (model.mlp_size, "mlp"),
+        "vocab_size": (model.vocab_size, "vocab"),
+        "model_dim": (model.model_dim, "embed"),
     }
     for field, (size, name) in fields.items():
-        num_shards = {f"mesh.{axis}": mesh.shape[axis] for axis in _several(RULES[name])}
-        if name == "batch":
-            num_shards["optimizer.accumulation"] = config.optimizer.accumulation
-        if size % math.prod(num_shards.values()):
-            split = " x ".join(f"{way} {n}" for way, n in num_shards.items() if n > 1)
-            raise ValueError(f"{split} must divide {field} {size}")
+        _check_divides(mesh, name, f"model.{field}", size)
+
+
+def _check_divides(
+    mesh: Mesh | AbstractMesh, name: str, field: str, size: int, others: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Check that the shards of a logical axis, times `others`, divide the size of a field."""
+    num_shards = {f"mesh.{axis}": mesh.shape[axis] for axis in _several(RULES[name])} | dict(others)
+    if size % math.prod(num_shards.values()):
+        split = " x ".join(f"{way} {n}" for way, n in num_shards.items() if n > 1)
+        raise ValueError(f"{split} must divide {field} {size}")
 
 
 def _sharding(
@@ -313,3 +334,25 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, array, shape)
 
     return jax.tree.map(place, batch)
+
+
+def place_copy(batch: Any, mesh: Mesh) -> Any:
+    """Turn a tree of arrays [B, T], which every process has whole, into global arrays sharded over the mesh.
+
+    An axis whose size does not divide over its devices is replicated.
+    """
+
+    def place(array: Any) -> jax.Array:
+        sharding = NamedSharding(mesh, _fitting(("batch", "length"), array.shape, mesh.shape))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, batch)
+
+
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Return an array as NumPy's. All processes that hold a part of it must call this, and all get the whole."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

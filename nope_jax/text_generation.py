@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import Tokenizer, tokenizer_digest
 from nope_jax.interop import Dtype
 from nope_jax.models import Decoder, generate_stream
+from nope_jax.paths import Location
 from nope_jax.trained import find_trained
 
 DEFAULT_TOKENS = 256
@@ -23,7 +23,8 @@ DEFAULT_TOKENS = 256
 class GenerateOptions(NamedTuple):
     """The command line of generate.py."""
 
-    workdir: Path
+    workdir: Location
+    """Or hf:... or gguf:... for a published model."""
     prompt: str
     """The text to continue; "-" reads it from stdin."""
     max_new_tokens: int | None = None

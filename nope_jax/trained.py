@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import time
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -16,7 +17,7 @@ from nope_jax.config import Config, Step
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.interop import Dtype, PublishedModel, published
 from nope_jax.models import Decoder
-from nope_jax.paths import is_published, location
+from nope_jax.paths import check_reachable, is_published, location
 from nope_jax.retention import find_step
 
 
@@ -78,6 +79,7 @@ class _Run(Trained):
 
     def __init__(self, workdir: str | os.PathLike[str], step: Step, trust_code: bool):
         self._workdir, self._step = location(workdir), step
+        check_reachable(self._workdir)
         self.config = configs.load(workdir, trust_code=trust_code)
 
     def find_step(self) -> int:
@@ -88,8 +90,11 @@ class _Run(Trained):
         return (model if dtype is None else _cast(model, dtype)), step
 
     def identity(self, step: int) -> str:
+        folder = self._workdir / "checkpoints" / str(step)
         try:
-            saved = (self._workdir / "checkpoints" / str(step)).stat().st_mtime_ns  # type: ignore[attr-defined]
+            # A folder of a bucket has no time; that of the save is in this file.
+            in_bucket = folder / "_CHECKPOINT_METADATA"
+            saved = folder.stat().st_mtime_ns if isinstance(folder, Path) else in_bucket.read_text()
         except FileNotFoundError:
             saved = time.time_ns()
         return f"{step} {saved}"

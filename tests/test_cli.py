@@ -16,6 +16,7 @@ from nope_jax.config import (
     Config,
     DataConfig,
     EvalConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -190,6 +191,24 @@ def test_a_field_that_changes_nothing_about_an_evaluation_is_refused(name, field
     arguments += ["--method", "head"] if name == "tune" else []
     with pytest.raises(ValueError, match=f"--{field} changes nothing about {name}, which goes by --{name}"):
         parse_eval(arguments, name)
+
+
+def test_parse_eval_takes_a_mesh_and_a_place_among_processes():
+    words = ["--workdirs", "a", "--lengths", "8", "--out", "r"]
+    alone = parse_eval(words)
+    assert alone.mesh is None and alone.process.named() is None
+    mesh, process = ["--mesh.tensor", "2"], ["--coordinator", "h:1", "--num_processes", "2", "--process_id", "1"]
+    some = parse_eval([*words, *mesh, *process])
+    assert some.mesh == MeshConfig(tensor=2) and some.process.named() == ("h:1", 2, 1, None)
+    assert not some.overrides
+    for extra, complaint in {
+        "--mesh.fsdp 0": "mesh.fsdp must be at least 1, or -1",
+        "--mesh.rules zero1": "--mesh.rules is for training; to replicate parameters, use --mesh.data",
+        "--num_processes 2": "--num_processes alone",
+        "--eval.dtype float16": "--eval.dtype must be one of float32, bfloat16 or None, not 'float16'",
+    }.items():
+        with pytest.raises(ValueError, match=complaint):
+            parse_eval([*words, *extra.split()])
 
 
 def test_parse_eval_tells_what_was_given():

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from nope_jax import cli, config, locks
+from nope_jax import cli, config, locks, text_generation, trained
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, TrainConfig
 from nope_jax.data import load_corpus
@@ -18,10 +18,11 @@ from nope_jax.paths import location, write_whole
 from nope_jax.retention import saved_steps
 from nope_jax.training import train
 from nope_jax.training.metrics import BucketMetricsLog, MetricsLog
+from tests.support.tiny_runs import call_eval, write_documents, write_run
 
 WITHOUT_PACKAGE = "{} gs://b/run needs a package that is not installed: pip install gcsfs"
 NO_BUCKET = "{} must be a path on a disk or gs://BUCKET/FOLDER, not {}"
-NOT_ON_DISK = "{} must be on a disk, not {}; --workdir and train.init_from alone may be in a bucket"
+NOT_ON_DISK = "{} must be on a disk, not {}; only the folder of a run may be in a bucket"
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,11 @@ EVAL = "--lengths 128"
         (cli.parse_train, f"{TRAIN} --data.source text:gs://b/*.txt", NOT_ON_DISK.format("data.source", r"gs://b/\*")),
         (cli.parse_train, f"{TRAIN} --data.tokenizer gs://b/t.json", NOT_ON_DISK.format("data.tokenizer", "gs://b/t")),
         (cli.parse_train, f"{TRAIN} --train.init_from s3://b/run", NO_BUCKET.format("train.init_from", "s3://b/run")),
-        (cli.parse_eval, f"{EVAL} --out out --workdirs run gs://b/run", NOT_ON_DISK.format("--workdirs", "gs://b/run")),
+        (cli.parse_eval, f"{EVAL} --out out --workdirs run gs://b/run", WITHOUT_PACKAGE.format("--workdirs")),
+        (cli.parse_eval, f"{EVAL} --out out --workdirs run s3://b/r", NO_BUCKET.format("--workdirs", "s3://b/r")),
+        (cli.parse_generate, "--prompt a --workdir gs://b/run", WITHOUT_PACKAGE.format("--workdir")),
+        (cli.parse_export, "--out out --workdir=gs:/b/run", NO_BUCKET.format("--workdir", "gs:/b/run")),
+        (cli.parse_export, "--out gs://b/out --workdir run", NOT_ON_DISK.format("--out", "gs://b/out")),
         (cli.parse_eval, f"{EVAL} --workdirs run --out gs://b/out", NOT_ON_DISK.format("--out", "gs://b/out")),
         (cli.parse_eval, f"{EVAL} --workdirs run --out o --data.dir gs://b", NOT_ON_DISK.format("data.dir", "gs://b")),
         (cli.parse_prepare, f"{CONFIG} --data.dir gs://b/d", NOT_ON_DISK.format("data.dir", "gs://b/d")),
@@ -115,6 +120,12 @@ def test_a_workdir_in_a_bucket_stays_one(bucket):
         arguments = cli.parse_train(arguments.split())
         assert os.fspath(arguments.workdir) == "gs://b/run"
     assert arguments.config.train.init_from == "gs://b/other"
+    workdirs = [
+        *cli.parse_eval(f"{EVAL} --out o --workdirs gs://b/run hf:x run".split()).workdirs,
+        cli.parse_generate(["--prompt", "a", "--workdir", "gs://b/run"])["workdir"],
+        cli.parse_export(["--out", "o", "--workdir", "gs://b/run"])[0],
+    ]
+    assert [*map(os.fspath, workdirs)] == ["gs://b/run", "hf:x", "run", "gs://b/run", "gs://b/run"]
     with pytest.raises(ValueError, match="gs://b/other is not the workdir of a run"):
         load_model(arguments.config.train.init_from)
 
@@ -206,3 +217,40 @@ def test_a_bucket_that_does_not_answer_is_one_line(bucket, monkeypatch):
     monkeypatch.setattr(epath.backend.fsspec_backend, "exists", unreachable)
     with pytest.raises(ValueError, match="workdir gs://b/run cannot be reached: RuntimeError: no route .without cred"):
         train(Config(), "gs://b/run")
+
+
+def test_a_run_in_a_bucket_is_evaluated_and_continues_a_text(bucket, tmp_path, monkeypatch, capsys):
+    write_documents(tmp_path)
+    write_run(tmp_path, "run")
+    config.save(config.load(tmp_path / "run"), "gs://b/runs/nope")
+    checkpoint = location("gs://b/runs/nope") / "checkpoints" / "0"
+    (checkpoint / "commit_success.txt").write_text("")
+    (checkpoint / "_CHECKPOINT_METADATA").write_text("saved then")
+    loaded = []
+
+    def load(workdir, mesh):  # tensorstore would ask Google for the arrays
+        loaded.append(os.fspath(workdir))
+        return load_model(tmp_path / "run", mesh)
+
+    monkeypatch.setattr(trained, "load_model", load)
+    words = f"--workdirs gs://b/runs/nope --lengths 16 --eval.documents 2 --out {tmp_path}/out"
+    for saved, times in {"saved then": 1, "saved again": 2}.items():  # what has been measured of a checkpoint is kept
+        (checkpoint / "_CHECKPOINT_METADATA").write_text(saved)
+        for _ in range(2):
+            assert call_eval(monkeypatch, words) == 0, capsys.readouterr().err
+        assert loaded == ["gs://b/runs/nope"] * times
+    assert "nope" in (tmp_path / "out" / "curves.csv").read_text()
+    assert (
+        len(
+            "".join(
+                text_generation.continuation(
+                    text_generation.load("gs://b/runs/nope"),
+                    "abc",
+                    text_generation.GenerateOptions(Path(), "", max_new_tokens=4),
+                )
+            )
+        )
+        > 0
+    )
+    assert call_eval(monkeypatch, words.replace("runs/nope", "runs/none")) == 2
+    assert "error: gs://b/runs/none is not the workdir of a run" in capsys.readouterr().err

@@ -258,6 +258,10 @@ class EvalConfig:
     seed: int = 0
     entropy_unit: Literal["nats", "bits"] = "nats"
     """Unit of attention entropy in the output of eval.py curves; the data files are always in nats."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of parameters and computation; losses, softmax and entropies are always float32.
+
+    None: float32 parameters, and the computation in model.dtype for a run, in float32 for a published model."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from nope_jax.config import MeshConfig
 from nope_jax.data import Tokenizer, load_tokenizer
 from nope_jax.data.longbench import Dataset, read_datasets, settings_file, skipped
 from nope_jax.evaluation.common import continuations, plots
@@ -28,7 +28,6 @@ from nope_jax.evaluation.common.runs import Run, cannot_read, checkpoint_step, f
 from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
 from nope_jax.evaluation.registry import LongbenchConfig, Options
 from nope_jax.models import Decoder
-from nope_jax.sharding import make_mesh
 
 BUCKETS = {"0-4k": range(4000), "4-8k": range(4000, 8000), "8k+": range(8000, sys.maxsize)}
 """Lengths of examples in words, as in LongBench-E."""
@@ -104,7 +103,7 @@ class LongBench(Evaluation):
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         bar.total(sum(len(dataset.rows) for dataset in self.datasets) * sum(sum(run.possible) for run in self.runs))
         for run in self.runs:
-            run.step, model = checkpoint_step(run), None
+            run.step, model, placement = checkpoint_step(run), None, run.place(self.settings.batch_size)
             for length in run.possible:
                 for dataset in self.datasets:
                     path = out / "measured" / f"longbench-{run.name.replace('/', '-')}-{dataset.name}-{length}.npz"
@@ -113,10 +112,11 @@ class LongBench(Evaluation):
                     if result is None:
                         if model is None:
                             bar.describe(f"{run.name}: loading")
-                            model = run.load(make_mesh(MeshConfig()))
+                            model = run.load(placement.mesh)
                             identity = self._identity(run, dataset, length)  # a run in training has moved on
                         bar.describe(f"{run.name}: {dataset.name} at {length:,}")
-                        result = self._measure(run, model, dataset, length, bar)
+                        with jax.set_mesh(placement.mesh):
+                            result = self._measure(run, model, dataset, length, placement.rows, bar)
                         store(path, result, identity)
                     else:
                         bar.advance(len(dataset.rows) * length)
@@ -127,7 +127,7 @@ class LongBench(Evaluation):
     def _identity(run: Run[Results], dataset: Dataset, length: int) -> str:
         return result_identity(run, run.config.data.tokenizer, run.config.data.bos, length, dataset.digest)
 
-    def _measure(self, run: Run[Results], model: Decoder, dataset: Dataset, length: int, bar: Bar) -> Scores:
+    def _measure(self, run: Run[Results], model: Decoder, dataset: Dataset, length: int, rows: int, bar: Bar) -> Scores:
         tokenizer, bos = _tokenizer(run.config.data.tokenizer), run.config.data.bos
         most = length - dataset.room
         prompts = [cut(continuations.encode(tokenizer, row.prompt, bos=bos), most) for row in dataset.rows]
@@ -137,7 +137,7 @@ class LongBench(Evaluation):
             tokenizer,
             [prompts[row] for row in order],
             dataset.room,
-            batch_size=self.settings.batch_size,
+            batch_size=rows,
             advance=lambda count: bar.advance(count * length),
         )
         texts = [text for _, text in sorted(zip(order, written, strict=True))]

@@ -11,6 +11,7 @@ Shapes: D documents, W windows, R tokens of a row, B batch, T length. Losses are
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.documents import Documents, read_documents
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv, store, stored
-from nope_jax.evaluation.common.placement import over_devices
 from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import (
     Run,
@@ -39,7 +39,8 @@ from nope_jax.evaluation.common.runs import (
 )
 from nope_jax.evaluation.common.uncertainty import Estimate, ratio
 from nope_jax.evaluation.registry import LongpplConfig, Options
-from nope_jax.sharding import place_batch
+from nope_jax.paths import location
+from nope_jax.sharding import to_host
 
 SHARED = ("data.source", "eval.documents", "eval.seed")
 """Config fields that must agree between runs."""
@@ -81,12 +82,13 @@ def plan(options: Options) -> "LongPpl":
             f"--lengths must be greater than --longppl.short, the {settings.short} tokens of the short context, not "
             f"{options.lengths[0]}"
         )
-    if settings.judge is None or settings.judge in options.workdirs:
+    judged_by = None if settings.judge is None else location(settings.judge, "--longppl.judge")
+    if judged_by is None or judged_by in options.workdirs:
         runs = find_runs(options, SHARED)
-        judge = None if settings.judge is None else runs[options.workdirs.index(settings.judge)]
+        judge = None if judged_by is None else runs[options.workdirs.index(judged_by)]
     else:
         *runs, judge = find_runs(
-            options._replace(workdirs=(*options.workdirs, settings.judge)), SHARED, at_newest=[settings.judge]
+            options._replace(workdirs=(*options.workdirs, judged_by)), SHARED, at_newest=[judged_by]
         )
     if judge is not None:
         refuse_length([judge], options.lengths[-1])
@@ -144,9 +146,14 @@ class LongPpl(Evaluation):
                 yield
 
     def _reader(self, run: Run[Losses]) -> Callable[[np.ndarray], np.ndarray]:
-        mesh, batch_size = over_devices(run.config.eval.batch_size)
-        model = run.load(mesh)
-        return functools.partial(losses, model, batch_size=batch_size, place=functools.partial(place_batch, mesh=mesh))
+        placement = run.place(run.config.eval.batch_size, math.gcd(*run.possible))
+        model = run.load(placement.mesh)
+
+        def read(tokens: np.ndarray) -> np.ndarray:
+            with jax.set_mesh(placement.mesh):
+                return losses(model, tokens, batch_size=placement.rows, place=placement.put)
+
+        return read
 
     @staticmethod
     def _tokens(documents: Documents, length: int) -> Int[np.ndarray, "D {length}+1"]:
@@ -243,7 +250,7 @@ def losses(
         batch = tokens[first : first + batch_size]
         padded = np.resize(batch, (batch_size, tokens.shape[1]))  # the last batch is padded with its own rows
         nll = _nll(graphdef, state, *place((padded[:, :-1], padded[:, 1:])))
-        found.append(np.asarray(nll, np.float64)[: len(batch)])
+        found.append(to_host(nll).astype(np.float64)[: len(batch)])
     return np.concatenate(found)
 
 

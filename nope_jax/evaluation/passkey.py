@@ -8,6 +8,7 @@ Shapes: B rows, T length, A tokens of the longest answer, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,13 +25,12 @@ from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
-from nope_jax.evaluation.common.placement import over_devices
 from nope_jax.evaluation.common.plots import QUIET
 from nope_jax.evaluation.common.report import CAVEAT, Section, Table
 from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.registry import Options, PasskeyConfig
-from nope_jax.sharding import place_batch
+from nope_jax.sharding import to_host
 
 COLUMNS = "run encoding train_length length depth correct keys accuracy accuracy_low accuracy_high"
 """Columns of passkey.csv, one row per run, measured length and depth; `correct` of `keys` answers were correct.
@@ -77,23 +77,24 @@ class PasskeyRetrieval(Evaluation):
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         settings = self.settings
-        mesh, batch_size = over_devices(settings.batch_size)
         bar.total(settings.depths * settings.keys * sum(sum(run.possible) for run in self.runs))
         for run, task in zip(self.runs, self.tasks, strict=True):
             bar.describe(f"{run.name}: loading")
-            model = run.load(mesh)
+            placement = run.place(settings.batch_size, math.gcd(*run.possible))
+            model = run.load(placement.mesh)
             for length in run.possible:
                 bar.describe(f"{run.name} at {length:,}")
-                run.results[length] = measure(
-                    model,
-                    task,
-                    length,
-                    depths(settings),
-                    draw_keys(settings, length),
-                    batch_size=batch_size,
-                    place=functools.partial(place_batch, mesh=mesh),
-                    advance=bar.advance,
-                )
+                with jax.set_mesh(placement.mesh):
+                    run.results[length] = measure(
+                        model,
+                        task,
+                        length,
+                        depths(settings),
+                        draw_keys(settings, length),
+                        batch_size=placement.rows,
+                        place=placement.put,
+                        advance=bar.advance,
+                    )
                 yield
 
     def numbers(self) -> Mapping[str, Csv]:
@@ -174,7 +175,7 @@ def measure(
         rows = np.arange(first, min(first + batch_size, len(prompts)))
         padded = np.resize(rows, batch_size)  # the last batch is padded with its own rows
         inputs = place((tokens[padded], counts[padded]))
-        right[rows] = np.asarray(_right(graphdef, state, *inputs))[: len(rows)]
+        right[rows] = to_host(_right(graphdef, state, *inputs))[: len(rows)]
         advance(len(rows) * length)
     return right.reshape(keys.shape).sum(1)
 

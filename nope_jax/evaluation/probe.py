@@ -4,7 +4,6 @@ Shapes: B batch, T length, D model width, L layers; S samples, one per token. Ev
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +17,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nope_jax.data import load_corpus
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.evaluation.common.console import Bar, plural
-from nope_jax.evaluation.common.documents import choose_documents, corpus_key
+from nope_jax.evaluation.common.documents import choose_documents, corpus_key, load_same_corpus
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
-from nope_jax.evaluation.common.placement import over_devices
 from nope_jax.evaluation.common.plots import INK, QUIET
 from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs
 from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus, ratio
 from nope_jax.evaluation.registry import Options, ProbeConfig
 from nope_jax.models import Decoder
-from nope_jax.sharding import place_batch
+from nope_jax.sharding import to_host
 
 COLUMNS = (
     "run encoding train_length length layer probe r2 mae position_start position_end documents r2_stderr mae_stderr"
@@ -208,7 +205,7 @@ def _hidden_states(
         padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # constant shape: one compilation
         tokens = np.stack([document[:length] for document in padded]).astype(np.int32)
         for step in walk(model, place((tokens,))[0]):
-            yield step.layer, np.asarray(step.stream).astype(np.float64)[: len(batch)]
+            yield step.layer, to_host(step.stream).astype(np.float64)[: len(batch)]
         advance(tokens[: len(batch)].size)
 
 
@@ -247,7 +244,7 @@ def plan(options: Options) -> "PositionProbe":
     for run in runs:
         if (key := corpus_key(run.config)) in read:
             continue
-        corpus = load_corpus(run.config.data, "validation")
+        corpus = load_same_corpus(run.config.data, "validation")
         reaching = {length: int((corpus.lengths > length).sum()) for length in lengths}
         for length in lengths:
             if reaching[length] < 2:
@@ -280,20 +277,21 @@ class PositionProbe(Evaluation):
         bar.total(sum(length * len(read[length]) for _, read, lengths in of_runs for length in lengths))
         for run, read, lengths in of_runs:
             bar.describe(f"{run.name}: loading")
-            mesh, batch_size = over_devices(run.config.eval.batch_size)
-            model, place = run.load(mesh), functools.partial(place_batch, mesh=mesh)
-            common: dict[str, Any] = {"batch_size": batch_size, "place": place, "advance": bar.advance}
+            placement = run.place(run.config.eval.batch_size, math.gcd(*lengths))
+            model = run.load(placement.mesh)
+            common: dict[str, Any] = {"batch_size": placement.rows, "place": placement.put, "advance": bar.advance}
             in_window: list[Probe] = []
             for length in lengths:
                 bar.describe(f"{run.name} at {length:,}")
                 training, testing = read[length][::2], read[length][1::2]
                 start = run.train_length if length > run.train_length else 0
-                own = fit_probes(model, training, length, ridge=self.settings.ridge, start=start, **common)
-                in_window = in_window or own
-                sets = {"in-window": (in_window, run.train_length), "own": (own, length)}
-                if length == run.train_length:
-                    del sets["own"]  # identical to in-window
-                scores = score_probes(model, testing, length, list(sets.values()), start=start, **common)
+                with jax.set_mesh(placement.mesh):
+                    own = fit_probes(model, training, length, ridge=self.settings.ridge, start=start, **common)
+                    in_window = in_window or own
+                    sets = {"in-window": (in_window, run.train_length), "own": (own, length)}
+                    if length == run.train_length:
+                        del sets["own"]  # identical to in-window
+                    scores = score_probes(model, testing, length, list(sets.values()), start=start, **common)
                 run.results[length] = [
                     Scores(length, name, layers, start, len(testing)) for name, layers in zip(sets, scores, strict=True)
                 ]

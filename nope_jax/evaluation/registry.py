@@ -16,7 +16,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nope_jax.config import EvalConfig, Step
+from nope_jax.config import EvalConfig, MeshConfig, Step
+from nope_jax.distributed import ProcessSpec
+from nope_jax.paths import Location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class LongbenchConfig:
 class LongpplConfig:
     """Settings of eval.py longppl (Fang et al. 2024, arXiv 2410.23771)."""
 
-    judge: Path | None = None
+    judge: str | None = None
     """The run that decides which tokens need the long context, or hf:... or gguf:...; None: each run by itself."""
     short: int = 4096
     """Tokens of the short context."""
@@ -178,17 +180,20 @@ EVALUATIONS = {
         "Measures how often a model retrieves a number hidden in filler text.",
         "nope_jax.evaluation.passkey",
         PasskeyConfig(),
+        takes_eval=("dtype",),
     ),
     "tasks": Entry(
         "Measures exact match on the tasks that runs were trained on, within and past the lengths of training.",
         "nope_jax.evaluation.tasks",
         TasksConfig(),
         lengths=(tuple[int, ...] | None, "Lengths of the examples, as the task counts; those of the paper by default."),
+        takes_eval=("dtype",),
     ),
     "ruler": Entry(
         "Measures retrieval, tracing and counting over long contexts by tasks of RULER.",
         "nope_jax.evaluation.ruler",
         RulerConfig(),
+        takes_eval=("dtype",),
     ),
     "longbench": Entry(
         "Measures answers to real tasks over long texts, from a folder in the format of LongBench.",
@@ -198,25 +203,26 @@ EVALUATIONS = {
             tuple[int, ...],
             "The most tokens of a prompt and its answer; longer prompts are cut in the middle.",
         ),
+        takes_eval=("dtype",),
     ),
     "longppl": Entry(
         "Measures perplexity over the tokens that need a long context (LongPPL).",
         "nope_jax.evaluation.longppl",
         LongpplConfig(),
-        takes_eval=("documents", "seed", "batch_size"),
+        takes_eval=("documents", "seed", "batch_size", "dtype"),
     ),
     "similarity": Entry(
         "Compares the attention of two runs; on a task, that of a run with any number of others, by length.",
         "nope_jax.evaluation.similarity",
         SimilarityConfig(),
         lengths=None,
-        takes_eval=("seed",),
+        takes_eval=("seed", "dtype"),
     ),
     "probe": Entry(
         "Measures how well a linear probe decodes positions from the hidden states of each layer.",
         "nope_jax.evaluation.probe",
         ProbeConfig(),
-        takes_eval=("batch_size", "seed"),
+        takes_eval=("batch_size", "seed", "dtype"),
     ),
 }
 """Evaluations by name, in the order of the report. Without a name, eval.py runs the first."""
@@ -225,7 +231,8 @@ EVALUATIONS = {
 class Options(NamedTuple):
     """The parsed command line of eval.py, without the name of the evaluation."""
 
-    workdirs: tuple[Path, ...]
+    workdirs: tuple[Location, ...]
+    """Or hf:... or gguf:... for published models."""
     lengths: tuple[int, ...]
     """Ascending, without duplicates; empty if not given."""
     out: Path
@@ -239,3 +246,7 @@ class Options(NamedTuple):
     """The checkpoint of the runs to evaluate."""
     command: str = ""
     """The command as typed, for the report."""
+    mesh: MeshConfig | None = None
+    """The mesh.* fields, if any is given."""
+    process: ProcessSpec = ProcessSpec()
+    """This process's place among those that evaluate together."""

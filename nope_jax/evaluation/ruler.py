@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from nope_jax.config import MeshConfig
 from nope_jax.data import Tokenizer, load_tokenizer
 from nope_jax.data.ruler import RULER, Example, RulerTask, read_tasks
 from nope_jax.evaluation.common import continuations, plots
@@ -27,7 +27,6 @@ from nope_jax.evaluation.common.runs import Run, cannot_read, checkpoint_step, f
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.registry import Options, RulerConfig
 from nope_jax.models import Decoder
-from nope_jax.sharding import make_mesh
 
 COLUMNS = "run encoding train_length task length examples score score_low score_high"
 """Columns of ruler.csv, one row per run, task and length; scores are from 0 to 100, with their 95 % Wilson interval."""
@@ -143,7 +142,7 @@ class Ruler(Evaluation):
         settings = self.settings
         bar.total(len(self.tasks) * settings.examples * sum(sum(run.possible) for run in self.runs))
         for run in self.runs:
-            run.step, model = checkpoint_step(run), None
+            run.step, model, placement = checkpoint_step(run), None, run.place(settings.batch_size)
             for length, task in itertools.product(run.possible, self.tasks):
                 identity = self._identity(run, task, length)
                 path = out / "measured" / f"ruler-{run.name.replace('/', '-')}-{task.name}-{length}.npz"
@@ -151,10 +150,11 @@ class Ruler(Evaluation):
                 if result is None:
                     if model is None:
                         bar.describe(f"{run.name}: loading")
-                        model = run.load(make_mesh(MeshConfig()))
+                        model = run.load(placement.mesh)
                         identity = self._identity(run, task, length)  # a run in training has moved on
                     bar.describe(f"{run.name}: {task.name} at {length:,}")
-                    result = self._measure(run, model, task, length, bar)
+                    with jax.set_mesh(placement.mesh):
+                        result = self._measure(run, model, task, length, placement.rows, bar)
                     store(path, result, identity)
                 else:
                     bar.advance(settings.examples * length)
@@ -167,7 +167,7 @@ class Ruler(Evaluation):
         digest = hashlib.sha256(first.encode()).hexdigest()  # of the words, the tokenizer and the code that makes them
         return result_identity(run, task, data.tokenizer, data.bos, length, settings.examples, settings.seed, digest)
 
-    def _measure(self, run: Run[Results], model: Decoder, task: RulerTask, length: int, bar: Bar) -> Scores:
+    def _measure(self, run: Run[Results], model: Decoder, task: RulerTask, length: int, rows: int, bar: Bar) -> Scores:
         drawn = list(examples(run, task, length, self.settings.examples, self.settings.seed))
         for example in drawn:
             refuse_lost(run, task, example)
@@ -177,7 +177,7 @@ class Ruler(Evaluation):
             tokenizer,
             [continuations.encode(tokenizer, example.prompt, bos=bos) for example in drawn],
             task.room,
-            batch_size=self.settings.batch_size,
+            batch_size=rows,
             advance=lambda count: bar.advance(count * length),
         )
         scores = np.array([task.score(text, example.answers) for text, example in zip(texts, drawn, strict=True)])

@@ -18,7 +18,7 @@ from nope_jax.encodings import resolve
 from nope_jax.interop.rotary import head_dim
 from nope_jax.interop.weights import Weight
 from nope_jax.models import Decoder
-from nope_jax.sharding import abstract_on_mesh
+from nope_jax.sharding import abstract_on_mesh, to_host
 
 Path = tuple[Any, ...]
 
@@ -134,17 +134,9 @@ def published_values(
         values = []
         for part in tensor.slices:
             array = parameters[part.path][...]
-            value = _to_host(array if part.row is None else array[part.row])
+            value = to_host(array if part.row is None else array[part.row])
             values.append((value * factors[part]).astype(value.dtype) if part in factors else value)
         yield tensor.weight.pack(values, axes)
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _of_encoding(path: Path) -> bool:

@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Key
 
 from nope_jax.attention.blocks import Leaf
 from nope_jax.models.decoder import Decoder, DecodeState
-from nope_jax.sharding import auto_axes
+from nope_jax.sharding import auto_axes, to_host
 
 
 def generate(
@@ -186,9 +186,9 @@ class _Call:
     def text(self, rows: np.ndarray, continued: _Text) -> Array:
         """The prompts of some rows followed by their new tokens."""
         new: Any = continued.text
-        if isinstance(new, jax.core.Tracer) or not new.is_fully_addressable:
+        if isinstance(new, jax.core.Tracer) or isinstance(self.prompt, jax.Array):
             return jnp.concatenate([jnp.asarray(self.prompt), new[:, : self.max_new_tokens]], axis=1)
-        new = np.asarray(new)  # joined in NumPy, because JAX would compile that for every length
+        new = to_host(new)  # joined in NumPy, because JAX would compile that for every length
         if self.lengths is None:
             return jax.device_put(np.concatenate([self.prompt, new[:, : self.max_new_tokens]], axis=1))
         text = np.zeros((len(rows), self.prompt.shape[1] + self.max_new_tokens), self.prompt.dtype)

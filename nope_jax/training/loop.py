@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import get_args
@@ -20,7 +19,7 @@ from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import Config
 from nope_jax.data import load_corpus, load_tokenizer, train_batches, validation_batches
 from nope_jax.data.corpora import Split
-from nope_jax.distributed import agreed_stop, said_by_all
+from nope_jax.distributed import agreed_stop, make_shared, said_by_all
 from nope_jax.errors import is_refusal
 from nope_jax.locks import held
 from nope_jax.models import Decoder, transfer_weights
@@ -81,7 +80,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         graphdef, abstract = abstract_state(config, optimizer, mesh)
 
         source = _init_source(config, workdir, mesh)
-        _make_shared(workdir)
+        make_shared(workdir)
         check_is_ours = stack.enter_context(_held_by_process_0(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir, keep=retention(config)))
         start, state = restore_state(config, data, workdir, checkpointer, abstract)
@@ -200,26 +199,6 @@ def check_run(config: Config, workdir: Location, mesh: Mesh) -> None:
         raise ValueError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the {tokens} tokens of data.tokenizer "
             f"{config.data.tokenizer!r}"
-        )
-
-
-def _make_shared(workdir: Location) -> None:
-    """Create the workdir on process 0, and check that all processes see it."""
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_count() == 1:
-        return
-    probe = workdir / f".probe-{multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31))}"
-    if jax.process_index() == 0:
-        probe.write_text("")
-    multihost_utils.sync_global_devices("probe written")
-    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(probe.exists())))
-    if jax.process_index() == 0:
-        probe.unlink()
-    if blind.size:
-        raise ValueError(
-            f"process {blind[0]} does not see what process 0 writes to {workdir}: the workdir must be on a file "
-            "system shared by all hosts"
         )
 
 

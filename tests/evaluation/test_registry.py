@@ -125,5 +125,15 @@ def test_without_a_terminal_progress_is_lines_with_the_time_left(capsys, monkeyp
         for _ in range(3):
             bar.advance(20)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nope at 128: ")]
-    assert [line.partition(",")[0] for line in said] == [f"nope at 128: {n} %" for n in (20, 40, 60)]
+    assert [line.partition(",")[0] for line in said] == [f"nope at 128: {n} %" for n in (0, 20, 40, 60)]
     assert re.search(r", 0:00:\d\d left$", said[-1])
+
+
+def test_without_a_terminal_each_step_is_said_when_it_begins(capsys):
+    with console.progress_bar() as bar:
+        bar.total(100)
+        for step, detail in [("nope: loading", ""), ("nope at 128", ""), ("nope at 128", "9 tokens/s"), ("end", "1")]:
+            bar.describe(step, detail)
+            bar.advance(10)
+        said = capsys.readouterr().err
+    assert [line.partition(":")[0] for line in said.splitlines()] == ["nope", "nope at 128", "end, 1"]

@@ -225,7 +225,7 @@ def test_the_closest_heads_are_found_over_all_pairs_and_documents(monkeypatch):
     monkeypatch.setattr(similarity, "walk", constructed)
     comparison = Similarity(("a", "b"), length)
     for document in range(2):
-        comparison.add(["a", "b"], np.full(length, document))
+        comparison.add(["a", "b"], np.full((1, length), document), 1)
 
     pairs = [divergences(a, b) for a, b in zip(streams["a"], streams["b"], strict=True)]
     wanted = [(pairs[0] + pairs[2]) / 2, (pairs[1] + pairs[3]) / 2]
@@ -323,10 +323,10 @@ def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp
 def test_what_was_read_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch):
     add = Similarity.add
 
-    def stop(self, models, document):
+    def stop(self, models, batch, count):
         if self.documents == 2:
             raise KeyboardInterrupt
-        add(self, models, document)
+        add(self, models, batch, count)
 
     monkeypatch.setattr(Similarity, "add", stop)
     words = f"similarity --workdirs {workdirs}/nope {workdirs}/alibi --out {tmp_path} --similarity.length 8"

@@ -42,7 +42,7 @@ from nope_jax.encodings import (
 from nope_jax.encodings.rotary import rope_frequencies
 from nope_jax.evaluation.common.console import progress_bar
 from nope_jax.evaluation.common.evaluation import evaluate
-from nope_jax.evaluation.common.placement import over_devices
+from nope_jax.evaluation.common.placement import Placement, place
 from nope_jax.evaluation.common.plots import save
 from nope_jax.evaluation.common.report import Section, add_sections
 from nope_jax.evaluation.registry import Options, TuneConfig
@@ -273,7 +273,7 @@ def test_batches_are_windows_anywhere_in_documents_that_reach_the_length(folder,
     settings = TuneConfig(batch_size=4)
     job = plan(folder / "uniform", tmp_path / "out", "head", settings=settings)
     with progress_bar() as bar:
-        tuner = search.Tuner(job, job.begin(""), *over_devices(4), bar)
+        tuner = search.Tuner(job, job.begin(""), place([job.run.config.model], 4), bar)
     starts = set()
     for step in range(30):
         batch = tuner._draw(step, 30)
@@ -752,8 +752,8 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(folder, tmp
 
 def test_no_batch_has_more_rows_than_there_are_documents(folder, tmp_path, monkeypatch):
     rows = set()
-    place = search.place_batch
-    monkeypatch.setattr(search, "place_batch", lambda batch, mesh: rows.add(len(batch[0])) or place(batch, mesh))
+    put = Placement.put
+    monkeypatch.setattr(Placement, "put", lambda self, batch: rows.add(len(batch[0])) or put(self, batch))
     words = ["--workdirs", folder / "uniform", "--method", "log-n", "--lengths", 24, "--tune.documents", 2]
     assert command(monkeypatch, "tune", *words, "--out", tmp_path / "out") == 0
     assert rows == {2}

@@ -145,6 +145,23 @@ def loaded(folder: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
     return {"logits": logits, "shards": [x.addressable_shards[0].data.shape for x in (query, embedding)]}
 
 
+def evaluated(lines: list[str]) -> list[int]:
+    """The exit status of `python eval.py` with each of these lines of words."""
+    import importlib.util
+    import shlex
+
+    from nope_jax.cli import run
+
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    statuses = []
+    for line in lines:
+        sys.argv = ["eval.py", *shlex.split(line)]
+        statuses.append(run(script.main))
+    return statuses
+
+
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     function, arguments = pickle.loads(path.read_bytes())

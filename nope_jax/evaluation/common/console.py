@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nope_jax.evaluation.common.files import writes
 from nope_jax.evaluation.common.report import Section
 
 SAY_EVERY = 30.0
@@ -18,24 +19,36 @@ SAY_EVERY = 30.0
 
 
 class Bar:
-    """Progress of an evaluation on stderr, with the time left: a bar in a terminal, otherwise a line now and then."""
+    """Progress of an evaluation on stderr, with the time left.
+
+    A bar in a terminal; otherwise a line at each new step, which may be one batch of minutes, and now and then between.
+    Of several processes, the first shows it.
+    """
 
     def __init__(self, progress: Progress):
         self._progress, self._task = progress, progress.add_task("", total=None)
-        self._said = time.monotonic()
+        self._silent = progress.console.is_terminal or not writes()
+        self._step, self._said = "", 0.0
 
     def total(self, amount: float) -> None:
         """Sets the total amount of work, in any unit."""
         self._progress.update(self._task, total=amount)
 
-    def describe(self, words: str) -> None:
-        """Sets the description of the current step."""
-        self._progress.update(self._task, description=words)
+    def describe(self, step: str, detail: str = "") -> None:
+        """Sets the description of the current step, and of what it is at."""
+        self._progress.update(self._task, description=f"{step}, {detail}" if detail else step)
+        if step != self._step:
+            self._step = step
+            self._say()
 
     def advance(self, amount: float = 1) -> None:
         """Advances the bar by `amount` of work."""
         self._progress.advance(self._task, amount)
-        if self._progress.console.is_terminal or time.monotonic() - self._said < SAY_EVERY:
+        if time.monotonic() - self._said >= SAY_EVERY:
+            self._say()
+
+    def _say(self) -> None:
+        if self._silent:
             return
         self._said, task = time.monotonic(), self._progress.tasks[0]
         left = "" if task.time_remaining is None else f", {datetime.timedelta(seconds=int(task.time_remaining))} left"
@@ -52,6 +65,7 @@ def progress_bar() -> Iterator[Bar]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         speed_estimate_period=600,  # a batch of long documents takes minutes
+        disable=not writes(),
     ) as progress:
         bar = Bar(progress)
         yield bar

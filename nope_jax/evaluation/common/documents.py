@@ -8,10 +8,13 @@ length over the whole document by `stride` tokens and scores only the tokens tha
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from nope_jax.config import Config
+from nope_jax.config import Config, DataConfig
 from nope_jax.data import Corpus, load_corpus
+from nope_jax.data.corpora import Split
+from nope_jax.distributed import said_by_all
 from nope_jax.evaluation.common.runs import Run
 
 
@@ -38,6 +41,24 @@ def describe_protocol(stride: int | None) -> str:
         f"A window of the evaluated length slides over each document by {stride} tokens; a token is scored once, by "
         "the first window that reaches it, and its position is the one inside that window."
     )
+
+
+def load_same_corpus(config: DataConfig, split: Split) -> Corpus:
+    """`load_corpus` on every process.
+
+    Raises:
+        ValueError: as `load_corpus`; or the processes read different documents.
+    """
+    corpus = load_corpus(config, split)
+    if jax.process_count() > 1:
+        first, *others = said_by_all(corpus.digest())
+        for process, theirs in enumerate(others, 1):
+            if theirs != first:
+                raise ValueError(
+                    f"process {process} does not read the {split} documents of data.source {config.source} that "
+                    "process 0 reads"
+                )
+    return corpus
 
 
 def choose_documents(
@@ -124,7 +145,7 @@ def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
     corpora: dict[tuple, Corpus] = {}
     for config in loaded:
         if (key := corpus_key(config)) not in corpora:
-            corpora[key] = load_corpus(config.data, "validation")
+            corpora[key] = load_same_corpus(config.data, "validation")
     first, *others = corpora.values()
     if any(len(first) != len(other) for other in others):
         sizes = ", ".join(f"{key[0] or 'the default'}: {len(corpus)}" for key, corpus in corpora.items())

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
+from nope_jax.distributed import make_shared
 from nope_jax.evaluation.common import report
 from nope_jax.evaluation.common.console import Bar, print_sections, progress_bar
-from nope_jax.evaluation.common.files import Csv, write_numbers
+from nope_jax.evaluation.common.files import Csv, write_numbers, writes
 from nope_jax.evaluation.common.plots import save
 from nope_jax.evaluation.common.report import Section
 from nope_jax.evaluation.common.runs import Run
@@ -61,14 +62,15 @@ class Evaluation(abc.ABC):
         return ()
 
     def finish(self, out: Path) -> None:
-        """Runs last, after all results have been measured and written."""
+        """Runs last, after all results have been measured and written; of several processes, on the first."""
         return
 
 
 def evaluate(name: str, options: Options) -> None:
     """Runs `eval.py NAME`: measures, writes files, figures and a part of the report, and prints the tables.
 
-    If the evaluation fails or is interrupted, the results so far are written.
+    If the evaluation fails or is interrupted, the results so far are written. Of several processes, all of which call
+    this and compute the same numbers, the first writes and prints.
 
     Args:
         name: one of EVALUATIONS.
@@ -81,19 +83,26 @@ def evaluate(name: str, options: Options) -> None:
     plan = importlib.import_module(EVALUATIONS[name].module).plan
     evaluation: Evaluation = plan(options._replace(lengths=tuple(sorted(set(options.lengths)))))
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    with held(out) if evaluation.writes_run else contextlib.nullcontext():
+    if evaluation.writes_run:  # all processes write their part of its checkpoint
+        make_shared(out, "--out")
+    with contextlib.ExitStack() as stack:
+        if writes():
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+            if evaluation.writes_run:
+                stack.enter_context(held(out))
         measured = False
         try:
             with progress_bar() as bar:
-                tempfile.TemporaryFile(dir=out).close()
                 for _ in evaluation.measure(out, bar):
-                    measured = True
-                    write_numbers(out, evaluation.numbers())
+                    if writes():
+                        measured = True
+                        write_numbers(out, evaluation.numbers())
         finally:
             if measured:
                 _show(name, evaluation, options)
-        evaluation.finish(out)
+        if writes():
+            evaluation.finish(out)
 
 
 def _show(name: str, evaluation: Evaluation, options: Options) -> None:

@@ -1,4 +1,7 @@
-"""Files of numbers, written atomically: if the program is stopped, each file is either the old or the new one."""
+"""Files of numbers, written atomically: if the program is stopped, each file is either the old or the new one.
+
+Of several processes, the first alone reads and writes them.
+"""
 
 import contextlib
 import csv
@@ -10,7 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
+
+from nope_jax.distributed import from_process_0
+
+
+def writes() -> bool:
+    """Whether this process writes files and prints: the first does."""
+    return jax.process_index() == 0
 
 
 @contextlib.contextmanager
@@ -58,13 +69,22 @@ _Stored = TypeVar("_Stored")
 
 def store(path: Path, value: Any, identity: str) -> None:
     """Stores a dataclass of arrays and numbers with its identity: what it was computed from."""
+    if not writes():
+        return
     path.parent.mkdir(exist_ok=True)
     with replace_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, identity=np.array(identity), **vars(value))
 
 
 def stored(path: Path, cls: type[_Stored], identity: str) -> _Stored | None:
-    """Loads what `store` wrote; None if the file is missing or unreadable, or its identity differs."""
+    """Loads what `store` wrote; None if the file is missing or unreadable, or its identity differs.
+
+    All processes must call this; they get what the first one finds.
+    """
+    return from_process_0(lambda: _read(path, cls, identity))
+
+
+def _read(path: Path, cls: type[_Stored], identity: str) -> _Stored | None:
     try:
         with np.load(path) as arrays:
             if str(arrays["identity"]) != identity:

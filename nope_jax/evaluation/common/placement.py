@@ -1,57 +1,106 @@
-"""Placement of evaluation batches: windows spread over the devices, or one long window over all of them."""
+"""Placement of evaluation batches: rows, heads and positions spread over all devices, and parameters sharded."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from nope_jax.config import MeshConfig, ModelConfig
 from nope_jax.models import Decoder
-from nope_jax.sharding import make_mesh, state_shardings
+from nope_jax.sharding import AXES, check_model_fits, make_mesh, num_row_shards, place_copy, state_shardings
+
+
+class Placement(NamedTuple):
+    """A mesh of all devices, and the rows of the batches computed on it."""
+
+    mesh: Mesh
+    rows: int
+    """Rows per batch: those asked for, rounded up to a multiple of the devices that they are spread over."""
+
+    def put(self, batch: Any) -> Any:
+        """Puts a tree of arrays [B, T], which every process has, on the devices."""
+        return place_copy(batch, self.mesh)
+
+
+def place(models: Sequence[ModelConfig], rows: int, length: int = 1, asked: MeshConfig | None = None) -> Placement:
+    """Decides where batches of some rows of `length` positions are computed, by models that share a mesh.
+
+    Args:
+        models: the models.
+        rows: rows of a batch.
+        length: positions of a row; 1 for decoding, which no sequence axis can speed up.
+        asked: the mesh of the command line; None: `evaluation_mesh`.
+    """
+    mesh = evaluation_mesh(models, rows, length) if asked is None else make_mesh(asked)
+    shards = num_row_shards(mesh)
+    return Placement(mesh, -(-rows // shards) * shards)
 
 
 def evaluation_mesh(
-    config: ModelConfig, windows: int, length: int, devices: Sequence[jax.Device] | None = None
+    models: Sequence[ModelConfig], rows: int, length: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh for a batch of windows. It uses as many devices as possible; the data axis is preferred to the tensor
-    axis, and the tensor axis to the sequence axis.
+    """A mesh of all devices that shards the parameters over all of them, as far as their sizes allow.
+
+    Rows are spread over the fsdp axis; devices for which there are no rows share heads (tensor) and then positions
+    (sequence). Parameters are gathered layer by layer where they are used, which costs little beside reading some
+    thousand tokens per device with them. The data axis, along which parameters are copied, is the last resort.
 
     Args:
-        config: the model config, whose dimensions the mesh must divide.
-        windows: rows of a batch.
-        length: positions per window.
+        models: configs of the models, whose dimensions the mesh must divide.
+        rows: rows of a batch.
+        length: positions per row.
         devices: None: all devices.
     """
     devices = jax.devices() if devices is None else devices
-    state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    states = [nnx.state(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))) for model in models]  # noqa: B023
     divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-    shapes = [
-        (data, tensor, sequence)
-        for data in divisors
-        for tensor in divisors
-        for sequence in divisors
-        if windows % data == 0 and length % sequence == 0 and data * tensor * sequence <= len(devices)
-    ]
-    for data, tensor, sequence in sorted(shapes, key=lambda shape: (math.prod(shape), shape), reverse=True):
-        shape = MeshConfig(data=data, tensor=tensor, sequence=sequence)
-        mesh = make_mesh(shape, devices[: data * tensor * sequence])
+
+    def cost(shape: tuple[int, ...]) -> tuple[int, ...]:
+        data, fsdp, tensor, _ = shape
+        computed = -(-rows // (data * fsdp)) * data * fsdp  # with padding
+        return computed, data, -fsdp, -tensor
+
+    shapes = (shape for shape in itertools.product(divisors, repeat=len(AXES)) if math.prod(shape) == len(devices))
+    for shape in sorted(shapes, key=cost):
+        data, fsdp, tensor, sequence = shape
+        if length % sequence:
+            continue
         try:
-            state_shardings(state, mesh)
+            for state in states:
+                state_shardings(state, AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
         except ValueError:  # the mesh does not divide the model
             continue
-        return mesh
-    raise AssertionError("one device can read anything")
+        return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence), devices)
+    raise AssertionError("the data axis alone divides any model")
+
+
+def refuse_mesh(asked: MeshConfig | None, models: Sequence[ModelConfig], lengths: Sequence[int], option: str) -> None:
+    """Rejects a mesh of the command line that does not fit the devices, a model or a length.
+
+    Args:
+        asked: the mesh; None: it will be chosen to fit.
+        models: configs of the models.
+        lengths: lengths of the rows.
+        option: the option that set the lengths.
+
+    Raises:
+        ValueError: names the mesh axis, and the field or option that it must divide.
+    """
+    if asked is None:
+        return
+    mesh = make_mesh(asked)
+    for model in models:
+        check_model_fits(model, mesh)
+    for length in lengths:
+        if length % mesh.shape["sequence"]:
+            raise ValueError(f"mesh.sequence {mesh.shape['sequence']} must divide {option} {length}")
 
 
 def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
     """Returns the model with its parameters sharded over a mesh."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.device_put(state, state_shardings(state, mesh)))
-
-
-def over_devices(batch_size: int) -> tuple[Mesh, int]:
-    """A mesh of all devices for the rows of a batch, and the batch size rounded up to a multiple of its data axis."""
-    mesh = make_mesh(MeshConfig())
-    return mesh, -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]

@@ -3,12 +3,14 @@
 import base64
 import hashlib
 import html
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nope_jax.evaluation.common.files import replace_file
 from nope_jax.evaluation.registry import EVALUATIONS
+from nope_jax.paths import Location, resolved
 
 
 class Table(NamedTuple):
@@ -76,7 +78,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 """
 
 
-def add_sections(out: Path, name: str, sections: Iterable[Section], command: str, workdirs: Sequence[Path]) -> None:
+def add_sections(out: Path, name: str, sections: Iterable[Section], command: str, workdirs: Sequence[Location]) -> None:
     """Writes the sections of an evaluation, and `report.html` with the sections of all evaluations in `out`.
 
     Args:
@@ -92,9 +94,9 @@ def add_sections(out: Path, name: str, sections: Iterable[Section], command: str
     body = "".join(_section(out, section) for section in sections) + f"<pre>{html.escape(command)}</pre>\n"
     with replace_file(folder / f"{name}.html") as temporary:
         temporary.write_text(body, encoding="utf-8")
-    for workdir in {workdir.resolve() for workdir in workdirs} - {out.resolve()}:
+    for workdir in {resolved(workdir) for workdir in workdirs} - {out.resolve()}:
         if (tuned := workdir / "sections" / "tune.html").exists():
-            mark = hashlib.sha256(bytes(workdir)).hexdigest()[:8]  # several runs may share a name
+            mark = hashlib.sha256(os.fsencode(workdir)).hexdigest()[:8]  # several runs may share a name
             with replace_file(folder / f"tune-{workdir.name}-{mark}.html") as temporary:
                 temporary.write_bytes(tuned.read_bytes())
     patterns = [f"{known}{end}.html" for known in EVALUATIONS for end in ("", "-*")]

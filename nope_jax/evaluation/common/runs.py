@@ -5,7 +5,6 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -13,12 +12,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.config import Config, EncodingSpec, Step
+from nope_jax.config import Config, EncodingSpec, MeshConfig, Step
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import tokenizer_digest
+from nope_jax.distributed import from_process_0
 from nope_jax.encodings import ENCODINGS, Wrapper
+from nope_jax.evaluation.common.placement import Placement, place, refuse_mesh
 from nope_jax.evaluation.registry import Options
 from nope_jax.models import Decoder
+from nope_jax.paths import Location, resolved
 from nope_jax.trained import Trained, find_trained
 
 Result = TypeVar("Result")
@@ -28,7 +30,7 @@ Result = TypeVar("Result")
 class Run(Generic[Result]):
     """One trained model and its results at each length, filled in as they are measured."""
 
-    workdir: Path
+    workdir: Location
     """Or hf:... or gguf:... for a published model."""
     name: str
     """The shortest end of its path that differs from those of the other runs."""
@@ -45,6 +47,8 @@ class Run(Generic[Result]):
     """The checkpoint to evaluate, as `find_trained` takes it."""
     parameters: int = 0
     """Number of its parameters."""
+    mesh: MeshConfig | None = None
+    """The mesh of the command line; None: chosen for each batch."""
 
     @functools.cached_property
     def trained(self) -> Trained:
@@ -84,13 +88,17 @@ class Run(Generic[Result]):
         """The result at the longest length measured so far."""
         return self.results[max(self.results)] if self.results else None
 
+    def place(self, rows: int, length: int = 1) -> Placement:
+        """Decides where batches of some rows of `length` positions are computed; 1 for decoding."""
+        return place([self.config.model], rows, length, self.mesh)
+
     def load(self, mesh: Mesh | None = None) -> Decoder:
-        """Loads the decoder, of a run from the checkpoint that was asked for."""
-        model, self.step = self.trained.load(mesh)
+        """Loads the decoder in the dtype of `eval.dtype`, of a run from the checkpoint that was asked for."""
+        model, self.step = self.trained.load(mesh, self.config.eval.dtype)
         return model
 
 
-def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collection[Path] = ()) -> list[Run[Any]]:
+def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collection[Location] = ()) -> list[Run[Any]]:
     """Finds the runs of `--workdirs`, without results yet. Loads nothing large.
 
     Args:
@@ -100,14 +108,15 @@ def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collecti
 
     Raises:
         ValueError: a workdir is given twice, or holds no run or not the checkpoint of `--step`; a tokenizer does not
-            fit its run; the runs differ in a field; or a run supports none of the lengths.
+            fit its run; the runs differ in a field; a run supports none of the lengths; or the mesh of the command line
+            does not fit.
     """
     names = run_names(options.workdirs)
     runs: list[Run[Any]] = []
     for workdir, name in zip(options.workdirs, names, strict=True):
         step: Step = "newest" if workdir in at_newest else options.step
         config = configs.override(find_trained(workdir, step).config, options.overrides)
-        runs.append(Run(workdir, name, config, lengths=options.lengths, asked=step))
+        runs.append(Run(workdir, name, config, lengths=options.lengths, asked=step, mesh=options.mesh))
     refuse_differing(runs, same)
     for run in runs:
         run.step = checkpoint_step(run)
@@ -116,6 +125,7 @@ def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collecti
         run.parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         if run.lengths and not run.possible:
             raise ValueError(f"--lengths: {run.name} reads none of them, {_limit(run)}")
+        refuse_mesh(run.mesh, [run.config.model], run.possible, "--lengths")
     return runs
 
 
@@ -173,7 +183,7 @@ def checkpoint_step(run: Run[Any]) -> int:
     Raises:
         ValueError: there is no such checkpoint, or the tokenizer (possibly overridden) is not the one of the run.
     """
-    step = run.trained.find_step()
+    step = from_process_0(run.trained.find_step)  # a file system may show the others an older state
     tokens = load_tokenizer(run.config.data.tokenizer).vocab_size
     if tokens > run.config.model.vocab_size:
         raise ValueError(
@@ -194,17 +204,18 @@ def result_identity(run: Run[Any], *read: Any) -> str:
         run: its `step` is that of the checkpoint.
         read: everything else that determines the result; its repr is used.
     """
-    weights, code = run.trained.identity(run.step), configs.code_digest(run.config)
-    return repr((str(run.workdir.resolve()), weights, run.config.model, code, jax.default_backend(), *read))
+    weights, code, dtype = run.trained.identity(run.step), configs.code_digest(run.config), run.config.eval.dtype
+    where, backend = str(resolved(run.workdir)), jax.default_backend()
+    return repr((where, weights, run.config.model, dtype, code, backend, *read))
 
 
-def run_names(workdirs: Sequence[Path]) -> list[str]:
+def run_names(workdirs: Sequence[Location]) -> list[str]:
     """Names each run by the shortest end of its path that makes all names differ.
 
     Raises:
         ValueError: a workdir is given twice.
     """
-    paths = [workdir.resolve() for workdir in workdirs]
+    paths = [resolved(workdir) for workdir in workdirs]
     for i, path in enumerate(paths):
         if path in paths[:i]:
             raise ValueError(f"--workdirs names {workdirs[i]} twice")

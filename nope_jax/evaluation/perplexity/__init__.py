@@ -11,12 +11,11 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from nope_jax.config import MeshConfig
 from nope_jax.evaluation.common.console import Bar, plural
 from nope_jax.evaluation.common.documents import Documents, plan_windows, read_documents
 from nope_jax.evaluation.common.evaluation import Evaluation
-from nope_jax.evaluation.common.files import Csv, store, stored
-from nope_jax.evaluation.common.placement import evaluation_mesh, on_mesh
+from nope_jax.evaluation.common.files import Csv, store, stored, writes
+from nope_jax.evaluation.common.placement import Placement, on_mesh
 from nope_jax.evaluation.common.report import Section
 from nope_jax.evaluation.common.runs import Run, checkpoint_step, find_runs, result_identity
 from nope_jax.evaluation.perplexity import dispersion, table
@@ -24,7 +23,6 @@ from nope_jax.evaluation.perplexity.figures import draw, entropy, scores
 from nope_jax.evaluation.perplexity.measure import Curve, Sums, measure
 from nope_jax.evaluation.perplexity.units import Units
 from nope_jax.evaluation.registry import Options
-from nope_jax.sharding import make_mesh, place_batch
 
 SHARED = ("data.source", "eval.documents", "eval.stride", "eval.seed", "eval.entropy_unit")
 """Config fields that must agree between runs."""
@@ -62,35 +60,34 @@ class Perplexity(Evaluation):
             identities = _take_kept(run, documents, out)
             if run.results:
                 yield
-            if len(run.results) < len(run.possible):
+            if missing := _missing(run):
                 bar.describe(f"{run.name}: loading")
-                model = run.load(make_mesh(MeshConfig()))
+                model = run.load(_place(run, documents, missing[0]).mesh)
                 if run.step != newest:  # a run in training has moved on, or its newest checkpoint is unreadable
                     identities = _take_kept(run, documents, out)
-            missing = [length for length in run.possible if length not in run.results]
             bar.advance(_work(run, documents, set(run.results)))
-            settings = run.config.eval
-            for length in missing:
+            for length in _missing(run):
                 bar.describe(f"{run.name} at {length:,}")
                 unfinished = _path(out, run, length, "unfinished-")
-                batch_size = min(settings.batch_size, num_tokens(run, documents, [length]) // length)
-                mesh = evaluation_mesh(run.config.model, batch_size, length)
-                with jax.set_mesh(mesh):
+                placement = _place(run, documents, length)
+                model = on_mesh(model, placement.mesh)
+                with jax.set_mesh(placement.mesh):
                     run.results[length] = measure(
-                        on_mesh(model, mesh),
+                        model,
                         [document.tokens for document in documents[length]],
                         length,
                         byte_lengths=[document.byte_lengths for document in documents[length]],
-                        stride=settings.stride,
+                        stride=run.config.eval.stride,
                         bos=run.config.data.bos,
-                        batch_size=batch_size,
-                        place=functools.partial(place_batch, mesh=mesh),
+                        batch_size=placement.rows,
+                        place=placement.put,
                         advance=_progress(bar, run, length),
                         done=stored(unfinished, Sums, identities[length]),
                         keep=functools.partial(store, unfinished, identity=identities[length]),
                     )
                 store(_path(out, run, length), run.results[length], identities[length])
-                unfinished.unlink(missing_ok=True)
+                if writes():
+                    unfinished.unlink(missing_ok=True)
                 yield
 
     def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:
@@ -140,6 +137,16 @@ class Perplexity(Evaluation):
         return f"Read: {read} of the validation split of {source}. Checkpoints, by step: {steps}. {score}"
 
 
+def _missing(run: Run[Curve]) -> list[int]:
+    """The lengths that are not measured yet."""
+    return [length for length in run.possible if length not in run.results]
+
+
+def _place(run: Run[Curve], documents: Documents, length: int) -> Placement:
+    windows = num_tokens(run, documents, [length]) // length
+    return run.place(min(run.config.eval.batch_size, windows), length)
+
+
 def num_tokens(run: Run[Curve], documents: Documents, lengths: Collection[int] | None = None) -> int:
     """Number of tokens the model reads at some lengths (None: all), including those that are not scored."""
     return sum(
@@ -168,7 +175,7 @@ def _progress(bar: Bar, run: Run[Curve], length: int) -> Callable[[int], None]:
     def advance(tokens: int) -> None:
         nonlocal read
         read += tokens
-        bar.describe(f"{run.name} at {length:,}, {read / (time.monotonic() - started):,.0f} tokens/s")
+        bar.describe(f"{run.name} at {length:,}", f"{read / (time.monotonic() - started):,.0f} tokens/s")
         bar.advance(tokens * _work_per_token(run, length))
 
     return advance

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nope_jax.evaluation.common.documents import Window, plan_windows
 from nope_jax.evaluation.common.uncertainty import Estimate, ratio
+from nope_jax.sharding import to_host
 
 KEEP_EVERY = 60.0
 """Seconds between two saves of the sums of an unfinished curve."""
@@ -228,14 +229,14 @@ def measure(
         # Padded rows contribute 0, so they can be added to any document.
         rows = np.array([window.document for window in batch] + [0] * (batch_size - len(batch)))
         for total, of_tokens in ((sums.nll, nll), (sums.entropy, entropy)):
-            np.add.at(total, rows, np.add.reduceat(np.asarray(of_tokens, np.float64), edges[:-1], axis=1))
+            np.add.at(total, rows, np.add.reduceat(to_host(of_tokens).astype(np.float64), edges[:-1], axis=1))
         np.add.at(sums.tokens, rows, np.add.reduceat(counts, edges[:-1], axis=1, dtype=np.int64))
         for window, counted in zip(batch, counts, strict=False):
             if byte_lengths is not None:
                 of_targets = byte_lengths[window.document][window.start + 1 : window.start + 1 + length]
                 sums.text_bytes[window.document] += np.add.reduceat(of_targets * counted, edges[:-1])
         sums.position_tokens += counts.sum(0)
-        sums.heads = sums.heads + np.asarray(heads, np.float64)
+        sums.heads = sums.heads + to_host(heads).astype(np.float64)
         sums.windows += len(batch)
         advance(len(batch) * length)
         if time.monotonic() - last_kept > KEEP_EVERY and sums.windows < len(windows):

@@ -13,21 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from nope_jax.data import load_corpus
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.evaluation.common.console import Bar, plural
-from nope_jax.evaluation.common.documents import choose_documents
+from nope_jax.evaluation.common.documents import choose_documents, load_same_corpus
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
+from nope_jax.evaluation.common.placement import place, refuse_mesh
 from nope_jax.evaluation.common.plots import COLOURS, INK, QUIET
 from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import Run, find_runs, refuse_differing, refuse_length
@@ -36,6 +37,7 @@ from nope_jax.evaluation.registry import Options
 from nope_jax.evaluation.similarity.distances import head_distances, weight_by_distance
 from nope_jax.evaluation.similarity.examples import ExampleSimilarity, plan_examples
 from nope_jax.models import Decoder
+from nope_jax.sharding import to_host
 
 COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_distance_stderr documents"
 """Columns of similarity.csv, one row per layer of both runs; distances in nats, means over queries and documents.
@@ -45,6 +47,12 @@ COLUMNS = "layer distance head_a head_b distance_stderr mean_distance mean_dista
 empty for a single document. The closest heads are selected on the same documents; their distance on others is somewhat
 larger."""
 HEADER = ("layer", "closest heads", "distance", "of ln 2", "mean of all pairs")
+
+
+_distances = jax.jit(jax.vmap(head_distances))
+"""`head_distances` of each row."""
+_weights_by_distance = jax.jit(jax.vmap(weight_by_distance))
+"""`weight_by_distance` of each row."""
 
 
 def distance_bands(length: int) -> Int[np.ndarray, "edges"]:
@@ -87,7 +95,8 @@ def plan(options: Options) -> "Similarity | ExampleSimilarity":
     a, b = runs
     length = options.settings.length or min(a.train_length, b.train_length)
     refuse_length(runs, length, "--similarity.length")
-    corpus = load_corpus(a.config.data, "validation")
+    refuse_mesh(a.mesh, [], [length], "--similarity.length")
+    corpus = load_same_corpus(a.config.data, "validation")
     count, seed = options.settings.documents, a.config.eval.seed
     chosen = choose_documents(corpus.lengths, [length], count, seed, option="--similarity.length")
     return Similarity(runs, length, [corpus[int(index)][:length] for index in chosen[length]])
@@ -99,27 +108,33 @@ class Similarity(Evaluation):
 
     runs: Sequence[Run[Any]]
     length: int
-    to_read: Sequence[Int[np.ndarray, "T"]] = ()
+    to_read: list[Int[np.ndarray, "T"]] = dataclasses.field(default_factory=list)
     of_documents: list[Float[np.ndarray, "L N M"]] = dataclasses.field(default_factory=list)
     """Distances on each document, for the layers that both runs have."""
     weight_sums: tuple[Float[np.ndarray, "L N T"] | float, ...] = (0.0, 0.0)
     """Sum over documents of the mean weight by distance, for each run."""
 
-    def add(self, models: Sequence[Decoder], document: Int[np.ndarray, "T"]) -> None:
-        """Reads one document, holding the weights of only one layer per run at a time."""
+    def add(self, models: Sequence[Decoder], documents: Int[Array | np.ndarray, "B T"], count: int) -> None:
+        """Reads a batch of documents, of which the first `count` count.
+
+        It holds the weights of only one layer per run at a time.
+        """
         distances: list[np.ndarray] = []
         by_distance: tuple[list[np.ndarray], ...] = ([], [])
-        walks = [walk(model, document[None], weights=True) for model in models]
+        walks = [walk(model, documents, weights=True) for model in models]
         for layer in itertools.zip_longest(*walks):
             weights = [None if one is None else one.weights for one in layer]
             for means, one in zip(by_distance, weights, strict=True):
                 if one is not None:
-                    means.append(np.asarray(weight_by_distance(one[0]), np.float64))
+                    means.append(to_host(_weights_by_distance(one))[:count].astype(np.float64))
             if weights[0] is not None and weights[1] is not None:
-                distances.append(np.asarray(head_distances(weights[0][0], weights[1][0]), np.float64))
-        weight_sums = tuple(before + np.stack(now) for before, now in zip(self.weight_sums, by_distance, strict=True))
+                distances.append(to_host(_distances(weights[0], weights[1]))[:count].astype(np.float64))
+        of_documents = np.stack(distances, axis=1)
+        weight_sums = tuple(
+            before + np.stack(now, axis=1).sum(0) for before, now in zip(self.weight_sums, by_distance, strict=True)
+        )
         # Assigned together, since the results so far are written when this is interrupted.
-        self.of_documents, self.weight_sums = [*self.of_documents, np.stack(distances)], weight_sums
+        self.of_documents, self.weight_sums = [*self.of_documents, *of_documents], weight_sums
 
     @property
     def documents(self) -> int:
@@ -184,14 +199,19 @@ class Similarity(Evaluation):
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         bar.total(len(self.to_read))
+        configs, a_device_each = [run.config.model for run in self.runs], min(len(self.to_read), jax.device_count())
+        mesh, size = placement = place(configs, a_device_each, self.length, self.runs[0].mesh)
         models = []
         for run in self.runs:
             bar.describe(f"{run.name}: loading")
-            models.append(run.load())
-        for i, document in enumerate(self.to_read):
-            bar.describe(f"document {i + 1} of {len(self.to_read)}")
-            self.add(models, document)
-            bar.advance()
+            models.append(run.load(mesh))
+        for first in range(0, len(self.to_read), size):
+            bar.describe("documents", f"{first + 1} of {len(self.to_read)}")
+            batch = self.to_read[first : first + size]
+            rows = np.stack([*batch, *batch[-1:] * (size - len(batch))])
+            with jax.set_mesh(mesh):
+                self.add(models, placement.put(rows), len(batch))
+            bar.advance(len(batch))
             yield
 
     def numbers(self) -> Mapping[str, Csv | Mapping[str, Any]]:

@@ -28,6 +28,7 @@ from nope_jax.evaluation.common.activations import walk
 from nope_jax.evaluation.common.console import Bar, plural
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
+from nope_jax.evaluation.common.placement import Placement, place
 from nope_jax.evaluation.common.plots import QUIET
 from nope_jax.evaluation.common.report import Section, Table
 from nope_jax.evaluation.common.runs import Run, refuse_differing
@@ -35,6 +36,7 @@ from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
 from nope_jax.evaluation.registry import SimilarityConfig
 from nope_jax.evaluation.similarity.distances import head_distances
 from nope_jax.models import Decoder
+from nope_jax.sharding import to_host
 
 COLUMNS = "run encoding other other_encoding task length distribution layer examples distance distance_stderr"
 """Columns of similarity.csv, one row per other run, length of the task and layer: the distance of the closest heads in
@@ -131,16 +133,19 @@ class ExampleSimilarity(Evaluation):
 
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         bar.total(sum(map(len, self.texts.values())))
+        placement = place([run.config.model for run in self.runs], self.documents, asked=self.runs[0].mesh)
         models = []
         for run in self.runs:
             bar.describe(f"{run.name}: loading")
-            models.append(run.load())
+            models.append(run.load(placement.mesh))
         exact = any(encoding.depends_on_length for model in models for encoding in model.encodings)
         for length, rows in self.texts.items():
             bar.describe(f"length {length}")
             found: list[list[np.ndarray]] = [[] for _ in self.others]
             for group in self._groups(rows, exact):
-                for each, distances in zip(found, self._distances(models, group, exact), strict=True):
+                with jax.set_mesh(placement.mesh):
+                    distances_of = self._distances(models, group, exact, placement)
+                for each, distances in zip(found, distances_of, strict=True):
                     each.append(distances)
                 bar.advance(len(group))
             for run, each in zip(self.others, found, strict=True):
@@ -155,10 +160,10 @@ class ExampleSimilarity(Evaluation):
         return [[row for row in rows if len(row) == size] for size in sorted({len(row) for row in rows})]
 
     def _distances(
-        self, models: Sequence[Decoder], rows: Sequence[np.ndarray], exact: bool
+        self, models: Sequence[Decoder], rows: Sequence[np.ndarray], exact: bool, placement: Placement
     ) -> list[Float[np.ndarray, "E L"]]:
         """Distances of the first model from each other one, holding the weights of one layer per model at a time."""
-        padded = [*rows, *[rows[0]] * (self.documents - len(rows))]
+        padded = [*rows, *[rows[0]] * (placement.rows - len(rows))]
         sizes = np.array([len(row) for row in padded])
         longest = min([model.max_length for model in models if model.max_length is not None], default=None)
         width = sizes.max() if exact else -(-sizes.max() // ROOM) * ROOM
@@ -166,11 +171,12 @@ class ExampleSimilarity(Evaluation):
         for line, row in zip(tokens, padded, strict=True):  # no token sees the padding after it
             line[: len(row)] = row
         found: list[list[np.ndarray]] = [[] for _ in models[1:]]
-        for layer in zip(*(walk(model, tokens, weights=True) for model in models), strict=False):
+        placed = placement.put(tokens)
+        for layer in zip(*(walk(model, placed, weights=True) for model in models), strict=False):
             first, *others = (one.weights for one in layer)
             for each, weights in zip(found, others, strict=True):
                 if first is not None and weights is not None:
-                    each.append(np.asarray(closest_heads(first, weights, sizes), np.float64))
+                    each.append(to_host(closest_heads(first, weights, sizes)).astype(np.float64))
         return [np.stack(each, 1)[: len(rows)] for each in found]
 
     def estimate(self, run: Run[Distances], lengths: Collection[int]) -> Estimate | None:

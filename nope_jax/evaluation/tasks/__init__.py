@@ -9,6 +9,7 @@ import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -152,22 +153,24 @@ class TaskAccuracy(Evaluation):
             if not missing:
                 continue
             bar.describe(f"{run.name}: loading")
-            newest, model = run.step, run.load()
+            placement = run.place(self.settings.batch_size)
+            newest, model = run.step, run.load(placement.mesh)
             if run.step != newest:  # a run in training has moved on, or its newest checkpoint is unreadable
                 identities = _take_kept(run, exam, out)
                 missing = [length for length in exam.questions if length not in run.results]
             data = run.config.data
             for length in missing:
                 bar.describe(f"{run.name} at {length:,}")
-                run.results[length] = measure(
-                    model,
-                    exam.tokenizer,
-                    exam.questions[length],
-                    format=data.scratchpad,
-                    bos=exam.tokenizer.bos if data.bos else None,
-                    batch_size=self.settings.batch_size,
-                    advance=bar.advance,
-                )
+                with jax.set_mesh(placement.mesh):
+                    run.results[length] = measure(
+                        model,
+                        exam.tokenizer,
+                        exam.questions[length],
+                        format=data.scratchpad,
+                        bos=exam.tokenizer.bos if data.bos else None,
+                        batch_size=placement.rows,
+                        advance=bar.advance,
+                    )
                 store(_path(out, run, exam, length), run.results[length], identities[length])
                 yield
 

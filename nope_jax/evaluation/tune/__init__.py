@@ -1,6 +1,7 @@
 """Extends the context of a trained run, by factors of its attention logits or by a scaling of its RoPE."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -8,12 +9,11 @@ from typing import ClassVar
 from matplotlib.figure import Figure
 
 from nope_jax import config as configs
-from nope_jax.data import load_corpus
+from nope_jax.distributed import from_process_0
 from nope_jax.evaluation.common.console import Bar
-from nope_jax.evaluation.common.documents import choose_documents
+from nope_jax.evaluation.common.documents import choose_documents, load_same_corpus
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
-from nope_jax.evaluation.common.placement import over_devices
 from nope_jax.evaluation.common.report import Section
 from nope_jax.evaluation.common.runs import Run, find_runs, refuse_length
 from nope_jax.evaluation.registry import Options
@@ -52,14 +52,15 @@ def plan(options: Options) -> "Tune":
     method, out, lengths = options.method or "uniform", options.out, options.lengths
     if len(options.workdirs) != 1:
         raise ValueError(f"--workdirs: tune takes one run, not {len(options.workdirs)}")
-    (run,) = find_runs(options)
+    # The tuned run gets the parameters that are read here, so they are read as they are.
+    (run,) = find_runs(options._replace(overrides=options.overrides | {"eval.dtype": None}))
     unfinished = (out / "tune.json").exists() and not (out / "config.json").exists()
     if not unfinished and any((out / name).exists() for name in ("config.json", "checkpoints")):
         raise ValueError(f"--out {out} holds a run already; choose another")
     refuse_length([run], lengths[-1])
     refuse_method(dataclasses.replace(run.config.model, encoding=new_encoding(run.config, method, lengths)), method)
 
-    corpus, settings = load_corpus(run.config.data, "train"), options.settings
+    corpus, settings = load_same_corpus(run.config.data, "train"), options.settings
     documents = choose_documents(corpus.lengths, lengths, settings.documents, settings.seed, split="training")
     return Tune([run], Job(run, out, method, settings, corpus, documents), options.command)
 
@@ -85,10 +86,10 @@ class Tune(Evaluation):
         rows = self.job.settings.batch_size
         if self.job.method not in LEARNED:
             rows = min(rows, *map(len, self.job.documents.values()))
-        mesh, rows = over_devices(rows)
-        model = run.load(mesh)
-        self.tuning = self.job.begin(self.command).or_continued(out)
-        tuner = Tuner(self.job, self.tuning, mesh, rows, bar)
+        placement = run.place(rows, math.gcd(*run.lengths))
+        model = run.load(placement.mesh)
+        self.tuning = from_process_0(lambda: self.job.begin(self.command).or_continued(out))
+        tuner = Tuner(self.job, self.tuning, placement, bar)
         self.remark = f"Not finished: the same command resumes from {out}."
         try:
             yield from tuner.find(model)

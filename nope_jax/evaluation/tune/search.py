@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,19 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.data import Corpus
+from nope_jax.distributed import from_process_0
 from nope_jax.evaluation.common.console import Bar
-from nope_jax.evaluation.common.files import replace_file
+from nope_jax.evaluation.common.files import replace_file, writes
+from nope_jax.evaluation.common.placement import Placement
 from nope_jax.evaluation.common.runs import Run, encoding_name, result_identity
 from nope_jax.evaluation.registry import TuneConfig
 from nope_jax.evaluation.tune.methods import LEARNED, new_encoding, with_encoding
 from nope_jax.evaluation.tune.state import Learned, Outcome, Tuning
 from nope_jax.models import Decoder
-from nope_jax.sharding import place_batch
+from nope_jax.sharding import to_host, with_logical_constraint
 
 # Uniform factors are tried in steps of 0.2, from 0.8 to 2.4, and further out while the best is at the end of the range.
 _STEPS_PER_UNIT = 5
@@ -129,7 +132,8 @@ def _update(
     factors = jnp.maximum(factors - learning_rate * updates, least)
     metrics = {"loss": loss, "grad_norm": jnp.linalg.norm(grads)}
     metrics |= {"least": factors.min(), "mean": factors.mean(), "most": factors.max()}
-    return factors, opt_state, metrics
+    replicated = jax.tree.map(lambda x: with_logical_constraint(x, [None] * x.ndim), (factors, opt_state))
+    return *replicated, metrics
 
 
 def _learning_rate(settings: TuneConfig, step: int) -> float:
@@ -140,7 +144,12 @@ def _learning_rate(settings: TuneConfig, step: int) -> float:
 
 
 def _reopened(path: Path, lines: int) -> TextIO:
-    """Truncates a file to its first `lines` lines and opens it to append; later lines are of unsaved updates."""
+    """Truncates a file to its first `lines` lines and opens it to append; later lines are of unsaved updates.
+
+    Only the first of several processes writes to it.
+    """
+    if not writes():
+        return Path(os.devnull).open("w", encoding="utf-8")
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
     with replace_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -210,9 +219,8 @@ def best_factor(loss: Callable[[float], float], seen: dict[float, float] | None 
 class Tuner:
     """Runs the computations of one job, and reports progress."""
 
-    def __init__(self, job: Job, tuning: Tuning, mesh: Mesh, rows: int, bar: Bar):
-        self.job, self.tuning, self.mesh, self.bar = job, tuning, mesh, bar
-        self._rows = rows  # per batch, padding included
+    def __init__(self, job: Job, tuning: Tuning, placement: Placement, bar: Bar):
+        self.job, self.tuning, self.placement, self.bar = job, tuning, placement, bar
         self._batches: dict[int, list[Batch]] = {}
         bar.total(self._work())
 
@@ -239,11 +247,12 @@ class Tuner:
 
         encoding = new_encoding(job.run.config, job.method, job.run.lengths, factor=tuning.factor or 1.0)
         tuning.encoding = encoding_name(encoding)
-        new = with_encoding(job.run.config.model, encoding, model, self.mesh, learned)
+        new = with_encoding(job.run.config.model, encoding, model, self.placement.mesh, learned)
         for outcome in tuning.lengths:
             self.bar.describe(f"after, at {outcome.length:,}")
             outcome.loss_after = outcome.keep("after", self.losses(new, outcome.length))
-        shutil.rmtree(job.out / "checkpoints", ignore_errors=True)  # left by an attempt that was interrupted here
+        # Left by an attempt that was interrupted here.
+        from_process_0(lambda: shutil.rmtree(job.out / "checkpoints", ignore_errors=True))
         with Checkpointer(job.out) as checkpointer:
             checkpointer.save(tuning.step, {"params": nnx.state(new)})
         if tuning.learned is not None:
@@ -276,21 +285,21 @@ class Tuner:
         """The loss of each of the job's documents at a length, read from its start."""
         if length not in self._batches:
             windows = [self.job.window(int(index), 0, length) for index in self.job.documents[length]]
-            self._batches[length] = [
-                self._place(windows[i : i + self._rows]) for i in range(0, len(windows), self._rows)
-            ]
+            rows = self.placement.rows
+            self._batches[length] = [self._place(windows[i : i + rows]) for i in range(0, len(windows), rows)]
         graphdef, state = nnx.split(model)
-        rows = [np.asarray(_judge(graphdef, state, batch, factor), np.float64) for batch in self._batches[length]]
+        with jax.set_mesh(self.placement.mesh):
+            found = [to_host(_judge(graphdef, state, batch, factor)) for batch in self._batches[length]]
         count = len(self.job.documents[length])
         self.bar.advance(count * length)
-        return np.concatenate(rows)[:count]
+        return np.concatenate(found).astype(np.float64)[:count]
 
     def _search(self, model: Decoder, outcome: Outcome, unit: float = 1.0) -> float:
         """Finds the best uniform factor at a length, in units of `unit`."""
         self.bar.advance(len(outcome.tried) * outcome.documents * outcome.length)
 
         def loss(factor: float) -> float:
-            self.bar.describe(f"factor {factor:.2f}, at {outcome.length:,}")
+            self.bar.describe(f"factors at {outcome.length:,}", f"{factor:.2f}")
             self.tuning.keep(self.job.out)
             return outcome.keep(str(factor), self.losses(model, outcome.length, factor * unit))
 
@@ -304,7 +313,7 @@ class Tuner:
             # A logit scale multiplies s·ln n, so with s = 1 it plays the role of s.
             encoding = new_encoding(job.run.config, job.method, job.run.lengths)
             ones = np.ones((job.run.config.model.num_layers, job.run.config.model.num_heads))
-            model = with_encoding(job.run.config.model, encoding, model, self.mesh, {LEARNED["ssmax"]: ones})
+            model = with_encoding(job.run.config.model, encoding, model, self.placement.mesh, {LEARNED["ssmax"]: ones})
             unit = 1 / math.log(job.run.train_length)
         start = self._search(model, tuning.lengths[-1], unit) if settings.start == "uniform" else 1.0
         least = 1.0 if settings.focus and job.method == "head" else -math.inf
@@ -323,14 +332,15 @@ class Tuner:
             kept = zip(tuning.learned.optimizer or leaves, leaves, strict=True)
             opt_state = jax.tree.unflatten(structure, [jnp.asarray(value, leaf.dtype) for value, leaf in kept])
         # Sharded as an update returns them, or the first update would compile separately.
-        factors, opt_state = jax.device_put((factors, opt_state), NamedSharding(self.mesh, PartitionSpec()))
+        factors, opt_state = jax.device_put((factors, opt_state), NamedSharding(self.placement.mesh, PartitionSpec()))
         self.bar.advance(sum(map(self._cost, range(done))))
         with _reopened(job.out / "tune.jsonl", done) as file:
             for step in range(done, settings.steps):
                 length, rate = self._length(step), _learning_rate(settings, step)
-                self.bar.describe(f"update {step + 1} of {settings.steps}")
+                self.bar.describe("updates", f"{step + 1} of {settings.steps}")
                 batch = self._draw(step, length)
-                factors, opt_state, metrics = _update(graphdef, state, factors, opt_state, batch, rate, least)
+                with jax.set_mesh(self.placement.mesh):
+                    factors, opt_state, metrics = _update(graphdef, state, factors, opt_state, batch, rate, least)
                 values = {name: float(value) for name, value in metrics.items()}
                 for name in "loss", "grad_norm":
                     if not math.isfinite(values[name]):
@@ -359,7 +369,7 @@ class Tuner:
         return self._place(windows)
 
     def _place(self, windows: Sequence[np.ndarray]) -> Batch:
-        rows = np.zeros((self._rows, len(windows[0])), np.int32)
+        rows = np.zeros((self.placement.rows, len(windows[0])), np.int32)
         rows[: len(windows)] = windows
-        weights = (np.arange(self._rows) < len(windows)).astype(np.float32)[:, None]
-        return place_batch(Batch(rows[:, :-1], rows[:, 1:], weights), self.mesh)
+        weights = (np.arange(len(rows)) < len(windows)).astype(np.float32)[:, None]
+        return self.placement.put(Batch(rows[:, :-1], rows[:, 1:], weights))

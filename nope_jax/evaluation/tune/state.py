@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nope_jax.evaluation.common.files import replace_file
+from nope_jax.evaluation.common.files import replace_file, writes
 from nope_jax.evaluation.common.uncertainty import Estimate, mean
 
 
@@ -93,6 +93,8 @@ class Tuning:
 
     def keep(self, out: Path) -> None:
         """Writes tune.json."""
+        if not writes():
+            return
         text = json.dumps(_finite(dataclasses.asdict(self)), indent=2)
         with replace_file(out / "tune.json") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
