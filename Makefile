@@ -59,8 +59,11 @@ lint: $(BIN)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each process takes a run of files, so that a module's runs are made once, and what others have left at the end.
+PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
+
 test: lint
-	$(BIN)/pytest --numprocesses auto
+	$(PYTEST)
 
 # Apart from the rest: where JAX finds the TPU or GPU compiler without a TPU or GPU, every command complains that there
 # is none. The GPU compiler needs none of NVIDIA's libraries.
@@ -77,7 +80,7 @@ $(CUDA)/.installed: $(BIN)/.installed
 	@touch $@
 
 test-all: lint $(TPU)/.installed $(CUDA)/.installed
-	$(BIN)/pytest --numprocesses auto -m 'not tpu and not cuda and not oracle'
+	$(PYTEST) -m 'not tpu and not cuda and not oracle'
 	PYTHONPATH=$(CURDIR):$(TPU) $(BIN)/pytest -m tpu
 	PYTHONPATH=$(CURDIR):$(CUDA) $(BIN)/pytest -m cuda
 

@@ -21,6 +21,7 @@ os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" /
 import contextlib
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterator
 
 import jax
@@ -31,7 +32,16 @@ import tests.support.typechecks  # noqa: F401  which the import hook refers to, 
 from nope_jax.attention import backends
 from tests.support.config_file import CONFIG_FILE
 
+# Programs are traced into millions of objects that live long, all of which the collector would look at again and again.
+gc.set_threshold(100_000, 50, 1000)
+
 _raises = pytest.raises
+
+
+def pytest_collection_finish() -> None:
+    """What there is now, modules above all, stays: the collector need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
