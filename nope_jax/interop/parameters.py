@@ -117,7 +117,7 @@ def fill(
                 filled[path] = _place(view, dtype, sharding)
                 continue
             if path not in filled:
-                filled[path] = _zeros(parameters[path].shape, dtype, sharding)
+                filled[path] = _compiled_zeros(parameters[path].shape, dtype, sharding)()
             filled[path] = _set_row(filled[path], _place(view, dtype, _of_row(sharding)), jnp.asarray(row))
         jax.block_until_ready([filled[path] for path, _ in tensor.slices])  # bounds what is under way
         del views
@@ -164,8 +164,9 @@ def _place(view: np.ndarray, dtype: Any, sharding: Sharding) -> jax.Array:
     )
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.lru_cache(maxsize=256)
+def _compiled_zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

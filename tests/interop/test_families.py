@@ -61,6 +61,15 @@ def test_logits_are_those_of_transformers(loaded):
     np.testing.assert_allclose(logits[:, POSITIONS][..., VOCABULARY], GOLDENS[name], atol=1e-4, rtol=1e-4)
 
 
+QUICK = ("llama", "gpt2", "t5")
+"""Whose family is chosen on the way out; that every family is written right, the test after this one shows."""
+
+
+@pytest.mark.parametrize(
+    "loaded",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
+    indirect=True,
+)
 def test_out_and_in_again_is_the_same_to_the_bit(loaded, tmp_path):
     _, _, model = loaded
     save_pretrained(model, tmp_path / "saved")
