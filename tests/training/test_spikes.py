@@ -20,6 +20,7 @@ from nope_jax.training import loop, step, train
 from nope_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from nope_jax.training.state import Skips, abstract_state
 from nope_jax.training.step import detect_bad_step
+from tests.support.shared_programs import share_programs
 
 BAD = (3, 7, 8)
 """The steps of the runs here whose batch has a token that does not exist: their loss is NaN."""
@@ -29,21 +30,13 @@ STOP = {"train.on_bad_step": "stop", "train.spike_factor": None}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runs here know spikes early, and the first leaves its compiled step for the others."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
+def short() -> Iterator[None]:
+    """The runs here know spikes early, and share what they compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "AVERAGED_STEPS", AVERAGED)
         patch.setattr(step, "STEPS_BEFORE_SPIKES", BEFORE_SPIKES)
-        for name, value in settings.items():
-            jax.config.update(name, value)
+        share_programs(patch)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from nope_jax.training.metrics import MetricsLog
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.state import abstract_state, init_state
 from nope_jax.training.step import jit_train_step, jit_validation, train_step
+from tests.support.shared_programs import share_programs
 
 ROOT = Path(__file__).parents[2]
 RUN = "import sys; from nope_jax import config, training; training.train(config.load(sys.argv[1]), sys.argv[1])"
@@ -43,20 +44,10 @@ RUN = "import sys; from nope_jax import config, training; training.train(config.
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Most runs here compile the same step: the first leaves it for the others, in this process and below it."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
+def compile_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
+        share_programs(patch)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def smoke_config(corpus: Path) -> Config:
@@ -208,13 +199,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected))
 
 
-@pytest.mark.parametrize("eval_every", [4, pytest.param(100, marks=pytest.mark.slow)], ids=["on the way", "at the end"])
+@pytest.mark.parametrize("eval_every", [6, pytest.param(100, marks=pytest.mark.slow)], ids=["on the way", "at the end"])
 def test_a_run_killed_during_validation_keeps_its_step_and_measures_when_it_goes_on(
-    config, tmp_path, monkeypatch, capsys, eval_every
+    config, finished, tmp_path, monkeypatch, capsys, eval_every
 ):
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=eval_every))
-    train(config, tmp_path / "never_killed")
+    never_killed = finished
+    if eval_every != config.train.eval_every:
+        never_killed = tmp_path / "never_killed"
+        train(changed(config, {"train.eval_every": eval_every}), never_killed)
     step = min(eval_every, config.train.steps)
+    config = changed(config, {"train.eval_every": eval_every, "train.checkpoint_every": step})
 
     def die(*_):
         raise MemoryError("out of memory")
@@ -225,11 +219,11 @@ def test_a_run_killed_during_validation_keeps_its_step_and_measures_when_it_goes
     assert load_model(tmp_path / "run")[2] == step
     assert step not in validation_losses(tmp_path / "run")
     train(config, tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+    assert_same_run(tmp_path / "run", never_killed)
     capsys.readouterr()
     train(config, tmp_path / "run")
     assert "already finished at step 12" in capsys.readouterr().out
-    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+    assert_same_run(tmp_path / "run", never_killed)
 
 
 def test_a_validation_that_does_not_compile_ends_the_run_before_its_first_step(config, tmp_path, monkeypatch):
