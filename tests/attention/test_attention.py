@@ -31,6 +31,7 @@ from tests.support.attention_cases import (
     inputs,
     parameters,
     random,
+    streaming_and_some_reference,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "huggingface.json").read_text())["attention"]
@@ -131,8 +132,13 @@ COMMON = {
 }
 
 
-@every_implementation
-@pytest.mark.parametrize("case", COMMON)
+# Every kind of mask and factor once.
+OF_THE_REFERENCE = ["chunks on both sides", "window on both sides", "segments that return", "mask per head and row"]
+OF_THE_REFERENCE += ["logit scale per row", "soft cap of scaled logits in a mask", "positions out of order"]
+OF_THE_REFERENCE += ["chunks of positions with gaps", "only query positions", "all at once"]
+
+
+@streaming_and_some_reference("case", COMMON, OF_THE_REFERENCE)
 def test_every_common_keyword_agrees_with_float64(case, implementation):
     assert_agrees("t5", implementation, *inputs(), **parameters("t5"), **COMMON[case])
 

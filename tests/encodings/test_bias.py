@@ -19,7 +19,15 @@ from nope_jax.attention import (
 )
 from nope_jax.encodings import ENCODINGS, FIRE, KERPLE, T5, ALiBi, ModelDims, alibi_slopes
 from tests.support import oracles
-from tests.support.attention_cases import LENGTH, TOLERANCE, assert_close, every_implementation, inputs, random
+from tests.support.attention_cases import (
+    LENGTH,
+    TOLERANCE,
+    assert_close,
+    every_implementation,
+    inputs,
+    random,
+    streaming_and_some_reference,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "bias.json").read_text())
@@ -77,8 +85,7 @@ COMMON = {
 }
 
 
-@every_implementation
-@pytest.mark.parametrize("common", COMMON)
+@streaming_and_some_reference("common", COMMON, ["positions with gaps, per row"])
 @every_case
 def test_attention_is_that_of_the_paper(case, common, implementation):
     attend, parameters = CASES[case]

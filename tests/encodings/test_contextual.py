@@ -11,7 +11,15 @@ import pytest
 from nope_jax.attention import cope_attention, dot_product, encoded_attention, forgetting_attention
 from nope_jax.encodings import ENCODINGS, CoPE, Forgetting, ModelDims, RunningSum, ScanLogit, Tile, forget_sums
 from tests.support import oracles
-from tests.support.attention_cases import LENGTH, TOLERANCE, assert_close, every_implementation, inputs, random
+from tests.support.attention_cases import (
+    LENGTH,
+    TOLERANCE,
+    assert_close,
+    every_implementation,
+    inputs,
+    random,
+    streaming_and_some_reference,
+)
 
 SIZES = ModelDims(num_heads=4, head_dim=8, model_dim=32)
 INDEX = np.arange(LENGTH)
@@ -63,8 +71,9 @@ RULES = {
 }
 
 
-@every_implementation
-@pytest.mark.parametrize("rule", RULES)
+@streaming_and_some_reference(
+    "rule", RULES, ["causal", "segments", "mask per head and row", "logit scale per head", "positions out of order"]
+)
 def test_cope_counts_the_keys_each_query_sees(rule, implementation):
     attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
     assert_agrees(attend, cope_oracle(*inputs(), EMBEDDINGS, **RULES[rule]), *inputs(), **RULES[rule])
@@ -204,11 +213,11 @@ def forget_oracle(query, key, value, log_forget, query_start=None, **common):
     return oracles.attention(query, key, value, bias=bias, **common)
 
 
-@every_implementation
-@pytest.mark.parametrize(
+@streaming_and_some_reference(
     "rule",
     ["causal", "not causal", "window", "segments", "mask per head and row", "logit scale per head",
      "positions with gaps, per row"],
+    ["not causal", "positions with gaps, per row"],
 )  # fmt: skip
 def test_forgetting_is_that_of_the_paper(rule, implementation):
     attend = functools.partial(forgetting_attention, log_forget=log_forget(), implementation=implementation)

@@ -21,7 +21,13 @@ from nope_jax.attention import (
 from nope_jax.encodings import NEZHA, TUPE, DeBERTa, ModelDims, Shaw, TransformerXL, deberta_bucket
 from tests.goldens import regenerate
 from tests.support import oracles
-from tests.support.attention_cases import TOLERANCE, assert_close, every_implementation, inputs, random
+from tests.support.attention_cases import (
+    TOLERANCE,
+    assert_close,
+    inputs,
+    random,
+    streaming_and_some_reference,
+)
 
 GOLDEN = regenerate.load("relative")
 
@@ -121,9 +127,8 @@ COMMON = {
 }
 
 
-@every_implementation
+@streaming_and_some_reference("common", COMMON, ["any positions, both ways"])
 @every_kind
-@pytest.mark.parametrize("common", COMMON)
 def test_values_and_statistics_agree_with_float64(case, common, implementation):
     assert_agrees(case, implementation, *inputs(), **COMMON[common])
 

@@ -26,7 +26,13 @@ from nope_jax.encodings import (
     rope_frequencies,
 )
 from tests.support import oracles
-from tests.support.attention_cases import assert_close, every_implementation, inputs, random
+from tests.support.attention_cases import (
+    assert_close,
+    every_implementation,
+    inputs,
+    random,
+    streaming_and_some_reference,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "rotary.json").read_text())
 
@@ -273,8 +279,7 @@ XPOS_CALLS = {
 }
 
 
-@every_implementation
-@pytest.mark.parametrize("case", XPOS_CALLS)
+@streaming_and_some_reference("case", XPOS_CALLS, ["positions of documents"])
 def test_xpos_attention_agrees_with_float64(case, implementation):
     call = XPOS_CALLS[case]
     out, stats = xpos_attention(*inputs(), implementation=implementation, return_stats=True, **call)

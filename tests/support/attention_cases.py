@@ -1,5 +1,7 @@
 """What the tests of attention share: the functions, inputs, tolerances, and the oracle's answer to each call."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,23 @@ IMPLEMENTATIONS = ["reference", "streaming"]
 
 every_encoding = pytest.mark.parametrize("encoding", ATTENTION)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def streaming_and_some_reference(name, cases, reference):
+    """Every case of an argument by streaming, but for the slow tests only some of them by the reference.
+
+    Streaming has a path for each kind of position, mask and block; the reference has one for all.
+    """
+    return pytest.mark.parametrize(
+        (name, "implementation"),
+        [
+            pytest.param(case, implementation, marks=pytest.mark.slow)
+            if implementation == "reference" and case not in reference
+            else (case, implementation)
+            for case, implementation in itertools.product(cases, IMPLEMENTATIONS)
+        ],
+    )
+
 
 TOLERANCE = 1e-5
 """Of float32 against float64, relative to an entry and to the largest entry of its array."""
