@@ -1,5 +1,6 @@
 """Text from a decoder: what is drawn, from how many, and what is refused."""
 
+import itertools
 import logging
 
 import jax
@@ -95,17 +96,24 @@ def test_candidates_are_their_definition(top_k, top_p, min_p):
 DRAWN = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
 
 
-@pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
+# How a token is drawn is the same whatever the encoding.
 @pytest.mark.parametrize(
-    "encoding",
+    ("encoding", "options"),
     [
-        "learned",
-        pytest.param("forgetting", marks=pytest.mark.slow),
-        pytest.param("convolution", marks=pytest.mark.slow),
-        Windowed(RoPE(), 4),
-        RoPE(scaling=DynamicNTKScaling(2.0, 8)),
+        ("learned", DRAWN),
+        (Windowed(RoPE(), 4), {}),
+        (RoPE(scaling=DynamicNTKScaling(2.0, 8)), {}),
+        *(
+            pytest.param(encoding, options, marks=pytest.mark.slow)
+            for encoding, options in [
+                ("learned", {}),
+                (Windowed(RoPE(), 4), DRAWN),
+                (RoPE(scaling=DynamicNTKScaling(2.0, 8)), DRAWN),
+                *itertools.product(("forgetting", "convolution"), ({}, DRAWN)),
+            ]
+        ),
     ],
-    ids=str,
+    ids=lambda x: str(x) if not isinstance(x, dict) else "drawn" if x else "greedy",
 )
 def test_rows_with_prompts_of_different_lengths_are_as_alone(encoding, options):
     model = MODEL if encoding == "learned" else small(encoding)
@@ -131,8 +139,11 @@ def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
         assert (stopped[row, 5 + number :] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, DRAWN | {"key": jax.random.key(1)}], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("encoding", ["learned", RoPE(scaling=DynamicNTKScaling(2.0, 8))], ids=str)
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [("learned", DRAWN | {"key": jax.random.key(1)}), (RoPE(scaling=DynamicNTKScaling(2.0, 8)), {})],
+    ids=["drawn", "greedy"],
+)
 def test_a_stream_is_the_text_token_by_token(encoding, options):
     model = MODEL if encoding == "learned" else small(encoding)
     lengths = np.array([3, 5])

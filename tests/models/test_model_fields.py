@@ -63,6 +63,8 @@ CASES = [
     {**GEMMA, "block": "parallel", "norm_place": "post", "norm": "layer", "qk_norm": "all", "mlp": "plain"},
     {**GEMMA, "block": "parallel_shared_norm"},
 ]
+DECODED = {"attention_scale", "attention_softcap", "block", "qk_norm"}
+"""Fields of what a cache takes part in."""
 everything = pytest.mark.parametrize("changes", CASES[-3:], ids=["sandwich", "post", "shared"])
 names = pytest.mark.parametrize("changes", CASES, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items())[:60])
 
@@ -164,6 +166,8 @@ def test_logits_are_those_of_a_decoder_in_numpy_and_decoding_gives_them_too(chan
     model = decoder(changes)
     logits = model(TOKENS)
     np.testing.assert_allclose(logits, in_numpy(model, TOKENS), rtol=1e-4, atol=1e-4)
+    if changes and not any(field in DECODED or (field == "biases" and "qkv" in changes[field]) for field in changes):
+        return  # no token meets another there
     cache, decoded = model.init_cache(2, 12), []
     for part in jnp.split(TOKENS, [5, 6], axis=1):
         here, cache = model.decode_step(part, cache)
