@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
+from nope_jax.config import load_file, override
 from nope_jax.encodings import apply_rope
+from nope_jax.training import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,9 +169,8 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     text.mkdir()
     for name in "abc":
         (text / f"{name}.txt").write_text(f"{name} is a letter, and here it stands again and again. " * 20)
-    command = "train.py --config configs/tiny.py --train.steps 2 --model.num_layers 1 --train.eval_batches 1"
-    options = ["--data.source", f"text:{text}/*.txt", "--workdir", str(tmp_path / "runs/nope")]
-    subprocess.run([sys.executable, *command.split(), *options], cwd=ROOT, check=True)
+    options = {"train.steps": 2, "train.eval_batches": 1, "model.num_layers": 1, "data.source": f"text:{text}/*.txt"}
+    train(override(load_file(ROOT / "configs/tiny.py"), options), tmp_path / "runs/nope")
     monkeypatch.chdir(tmp_path)
     results = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert results.attempted > 10

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -94,8 +95,16 @@ late_complaints = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExc
 
 
 @late_complaints
-@pytest.mark.parametrize("evaluation", EVALUATIONS)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "evaluation"),
+    # Every evaluation once before and once after it has loaded a run, and every run once; the rest is one function.
+    [
+        (run, evaluation)
+        if run in ("nowhere", "more_heads") or evaluation == next(iter(EVALUATIONS))
+        else pytest.param(run, evaluation, marks=pytest.mark.slow)
+        for run, evaluation in itertools.product(RUNS, EVALUATIONS)
+    ],
+)
 def test_a_run_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, evaluation, run):
     message, at_once = RUNS[run]
     words = EVALUATIONS[evaluation].format(run=folder / run, other=folder / "nope")
