@@ -15,11 +15,11 @@ from nope_jax.encodings import ENCODINGS, Encoding, ModelDims, Wrapper
 from tests.support.attention_cases import (
     ATTENTION,
     assert_close,
-    every_encoding,
     every_implementation,
     expected,
     inputs,
     parameters,
+    streaming_and_some_reference,
 )
 
 OPTIMISED: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
@@ -33,8 +33,7 @@ def optimised(encoding, query, key, value, **keywords):
     return jax.jit(attend, compiler_options=OPTIMISED)(query, key, value)
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_values_and_statistics_agree_with_float64_over_several_blocks(encoding, implementation):
     arrays, keywords = inputs(B=1, T=BLOCK_SIZE + 20, N=2, K=1), parameters(encoding, N=2)
     out, stats = optimised(encoding, *arrays, **keywords, implementation=implementation)
