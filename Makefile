@@ -93,7 +93,7 @@ study: $(BIN)/.installed
 
 SIZE ?= small
 length-study: $(BIN)/.installed
-	$(BIN)/python -m benchmarks.length_study.study --size $(SIZE)
+	$(BIN)/python -m benchmarks.length_study.study --size $(SIZE) $(if $(STEPS),--steps $(STEPS))
 
 smollm2: $(BIN)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[interop]'

@@ -1,192 +1,324 @@
-"""The study of Kazemnejad et al. 2023: tasks x encodings x seeds, trained, asked and ranked.
+"""The study of Kazemnejad et al. 2023: tasks x scratchpads x encodings x seeds, trained, asked and ranked.
 
-    make length-study                  # SIZE=small: a decoder of 0.1 million parameters, overnight on two cores
+    make length-study                  # SIZE=small: decoders of 0.1 million parameters, overnight on two cores
     make length-study SIZE=paper       # the paper's decoder of 85 million parameters, for one GPU
+    python -m benchmarks.length_study.study --tasks copy addition --encodings nope rope
 
-Runs of one shape (encoding and context length) train together, then answer. Started again it goes on. After every
-group, docs/length_generalization.md is written with what there is so far.
+Runs of one shape train together, then answer. All encodings and seeds of some tasks come before the next tasks, so a
+study that is stopped has compared those that it has done; started again it goes on. After every group of runs,
+docs/length_generalization.md is written from what there is.
 """
 
 import argparse
+import contextlib
+import csv
 import dataclasses
+import functools
+import io
 import itertools
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")  # before JAX
 
+import numpy as np
+
 from benchmarks.length_study import page
-from nope_jax.config import Config, DataConfig, EncodingSpec, ModelConfig, OptimizerConfig, TrainConfig
+from nope_jax import config as configs
+from nope_jax.checkpoint import load_model
+from nope_jax.cli import run
+from nope_jax.config import Config, EncodingSpec, TrainConfig, load_file, override
+from nope_jax.data import load_corpus, load_tokenizer
+from nope_jax.data.tasks import FORMATS, TASKS, Task
 from nope_jax.encodings import RoPE
 from nope_jax.evaluation.common.evaluation import evaluate
 from nope_jax.evaluation.registry import Options, TasksConfig
+from nope_jax.evaluation.tasks.answers import ask, measure
+from nope_jax.paths import write_whole
 from nope_jax.training.flops import model_flops_per_token
 from nope_jax.training.together import train_together
 
-CONTEXTS = {
-    (64, 128): (
-        *("copy", "copy_2x", "copy_replaced", "copy_multi", "copy_multi_2x", "reverse", "reverse_2x", "reverse_mcrv"),
-        *("addition", "summation", "parity", "sort", "lego", "scan"),
-    ),
-    (128, 128): ("polynomial", "sort_integers"),
-    (128, 576): ("pcfg",),
-}
-"""Tasks by context length, which holds their longest example of training, and by the size of their vocabulary."""
+ROOT = Path(__file__).parents[2]
+ENCODINGS = ("nope", "t5", "alibi", "rope", "sinusoidal", "learned")
 SEEDS = range(3)
+WARMUP = 0.06
+"""Share of the steps, as in the paper."""
+LENGTHS = 8
+"""Lengths of a task that are asked, at most, of those of training and of those past them."""
+MIN_ROWS = 8
+"""Packed rows a step, at least, of long examples; otherwise a step has as many tokens as in the config of the size."""
+
+
+class Part(NamedTuple):
+    """Tasks whose models have one shape, and so train together, one encoding after the other."""
+
+    tasks: tuple[str, ...]
+    context: int
+    """Tokens, which hold their longest example of training."""
+    vocab: int = 128
+    formats: tuple[str, ...] = ("none",)
+    """Of their scratchpads."""
+    steps: int | None = None
+    """Of training. None: those of the config of the size."""
+
+    def cases(self, encodings: Sequence[str]) -> list["Case"]:
+        """All models of these tasks."""
+        return [Case(self, *case) for case in itertools.product(self.formats, self.tasks, encodings, SEEDS)]
+
+
+WITHOUT_SCRATCHPAD = (
+    Part(("copy", "copy_replaced"), 64),
+    Part(("copy_multi", "reverse"), 64),
+    Part(("addition", "summation"), 64),
+    Part(("scan", "parity"), 64),
+    Part(("sort", "lego"), 64),
+    Part(("copy_2x", "copy_multi_2x"), 64),
+    Part(("reverse_2x", "reverse_mcrv"), 64),
+    Part(("polynomial", "sort_integers"), 128),
+    Part(("pcfg",), 128, vocab=576),
+)
+"""From cheap and telling tasks on. Two tasks with three seeds are as much for each of two cores."""
+PADS = tuple(format for format in FORMATS if format != "none")
+NO_VARIABLES = tuple(format for format in PADS if format != "no_variables")
+"""For tasks whose scratchpads have none."""
+SCRATCHPADS = (
+    Part(("addition",), 384, formats=PADS),
+    Part(("parity",), 288, formats=PADS),
+    Part(("summation",), 288, formats=PADS),
+    Part(("sort",), 256, formats=NO_VARIABLES),
+    Part(("lego",), 352, formats=NO_VARIABLES),
+    Part(("sort_integers",), 448, formats=NO_VARIABLES),
+    Part(("polynomial",), 640, formats=PADS),
+)
+TASK_NAMES = tuple(task for part in WITHOUT_SCRATCHPAD for task in part.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """A size of the study."""
 
-    model: dict
-    rotary_dim: int
-    """A quarter of the head dimension, as in the paper."""
-    optimizer: OptimizerConfig
-    steps: int
-    tokens: int | None
-    """Tokens per step, in packed rows. None: 64 examples, one per row, as in the paper."""
+    config: Path
+    """The config file of its decoder and recipe, on some task."""
+    parts: tuple[Part, ...]
+    """In their order."""
     together: int
     """Runs that train together at most."""
+    examples: int
+    """Questions of each length."""
+
+    def groups(self, tasks: Sequence[str], formats: Sequence[str], encodings: Sequence[str]) -> Iterator[list["Case"]]:
+        """What trains together, part by part and encoding by encoding."""
+        for part, encoding in itertools.product(self.parts, encodings):
+            cases = [case for case in part.cases([encoding]) if case.format in formats and case.task in tasks]
+            for first in range(0, len(cases), self.together):
+                yield cases[first : first + self.together]
+
+
+class Case(NamedTuple):
+    """One of the models."""
+
+    part: Part
+    format: str
+    task: str
+    encoding: str
+    seed: int
 
     @property
-    def encodings(self) -> dict[str, EncodingSpec]:
-        rope = RoPE(rotary_dim=self.rotary_dim, interleaved=True)
-        return {
-            name: rope if name == "rope" else name for name in ("nope", "t5", "alibi", "rope", "sinusoidal", "learned")
-        }
+    def name(self) -> str:
+        return "-".join((self.task, self.format, self.encoding, str(self.seed)))
 
-    def config(self, task: str, encoding: EncodingSpec, seed: int, context: int, vocab: int) -> Config:
-        packed, every = self.tokens is not None, max(1, self.steps // 4)
-        return Config(
-            ModelConfig(vocab_size=vocab, encoding=encoding, **self.model),
-            DataConfig(
-                source=f"task:{task}",
-                tokenizer=f"task:{task}",
-                context_length=context,
-                batch_size=64 if self.tokens is None else self.tokens // context,
-                document_mask=packed,
-                seed=seed,
-            ),
-            self.optimizer,
-            TrainConfig(
-                steps=self.steps,
-                log_every=max(1, self.steps // 20),
-                checkpoint_every=every,
-                eval_every=every,
-                eval_batches=4,
-                seed=seed,
-            ),
+    def config(self, base: Config, steps: int | None = None) -> Config:
+        """Its config, given that of its size; with other `steps`, the warm-up is the same share of them."""
+        context, packed = self.part.context, base.data.document_mask
+        tokens = base.data.batch_size * base.data.context_length
+        steps = self.part.steps if steps is None else steps
+        head_dim = base.model.head_dim or base.model.model_dim // base.model.num_heads
+        encoding: EncodingSpec = self.encoding
+        if encoding == "rope":
+            encoding = RoPE(rotary_dim=head_dim // 4, interleaved=True)  # as the paper's
+        values = {
+            "model.encoding": encoding,
+            "model.vocab_size": self.part.vocab,
+            "model.train_length": None,
+            "data.source": f"task:{self.task}",
+            "data.tokenizer": f"task:{self.task}",
+            "data.scratchpad": self.format,
+            "data.context_length": context,
+            "data.batch_size": max(MIN_ROWS, tokens // context) if packed else base.data.batch_size,
+            "data.seed": self.seed,
+            "train.seed": self.seed,
+        }
+        if steps is not None:
+            values |= {"train.steps": steps, "optimizer.warmup_steps": max(1, round(WARMUP * steps))}
+        return override(base, values)
+
+
+class Study:
+    """A study in a folder: the workdirs of its runs, their answers to the tasks, and reports."""
+
+    def __init__(self, folder: Path, size: Size, steps: int | None = None):
+        self._folder, self._size, self._steps = folder, size, steps
+        self._base = load_file(size.config)
+        self.load = functools.lru_cache(maxsize=64)(load_corpus)  # the encodings of a part read the same data
+
+    def runs(self, cases: Sequence[Case]) -> list[tuple[Config, Path]]:
+        """The configs and workdirs of some models."""
+        return [(case.config(self._base, self._steps), self._folder / "runs" / case.name) for case in cases]
+
+    def done(self, cases: Sequence[Case]) -> bool:
+        """Whether these models have answered. (If their configs are others by now, training refuses or goes on.)"""
+        return all(
+            (workdir / page.ANSWERS).exists() and configs.load(workdir) == config
+            for config, workdir in self.runs(cases)
         )
+
+    def take(self, cases: Sequence[Case]) -> None:
+        """Train and ask some models."""
+        runs = self.runs(cases)
+        train_together(runs, self.load)
+        settings = TasksConfig(examples=self._size.examples, batch_size=self._size.examples)
+        for task, of_task in itertools.groupby(sorted(cases, key=lambda case: case.task), key=lambda case: case.task):
+            asked = list(of_task)
+            workdirs = tuple(workdir for _, workdir in self.runs(asked))
+            out = self._folder / "reports" / asked[0].name
+            evaluate("tasks", Options(workdirs, lengths_asked(TASKS[task]), out, {}, settings))
+            with (out / "tasks.csv").open(newline="") as file:
+                header, *rows = csv.reader(file)
+            for workdir in workdirs:  # once all have answered everything
+                text = io.StringIO()
+                csv.writer(text).writerows([header, *(row for row in rows if row[0] == workdir.name)])
+                write_whole(workdir / page.ANSWERS, text.getvalue().encode())
+
+
+def lengths_asked(task: Task) -> tuple[int, ...]:
+    """At most LENGTHS lengths of training, and as many past them, evenly spread from the first to the last."""
+    chosen: list[int] = []
+    for lengths in (task.train_lengths, task.test_lengths):
+        possible = [length for length in lengths if _has_questions(task, length)]
+        places = np.linspace(0, len(possible) - 1, min(LENGTHS, len(possible))).round().astype(int)
+        chosen += [possible[place] for place in places]
+    return tuple(chosen)
+
+
+def _has_questions(task: Task, length: int) -> bool:
+    """Whether a task has instances of a length that are held out of training."""
+    try:
+        task.example(0, 0, length, split="test", scratchpad=False)
+    except ValueError:
+        return False
+    return True
+
+
+def flops(config: Config) -> float:
+    """Of the training of a run."""
+    return model_flops_per_token(config) * config.data.batch_size * config.data.context_length * config.train.steps
+
+
+def hours(study: Study, groups: Sequence[Sequence[Case]], examples: int) -> float:
+    """How long some groups will take, by a few steps and answers of the first, in proportion to FLOPs and lengths."""
+    steps = 12
+    few = TrainConfig(steps=steps, log_every=steps // 2, checkpoint_every=steps, eval_every=steps, eval_batches=1)
+    with tempfile.TemporaryDirectory() as folder:
+        timed = []
+        for config, workdir in study.runs(groups[0]):
+            train = dataclasses.replace(few, seed=config.train.seed)
+            timed.append((dataclasses.replace(config, train=train), Path(folder, workdir.name)))
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_together(timed, study.load)
+        config, workdir = timed[0]
+        logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        rate = [line["tokens_per_second"] for line in logged if "tokens_per_second" in line][-1]
+        per_flop = 1 / (rate * len(timed) * model_flops_per_token(config))
+        per_asked = seconds_asked(workdir, groups[0][0], examples)
+    training = sum(flops(config) for cases in groups for config, _ in study.runs(cases))
+    asked = sum(_tokens(case) for cases in groups for case in cases) / _tokens(groups[0][0])
+    return (per_flop * training + per_asked * asked) / 3600
+
+
+def _tokens(case: Case) -> int:
+    """In proportion to the tokens that a model reads and writes in answering: lengths by context."""
+    return len(lengths_asked(TASKS[case.task])) * case.part.context
+
+
+def seconds_asked(workdir: Path, case: Case, examples: int) -> float:
+    """How long a run takes to answer, by the questions of the longest length of its training."""
+    config, model, _ = load_model(workdir)
+    task, tokenizer = TASKS[case.task], load_tokenizer(config.data.tokenizer)
+    length = task.train_lengths[-1]
+    questions = ask(
+        task, tokenizer, config.data.tokenizer, length, format=case.format, bos=None, seed=0, count=examples
+    )
+    seconds = 0.0
+    for _ in range(2):  # the first time, it compiles
+        began = time.perf_counter()
+        measure(model, tokenizer, questions, format=case.format, batch_size=examples)
+        seconds = time.perf_counter() - began
+    return seconds * len(lengths_asked(task))
 
 
 SIZES = {
+    # All but copying one symbol needs more steps to be learned, and most scratchpads more time than a night has.
     "small": Size(
-        {"num_layers": 2, "num_heads": 4, "model_dim": 64},
-        rotary_dim=4,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=60, weight_decay=0.05),
-        steps=1000,
-        tokens=2048,
+        ROOT / "benchmarks/length_study/decoder.py",
+        (
+            WITHOUT_SCRATCHPAD[0],
+            *(part._replace(steps=2400) for part in WITHOUT_SCRATCHPAD[1:]),
+            *SCRATCHPADS[:3],
+        ),
         together=42,
+        examples=20,
     ),
-    # Architecture, batch, rate, warm-up and decay as in configs/t5_base_decoder.py. The paper's rate falls linearly to
-    # 0; a cosine to a tenth is what optimizer.* has.
-    "paper": Size(
-        {
-            "num_layers": 12,
-            "num_heads": 12,
-            "model_dim": 768,
-            "mlp_dim": 3072,
-            "mlp": "plain",
-            "tie_embeddings": True,
-            "dtype": "bfloat16",
-        },
-        rotary_dim=16,
-        optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=2400, b2=0.999, weight_decay=0.05),
-        steps=40_000,
-        tokens=None,
-        together=3,
-    ),
+    "paper": Size(ROOT / "configs/t5_base_tasks.py", (*WITHOUT_SCRATCHPAD, *SCRATCHPADS), together=3, examples=100),
 }
-
-Runs = list[tuple[Config, Path]]
-
-
-def groups(size: Size, folder: Path, tasks: list[str], encodings: list[str]) -> Iterator[Runs]:
-    """The runs of the study with their workdirs, in groups that train together."""
-    for name, ((context, vocab), listed) in itertools.product(encodings, CONTEXTS.items()):
-        runs = [
-            (size.config(task, size.encodings[name], seed, context, vocab), folder / f"{task}-{name}-{seed}")
-            for task in listed
-            if task in tasks
-            for seed in SEEDS
-        ]
-        for first in range(0, len(runs), size.together):
-            yield runs[first : first + size.together]
-
-
-def flops(runs: Runs) -> float:
-    """Of the training of some runs."""
-    return sum(
-        model_flops_per_token(config) * config.data.batch_size * config.data.context_length * config.train.steps
-        for config, _ in runs
-    )
-
-
-def seconds_per_flop(runs: Runs) -> float:
-    """Measured on two runs, for a few steps."""
-    steps = 12
-    with tempfile.TemporaryDirectory() as folder:
-        shorter = TrainConfig(steps=steps, log_every=steps // 2, checkpoint_every=steps, eval_every=steps)
-        timed = [
-            (
-                dataclasses.replace(config, train=dataclasses.replace(shorter, seed=config.train.seed)),
-                Path(folder, str(i)),
-            )
-            for i, (config, _) in enumerate(runs[:2])
-        ]
-        train_together(timed)
-        last = [json.loads(line) for line in Path(folder, "0", "metrics.jsonl").read_text().splitlines()]
-        rate = next(line["tokens_per_second"] for line in reversed(last) if "tokens_per_second" in line)
-    return 1 / (rate * len(timed) * model_flops_per_token(timed[0][0]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains, asks and ranks: tasks x encodings x seeds.")
+    parser = argparse.ArgumentParser(description="Trains, asks and ranks: tasks x scratchpads x encodings x seeds.")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--steps", type=int, help="Other than those of the size.")
-    parser.add_argument("--examples", type=int, default=50, help="Questions for each length.")
-    parser.add_argument("--tasks", nargs="+", choices=sum(CONTEXTS.values(), ()), default=sum(CONTEXTS.values(), ()))
-    parser.add_argument("--encodings", nargs="+", choices=SIZES["small"].encodings, default=[*SIZES["small"].encodings])
+    parser.add_argument("--steps", type=_at_least_one, help="Of training, other than those of the size.")
+    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
+    parser.add_argument("--scratchpads", nargs="+", choices=FORMATS, default=tuple(FORMATS))
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=ENCODINGS)
     parser.add_argument("--out", type=Path, help="Folder of the runs; runs/length_study/SIZE by default.")
     parser.add_argument("--page", type=Path, default=page.PAGE)
     given = parser.parse_args()
     size = SIZES[given.size]
-    if given.steps is not None:
-        size = dataclasses.replace(size, steps=given.steps)
-    folder = given.out or Path("runs/length_study", given.size)
-    command = f"make length-study SIZE={given.size}"
-    if given.steps is not None:
-        command = f"python -m benchmarks.length_study.study --size {given.size} --steps {given.steps}"
-    whole = list(groups(size, folder / "runs", given.tasks, given.encodings))
-    total = sum(map(flops, whole))
-    hours = total * seconds_per_flop(whole[0]) / 3600
-    print(f"{sum(map(len, whole))} runs in {len(whole)} groups: training takes about {hours:.1f} h here", flush=True)
-    began, done, at_work = time.monotonic(), 0.0, 0.0
-    for i, runs in enumerate(whole, 1):
-        train_together(runs)
-        out = folder / "reports" / str(i)
-        settings = TasksConfig(examples=given.examples)
-        evaluate("tasks", Options(tuple(workdir for _, workdir in runs), (), out, {}, settings))
-        done, at_work = done + flops(runs), time.monotonic() - began
-        page.write(given.page, folder, command, sum(CONTEXTS.values(), ()), [*size.encodings])
-        left = at_work * (total - done) / done / 3600
-        print(f"group {i} of {len(whole)} is done; at this pace the rest takes {left:.1f} h", flush=True)
+    name = given.size if given.steps is None else f"{given.size}-{given.steps}"
+    folder = given.out or Path("runs/length_study", name)
+    study = Study(folder, size, given.steps)
+    groups = [cases for cases in size.groups(given.tasks, given.scratchpads, given.encodings) if cases]
+    left = [cases for cases in groups if not study.done(cases)]
+
+    def write_page() -> None:
+        every = [(task, format) for part in size.parts for format in part.formats for task in part.tasks]
+        command = f"make length-study SIZE={given.size}" + f" STEPS={given.steps}" * (given.steps is not None)
+        page.write(given.page, folder, command, every, ENCODINGS)
+
+    write_page()  # what cannot be written is refused before anything is trained
+    models, of_left = (sum(map(len, some)) for some in (groups, left))
+    print(f"{models} models in {len(groups)} groups, of which {len(groups) - len(left)} are done", flush=True)
+    if left:
+        print(f"{of_left} models take about {hours(study, left, size.examples):.1f} h here", flush=True)
+    for i, cases in enumerate(left, 1):
+        began = time.monotonic()
+        study.take(cases)
+        write_page()
+        minutes = (time.monotonic() - began) / 60
+        print(f"group {i} of {len(left)}, {cases[0].name} ..., took {minutes:.1f} min", flush=True)
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

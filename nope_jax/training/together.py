@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 import jax
@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
-from nope_jax.config import HINTS, Config, MeshConfig
-from nope_jax.data import Batch, load_corpus, train_batches, validation_batches
+from nope_jax.config import HINTS, Config, DataConfig, MeshConfig
+from nope_jax.data import Batch, Corpus, load_corpus, train_batches, validation_batches
 from nope_jax.data.batches import masks_loss
 from nope_jax.data.corpora import Split
 from nope_jax.distributed import agreed_stop
@@ -61,6 +61,7 @@ MAY_DIFFER = frozenset(
 """Fields in which runs that train together may differ."""
 
 _Tree = TypeVar("_Tree")
+_Item = TypeVar("_Item")
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,7 +88,9 @@ class _Run:
         return self.start < step and not self.diverged
 
 
-def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> None:
+def train_together(
+    runs: Sequence[tuple[Config, str | os.PathLike[str]]], load: Callable[[DataConfig, Split], Corpus] | None = None
+) -> None:
     """Train runs up to their last step, each from the newest checkpoint in its workdir or else from the start.
 
     Each run gives what `train` gives for it alone, up to rounding: its config.json, metrics.jsonl and checkpoints. Its
@@ -95,6 +98,7 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
 
     Args:
         runs: The config and the workdir of each run. All are in this process, and each model is on one device.
+        load: `load_corpus`, cached: one cache for several calls saves reading their data again. None: a new cache.
 
     Raises:
         ValueError: as `train`, or the configs differ in a field that shapes the program (all but MAY_DIFFER).
@@ -110,16 +114,16 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     graphdef, abstract = abstract_state(config, optimizer, one)
     with contextlib.ExitStack() as stack:
-        load = functools.cache(load_corpus)
+        load = load or functools.cache(load_corpus)
         opened = [_open(*run, load, abstract, one, clock, stack) for run in runs]
         trained = [run for run in opened if run is not None]
         if not trained:
             print(f"all {len(runs)} runs have already finished at step {config.train.steps}")
             return
         print(budget(config, trained[0].workdir, abstract, len(trained)), flush=True)
-        count = max(n for n in range(1, len(devices) + 1) if len(trained) % n == 0)
+        count, slots = slots_of(trained, len(devices))
         spread = NamedSharding(Mesh(np.array(devices[:count]), ("runs",)), PartitionSpec("runs"))
-        seeds = jax.device_put(np.array([run.config.train.seed for run in trained]), spread)
+        seeds = jax.device_put(np.array([run.config.train.seed for run in slots]), spread)
 
         def take_step(state: TrainState, batch: Batch, seed: jax.Array, takes: jax.Array) -> tuple[TrainState, Metrics]:
             after, metrics = step_of_one(state, batch, seed)
@@ -127,8 +131,8 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
 
         step_of_one = seeded_step(graphdef, optimizer, **step_settings(config))
         with clock.during("compile"):
-            state = _stacked_states(trained, lambda seed: new_state(config, optimizer, jax.random.key(seed)), spread)
-            arguments = state, _stacked([run.batch for run in trained], spread), seeds, _takes(trained, 0, spread)
+            state = _stacked_states(slots, lambda seed: new_state(config, optimizer, jax.random.key(seed)), spread)
+            arguments = state, _stacked([run.batch for run in slots], spread), seeds, _takes(slots, 0, spread)
             step_of_all = jax.jit(_for_all(take_step, spread), donate_argnums=0).lower(*arguments).compile()
             losses = jax.jit(_for_all(total_loss(graphdef, config.optimizer.accumulation), spread))
             validate = losses.lower(state.weights, arguments[1]).compile()
@@ -137,11 +141,9 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
 
         def evaluate(step: int, chosen: Sequence[_Run]) -> None:
             with clock.during("validation"):
-                rows = [
-                    _stacked(list(batches), spread) for batches in zip(*(r.validation for r in trained), strict=True)
-                ]
+                rows = [_stacked(list(batches), spread) for batches in zip(*(r.validation for r in slots), strict=True)]
                 totals = sum(np.asarray(validate(state.weights, batch), np.float64) for batch in rows)
-                for run, total in zip(trained, np.asarray(totals), strict=True):
+                for run, total in zip(trained, np.asarray(totals), strict=False):
                     if run in chosen:
                         loss = float(total) / sum(int(num_targets(batch)) for batch in run.validation)
                         run.checkpointer.losses[step] = loss
@@ -163,8 +165,8 @@ def train_together(runs: Sequence[tuple[Config, str | os.PathLike[str]]]) -> Non
             if evaluates_after(start, config) and unmeasured:
                 evaluate(start, unmeasured)
         for step in range(min(run.start for run in trained) + 1, config.train.steps + 1):
-            batch = _stacked([run.batch for run in trained], spread)
-            state, metrics = step_of_all(state, batch, seeds, _takes(trained, step, spread))
+            batch = _stacked([run.batch for run in slots], spread)
+            state, metrics = step_of_all(state, batch, seeds, _takes(slots, step, spread))
             for run in trained:
                 if run.steps_at(step) and step < config.train.steps:
                     run.batch = next(run.batches)
@@ -243,6 +245,17 @@ def _open(config, path, load, abstract: TrainState, one: Mesh, clock: GoodputTim
     record = MetricWriter(config, workdir, clock, start=start, tokens_per_step=tokens, quiet=True)
     stack.enter_context(record)
     return _Run(config, workdir, checkpointer, validation, start, state, batches, batch, record)
+
+
+def slots_of(runs: Sequence[_Item], devices: int) -> tuple[int, list[_Item]]:
+    """How runs are spread: on as few devices as take the fewest turns, with a slot for each device and turn.
+
+    Returns:
+        The number of devices, and the runs of all slots. The last slots repeat the first runs; their results go unread.
+    """
+    turns = -(-len(runs) // devices)
+    count = -(-len(runs) // turns)
+    return count, [*runs, *runs[: turns * count - len(runs)]]
 
 
 def _for_all(function: Any, spread: NamedSharding) -> Any:

@@ -561,6 +561,7 @@ SHOWN = [
     ("configs/nope_1b.py", "v5e:4x4"),
     ("configs/smollm3_3b.py", "v6e:8x8"),
     ("configs/t5_base_decoder.py", "v5e:1x1"),
+    ("configs/t5_base_tasks.py", "v5e:1x1"),
     ("docs/pods.md", "2xv5e:16x16"),
     ("docs/pods.md", "h100:8"),
     ("docs/pods.md", "v5e:16x16"),
