@@ -15,8 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from nope_jax.attention import alibi_attention, dot_product_attention, encoded_attention, fire_attention, nope_attention
 from nope_jax.attention.backends import BACKENDS
 from nope_jax.attention.blocks import CachedLayer
-from nope_jax.compile.estimate import estimate_run
-from nope_jax.compile.tpu import slice_devices
+from nope_jax.compile.estimate import estimate_run, find_machine
 from nope_jax.config import MeshConfig, ModelConfig, load_file, override
 from nope_jax.encodings import ENCODINGS, AttentionSink, DistanceLogit, ModelDims
 from nope_jax.sharding import make_mesh
@@ -283,7 +282,7 @@ def test_a_config_takes_every_implementation():
 
 def for_tpu(slice_name, function, shapes):
     """A function of bfloat16 arrays, these shapes on each chip, compiled for a slice."""
-    mesh = make_mesh(MeshConfig(), slice_devices(slice_name))
+    mesh = make_mesh(MeshConfig(), find_machine(slice_name).devices())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     operands = [jax.ShapeDtypeStruct((mesh.size, *shape), jnp.bfloat16, sharding=rows) for shape in shapes]
     with jax.set_mesh(mesh):
