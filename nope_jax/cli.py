@@ -185,7 +185,8 @@ def _folders(arguments: Sequence[str], name: str) -> tuple[Location, ...]:
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse the command line of train.py: `--config`, `--workdir` or `--compile_for`, and overrides of any field.
 
-    If model.train_length equals data.context_length, it follows an override of the latter.
+    If model.train_length equals data.context_length, it follows an override of the latter; a model.vocab_size of 256,
+    that of bytes, follows an override of data.tokenizer.
 
     Raises:
         ValueError: an argument is invalid; the message is one line.
@@ -212,6 +213,8 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     values, overrides = _parse(arguments, options, groups, "Trains a decoder.")
     if "data.context_length" in overrides and config.model.train_length == config.data.context_length:
         overrides = {"model.train_length": None} | overrides
+    if "data.tokenizer" in overrides and (config.data.tokenizer, config.model.vocab_size) == ("bytes", 256):
+        overrides = {"model.vocab_size": None} | overrides
     place = _process(values)
     (workdir,) = _folders(arguments, "workdir") if "workdir" in given else (Path(),)
     if is_published(workdir):

@@ -20,7 +20,7 @@ def main() -> None:
 
     trained = find_trained(workdir, step)
     spec = trained.config.data.tokenizer
-    tokenizer = None if spec == "bytes" else load_tokenizer(spec)
+    tokenizer = None if spec == "bytes" else load_tokenizer(spec, trained.config.data.separator_token)
     model, _ = trained.load()
     save_pretrained(model, out, tokenizer=tokenizer, family=family)
 

@@ -237,7 +237,7 @@ def check_model_fits(model: "ModelConfig", mesh: Mesh | AbstractMesh) -> None:
         "num_heads": (model.num_heads, "heads"),
         "num_kv_heads": (model.num_kv_heads or model.num_heads, "kv_heads"),
         "mlp_dim": (model.mlp_size, "mlp"),
-        "vocab_size": (model.vocab_size, "vocab"),
+        "vocab_size": (model.num_tokens, "vocab"),
         "model_dim": (model.model_dim, "embed"),
     }
     for field, (size, name) in fields.items():

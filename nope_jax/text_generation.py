@@ -61,13 +61,13 @@ def load(workdir: str | os.PathLike[str], dtype: Dtype | None = None, step: Step
     """
     trained = find_trained(workdir, step)
     config = trained.config
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.separator_token)
+    if tokenizer.vocab_size > config.model.num_tokens:
         raise ValueError(
             f"data.tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, but {workdir} was trained "
             f"with model.vocab_size {config.model.vocab_size}"
         )
-    if trained.tokenizer_digest() not in (None, tokenizer_digest(config.data.tokenizer)):
+    if trained.tokenizer_digest() not in (None, tokenizer_digest(config.data.tokenizer, config.data.separator_token)):
         raise ValueError(
             f"data.tokenizer {config.data.tokenizer!r} is not the tokenizer that {workdir} was trained with"
         )

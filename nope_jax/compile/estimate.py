@@ -20,6 +20,7 @@ from nope_jax.compile.memory import Memory, compiled, kept_memory
 from nope_jax.config import Config
 from nope_jax.data import Batch
 from nope_jax.data.batches import masks_loss
+from nope_jax.data.tokenizers import with_vocab_size
 from nope_jax.sharding import check_fits, make_mesh, partition_spec
 from nope_jax.training.flops import model_flops_per_token
 from nope_jax.training.optimizer import make_optimizer
@@ -91,6 +92,7 @@ def estimate_run(config: Config, name: str) -> Estimate:
     """
     machine = find_machine(name)
     devices = machine.devices()
+    config = with_vocab_size(config)
     mesh = make_mesh(config.mesh, devices)
     check_fits(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -105,7 +105,7 @@ def _remedies(
         model.num_heads,
         model.num_kv_heads or model.num_heads,
         model.mlp_size,
-        model.vocab_size,
+        model.num_tokens,
         num_shards // num_slices,
     )
     if sizes["tensor"] == 1 < shared:

@@ -18,7 +18,8 @@ EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
 class ModelConfig:
     """The decoder: every setting that determines its parameter shapes or its computation."""
 
-    vocab_size: int = 256
+    vocab_size: int | None = None
+    """Number of tokens of the embedding. None: 256, or as many as data.tokenizer has if they are more."""
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int | None = None
@@ -83,6 +84,11 @@ class ModelConfig:
     """Cap of the logits of the head, after logits_scale, as attention_softcap (Gemma 2). None: no cap."""
 
     @property
+    def num_tokens(self) -> int:
+        """`vocab_size`, or its default for a model without data if it is None."""
+        return self.vocab_size or 256
+
+    @property
     def mlp_size(self) -> int:
         """`mlp_dim`, or its default if it is None."""
         gated = self.mlp == "gated"
@@ -93,15 +99,18 @@ class ModelConfig:
 class DataConfig:
     """The dataset of a run, and how it is split into rows."""
 
-    source: str = "python_stdlib"
-    """Dataset: python_stdlib, text:PATH_OR_GLOB, tfds:NAME, or task:NAME."""
+    source: str | tuple[str, ...] = "python_stdlib"
+    """Corpus, or several. Each is python_stdlib, text:PATH_OR_GLOB, jsonl:PATH_OR_GLOB, parquet:PATH_OR_GLOB,
+    hf:NAME_OR_FOLDER, tfds:NAME, or task:NAME."""
     dir: str | None = None
     """Directory of prepared datasets, on a local disk. None: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     tokenizer: str = "bytes"
     """bytes, task:NAME (the words of a task), or a path: a tokenizer.json, SentencePiece model, GGUF file, or the
     folder of a Hugging Face model."""
     document_separator: str | None = None
-    """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file."""
+    """String between the documents of a text: file, literally, such as <|endoftext|>. None: one document per file.
+
+    The token that follows each document is another matter: data.separator_token."""
     context_length: int = 128
     """Tokens per row: the training length."""
     batch_size: int = 32
@@ -121,6 +130,25 @@ class DataConfig:
         "none", "full", "no_input", "no_computation", "no_output", "no_variables", "no_remaining", "minimal"
     ] = "none"
     """Parts of a scratchpad that a task: source writes before its answer; minimal: computation and output."""
+    weights: tuple[float, ...] | None = None
+    """Share of each of several sources in the rows; they sum to 1. None: the shares of their sizes."""
+    validation_source: str | None = None
+    """Corpus for validation, a source as above, read whole; data.source is then trained on as a whole.
+
+    None: a part of data.source."""
+    split: float | str | None = None
+    """What is validation: a share of the documents, such as 0.05, or the name of a split of the dataset, such as test.
+
+    None: the dataset's split `validation` or, without one, a tenth of the documents."""
+    text_field: str = "text"
+    """Field of a row that holds its text: of JSON lines, Parquet, Hugging Face datasets, or TFDS."""
+    separator_token: str | None = None
+    """Token that a row has after each document, such as <|im_end|>. None: the tokenizer's own."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a tuple."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +308,8 @@ class Config:
         if self.model.train_length is None:
             model = dataclasses.replace(self.model, train_length=self.data.context_length)
             object.__setattr__(self, "model", model)
+        if self.model.vocab_size is None and self.data.tokenizer == "bytes":  # for others it takes their file
+            object.__setattr__(self, "model", dataclasses.replace(self.model, vocab_size=self.model.num_tokens))
 
 
 GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}

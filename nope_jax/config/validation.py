@@ -14,7 +14,7 @@ from nope_jax.encodings import ENCODINGS, SCHEDULES, Encoding, resolve
 from nope_jax.paths import check_location, on_disk
 
 if TYPE_CHECKING:
-    from nope_jax.config.schema import Config
+    from nope_jax.config.schema import Config, DataConfig
 
 _AT_LEAST = {
     1: """model.vocab_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.model_dim
@@ -25,6 +25,10 @@ _AT_LEAST = {
     0: """data.seed optimizer.warmup_steps optimizer.weight_decay optimizer.z_loss train.seed train.max_skipped
         train.keep_best train.profile_steps eval.seed""",
 }
+_FILES = "text", "jsonl", "parquet", "hf"
+"""Sources that are files."""
+_ROWS = "jsonl", "parquet", "hf", "tfds"
+"""Sources whose documents are a field of their rows."""
 _POSITIVE = """model.norm_eps model.attention_scale model.attention_softcap model.embedding_scale model.residual_scale
     model.logits_scale model.logits_softcap optimizer.learning_rate optimizer.clip_norm optimizer.eps
     optimizer.decay_rate"""
@@ -112,25 +116,7 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
     several = [axis for axis in mesh if mesh[axis] == -1 and axis != "data"]
     if len(several) > 1:
         raise ValueError(f"mesh: at most one axis may be -1, not {', '.join(several)}")
-    for name, path in [
-        ("data.source", data.source.removeprefix("text:") if data.source.startswith("text:") else ""),
-        ("data.dir", data.dir or ""),
-        ("data.tokenizer", data.tokenizer),
-    ]:
-        on_disk(path, name)
-    if data.document_separator is not None and not (data.document_separator and data.source.startswith("text:")):
-        raise ValueError(
-            "data.document_separator must be the string between the documents of a text: source, or None, not "
-            f"{data.document_separator!r} with data.source {data.source}"
-        )
-    if data.lengths is not None and not (len(data.lengths) == 2 and 0 < data.lengths[0] <= data.lengths[1]):
-        raise ValueError(
-            "data.lengths must be the shortest and the longest length of a task, or None, not "
-            f"{' '.join(map(str, data.lengths))}"
-        )
-    for name, default in ("data.lengths", None), ("data.scratchpad", "none"):
-        if values[name] != default and not data.source.startswith("task:"):
-            raise ValueError(f"{name} is for data.source task:NAME only, not {data.source}")
+    _check_sources(data)
     if config.train.init_from is not None:
         check_location(config.train.init_from, "train.init_from")
     try:
@@ -141,6 +127,55 @@ def check(config: "Config", hints: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model.encoding: its period of {period} layers is more than model.num_layers {model.num_layers}"
         )
+
+
+def _check_sources(data: "DataConfig") -> None:
+    named = [("data.source", name) for name in data.sources]
+    if data.validation_source is not None:
+        named.append(("data.validation_source", data.validation_source))
+    kinds = {name.partition(":")[0] for _, name in named}
+    for field, name in named:
+        kind, _, path = name.partition(":")
+        on_disk(path if kind in _FILES else "", field)
+    on_disk(data.dir or "", "data.dir")
+    on_disk(data.tokenizer, "data.tokenizer")
+    if not data.sources or len(set(data.sources)) < len(data.sources):
+        raise ValueError(f"data.source must name one source, or several different ones, not {data.source!r}")
+    weights = data.weights
+    if weights is not None:
+        given = " ".join(map(str, weights))
+        if isinstance(data.source, str) or len(weights) != len(data.source):
+            raise ValueError(
+                f"data.weights must be one for each of several sources, of which data.source has {len(data.sources)}, "
+                f"not {given}"
+            )
+        if not all(weight > 0 for weight in weights) or not abs(sum(weights) - 1) < 1e-6:
+            raise ValueError(f"data.weights must be positive and sum to 1, not to {sum(weights):.6g}: {given}")
+    if isinstance(data.split, float | int) and not 0 < data.split < 1:
+        raise ValueError(f"data.split must be a share between 0 and 1 or the name of a split, not {data.split}")
+    if isinstance(data.split, float | int) and data.validation_source is not None:
+        raise ValueError(
+            f"data.split {data.split} is a share of data.source, which is trained on as a whole if there is a "
+            f"data.validation_source, {data.validation_source}: leave out one of the two"
+        )
+    if data.document_separator is not None and not (data.document_separator and "text" in kinds):
+        raise ValueError(
+            "data.document_separator must be the string between the documents of a text: source, or None, not "
+            f"{data.document_separator!r} with data.source {' '.join(data.sources)}"
+        )
+    if data.text_field != "text" and not kinds & {*_ROWS}:
+        raise ValueError(
+            f"data.text_field {data.text_field!r} is for sources {', '.join(f'{kind}:' for kind in _ROWS)}, not for "
+            f"data.source {' '.join(data.sources)}"
+        )
+    if data.lengths is not None and not (len(data.lengths) == 2 and 0 < data.lengths[0] <= data.lengths[1]):
+        raise ValueError(
+            "data.lengths must be the shortest and the longest length of a task, or None, not "
+            f"{' '.join(map(str, data.lengths))}"
+        )
+    for name, value, default in ("lengths", data.lengths, None), ("scratchpad", data.scratchpad, "none"):
+        if value != default and "task" not in kinds:
+            raise ValueError(f"data.{name} is for data.source task:NAME only, not {' '.join(data.sources)}")
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -4,7 +4,7 @@ B rows of this process, T context length.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -12,10 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nope_jax.config import DataConfig
-from nope_jax.data.corpora import Corpus, Split, load_corpus
+from nope_jax.data.corpora import Corpus, Mixture, Split, load_corpus
 from nope_jax.data.examples import ExampleRows
+from nope_jax.data.mixing import mix
+from nope_jax.data.sources import members as members_of
+from nope_jax.data.sources import source_of
 from nope_jax.data.tasks import find_task
-from nope_jax.data.windows import Windows, step_windows
+from nope_jax.data.windows import Windows, epoch_windows
 
 
 class Batch(NamedTuple):
@@ -36,7 +39,7 @@ def train_batches(
     config: DataConfig,
     *,
     start_step: int = 0,
-    corpus: Corpus | None = None,
+    corpus: Corpus | Mixture | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -48,11 +51,16 @@ def train_batches(
     Raises:
         ValueError: data.batch_size is not a multiple of the processes, or the corpus is shorter than one window.
     """
-    rows = _rows(config, process_index, process_count)
-    windows = _windows(config, "train", config.seed, corpus)
+    share = _rows(config, process_index, process_count)
+    members = _members(config, "train", config.seed, corpus)
+    weights, masked = _weights(config, members), masks_loss(config)
 
     def batch(step: int) -> Batch:
-        return _stack(windows, step_windows(step, rows, config.batch_size, len(windows), config.seed), config)
+        sources, rows = mix(step * config.batch_size + np.array(share), weights)
+        windows = np.empty_like(rows)
+        for source, member in enumerate(members):
+            windows[sources == source] = epoch_windows(rows[sources == source], len(member), config.seed)
+        return _gather(members, sources, windows, config, masked)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
     return iter(steps.map(batch).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
@@ -62,28 +70,33 @@ def validation_batches(
     config: DataConfig,
     num_batches: int,
     *,
-    corpus: Corpus | None = None,
+    corpus: Corpus | Mixture | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
     """Return batches of windows spread evenly over the validation documents; they are the same for every seed and call.
 
-    If there are fewer windows than rows, windows are repeated as evenly as possible. Pass `corpus` if the validation
-    split is already loaded.
+    Several sources have the same shares of the rows as in training. If there are fewer windows than rows, windows are
+    repeated as evenly as possible. Pass `corpus` if the validation split is already loaded.
 
     Raises:
         ValueError: as `train_batches`.
     """
-    rows = _rows(config, process_index, process_count)
-    windows = _windows(config, "validation", 0, corpus)
-    count = num_batches * config.batch_size
-    chosen = (np.arange(count) * len(windows) // count).reshape(num_batches, config.batch_size)
-    return [_stack(windows, indices[rows.start : rows.stop], config) for indices in chosen]
+    share = _rows(config, process_index, process_count)
+    members = _members(config, "validation", 0, corpus)
+    sources, rows = mix(np.arange(num_batches * config.batch_size), _weights(config, members))
+    counts = np.bincount(sources, minlength=len(members))
+    windows = rows * np.array([len(member) for member in members])[sources] // counts[sources]
+    starts = [batch * config.batch_size for batch in range(num_batches)]
+    of_batches = [slice(start + share.start, start + share.stop) for start in starts]
+    masked = masks_loss(config)
+    return [_gather(members, sources[part], windows[part], config, masked) for part in of_batches]
 
 
 def masks_loss(config: DataConfig) -> bool:
-    """Whether the batches of this config have a `loss_mask`."""
-    return config.source.startswith("task:") and find_task(config.source.removeprefix("task:")).answer_only
+    """Whether the batches of this config have a `loss_mask`: those of all sources do if those of one do."""
+    names = [*config.sources, config.validation_source or ""]
+    return any(find_task(name.removeprefix("task:")).answer_only for name in names if name.startswith("task:"))
 
 
 def _rows(config: DataConfig, process_index: int, process_count: int) -> range:
@@ -93,21 +106,63 @@ def _rows(config: DataConfig, process_index: int, process_count: int) -> range:
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _windows(config: DataConfig, split: Split, seed: int, corpus: Corpus | None) -> Windows | ExampleRows:
-    corpus = load_corpus(config, split) if corpus is None else corpus
+Rows = Windows | ExampleRows
+"""The rows of a corpus, by their indices."""
+
+
+def _members(config: DataConfig, split: Split, seed: int, corpus: Corpus | Mixture | None) -> list[Rows]:
+    """The rows of each source of a split."""
+    corpora = (load_corpus(config, split) if corpus is None else corpus).members
+    configs = members_of(config, split)
+    return [_windows(*pair, split, seed) for pair in zip(configs, corpora, strict=True)]
+
+
+def _windows(config: DataConfig, corpus: Corpus, split: Split, seed: int) -> Rows:
+    source = source_of(config, split)
     if corpus.answers is not None:
-        return ExampleRows(corpus, config.context_length, config.source, packed=config.document_mask)
+        return ExampleRows(corpus, config.context_length, str(source), packed=config.document_mask)
     windows = Windows(corpus, config.context_length, seed)
     if not len(windows):
         needed = config.context_length + (not config.bos)
         raise ValueError(
-            f"data.context_length {config.context_length} needs {needed} tokens, but the {split} split of data.source "
-            f"{config.source} has {len(corpus.tokens)}"
+            f"data.context_length {config.context_length} needs {needed} tokens, but the {split} split of {source} has "
+            f"{len(corpus.tokens)}"
         )
     return windows
 
 
-def _stack(windows: Windows | ExampleRows, indices: Int[np.ndarray, "B"], config: DataConfig) -> Batch:
+def _weights(config: DataConfig, members: Sequence[Rows]) -> Sequence[float]:
+    """The shares of the sources in the rows; those of their sizes unless they are given."""
+    given = len(members) > 1 and config.weights
+    return config.weights if given else [len(member) for member in members]  # type: ignore[return-value]
+
+
+def _gather(
+    members: Sequence[Rows],
+    sources: Int[np.ndarray, "B"],
+    windows: Int[np.ndarray, "B"],
+    config: DataConfig,
+    masked: bool,
+) -> Batch:
+    """The batch of rows, each given by its source and its index among the rows of that source.
+
+    With `masked`, it has a `loss_mask`, in which all targets of a text count.
+    """
+    parts = [
+        _stack(member, windows[sources == source], config) for source, member in enumerate(members) if source in sources
+    ]
+    if masked:
+        parts = [
+            part if part.loss_mask is not None else part._replace(loss_mask=np.ones_like(part.tokens, bool))
+            for part in parts
+        ]
+    place = np.argsort(np.argsort(sources, kind="stable"))
+    columns: Any = zip(*parts, strict=True)
+    merged: Any = [None if column[0] is None else np.concatenate(column)[place] for column in columns]
+    return Batch(*merged)
+
+
+def _stack(windows: Rows, indices: Int[np.ndarray, "B"], config: DataConfig) -> Batch:
     if isinstance(windows, ExampleRows):
         columns: Any = zip(*[windows[index] for index in indices], strict=True)
         stacked: Any = [None if column[0] is None else np.stack(column) for column in columns]

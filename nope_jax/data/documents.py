@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from jaxtyping import UInt64
+
 Split = Literal["train", "validation"]
 
 
@@ -15,6 +18,8 @@ class Documents(NamedTuple):
     read: Callable[[Iterable[int]], Iterator[Iterable[bytes]]]
     """Yields the texts of the given documents, each in pieces; fastest in ascending order."""
     name: Callable[[int], str]
+    digests: Callable[[], UInt64[np.ndarray, "documents"]]
+    """Returns a `TextDigest` of each document; may read all of them."""
     fingerprint: Any
     """JSON value that changes when the documents do."""
     notes: tuple[str, ...] = ()

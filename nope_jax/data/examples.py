@@ -26,7 +26,7 @@ class ExampleRows:
         lengths = np.diff(corpus.offsets) - (corpus.bos is None)  # inputs of each document
         if lengths.max() > context_length:
             raise ValueError(
-                f"data.context_length {context_length} is too short for data.source {source}: its longest example "
+                f"data.context_length {context_length} is too short for {source}: its longest example "
                 f"takes {lengths.max()} tokens"
             )
         self._firsts = _first_of_rows(lengths, context_length) if packed else np.arange(len(corpus) + 1)

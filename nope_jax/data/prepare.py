@@ -6,23 +6,16 @@ prepare the same split, the second waits and finds it done.
 """
 
 import array
-import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,34 +25,38 @@ from tqdm import tqdm
 
 from nope_jax.config import DataConfig
 from nope_jax.data.documents import Documents, Split
-from nope_jax.data.sources import data_dir, find_documents
-from nope_jax.data.tokenizers import Tokenizer, load_tokenizer
+from nope_jax.data.sources import SPLITS, check_apart, data_dir, find_documents, is_task, members, source_of
+from nope_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_digest
+from nope_jax.data.workers import in_processes, locked, replaced
 
 PART = 2**28
 """Bytes of text that one worker tokenizes at a time, rounded to the end of a document."""
 
 
 def prepare(config: DataConfig, workers: int) -> None:
-    """Write the tokens of both splits of `data.source` under `data.dir`, for `load_corpus`.
+    """Write the tokens of both splits of a config's data under `data.dir`, for `load_corpus`.
 
     Args:
-        config: Source, dir and tokenizer are used.
-        workers: Number of processes that tokenize; with 1, this process does.
+        config: Sources, dir and tokenizer are used.
+        workers: Number of processes that read and tokenize; with 1, this process does.
 
     Raises:
-        ValueError: as `load_corpus`, or this source needs no preparation.
-        OSError: the files cannot be written.
+        ValueError: as `load_corpus`, or the sources need no preparation.
         OSError: the files cannot be written.
     """
-    if config.source.startswith("task:"):
+    wanted = [(member, split) for split in SPLITS for member in members(config, split) if not is_task(member, split)]
+    if not wanted:
         raise ValueError(f"data.source {config.source} is made at the start of a run: there is nothing to prepare")
-    for split in ("train", "validation"):
-        prepare_split(config, split, workers)
+    check_apart(config, workers)
+    for member, split in wanted:
+        prepare_split(member, split, workers)
 
 
 def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
-    """Write the tokens of one split."""
-    documents = find_documents(config, split)
+    """Write the tokens of one split of a single source."""
+    tokenizer = load_tokenizer(config.tokenizer, config.separator_token)  # first: a wrong one is said at once
+    documents = find_documents(config, split, workers)
+    name = f"{source_of(config, split).name}, {split}"
     tokens_file, offsets_file = token_files(config, documents)
     count = min(documents.size, math.ceil(documents.num_bytes / PART) or 1)
     cuts = [documents.size * i // count for i in range(count + 1)]
@@ -69,36 +66,38 @@ def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
     for note in documents.notes:
         say_once(note)
     tokens_file.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(tokens_file.with_suffix(".lock")):
+    with locked(tokens_file.with_suffix(".lock")):
         if offsets_file.exists():
-            print(f"{config.source}, {split}: prepared in {tokens_file}", file=sys.stderr)
+            print(f"{name}: prepared in {tokens_file}", file=sys.stderr)
             return
         for left in tokens_file.parent.glob(f"{tokens_file.stem}.*.unfinished"):
             left.unlink(missing_ok=True)
         missing = [i for i, part in enumerate(parts) if not part.with_suffix(".npy").exists()]
-        what = f"{config.source}, {split}: {documents.size:,} documents, {documents.num_bytes / 1e9:.1f} GB"
+        what = f"{name}: {documents.size:,} documents, {documents.num_bytes / 1e9:.1f} GB"
         print(f"{what}, in {len(missing)} parts with {workers} processes", file=sys.stderr)
-        tasks = [_Task(ranges[i], parts[i], documents.fingerprint) for i in missing]
+        tasks = [_Task(config, split, ranges[i], parts[i], documents.fingerprint) for i in missing]
         share = documents.num_bytes // count
         with tqdm(total=len(missing) * share, unit="B", unit_scale=True, disable=None) as bar:
-            undecodable = list(_tokenize_parts(config, split, tasks, workers, share, bar.update))
+            undecodable = list(_tokenize_parts(tasks, workers, share, bar.update))
         if indices := sorted(itertools.chain(*undecodable)):
             first = documents.name(indices[0])
             print(
-                f"{config.source}, {split}: {len(indices):,} documents are not UTF-8, {first} the first: each "
-                "invalid byte is read as U+FFFD",
+                f"{name}: {len(indices):,} documents are not UTF-8, {first} the first: each invalid byte is read as "
+                "U+FFFD",
                 file=sys.stderr,
             )
-        dtype = token_dtype(load_tokenizer(config.tokenizer))
+        dtype = token_dtype(tokenizer)
         offsets = _join(parts, tokens_file, dtype.itemsize)
         digest_file = digest_file_of(tokens_file)
         digest_file.unlink(missing_ok=True)
-        digest_file.write_text(digest_of(np.memmap(tokens_file, dtype, mode="r"), offsets) + "\n")
-        with _replaced(offsets_file) as unfinished, unfinished.open("wb") as file:
+        with tokens_file.open("rb") as tokens:  # read, since a memory map would count as memory in use
+            digest = digest_of(iter(lambda: tokens.read(2**20), b""), offsets)
+        digest_file.write_text(digest + "\n")
+        with replaced(offsets_file) as unfinished, unfinished.open("wb") as file:
             np.save(file, offsets)  # written last: if this file exists, the tokens are complete
         for part in parts:
             part.with_suffix(".npy").unlink()
-        print(f"{config.source}, {split}: {offsets[-1]:,} tokens in {tokens_file}", file=sys.stderr)
+        print(f"{name}: {offsets[-1]:,} tokens in {tokens_file}", file=sys.stderr)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -113,8 +112,11 @@ def token_files(config: DataConfig, documents: Documents) -> tuple[Path, Path]:
     to another machine.
     """
     fingerprint = hashlib.sha256(json.dumps(documents.fingerprint).encode())
-    is_file = config.tokenizer != "bytes"
-    fingerprint.update(Path(config.tokenizer).expanduser().read_bytes() if is_file else b"bytes")
+    file = Path(config.tokenizer).expanduser()
+    is_file = config.tokenizer != "bytes" and file.is_file()
+    fingerprint.update(file.read_bytes() if is_file else tokenizer_digest(config.tokenizer).encode())
+    if config.separator_token is not None:
+        fingerprint.update(f" separated by {config.separator_token}".encode())
     tokens_file = data_dir(config) / "tokens" / f"{fingerprint.hexdigest()[:32]}.tokens"
     return tokens_file, tokens_file.with_suffix(".npy")
 
@@ -124,10 +126,11 @@ def digest_file_of(tokens_file: Path) -> Path:
     return tokens_file.with_suffix(".sha256")
 
 
-def digest_of(tokens: Integer[np.ndarray, "tokens"], offsets: Integer[np.ndarray, "boundaries"]) -> str:
-    """SHA-256 of the tokens and document boundaries, independent of file names and locations."""
+def digest_of(tokens: Iterable[bytes | memoryview], offsets: Integer[np.ndarray, "boundaries"]) -> str:
+    """SHA-256 of the tokens, given in pieces, and document boundaries, independent of file names and locations."""
     content = hashlib.sha256(np.ascontiguousarray(offsets, np.int64).data)
-    content.update(np.ascontiguousarray(tokens).data)
+    for piece in tokens:
+        content.update(piece)
     return content.hexdigest()
 
 
@@ -156,7 +159,7 @@ def tokenize(
         file: File to write to.
         advance: Called with the number of text bytes read since the last call.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.separator_token)
     dtype = token_dtype(tokenizer)
     offsets, undecodable = array.array("q", [0]), []
 
@@ -187,6 +190,8 @@ def say_once(line: str) -> None:
 class _Task(NamedTuple):
     """A part to tokenize."""
 
+    config: DataConfig
+    split: Split
     indices: range
     file: Path
     fingerprint: Any
@@ -194,40 +199,25 @@ class _Task(NamedTuple):
 
 
 def _tokenize_parts(
-    config: DataConfig, split: Split, tasks: Sequence[_Task], workers: int, share: int, advance: Callable[[int], Any]
+    tasks: Sequence[_Task], workers: int, share: int, advance: Callable[[int], Any]
 ) -> Generator[list[int]]:
     """Yield the non-UTF-8 documents of each finished part; advance by bytes, or by one share per part."""
     if workers == 1 or len(tasks) < 2:
         for task in tasks:
-            yield _tokenize_part(config, split, task, advance)
+            yield _tokenize_part(task, advance)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start_worker) as pool:
-        try:
-            for done in as_completed([pool.submit(_tokenize_part, config, split, task) for task in tasks]):
-                yield done.result()
-                advance(share)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+    for _, undecodable in in_processes(_tokenize_part, tasks, workers):
+        yield undecodable
+        advance(share)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but only the parent should report it
-    tqdm.set_lock(threading.RLock())  # tqdm's default is a semaphore, which a terminated worker would leak
-
-
-def _tokenize_part(
-    config: DataConfig, split: Split, task: _Task, advance: Callable[[int], Any] = lambda num_bytes: None
-) -> list[int]:
-    documents = find_documents(config, split)  # per part, to keep few of its files open at a time
+def _tokenize_part(task: _Task, advance: Callable[[int], Any] = lambda num_bytes: None) -> list[int]:
+    documents = find_documents(task.config, task.split)  # per part, to keep few of its files open at a time
     if documents.fingerprint != task.fingerprint:
-        raise ValueError(f"data.source {config.source} has changed during preparation: start again")
-    with _replaced(task.file) as unfinished, unfinished.open("wb") as file:
-        offsets, undecodable = tokenize(documents, task.indices, config, file, advance)
-    with _replaced(task.file.with_suffix(".npy")) as unfinished, unfinished.open("wb") as file:
+        raise ValueError(f"{source_of(task.config, task.split)} has changed during preparation: start again")
+    with replaced(task.file) as unfinished, unfinished.open("wb") as file:
+        offsets, undecodable = tokenize(documents, task.indices, task.config, file, advance)
+    with replaced(task.file.with_suffix(".npy")) as unfinished, unfinished.open("wb") as file:
         np.save(file, offsets)
     return undecodable
 
@@ -258,29 +248,3 @@ def _join(parts: Sequence[Path], tokens_file: Path, itemsize: int) -> np.ndarray
             part.unlink()
     joining.replace(tokens_file)
     return np.concatenate([[0], *(part[1:] + start for part, start in zip(offsets, ends, strict=False))])
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which replaces `path` if the block ends without an error.
-
-    The temporary name is unique, because a worker may outlive the killed process that started it.
-    """
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock, waiting for any other process that has it."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{path}: another process prepares this; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,104 +1,124 @@
-"""The sources that `data.source` can name, except tasks."""
+"""The sources that `data.source` and `data.validation_source` can name, and which documents of them a run reads."""
 
+import dataclasses
 import difflib
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, get_args
 
-import tensorflow_datasets as tfds
+import numpy as np
 
 from nope_jax.config import DataConfig
 from nope_jax.data import python_stdlib
 from nope_jax.data.documents import Documents, Split
+from nope_jax.data.formats import FORMATS
+from nope_jax.data.formats.scan import scanned_documents
+from nope_jax.data.formats.tfds import dataset_documents, open_dataset
+from nope_jax.data.splits import part_of
 from nope_jax.data.tasks import TASKS
-from nope_jax.data.text_files import text_documents
 from nope_jax.paths import on_disk
 
-TEXT_FEATURES = ("text", "book_text")
-"""Features that may hold the documents of a TFDS dataset; PG-19 has the second."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
-def find_documents(config: DataConfig, split: Split) -> Documents:
-    """Find the documents of one split of a `data.source` that has documents.
+class Source(NamedTuple):
+    """A source, and the field that names it."""
+
+    field: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.name}"
+
+
+def members(config: DataConfig, split: Split) -> list[DataConfig]:
+    """The configs, of one source each, of the corpora that make up a split."""
+    several = [dataclasses.replace(config, source=name, weights=None) for name in config.sources]
+    return several[:1] if split == "validation" and config.validation_source is not None else several
+
+
+def source_of(config: DataConfig, split: Split) -> Source:
+    """The source of a split of a config that has a single one."""
+    if split == "validation" and config.validation_source is not None:
+        return Source("data.validation_source", config.validation_source)
+    (name,) = config.sources
+    return Source("data.source", name)
+
+
+def describe(config: DataConfig, split: Split) -> str:
+    """The sources of a split, for messages."""
+    return " ".join(source_of(member, split).name for member in members(config, split))
+
+
+def is_task(config: DataConfig, split: Split) -> bool:
+    """Whether the source of a split is a task, which has no documents until they are generated."""
+    return source_of(config, split).name.startswith("task:")
+
+
+def find_documents(config: DataConfig, split: Split, workers: int = 1) -> Documents:
+    """Find the documents of one split of a single source that has documents.
 
     Raises:
         ValueError: as `load_corpus`.
     """
-    documents = _find_documents(config, split)
+    documents = _find_documents(config, split, workers)
     if not documents.size:
-        raise ValueError(f"data.source {config.source} has no documents in its {split} split")
+        raise ValueError(f"{source_of(config, split)} has no documents in its {split} split")
     return documents
 
 
-def _find_documents(config: DataConfig, split: Split) -> Documents:
-    kind, _, name = config.source.partition(":")
-    if kind == "text" and name:
-        any_bytes = config.tokenizer == "bytes"
-        return text_documents(
-            name, split, separator=config.document_separator, any_bytes=any_bytes, data_dir=data_dir(config)
-        )
-    if config.source == "python_stdlib":
-        return _tfds_documents(python_stdlib.prepare(data_dir(config)), split)
+def _find_documents(config: DataConfig, split: Split, workers: int) -> Documents:
+    source, part, folder = source_of(config, split), part_of(config, split), data_dir(config)
+    kind, _, name = source.name.partition(":")
+    if kind in FORMATS and name:
+        format = FORMATS[kind].open(name, part, config, str(source))
+        return scanned_documents(format, part, folder / "tokens", workers)
+    if source.name == "python_stdlib":
+        return dataset_documents(python_stdlib.prepare(folder), part, config, str(source))
     if kind == "tfds" and name:
-        return _tfds_documents(_prepared_dataset(name, data_dir(config)), split)
-    near = difflib.get_close_matches(config.source, ["python_stdlib", *(f"task:{name}" for name in TASKS)], n=1)
+        return dataset_documents(open_dataset(name, folder, str(source)), part, config, str(source))
+    usages = [f"{kind}:{format.usage}" for kind, format in FORMATS.items()]
+    near = difflib.get_close_matches(source.name, ["python_stdlib", *(f"task:{name}" for name in TASKS)], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"data.source must be python_stdlib, text:PATH_OR_GLOB, tfds:NAME or task:NAME, not {config.source!r}{hint}"
+        f"{source.field} must be python_stdlib, {', '.join(usages)}, tfds:NAME or task:NAME, not {source.name!r}{hint}"
     )
+
+
+def check_apart(config: DataConfig, workers: int = 1) -> None:
+    """Check that no document of the validation split is trained on, where sources are combined.
+
+    Within a single source this follows from how it is divided. The result is kept under `data.dir`.
+
+    Raises:
+        ValueError: a text is in both; the message names it.
+    """
+    if config.validation_source is None and len(config.sources) == 1:
+        return
+    sides = {split: [c for c in members(config, split) if not is_task(c, split)] for split in SPLITS}
+    for training in sides["train"]:
+        trained = find_documents(training, "train", workers)
+        for held_out in sides["validation"]:
+            if held_out.validation_source is None and held_out.source == training.source:
+                continue
+            validation = find_documents(held_out, "validation", workers)
+            pair = hashlib.sha256(json.dumps([trained.fingerprint, validation.fingerprint]).encode()).hexdigest()[:32]
+            checked = data_dir(config) / "tokens" / f"{pair}.apart"
+            if checked.exists():
+                continue
+            shared = np.flatnonzero(np.isin(validation.digests(), trained.digests()))
+            if len(shared):
+                raise ValueError(
+                    f"{source_of(held_out, 'validation')} overlaps {source_of(training, 'train')}: {len(shared):,} of "
+                    f"its validation documents are also trained on, {validation.name(int(shared[0]))} the first"
+                )
+            checked.parent.mkdir(parents=True, exist_ok=True)
+            checked.touch()
 
 
 def data_dir(config: DataConfig) -> Path:
     """Folder of prepared datasets and tokens."""
     folder = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(on_disk(folder, "data.dir")).expanduser().absolute()
-
-
-def _prepared_dataset(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
-    folder = data_dir / name.replace(":", "/")
-    found = sorted(file.parent for file in folder.glob("**/dataset_info.json"))
-    found = [path for path in found if not path.name.startswith("incomplete.")]
-    if len(found) != 1:
-        others = [str(path.relative_to(data_dir)) for path in found]
-        says = f"is one of several, {', '.join(others)}: name one" if found else f"does not lie in data.dir {data_dir}"
-        raise ValueError(f"data.source tfds:{name} {says}")
-    builder = tfds.builder_from_directory(found[0])
-    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(
-            f"data.source tfds:{name} is not stored as ArrayRecord; prepare it with file_format='array_record'"
-        )
-    features: Any = builder.info.features
-    if not set(TEXT_FEATURES) & set(features):
-        raise ValueError(
-            f"data.source tfds:{name} has no feature {' or '.join(TEXT_FEATURES)}, only {', '.join(features)}"
-        )
-    return builder
-
-
-def _tfds_documents(builder: tfds.core.DatasetBuilder, split: Split) -> Documents:
-    info = builder.info
-    part: str = split
-    if "validation" not in info.splits:
-        part = "train[:90%]" if split == "train" else "train[90%:]"
-    if "train" not in info.splits:
-        raise ValueError(f"data.source {info.full_name} has no split train, only {', '.join(info.splits)}")
-    features: Any = info.features
-    feature = next(name for name in TEXT_FEATURES if name in features)
-    source = builder.as_data_source(part)
-
-    def texts(indices: Iterable[int]) -> Iterator[list[bytes]]:
-        try:
-            for index in indices:
-                yield [source[index][feature]]
-        except RuntimeError as error:  # what array_record raises for a file that it cannot open
-            raise OSError(f"the text of {info.full_name} cannot be read in data.dir ({error})") from error
-
-    whole = info.splits[part.partition("[")[0]]  # TFDS has no size for a part of a split
-    return Documents(
-        len(source),
-        whole.num_bytes * len(source) // max(1, whole.num_examples),
-        texts,
-        lambda index: f"document {index} of {info.full_name}",
-        [info.full_name, feature, part, len(source), whole.num_bytes, whole.shard_lengths],
-    )

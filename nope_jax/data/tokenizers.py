@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Integer
 
+from nope_jax.config import Config, override
 from nope_jax.data.gguf import read_header
 from nope_jax.data.gguf_tokenizer import build_tokenizer
 
@@ -276,39 +277,57 @@ def _seam(
     return start + match.a + match.size // 2, match.b + match.size // 2
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, separator: str | None = None) -> Tokenizer:
     """Load the tokenizer given by `data.tokenizer`.
 
     Args:
         spec: `bytes`, `task:NAME` (the words of a task), or a path: a tokenizer.json (ending in .json), the folder of a
             Hugging Face model, a GGUF file (ending in .gguf), or a SentencePiece model (any other file).
+        separator: The token that separates documents (`data.separator_token`); None: the tokenizer's own.
 
     Raises:
         ValueError: the task or the path does not exist, is not a tokenizer, or has no token that can separate documents
-            (SEPARATORS, or the end-of-sentence token of a SentencePiece model).
+            (SEPARATORS, or the end-of-sentence token of a SentencePiece model); or `separator` is none of its tokens.
     """
     if spec == "bytes":
-        return ByteTokenizer()
+        if separator is None:
+            return ByteTokenizer()
+        byte = _known(next(iter(separator.encode()), None) if len(separator.encode()) == 1 else None, separator, spec)
+        return ByteTokenizer(separator=byte, bos=byte)
     if spec.startswith("task:"):
-        return _load_words(spec)
+        return _load_words(spec, separator)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, separator)
     if not path.is_file():
         raise ValueError(
             "data.tokenizer must be bytes, task:NAME or the path of a tokenizer.json, a SentencePiece model, a GGUF "
             f"file or the folder of a Hugging Face model; {spec} is no file or folder"
         )
     loaders = {".json": _load_json, ".gguf": _load_gguf}
-    return loaders.get(path.suffix, _load_sentencepiece)(path)
+    return loaders.get(path.suffix, _load_sentencepiece)(path, separator)
 
 
-def tokenizer_digest(spec: str) -> str:
-    """Identify a tokenizer by content, independent of its path: `bytes`, or a SHA-256.
+def with_vocab_size(config: Config) -> Config:
+    """Return a config whose `model.vocab_size` is not None: 256, or the size of the tokenizer if that is larger.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    if config.model.vocab_size is not None:
+        return config
+    tokens = load_tokenizer(config.data.tokenizer, config.data.separator_token).vocab_size
+    return override(config, {"model.vocab_size": max(config.model.num_tokens, tokens)})
+
+
+def tokenizer_digest(spec: str, separator: str | None = None) -> str:
+    """Identify a tokenizer and its separator by content, independent of its path: `bytes`, or a SHA-256.
 
     That of the words of a task, or of the file; of a Hugging Face folder those that describe its tokenizer, of a GGUF
     file the tokenizer in it.
     """
+    if separator is not None:
+        return hashlib.sha256(f"{tokenizer_digest(spec)} {separator}".encode()).hexdigest()
     if spec == "bytes":
         return spec
     if spec.startswith("task:"):
@@ -324,17 +343,27 @@ def tokenizer_digest(spec: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _load_words(spec: str) -> WordTokenizer:
+def _known(token: int | None, separator: str, spec: object) -> int:
+    if token is None:
+        raise ValueError(f"data.separator_token {separator!r} is no token of data.tokenizer {spec}")
+    return token
+
+
+def _load_words(spec: str, separator: str | None = None) -> WordTokenizer:
     from nope_jax.data.tasks import find_task  # which imports this module, since some tasks are made of tokens
 
     vocabulary = find_task(spec.removeprefix("task:"), "data.tokenizer").vocabulary
     if not vocabulary:
         raise ValueError(f"data.tokenizer {spec}: this task has no words of its own; bytes can read it")
-    return WordTokenizer(spec, vocabulary)
+    tokenizer = WordTokenizer(spec, vocabulary)
+    if separator is not None:
+        words = {word: i for i, word in enumerate(tokenizer.words)}
+        tokenizer.separator = tokenizer.bos = _known(words.get(separator), separator, spec)
+    return tokenizer
 
 
-def _load_json(path: Path) -> JsonTokenizer:
-    return _json_tokenizer(_read_json_tokenizer(path), str(path))
+def _load_json(path: Path, separator: str | None) -> JsonTokenizer:
+    return _json_tokenizer(_read_json_tokenizer(path), path, separator)
 
 
 def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -348,14 +377,26 @@ def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def _json_tokenizer(
-    tokenizer: tokenizers.Tokenizer, name: str, separator: int | None = None, bos: int | None = None
+    tokenizer: tokenizers.Tokenizer,
+    name: Path,
+    named: str | None,
+    separator: int | None = None,
+    bos: int | None = None,
 ) -> JsonTokenizer:
-    """With the ids of its separator and beginning-of-sequence token, found by their names where they are None."""
+    """With the ids of its separator and beginning-of-sequence token, found by their names where they are None.
+
+    A separator named by the user comes before that.
+    """
     vocabulary = tokenizer.get_vocab()
+    if named is not None:
+        separator = _known(vocabulary.get(named), named, name)
     if separator is None:
         separator = next((vocabulary[token] for token in SEPARATORS if token in vocabulary), None)
     if separator is None:
-        raise ValueError(f"data.tokenizer {name} has no token that separates documents, one of {', '.join(SEPARATORS)}")
+        raise ValueError(
+            f"data.tokenizer {name} has no token that separates documents, one of {', '.join(SEPARATORS)}: name one of "
+            "its tokens as data.separator_token"
+        )
     if bos is None:
         bos = next((vocabulary[token] for token in BEGINNINGS if token in vocabulary), separator)
     return JsonTokenizer(tokenizer, max(vocabulary.values()) + 1, separator, bos)
@@ -365,14 +406,14 @@ _FOLDER_FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "g
 """Of a Hugging Face folder: the tokenizer, and what names its special tokens, the first that does so first."""
 
 
-def _load_folder(folder: Path) -> Tokenizer:
+def _load_folder(folder: Path, separator: str | None) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         if (folder / "tokenizer.model").is_file():
-            return _load_sentencepiece(folder / "tokenizer.model")
+            return _load_sentencepiece(folder / "tokenizer.model", separator)
         raise ValueError(f"data.tokenizer {folder} has no tokenizer.json, nor a SentencePiece tokenizer.model")
     tokenizer = _read_json_tokenizer(folder / "tokenizer.json")
     return _json_tokenizer(
-        tokenizer, str(folder), *(_special_token(folder, tokenizer, name) for name in ("eos", "bos"))
+        tokenizer, folder, separator, *(_special_token(folder, tokenizer, name) for name in ("eos", "bos"))
     )
 
 
@@ -394,12 +435,12 @@ def _special_token(folder: Path, tokenizer: tokenizers.Tokenizer, name: str) -> 
     return None
 
 
-def _load_gguf(path: Path) -> JsonTokenizer:
-    tokenizer, separator, bos = build_tokenizer(read_header(path))
-    return _json_tokenizer(tokenizer, str(path), separator, bos)
+def _load_gguf(path: Path, separator: str | None) -> JsonTokenizer:
+    tokenizer, eos, bos = build_tokenizer(read_header(path))
+    return _json_tokenizer(tokenizer, path, separator, eos, bos)
 
 
-def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
+def _load_sentencepiece(path: Path, separator: str | None) -> SentencePieceTokenizer:
     try:
         import sentencepiece
     except ModuleNotFoundError:
@@ -408,7 +449,14 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"data.tokenizer {path} is neither a SentencePiece model nor a .json file") from error
-    if processor.eos_id() < 0:
-        raise ValueError(f"data.tokenizer {path} has no end-of-sentence token to separate documents")
-    bos = processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id()
-    return SentencePieceTokenizer(processor, processor.vocab_size(), processor.eos_id(), bos)
+    end = processor.eos_id()
+    if separator is not None:
+        token = processor.piece_to_id(separator)
+        end = _known(token if processor.id_to_piece(token) == separator else None, separator, path)
+    if end < 0:
+        raise ValueError(
+            f"data.tokenizer {path} has no end-of-sentence token to separate documents: name one of its tokens as "
+            "data.separator_token"
+        )
+    bos = processor.bos_id() if processor.bos_id() >= 0 else end
+    return SentencePieceTokenizer(processor, processor.vocab_size(), end, bos)

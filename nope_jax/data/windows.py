@@ -1,4 +1,4 @@
-"""The tokens of each window, and the window of each row of a step, as functions of their indices only.
+"""The tokens of each window, and the window of each row of training, as functions of their indices only.
 
 T is the context length.
 """
@@ -61,9 +61,9 @@ class Windows:
         return slice(first, last + 1)
 
 
-def step_windows(step: int, rows: range, batch_size: int, count: int, seed: int) -> Int[np.ndarray, "rows"]:
-    """The windows of some rows of a step: each epoch visits all `count` windows once, in its own order."""
-    epochs, indices = np.divmod(step * batch_size + np.array(rows), count)
+def epoch_windows(rows: Int[np.ndarray, "n"], count: int, seed: int) -> Int[np.ndarray, "n"]:
+    """The windows of rows, counted from the start of training: each epoch visits all `count` once, in its own order."""
+    epochs, indices = np.divmod(rows, count)
     windows = np.empty_like(indices)
     for epoch in np.unique(epochs):
         windows[epochs == epoch] = permute(indices[epochs == epoch], count, (seed, int(epoch)))

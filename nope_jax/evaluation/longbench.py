@@ -77,13 +77,15 @@ def plan(options: Options) -> "LongBench":
                 f"for the answer, not {options.lengths[0]}; --longbench.datasets can leave it out"
             )
         for run in runs:
-            continuations.encode(_tokenizer(run.config.data.tokenizer), dataset.rows[0].prompt, bos=run.config.data.bos)
+            continuations.encode(_tokenizer(run), dataset.rows[0].prompt, bos=run.config.data.bos)
     return LongBench(runs, datasets, settings)
 
 
-@functools.cache
-def _tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)
+def _tokenizer(run: Run[Any]) -> Tokenizer:
+    return _loaded(run.config.data.tokenizer, run.config.data.separator_token)
+
+
+_loaded = functools.cache(load_tokenizer)
 
 
 def cut(tokens: Int[np.ndarray, "_"], most: int) -> Int[np.ndarray, "_"]:
@@ -128,7 +130,7 @@ class LongBench(Evaluation):
         return result_identity(run, run.config.data.tokenizer, run.config.data.bos, length, dataset.digest)
 
     def _measure(self, run: Run[Results], model: Decoder, dataset: Dataset, length: int, rows: int, bar: Bar) -> Scores:
-        tokenizer, bos = _tokenizer(run.config.data.tokenizer), run.config.data.bos
+        tokenizer, bos = _tokenizer(run), run.config.data.bos
         most = length - dataset.room
         prompts = [cut(continuations.encode(tokenizer, row.prompt, bos=bos), most) for row in dataset.rows]
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))

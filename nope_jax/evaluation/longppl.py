@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.console import Bar
-from nope_jax.evaluation.common.documents import Documents, read_documents
+from nope_jax.evaluation.common.documents import VALIDATION, Documents, read_documents
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv, store, stored
 from nope_jax.evaluation.common.report import Section, Table
@@ -42,7 +42,7 @@ from nope_jax.evaluation.registry import LongpplConfig, Options
 from nope_jax.paths import location
 from nope_jax.sharding import to_host
 
-SHARED = ("data.source", "eval.documents", "eval.seed")
+SHARED = (*VALIDATION, "eval.documents", "eval.seed")
 """Config fields that must agree between runs."""
 COLUMNS = (
     "run encoding train_length length documents tokens perplexity perplexity_stderr "

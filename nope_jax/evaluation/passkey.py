@@ -54,7 +54,8 @@ def plan(options: Options) -> "PasskeyRetrieval":
         ValueError: a run, a length or a tokenizer is invalid.
     """
     runs = find_runs(options)
-    tasks = [Passkey(load_tokenizer(run.config.data.tokenizer), bos=run.config.data.bos) for run in runs]
+    used = [run.config.data for run in runs]
+    tasks = [Passkey(load_tokenizer(data.tokenizer, data.separator_token), bos=data.bos) for data in used]
     for run, task in zip(runs, tasks, strict=True):
         for length in options.lengths:
             shortest = max(task.shortest(key) for key in draw_keys(options.settings, length).flat)

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from nope_jax.data import describe
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.evaluation.common.console import Bar, plural
-from nope_jax.evaluation.common.documents import choose_documents, corpus_key, load_same_corpus
+from nope_jax.evaluation.common.documents import VALIDATION, choose_documents, corpus_key, load_same_corpus
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
 from nope_jax.evaluation.common.plots import INK, QUIET
@@ -238,7 +239,7 @@ def plan(options: Options) -> "PositionProbe":
     count = options.settings.documents
     if count < 2:
         raise ValueError(f"--probe.documents must be at least 2, half of which are for testing, not {count}")
-    runs = find_runs(options, ("data.source", "eval.seed"))
+    runs = find_runs(options, (*VALIDATION, "eval.seed"))
     lengths = sorted({*options.lengths, *(run.train_length for run in runs)})
     read: dict[tuple, dict[int, list[np.ndarray]]] = {}
     for run in runs:
@@ -332,11 +333,12 @@ class PositionProbe(Evaluation):
         """Notes below the table."""
         counts = sorted({one.documents for _, one in self.scores})
         fewest = f"{counts[0]} to " * (len(counts) > 1)
+        source = describe(self.runs[0].config.data, "validation")
         return [
             *cannot_read(self.runs),
             "Probe: a ridge regression from the residual stream to the position in tokens. in-window: fitted at the "
             "training length; own: fitted at the tested length. Layer 0 is the input of the first layer.",
-            f"Tested on {fewest}{plural(counts[-1], 'validation document')} of {self.runs[0].config.data.source} that "
+            f"Tested on {fewest}{plural(counts[-1], 'validation document')} of {source} that "
             "the probes were not fitted on. At a length past the training length, only the positions past it are used, "
             "also to fit its own probe.",
             "R²: 1 is exact, 0 no better than the mean position, below 0 worse. ±: standard error over the test "

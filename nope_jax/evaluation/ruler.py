@@ -103,15 +103,17 @@ def examples(run: Run[Results], task: RulerTask, length: int, count: int, seed: 
         ValueError: the task cannot be made at this length; the message names the run and what to change.
     """
     try:
-        yield from task.examples(_tokenizer(run.config.data.tokenizer), length, count, seed)
+        yield from task.examples(_tokenizer(run), length, count, seed)
     except ValueError as error:
         where = f"{run.name} ({run.config.data.tokenizer})"
         raise ValueError(f"--lengths of {where}: {error}; --ruler.tasks can leave out {task.name}") from error
 
 
-@functools.cache
-def _tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)
+def _tokenizer(run: Run[Any]) -> Tokenizer:
+    return _loaded(run.config.data.tokenizer, run.config.data.separator_token)
+
+
+_loaded = functools.cache(load_tokenizer)
 
 
 def refuse_lost(run: Run[Results], task: RulerTask, example: Example) -> None:
@@ -120,7 +122,7 @@ def refuse_lost(run: Run[Results], task: RulerTask, example: Example) -> None:
     Raises:
         ValueError: names the tokenizer and an answer.
     """
-    tokenizer = _tokenizer(run.config.data.tokenizer)
+    tokenizer = _tokenizer(run)
     told = tokenizer.decode(np.asarray(tokenizer.encode(example.prompt + " " + " ".join(example.answers))))
     for answer in example.answers:
         if task.score(told, [answer]) == 0:
@@ -171,7 +173,7 @@ class Ruler(Evaluation):
         drawn = list(examples(run, task, length, self.settings.examples, self.settings.seed))
         for example in drawn:
             refuse_lost(run, task, example)
-        tokenizer, bos = _tokenizer(run.config.data.tokenizer), run.config.data.bos
+        tokenizer, bos = _tokenizer(run), run.config.data.bos
         texts = continuations.write(
             model,
             tokenizer,

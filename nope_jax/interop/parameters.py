@@ -54,7 +54,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "K": config.num_kv_heads or config.num_heads,
         "H": head_dim(config),
         "F": config.mlp_size,
-        "V": config.vocab_size,
+        "V": config.num_tokens,
     }
 
 

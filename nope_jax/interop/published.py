@@ -64,7 +64,7 @@ class PublishedModel(abc.ABC):
         if not self._has_tokenizer:
             return None
         tokenizer = load_tokenizer(self.config.data.tokenizer)
-        if tokenizer.vocab_size > self.config.model.vocab_size:
+        if tokenizer.vocab_size > self.config.model.num_tokens:
             raise ValueError(
                 f"{self.path}: its tokenizer has {tokenizer.vocab_size} tokens, but its embedding "
                 f"{self.config.model.vocab_size} rows"

@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         Config(model=config)  # validates the fields
-        self.config = config
+        self.config = config = dataclasses.replace(config, vocab_size=config.num_tokens)
         dims = ModelDims(
             num_heads=config.num_heads,
             head_dim=config.head_dim or config.model_dim // config.num_heads,
@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
 
         embedding = jax.nn.initializers.normal(config.model_dim**-0.5)
         self.embedding = nnx.Param(
-            embedding(rngs.params(), (config.vocab_size, config.model_dim), jnp.float32), axes=("vocab", "embed")
+            embedding(rngs.params(), (config.num_tokens, config.model_dim), jnp.float32), axes=("vocab", "embed")
         )
         if config.embedding_norm:
             add_norm(self, "embedding_norm", config)
@@ -114,9 +114,9 @@ class Decoder(nnx.Module):
 
         self.blocks = nnx.List([stack(slot) for slot in range(period)])
         add_norm(self, "norm", config)
-        shape = (config.model_dim, config.vocab_size)
+        shape = (config.model_dim, config.num_tokens)
         self.head = None if config.tie_embeddings else kernel(rngs, shape, ("embed", "vocab"), inputs=shape[0])
-        self.head_bias = bias(config, "head", (config.vocab_size,), ("vocab",))
+        self.head_bias = bias(config, "head", (config.num_tokens,), ("vocab",))
 
     @auto_axes
     def __call__(
@@ -438,7 +438,7 @@ class Decoder(nnx.Module):
         self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """`nll`, and the logsumexp of the logits that each was computed from: the log of the softmax's normalizer."""
-        axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.vocab_size), strict=True)
+        axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.num_tokens), strict=True)
         total = math.prod(size // num_shards(name, size) for name, size in axes)
         chunks = 1
         while total > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
@@ -479,9 +479,9 @@ class Decoder(nnx.Module):
         if not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers, at least one per row, not {tokens.dtype} {list(tokens.shape)}")
         seen = _values(tokens)
-        if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= self.config.vocab_size):
+        if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= self.config.num_tokens):
             bad = seen.min() if seen.min() < 0 else seen.max()
-            raise ValueError(f"tokens must be between 0 and {self.config.vocab_size - 1} (vocab_size), not {bad}")
+            raise ValueError(f"tokens must be between 0 and {self.config.num_tokens - 1} (vocab_size), not {bad}")
         if self.max_length is None:
             return
         where = np.arange(tokens.shape[1]) if positions is None else _values(positions)

@@ -211,7 +211,7 @@ def _checked(
     model, prompt, max_new_tokens, prompt_lengths, stop_tokens, *, temperature, top_k, top_p, min_p, key
 ) -> _Call:
     """Check the arguments of `generate`."""
-    vocab = model.config.vocab_size
+    vocab = model.config.num_tokens
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, an integer, not {max_new_tokens}")
     if not 0 <= temperature < math.inf:

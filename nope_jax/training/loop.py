@@ -19,6 +19,7 @@ from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import Config
 from nope_jax.data import load_corpus, load_tokenizer, train_batches, validation_batches
 from nope_jax.data.corpora import Split
+from nope_jax.data.tokenizers import with_vocab_size
 from nope_jax.distributed import agreed_stop, make_shared, said_by_all
 from nope_jax.errors import is_refusal
 from nope_jax.locks import held
@@ -62,6 +63,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
     workdir = location(workdir)
     check_reachable(workdir)
     steps = config.train.steps
+    config = with_vocab_size(config)
     mesh = make_mesh(config.mesh)
     check_run(config, workdir, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
@@ -194,10 +196,10 @@ def _say_disk_budget(config: Config, workdir: Location, abstract: TrainState) ->
 def check_run(config: Config, workdir: Location, mesh: Mesh) -> None:
     check_can_record(config, workdir)
     check_fits(config, mesh)
-    tokens = load_tokenizer(config.data.tokenizer).vocab_size
-    if tokens > config.model.vocab_size:
+    tokens = load_tokenizer(config.data.tokenizer, config.data.separator_token).vocab_size
+    if tokens > config.model.num_tokens:
         raise ValueError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokens} tokens of data.tokenizer "
+            f"model.vocab_size {config.model.num_tokens} is smaller than the {tokens} tokens of data.tokenizer "
             f"{config.data.tokenizer!r}"
         )
 

@@ -10,19 +10,29 @@ import jax
 
 from nope_jax import config as configs
 from nope_jax.config import HINTS, Config, DataConfig
-from nope_jax.data import Corpus
+from nope_jax.data import Corpus, Mixture
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.distributed import said_by_all
 from nope_jax.paths import Location, write_whole
 
-MAY_CHANGE = frozenset(
+_SAME_CONTENT = frozenset(
+    {
+        "data.source",
+        "data.validation_source",
+        "data.split",
+        "data.text_field",
+        "data.tokenizer",
+        "data.document_separator",
+        "data.separator_token",
+    }
+)
+"""Fields that say where the data are, which `DataDigests` identify by their content."""
+
+MAY_CHANGE = _SAME_CONTENT | frozenset(
     {
         "model.attention",
         "model.remat",
-        "data.source",
         "data.dir",
-        "data.tokenizer",
-        "data.document_separator",
         "optimizer.accumulation",
         "train.steps",
         "train.log_every",
@@ -54,13 +64,13 @@ DataDigests = dict[str, str]
 """The data of a run by content: digests of the tokenizer and of the tokens of each split."""
 
 
-def digest_data(config: DataConfig, corpora: Mapping[str, Corpus]) -> DataDigests:
+def digest_data(config: DataConfig, corpora: Mapping[str, Corpus | Mixture]) -> DataDigests:
     """Compute the digests of the data that this process reads.
 
     Raises:
         ValueError: the processes of the run read different data; all of them raise it.
     """
-    ours = {"tokenizer": tokenizer_digest(config.tokenizer)}
+    ours = {"tokenizer": tokenizer_digest(config.tokenizer, config.separator_token)}
     ours |= {split: corpus.digest() for split, corpus in corpora.items()}
     first, *others = map(json.loads, said_by_all(json.dumps(ours)))
     for process, theirs in enumerate(others, 1):
@@ -80,7 +90,7 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
     then = load_digests(workdir)
     may_change = MAY_CHANGE
     if then is None:  # saved by an earlier version: only the names identify the data
-        may_change -= {"data.source", "data.tokenizer"}
+        may_change -= _SAME_CONTENT
         if jax.process_index() == 0:
             print(f"{workdir} does not say what its data were: from now on they are today's", file=sys.stderr)
     configs.refuse_changed_code(config, workdir)
@@ -130,4 +140,4 @@ def _difference(ours: DataDigests, theirs: DataDigests, config: DataConfig) -> s
     if ours["tokenizer"] != theirs.get("tokenizer"):
         return f"data.tokenizer {config.tokenizer} is another tokenizer"
     splits = [name for name in ours if ours[name] != theirs.get(name)]
-    return f"the {' and '.join(splits)} documents of data.source {config.source} are others"
+    return f"the {' and '.join(splits)} documents of data.source {' '.join(config.sources)} are others"

@@ -26,6 +26,7 @@ from nope_jax.config import HINTS, Config, DataConfig, MeshConfig
 from nope_jax.data import Batch, Corpus, load_corpus, train_batches, validation_batches
 from nope_jax.data.batches import masks_loss
 from nope_jax.data.corpora import Split
+from nope_jax.data.tokenizers import with_vocab_size
 from nope_jax.distributed import agreed_stop
 from nope_jax.locks import held
 from nope_jax.paths import Location, check_reachable, location
@@ -48,9 +49,14 @@ from nope_jax.training.step import Metrics, num_targets, reason_to_stop, seeded_
 MAY_DIFFER = frozenset(
     {
         "data.source",
+        "data.weights",
+        "data.validation_source",
+        "data.split",
+        "data.text_field",
         "data.dir",
         "data.tokenizer",
         "data.document_separator",
+        "data.separator_token",
         "data.seed",
         "data.lengths",
         "data.scratchpad",
@@ -107,6 +113,7 @@ def train_together(
         Interrupted: as `train`; all runs are saved.
     """
     clock = GoodputTimer()
+    runs = [(with_vocab_size(config), workdir) for config, workdir in runs]
     check_alike(runs)
     config = runs[0][0]
     devices = jax.devices()

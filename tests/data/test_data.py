@@ -14,10 +14,11 @@ from flax import nnx
 
 from nope_jax import Decoder, ModelConfig
 from nope_jax.config import DataConfig
-from nope_jax.data import load_corpus, load_tokenizer, python_stdlib, text_files, train_batches, validation_batches
+from nope_jax.data import formats, load_corpus, load_tokenizer, python_stdlib, train_batches, validation_batches
+from nope_jax.data.formats import scan
 from nope_jax.data.splits import is_validation
 from nope_jax.data.tokenizers import JsonTokenizer
-from nope_jax.data.windows import Windows, permute, step_windows
+from nope_jax.data.windows import Windows, epoch_windows, permute
 
 
 def contents(corpus):
@@ -81,7 +82,7 @@ def test_permute_golden():
 
 def test_every_epoch_visits_every_window_once_in_its_own_order():
     count, batch_size = 7, 4
-    visited = np.concatenate([step_windows(step, range(batch_size), batch_size, count, seed=5) for step in range(14)])
+    visited = np.concatenate([epoch_windows(step * batch_size + np.arange(batch_size), count, 5) for step in range(14)])
     epochs = visited.reshape(8, count)
     np.testing.assert_array_equal(np.sort(epochs), [range(count)] * 8)
     assert len({tuple(epoch) for epoch in epochs}) > 6
@@ -339,7 +340,7 @@ def test_tokens_do_not_depend_on_paths_and_times(texts, config, tokenizer_json, 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("piece", [1, 3, 7, 2**20])
 def test_documents_between_separators(compressed, piece, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "PIECE", piece)
+    monkeypatch.setattr(formats.files, "PIECE", piece)
     stories = [f"story {i}, naïve €" for i in range(60)]
     text = "<|end|>".join(["", *stories, " \n", "", *stories[:30], "<|en", ""]).encode()
     (tmp_path / "all.txt").write_bytes(gzip.compress(text) if compressed else text)
@@ -387,7 +388,7 @@ def test_compressed_files_are_read_as_the_text_they_hold(texts, config, tmp_path
         ("cut.bz2", bz2.compress(b"text" * 99)[:-20], "cut.bz2 cannot be decompressed"),
         ("wrong.bz2", b"BZhello", "wrong.bz2 cannot be decompressed"),
         ("cut.xz", lzma.compress(b"text" * 99)[:-20], "cut.xz cannot be decompressed"),
-        ("a.zst", b"\x28\xb5\x2f\xfd rest", r"a.zst is compressed with Zstandard.*: decompress it first"),
+        ("a.zst", b"\x28\xb5\x2f\xfd rest", "a.zst cannot be decompressed"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"data.source text:.*{complaint}"):
@@ -410,10 +411,9 @@ def test_binary_files_are_left_out_unless_they_are_what_is_asked_for(texts, conf
 
 
 def test_what_was_found_in_many_files_is_kept(texts, config, monkeypatch):
-    monkeypatch.setattr(text_files, "KEPT", 0)
+    monkeypatch.setattr(scan, "KEPT", 0)
     expected = both(config)
-    text_files._scan.cache_clear()
-    monkeypatch.setattr(text_files, "_cut", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(formats.text, "_cut", lambda *_: pytest.fail("read again"))
     assert both(config) == expected
     monkeypatch.undo()
     (texts / "new.txt").write_text("new")
@@ -422,7 +422,10 @@ def test_what_was_found_in_many_files_is_kept(texts, config, monkeypatch):
 
 @pytest.mark.parametrize("source", ["stdlib", "text:", "tfds:", "texts:a", "python_stdlib:3"])
 def test_unknown_sources_are_refused(source):
-    message = "data.source must be python_stdlib, text:PATH_OR_GLOB, tfds:NAME or task:NAME, not"
+    message = (
+        "data.source must be python_stdlib, text:PATH_OR_GLOB, jsonl:PATH_OR_GLOB, parquet:PATH_OR_GLOB, "
+        "hf:NAME_OR_FOLDER, tfds:NAME or task:NAME, not"
+    )
     with pytest.raises(ValueError, match=message):
         load_corpus(DataConfig(source=source), "train")
 

@@ -145,6 +145,32 @@ def test_the_text_of_books_is_found_whatever_its_feature_is_called(config):
         assert sorted(bytes(corpus[i].tolist()).decode() for i in range(len(corpus))) == sorted(books)
 
 
+def test_a_prepared_dataset_can_be_divided_otherwise(config, tmp_path):
+    config = dataclasses.replace(config, tokenizer="bytes")
+
+    def both(**settings):
+        divided = dataclasses.replace(config, **settings)
+        splits = [load_corpus(divided, split) for split in ("train", "validation")]
+        return [[bytes(corpus[i].tolist()).decode() for i in range(len(corpus))] for corpus in splits]
+
+    assert [*map(sorted, both(split="test"))] == [sorted(BOOKS["train"]), ["not read"] * 3]
+    train, validation = both(split=0.3)
+    assert sorted(train + validation) == sorted(BOOKS["train"]) and len(validation) == 15
+    (tmp_path / "held").write_text("held out")
+    assert both(validation_source=f"text:{tmp_path}/held")[1] == ["held out"]
+    with pytest.raises(
+        ValueError, match="data.split 'dev' is no split of data.source tfds:books, which has train, val"
+    ):
+        both(split="dev")
+    with pytest.raises(ValueError, match="data.source tfds:books has no feature body, only "):
+        both(text_field="body")
+    (tmp_path / "held").write_text(BOOKS["train"][7])
+    with pytest.raises(
+        ValueError, match=r"data.validation_source text:.*/held overlaps data.source tfds:books: 1 of its"
+    ):
+        both(validation_source=f"text:{tmp_path}/held")
+
+
 def copied(config, folder):
     """What docs/data.md copies to another machine: the tokens and the dataset's small files, not the text."""
     ignored = shutil.ignore_patterns("*.array_record*")
@@ -228,7 +254,7 @@ def test_an_interrupted_preparation_is_not_read_and_goes_on(config, small_parts,
             prepare, "_tokenize_part", lambda *args, f=prepare._tokenize_part: tokenized.append(args) or f(*args)
         )
         prepare.prepare(config, workers=1)
-    trained = [args for args in tokenized if args[1] == "train"]
+    trained = [args for args in tokenized if args[0].split == "train"]
     assert len(trained) == (5 if stopped_in == "a part" else 0), "what was whole should not be tokenised again"
     assert same(load_corpus(config, "train"), load_corpus(expected, "train"))
 

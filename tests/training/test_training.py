@@ -259,7 +259,8 @@ def test_a_config_that_disagrees_is_refused_with_both_values(config, finished):
 
 MAY_CHANGE = {
     "model": "attention remat",
-    "data": "source dir tokenizer document_separator",  # where it lies: what it is may not
+    # Where it lies: what it is may not.
+    "data": "source validation_source split text_field dir tokenizer document_separator separator_token",
     "optimizer": "accumulation",
     "train": "steps log_every checkpoint_every keep keep_every keep_best eval_every eval_batches on_bad_step "
     "spike_factor max_skipped tensorboard profile_steps",
@@ -270,7 +271,7 @@ MUST_STAY = {
     "model": "vocab_size num_layers num_heads num_kv_heads head_dim model_dim mlp_dim mlp tie_embeddings encoding "
     "train_length dtype activation norm norm_eps norm_place block qk_norm biases attention_scale attention_softcap "
     "embedding_scale embedding_norm residual_scale logits_scale logits_softcap",
-    "data": "context_length bos batch_size document_mask lengths scratchpad seed",
+    "data": "weights context_length bos batch_size document_mask lengths scratchpad seed",
     "optimizer": "name learning_rate warmup_steps schedule floor decay_share b1 b2 momentum decay_rate eps "
     "weight_decay decay z_loss clip_norm",
     "train": "ema seed init_from init_step",

@@ -12,10 +12,13 @@ import jax
 import numpy as np
 
 from nope_jax.config import Config, DataConfig
-from nope_jax.data import Corpus, load_corpus
+from nope_jax.data import Corpus, Mixture, describe, load_corpus
 from nope_jax.data.corpora import Split
 from nope_jax.distributed import said_by_all
 from nope_jax.evaluation.common.runs import Run
+
+VALIDATION = "data.source", "data.validation_source", "data.split"
+"""Config fields that decide which documents are validation."""
 
 
 class Window(NamedTuple):
@@ -142,7 +145,7 @@ def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
         ValueError: a corpus is unavailable, or the corpora do not hold the same documents.
     """
     loaded, lengths = [run.config for run in runs], runs[0].lengths
-    corpora: dict[tuple, Corpus] = {}
+    corpora: dict[tuple, Corpus | Mixture] = {}
     for config in loaded:
         if (key := corpus_key(config)) not in corpora:
             corpora[key] = load_same_corpus(config.data, "validation")
@@ -153,9 +156,10 @@ def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
     has_text = all(map(_has_text, corpora.values()))
     if len({config.data.tokenizer for config in loaded}) > 1 and not has_text:
         why = "is made of tokens" if first.byte_lengths is None else "has no text in data.dir, only tokens"
+        source = describe(loaded[0].data, "validation")
         raise ValueError(
-            f"data.source {loaded[0].data.source} {why}, which the runs do not share (data.tokenizer differs); compare "
-            "them on text with --data.source"
+            f"data.source {source} {why}, which the runs do not share (data.tokenizer differs); compare them on text "
+            "with --data.source"
         )
     token_counts = np.min([corpus.lengths for corpus in corpora.values()], axis=0)
     settings = loaded[0].eval
@@ -175,7 +179,7 @@ def read_documents(runs: Sequence[Run[Any]]) -> list[Documents]:
     return [read[corpus_key(config)] for config in loaded]
 
 
-def _has_text(corpus: Corpus) -> bool:
+def _has_text(corpus: Corpus | Mixture) -> bool:
     """Whether the byte lengths of its tokens are available; a prepared corpus may have been copied without its text."""
     if corpus.byte_lengths is None:
         return False

@@ -112,10 +112,13 @@ def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collecti
             does not fit.
     """
     names = run_names(options.workdirs)
+    overrides = dict(options.overrides)
+    if "data.source" in overrides:  # the run's own say what of its own source is read
+        overrides = {"data.weights": None, "data.validation_source": None, "data.split": None} | overrides
     runs: list[Run[Any]] = []
     for workdir, name in zip(options.workdirs, names, strict=True):
         step: Step = "newest" if workdir in at_newest else options.step
-        config = configs.override(find_trained(workdir, step).config, options.overrides)
+        config = configs.override(find_trained(workdir, step).config, overrides)
         runs.append(Run(workdir, name, config, lengths=options.lengths, asked=step, mesh=options.mesh))
     refuse_differing(runs, same)
     for run in runs:
@@ -184,13 +187,14 @@ def checkpoint_step(run: Run[Any]) -> int:
         ValueError: there is no such checkpoint, or the tokenizer (possibly overridden) is not the one of the run.
     """
     step = from_process_0(run.trained.find_step)  # a file system may show the others an older state
-    tokens = load_tokenizer(run.config.data.tokenizer).vocab_size
-    if tokens > run.config.model.vocab_size:
+    data = run.config.data
+    tokens = load_tokenizer(data.tokenizer, data.separator_token).vocab_size
+    if tokens > run.config.model.num_tokens:
         raise ValueError(
             f"data.tokenizer {run.config.data.tokenizer!r} has {tokens} tokens, but {run.workdir} was trained with "
             f"model.vocab_size {run.config.model.vocab_size}"
         )
-    if run.trained.tokenizer_digest() not in (None, tokenizer_digest(run.config.data.tokenizer)):
+    if run.trained.tokenizer_digest() not in (None, tokenizer_digest(data.tokenizer, data.separator_token)):
         raise ValueError(
             f"data.tokenizer {run.config.data.tokenizer!r} is not the tokenizer that {run.workdir} was trained with"
         )

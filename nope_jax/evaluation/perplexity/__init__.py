@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from nope_jax.data import describe
 from nope_jax.evaluation.common.console import Bar, plural
-from nope_jax.evaluation.common.documents import Documents, plan_windows, read_documents
+from nope_jax.evaluation.common.documents import VALIDATION, Documents, plan_windows, read_documents
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv, store, stored, writes
 from nope_jax.evaluation.common.placement import Placement, on_mesh
@@ -24,7 +25,7 @@ from nope_jax.evaluation.perplexity.measure import Curve, Sums, measure
 from nope_jax.evaluation.perplexity.units import Units
 from nope_jax.evaluation.registry import Options
 
-SHARED = ("data.source", "eval.documents", "eval.stride", "eval.seed", "eval.entropy_unit")
+SHARED = (*VALIDATION, "eval.documents", "eval.stride", "eval.seed", "eval.entropy_unit")
 """Config fields that must agree between runs."""
 
 
@@ -133,7 +134,7 @@ class Perplexity(Evaluation):
                 "read different amounts of text."
             )
         steps = ", ".join(f"{run.name} at {run.step:,}" for run in self.measured)
-        source = self.runs[0].config.data.source
+        source = describe(self.runs[0].config.data, "validation")
         return f"Read: {read} of the validation split of {source}. Checkpoints, by step: {steps}. {score}"
 
 

@@ -61,7 +61,7 @@ def scores(axes: Axes, runs: Sequence[Run[Curve]], units: Units) -> _Panel:
     else:
         axes.set_ylabel("Perplexity (log scale)")
         axes.set_yscale("log")
-        lowest, uninformed = finite.min(initial=1e300), max(run.config.model.vocab_size for run in runs)
+        lowest, uninformed = finite.min(initial=1e300), max(run.config.model.num_tokens for run in runs)
         axes.set_ylim(lowest / 1.35, 1.15 * max(min(finite.max(initial=lowest), uninformed), 1.5 * lowest))
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 50 * low else (1.0, 3.0)))

@@ -21,11 +21,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from nope_jax.data import describe
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.evaluation.common.console import Bar, plural
-from nope_jax.evaluation.common.documents import choose_documents, load_same_corpus
+from nope_jax.evaluation.common.documents import VALIDATION, choose_documents, load_same_corpus
 from nope_jax.evaluation.common.evaluation import Evaluation
 from nope_jax.evaluation.common.files import Csv
 from nope_jax.evaluation.common.placement import place, refuse_mesh
@@ -83,13 +84,13 @@ def plan(options: Options) -> "Similarity | ExampleSimilarity":
         ValueError: there are not exactly two runs, the runs cannot be compared, or no document reaches the length or an
             encoding does not support it.
     """
-    runs = find_runs(options, ("data.source", "eval.seed"))
-    on_task = runs[0].config.data.source.startswith("task:")
+    runs = find_runs(options, (*VALIDATION, "eval.seed"))
+    on_task = str(runs[0].config.data.source).startswith("task:")
     if len(runs) != 2 and not (on_task and len(runs) > 2):
         raise ValueError(f"--workdirs must be the two runs to compare, not {len(runs)}")
     why = ": only runs that read the same tokens can be compared"
     refuse_differing(runs, ["data.tokenizer"], why, tokenizer_digest)
-    refuse_differing(runs, ["data.bos", "model.vocab_size"], why)
+    refuse_differing(runs, ["data.bos", "data.separator_token", "model.vocab_size"], why)
     if on_task:
         return plan_examples(runs, options.settings)
     a, b = runs
@@ -170,7 +171,7 @@ class Similarity(Evaluation):
         (a, b), layers = self.runs, [weights.shape[0] for weights in self.weights]
         notes = [
             f"Read: the first {self.length:,} tokens of {plural(self.documents, 'validation document')} of "
-            f"{a.config.data.source}.",
+            f"{describe(a.config.data, 'validation')}.",
             f"Closest heads: the pair (head of {a.name}, head of {b.name}) of the same layer whose attention differs "
             "least. Distance: Jensen-Shannon divergence of the attention rows in nats, mean over queries and "
             "documents; 0: identical weights, ln 2 = 0.693: no overlap. "

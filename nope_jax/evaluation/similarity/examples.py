@@ -69,7 +69,7 @@ def plan_examples(runs: Sequence[Run[Distances]], settings: SimilarityConfig) ->
     possible = {n: rows for n, rows in texts.items() if all(run.takes(longest[n]) for run in runs)}
     if not possible:
         raise ValueError(f"--workdirs: not all runs can read {min(longest.values())} tokens of {data.source}")
-    task = find_task(data.source.removeprefix("task:"))
+    task = find_task(data.sources[0].removeprefix("task:"))
     trained = range(data.lengths[0], data.lengths[1] + 1) if data.lengths else task.train_lengths
     too_long = sorted(texts.keys() - possible.keys())
     return ExampleSimilarity(runs, possible, settings.documents, frozenset(trained), too_long)
@@ -81,7 +81,10 @@ def read_examples(data: DataConfig, seed: int, count: int) -> dict[int, list[Int
     Raises:
         ValueError: the task has no answers of its own, or the tokenizer lacks a word.
     """
-    task, tokenizer = find_task(data.source.removeprefix("task:")), load_tokenizer(data.tokenizer)
+    task, tokenizer = (
+        find_task(data.sources[0].removeprefix("task:")),
+        load_tokenizer(data.tokenizer, data.separator_token),
+    )
     if not task.answer_only:
         raise ValueError(f"data.source {data.source} has no answers of its own to compare runs on")
     given = range(data.lengths[0], data.lengths[1] + 1) if data.lengths else ()
@@ -199,7 +202,7 @@ class ExampleSimilarity(Evaluation):
         return {"similarity.csv": Csv(COLUMNS, self._csv_rows())}
 
     def _csv_rows(self) -> Iterator[tuple]:
-        first, source = self.runs[0], self.runs[0].config.data.source.removeprefix("task:")
+        first, source = self.runs[0], self.runs[0].config.data.sources[0].removeprefix("task:")
         for run in self.others:
             for distribution, lengths in self.distributions.items():
                 for length in lengths:

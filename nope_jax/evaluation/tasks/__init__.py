@@ -80,9 +80,11 @@ def plan(options: Options) -> "TaskAccuracy":
 
 def _exam(run: Run[Answers], lengths: Sequence[int], settings: TasksConfig) -> Exam:
     data = run.config.data
-    source = settings.task or data.source.removeprefix("task:")
-    if settings.task is None and not data.source.startswith("task:"):
-        raise ValueError(f"--tasks.task must name a task, because {run.name} was trained on data.source {data.source}")
+    trained_on = [name for name in data.sources if name.startswith("task:")]
+    if settings.task is None and len(trained_on) != 1:
+        names = " ".join(data.sources)
+        raise ValueError(f"--tasks.task must name a task, because {run.name} was trained on data.source {names}")
+    source = settings.task or trained_on[0].removeprefix("task:")
     task = find_task(source, "data.source" if settings.task is None else "--tasks.task")
     if not task.answer_only:
         raise ValueError(f"task:{source} has no answers of its own: eval.py {source} measures it")
@@ -94,7 +96,14 @@ def _exam(run: Run[Answers], lengths: Sequence[int], settings: TasksConfig) -> E
     for length in lengths or sorted({*trained, *task.train_lengths, *task.test_lengths}):
         try:
             possible[length] = _questions(
-                source, data.tokenizer, data.bos, data.scratchpad, length, settings.seed, settings.examples
+                source,
+                data.tokenizer,
+                data.separator_token,
+                data.bos,
+                data.scratchpad,
+                length,
+                settings.seed,
+                settings.examples,
             )
         except _NoInstanceError as error:
             if lengths:
@@ -107,7 +116,7 @@ def _exam(run: Run[Answers], lengths: Sequence[int], settings: TasksConfig) -> E
             f"positions, and task:{source} takes {min(longest.values()):,} or more"
         )
     refused = {length: len(asked) for length, asked in possible.items() if length not in questions}
-    return Exam(task, source, load_tokenizer(data.tokenizer), trained, questions, refused)
+    return Exam(task, source, load_tokenizer(data.tokenizer, data.separator_token), trained, questions, refused)
 
 
 class _NoInstanceError(Exception):
@@ -116,7 +125,7 @@ class _NoInstanceError(Exception):
 
 @functools.lru_cache(maxsize=10_000)
 def _questions(
-    source: str, tokenizer: str, bos: bool, format: str, length: int, seed: int, count: int
+    source: str, tokenizer: str, separator: str | None, bos: bool, format: str, length: int, seed: int, count: int
 ) -> list[Question]:
     """`ask`, once for all runs of a task.
 
@@ -124,7 +133,7 @@ def _questions(
         _NoInstanceError: there is no instance of this length in the test split.
         ValueError: as `ask`.
     """
-    task, loaded = find_task(source), load_tokenizer(tokenizer)
+    task, loaded = find_task(source), load_tokenizer(tokenizer, separator)
     try:
         task.example(seed, 0, length, split="test", scratchpad=False)
     except ValueError as error:

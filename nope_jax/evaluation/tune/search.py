@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from nope_jax.checkpoint import Checkpointer
-from nope_jax.data import Corpus
+from nope_jax.data import Corpus, Mixture, describe
 from nope_jax.distributed import from_process_0
 from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.files import replace_file, writes
@@ -64,7 +64,7 @@ class Job:
     out: Path
     method: str
     settings: TuneConfig
-    corpus: Corpus
+    corpus: Corpus | Mixture
     documents: Mapping[int, np.ndarray]
     """For each length, the corpus indices of the documents on which the loss is computed."""
 
@@ -73,7 +73,7 @@ class Job:
         return Tuning(
             method=self.method,
             source=str(self.run.workdir),
-            data=self.run.config.data.source,
+            data=describe(self.run.config.data, "train"),
             train_length=self.run.train_length,
             settings=dataclasses.asdict(self.settings),
             content=self.content(),
