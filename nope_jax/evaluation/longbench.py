@@ -81,7 +81,7 @@ def plan(options: Options) -> "LongBench":
     return LongBench(runs, datasets, settings)
 
 
-def _tokenizer(run: Run[Any]) -> Tokenizer:
+def _tokenizer(run: Run[Results]) -> Tokenizer:
     return _loaded(run.config.data.tokenizer, run.config.data.separator_token)
 
 

@@ -109,7 +109,7 @@ def examples(run: Run[Results], task: RulerTask, length: int, count: int, seed: 
         raise ValueError(f"--lengths of {where}: {error}; --ruler.tasks can leave out {task.name}") from error
 
 
-def _tokenizer(run: Run[Any]) -> Tokenizer:
+def _tokenizer(run: Run[Results]) -> Tokenizer:
     return _loaded(run.config.data.tokenizer, run.config.data.separator_token)
 
 

@@ -56,8 +56,11 @@ def every_field_changed() -> Config:
 
 def fields_of_a_task() -> Config:
     """Fields that do not go with those of the other, such as those of tasks with a text."""
+    mixture = {"weights": (0.25, 0.75), "validation_source": "hf:b", "split": "test", "text_field": "body"}
     return Config(
-        data=DataConfig("task:parity", lengths=(2, 5), scratchpad="minimal"),
+        data=DataConfig(
+            ("task:parity", "jsonl:a"), lengths=(2, 5), scratchpad="minimal", separator_token=".", **mixture
+        ),
         optimizer=OptimizerConfig("adafactor", decay_rate=0.7),
         train=TrainConfig(keep_best=2),
     )
