@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import HINTS, Config, DataConfig, MeshConfig
-from nope_jax.data import Batch, Corpus, load_corpus, train_batches, validation_batches
+from nope_jax.data import Batch, Corpus, Mixture, load_corpus, train_batches, validation_batches
 from nope_jax.data.batches import masks_loss
 from nope_jax.data.corpora import Split
 from nope_jax.data.tokenizers import with_vocab_size
@@ -95,7 +95,8 @@ class _Run:
 
 
 def train_together(
-    runs: Sequence[tuple[Config, str | os.PathLike[str]]], load: Callable[[DataConfig, Split], Corpus] | None = None
+    runs: Sequence[tuple[Config, str | os.PathLike[str]]],
+    load: Callable[[DataConfig, Split], Corpus | Mixture] | None = None,
 ) -> None:
     """Train runs up to their last step, each from the newest checkpoint in its workdir or else from the start.
 

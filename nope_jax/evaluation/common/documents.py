@@ -46,7 +46,7 @@ def describe_protocol(stride: int | None) -> str:
     )
 
 
-def load_same_corpus(config: DataConfig, split: Split) -> Corpus:
+def load_same_corpus(config: DataConfig, split: Split) -> Corpus | Mixture:
     """`load_corpus` on every process.
 
     Raises:
