@@ -263,9 +263,9 @@ MAY_CHANGE = {
     "data": "source validation_source split text_field dir tokenizer document_separator separator_token",
     "optimizer": "accumulation",
     "train": "steps log_every checkpoint_every keep keep_every keep_best eval_every eval_batches on_bad_step "
-    "spike_factor max_skipped tensorboard profile_steps",
+    "spike_factor max_skipped tensorboard wandb profile_steps",
     "mesh": "data fsdp tensor sequence rules",
-    "eval": "documents batch_size stride seed entropy_unit",
+    "eval": "documents batch_size stride seed entropy_unit dtype",
 }
 MUST_STAY = {
     "model": "vocab_size num_layers num_heads num_kv_heads head_dim model_dim mlp_dim mlp tie_embeddings encoding "
