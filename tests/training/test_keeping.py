@@ -72,10 +72,12 @@ def test_the_average_is_what_is_validated_and_read_and_it_resumes_to_the_same_bi
     losses = [float(total_nll(graphdef, tree, rows)) / rows.targets.size for tree in (average, params)]
     assert validation_losses(finished)[8] == pytest.approx(losses[0], rel=1e-5) != pytest.approx(losses[1], rel=1e-4)
 
-    train(configs.override(config, {"train.steps": 4}), tmp_path)
-    assert re.match(r"checkpoints: 1\d\d kB each, at most 2 at a time, 2\d\d kB; .* free\n", capsys.readouterr().out)
-    train(config, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path, "ema", 8), average)
+    resumed = Path(shutil.copytree(finished, tmp_path / "resumed"))
+    shutil.rmtree(resumed / "checkpoints" / "8")
+    capsys.readouterr()
+    train(config, resumed)
+    assert re.match(r"checkpoints: 1\d\d kB each, at most 4 at a time, 5\d\d kB; .* free\n", capsys.readouterr().out)
+    jax.tree.map(np.testing.assert_array_equal, weights(resumed, "ema", 8), average)
 
 
 def with_losses(patch: pytest.MonkeyPatch, *losses: float) -> None:
@@ -86,19 +88,26 @@ def with_losses(patch: pytest.MonkeyPatch, *losses: float) -> None:
 
 
 def test_the_best_stays_until_there_is_a_better_also_when_resumed(config, finished, tmp_path, monkeypatch):
-    config = configs.override(config, {"train.keep_best": 1})
-    with monkeypatch.context() as patch:
-        with_losses(patch, 1.0, 3.0, 2.0, 2.5)
-        train(config, tmp_path)
-    assert saved_steps(tmp_path) == [2, 4, 8]
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    log = workdir / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 4, "validation_loss": 1.0}\n')
     # What a kill leaves behind: an old checkpoint half removed, and a new one half written.
-    shutil.rmtree(tmp_path / "checkpoints" / "4" / "opt_state")
-    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-1" / "params").mkdir(parents=True)
-    with monkeypatch.context() as patch:
-        with_losses(patch, 0.5, 1.5)
-        train(configs.override(config, {"train.steps": 12, "train.keep_every": 8}), tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12", "8"]
-    assert [find_step(tmp_path, step) for step in ("best", "newest")] == [10, 12]
+    shutil.copytree(workdir / "checkpoints" / "4" / "params", workdir / "checkpoints" / "2" / "params")
+    (workdir / "checkpoints" / "10.orbax-checkpoint-tmp-1" / "params").mkdir(parents=True)
+    assert find_step(workdir, "best") == 4
+    kept, save = {}, Checkpointer.save
+
+    def saving(checkpointer: Checkpointer, step: int, trees: dict) -> None:
+        save(checkpointer, step, trees)
+        checkpointer.wait()
+        kept[step] = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+    monkeypatch.setattr(Checkpointer, "save", saving)
+    with_losses(monkeypatch, 0.5, 1.5)
+    changes = {"train.steps": 12, "train.keep_every": None, "train.keep_best": 1}
+    train(configs.override(config, changes), workdir)
+    assert kept == {10: ["10", "4"], 12: ["10", "12"]}
+    assert [find_step(workdir, step) for step in ("best", "newest")] == [10, 12]
 
 
 def test_every_door_takes_the_step(finished, tmp_path, monkeypatch, capsys):
