@@ -228,7 +228,7 @@ def test_a_run_in_a_bucket_is_evaluated_and_continues_a_text(bucket, tmp_path, m
     (checkpoint / "_CHECKPOINT_METADATA").write_text("saved then")
     loaded = []
 
-    def load(workdir, mesh):  # tensorstore would ask Google for the arrays
+    def load(workdir, mesh, **_):  # tensorstore would ask Google for the arrays
         loaded.append(os.fspath(workdir))
         return load_model(tmp_path / "run", mesh)
 
