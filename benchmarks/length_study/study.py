@@ -174,7 +174,7 @@ class Study:
     def done(self, cases: Sequence[Case]) -> bool:
         """Whether these models have answered. (If their configs are others by now, training refuses or goes on.)"""
         return all(
-            (workdir / page.ANSWERS).exists() and configs.load(workdir) == config
+            (workdir / page.ANSWERS).exists() and _written_out(configs.load(workdir)) == _written_out(config)
             for config, workdir in self.runs(cases)
         )
 
@@ -194,6 +194,10 @@ class Study:
                 text = io.StringIO()
                 csv.writer(text).writerows([header, *(row for row in rows if row[0] == workdir.name)])
                 write_whole(workdir / page.ANSWERS, text.getvalue().encode())
+
+
+def _written_out(config: Config) -> Config:
+    return dataclasses.replace(config, optimizer=config.optimizer.with_defaults())
 
 
 def lengths_asked(task: Task) -> tuple[int, ...]:

@@ -139,6 +139,20 @@ def test_the_page_has_the_numbers_the_ranks_and_what_is_missing(tmp_path):
     assert "other hours" in where.read_text() and (tmp_path / page.PICTURE).stat().st_size > 1000
 
 
+def test_what_has_answered_by_the_same_config_is_done(tmp_path):
+    cases = study.WITHOUT_SCRATCHPAD[0].cases(["nope"])[:3]
+    small = study.Study(tmp_path, study.SIZES["small"])
+    assert not small.done(cases)
+    for config, workdir in small.runs(cases):
+        workdir.mkdir(parents=True)
+        optimizer = dataclasses.replace(config.optimizer, b1=0.9)  # the default, written out
+        study.configs.save(dataclasses.replace(config, optimizer=optimizer), workdir)
+        assert not small.done(cases)
+        (workdir / page.ANSWERS).write_text("")
+    assert small.done(cases)
+    assert not study.Study(tmp_path, study.SIZES["small"], steps=7).done(cases)
+
+
 def test_the_page_of_a_study_without_answers_says_so(tmp_path):
     page.write(tmp_path / "page.md", tmp_path, "make it", [("copy", "none")], ["nope", "alibi"])
     text = (tmp_path / "page.md").read_text()
