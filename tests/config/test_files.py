@@ -50,7 +50,7 @@ def every_field_changed() -> Config:
         OptimizerConfig("muon", 0.1 + 0.2, 1, 0.5, 0.6, 0.0, 0.3, 4, "wsd", 0.0, 0.5, 0.9, None, 1e-6, "all", 1e-4),
         TrainConfig(1, 2, 3, 4, 5, 6, "runs/other", "skip", 3.0, 4, True, True, 1, 3, 6, 0, 0.99, "best"),
         MeshConfig(2, -1, 3, 4, "zero1"),
-        EvalConfig(1, 2, 3, 4, "bits"),
+        EvalConfig(1, 2, 3, 4, "bits", "bfloat16"),
     )
 
 
