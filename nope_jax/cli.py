@@ -305,12 +305,13 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
         number = getattr(values, name)
         if number is not None and number < least:
             raise ValueError(f"--{name} must be at least {least}, not {number}")
+    _step(values)
     (workdir,) = _folders(arguments, "workdir")
     if values.trust_code and not is_published(workdir):
         load(workdir, trust_code=True)  # this process trusts the code from here on
     given = {name: value for name in options if (value := getattr(values, name)) is not None}
     given.pop("trust_code", None)
-    return given | {"workdir": workdir, "step": _step(values)}
+    return given | {"workdir": workdir}
 
 
 def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) -> Options:
@@ -388,7 +389,7 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
 
 
 def _step(values: Any) -> Step:
-    """The value of `--step`."""
+    """The value of `--step`; refuses one that cannot be."""
     if isinstance(values.step, int) and values.step < 0:
         raise ValueError(f"--step must be at least 0, not {values.step}")
     return "newest" if values.step is None else values.step
