@@ -101,7 +101,7 @@ def run(workdir, out, method, lengths=(SHORT, LONG), settings=EVERY, **overrides
     """Calls tune; what tune.json then says, and the tuned config and decoder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda *_: Figure())  # pictures have tests of their own
-        evaluate("tune", Options((workdir,), lengths, out, overrides, settings, method, "python eval.py tune"))
+        evaluate("tune", Options((workdir,), lengths, out, overrides, settings, method, command="python eval.py tune"))
     config, model, step = load_model(out)
     assert step == 7
     return json.loads((out / "tune.json").read_text()), config, model

@@ -170,6 +170,7 @@ def test_runs_take_as_few_turns_as_devices_allow():
     assert together.slots_of("abcde", 4) == (3, [*"abcdea"])
 
 
+@pytest.mark.slow
 def test_they_spread_over_devices(alike, alone, tmp_path):
     workdirs = [tmp_path / name for name in "abc"]
     for config, workdir in zip(alike, workdirs, strict=True):
