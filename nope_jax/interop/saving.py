@@ -151,7 +151,7 @@ def _folded(model: Decoder) -> tuple[ModelConfig, dict[Slice, np.ndarray]]:
     Raises:
         ValueError: heads differ in their factors, but share the scale of the norm after the projection.
     """
-    config, period = model.config, len(model.encodings)
+    config, period = dataclasses.replace(model.config, vocab_size=model.config.num_tokens), len(model.encodings)
     encodings, factors = [], {}
     parameters = dict(nnx.to_flat_state(nnx.state(model)))
     for layer, encoding in enumerate(per_layer(config)):

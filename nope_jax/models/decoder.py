@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
             model_dim=config.model_dim,
             train_length=config.train_length,
             num_kv_heads=config.num_kv_heads or config.num_heads,
-            vocab_size=config.vocab_size,
+            vocab_size=config.num_tokens,
         )
         self.encodings = tuple(encoding.bind(dims) for encoding in resolve(config.encoding))
         self.base_encodings = tuple(dict.fromkeys(encoding.unwrapped for encoding in self.encodings))

@@ -50,7 +50,9 @@ from tests.support.tiny_runs import call_eval
 LONG, SHORT, TRAINED = 48, 24, 12
 UNIFORM = np.full((3, 2), 1.6, np.float32)
 HEADS = np.array([[1.4, 2.2], [1.8, 1.2], [0.6, 1.5]], np.float32)
-MODEL = ModelConfig(num_layers=3, num_heads=2, model_dim=16, encoding=("nope", "alibi"), train_length=TRAINED)
+MODEL = ModelConfig(
+    vocab_size=256, num_layers=3, num_heads=2, model_dim=16, encoding=("nope", "alibi"), train_length=TRAINED
+)
 EVERY = TuneConfig(documents=1000)
 
 
