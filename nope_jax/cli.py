@@ -305,6 +305,9 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
         number = getattr(values, name)
         if number is not None and number < least:
             raise ValueError(f"--{name} must be at least {least}, not {number}")
+    for name in ("top_k", "top_p", "min_p"):
+        if getattr(values, name) is not None and not values.temperature:
+            raise ValueError(f"--{name} changes nothing without --temperature: its default 0 takes the likeliest token")
     _step(values)
     (workdir,) = _folders(arguments, "workdir")
     if values.trust_code and not is_published(workdir):
@@ -410,6 +413,10 @@ def _parse(
         for name, words in given.items():
             if name not in hints:
                 raise unknown(f"--{name}", [f"--{known}" for known in hints])
+            if name in options and words == [""]:
+                raise ValueError(f"--{name} must not be empty")
+            if name in options and words == [""]:
+                raise ValueError(f"--{name} must not be empty")
             if not words or (len(words) > 1 and not takes_several(hints[name])) or (name in options and "" in words):
                 raise ValueError(f"--{name} must be {wanted(hints[name])}, not {' '.join(words)!r}")
             for word in words:

@@ -34,12 +34,14 @@ def draw_losses(workdirs: Sequence[Path], out: Path, x: Literal["step", "tokens"
         x: What the horizontal axis shows: steps, or the tokens of the rows read so far.
 
     Raises:
-        ValueError: none of the folders is that of a run with a logged loss.
+        ValueError: none of the folders is that of a run with a logged loss, or the file is not a .png.
     """
     # Import late, because it takes seconds and bad arguments should fail at once.
     from nope_jax.evaluation.common.plots import finish, line_style, new_figure, save
     from nope_jax.retention import read_log
 
+    if out.suffix != ".png":
+        raise ValueError(f"--out must end in .png, not {str(out)!r}")
     runs = {workdir: read_log(workdir) for workdir in workdirs}
     unlogged = [str(workdir) for workdir, lines in runs.items() if not any("loss" in line for line in lines)]
     if len(unlogged) == len(runs):
@@ -70,6 +72,7 @@ def draw_losses(workdirs: Sequence[Path], out: Path, x: Literal["step", "tokens"
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save(out, figure)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nope_jax import cli
 from nope_jax import config as configs
-from nope_jax.cli import parse_eval, parse_train
+from nope_jax.cli import parse_eval, parse_generate, parse_train
 from nope_jax.config import (
     Config,
     DataConfig,
@@ -254,3 +254,21 @@ def test_debug_shows_the_traceback_before_the_line(monkeypatch, capsys):
     assert last == "error: --lengths must be at least 1, not 0"
     assert run(command) == 2  # without the option, which is gone from sys.argv: the line alone
     assert capsys.readouterr().err == f"{last}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "--prompt must not be empty"),
+        (["--prompt", "a", "--top_p", "0.9"], "--top_p changes nothing without --temperature"),
+    ],
+)
+def test_generate_refuses_before_it_loads_a_model(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_generate(["--workdir", "runs/none", *words])
+
+
+def test_a_published_model_without_its_prefix_is_told_the_prefix(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=f"but a Hugging Face model: name it hf:{tmp_path}"):
+        configs.load(tmp_path)

@@ -43,7 +43,7 @@ def test_all_logged_losses_are_drawn(runs, tmp_path, monkeypatch, capsys, x, end
 
 
 def test_the_command(runs, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "losses.png"
+    out = tmp_path / "new" / "losses.png"
     monkeypatch.setattr("sys.argv", ["plot", *map(str, runs[:2]), "--out", str(out)])
     plot.main()
     assert image.imread(out).std() > 0 and capsys.readouterr().out == f"{out}\n"
@@ -52,5 +52,7 @@ def test_the_command(runs, tmp_path, monkeypatch, capsys):
 def test_bad_input(runs):
     with pytest.raises(ValueError, match="--workdirs must be workdirs of runs: no loss is logged in .*report"):
         plot.draw_losses(runs[2:], runs[2] / "losses.png")
+    with pytest.raises(ValueError, match=r"--out must end in .png, not .*losses.pdf"):
+        plot.draw_losses(runs, runs[2] / "losses.pdf")
     with pytest.raises(ValueError, match="--x must be"):
         parse_plot(["runs/a", "--x", "hours"])

@@ -76,7 +76,9 @@ def load(workdir: str | os.PathLike[str], *, trust_code: bool = False) -> Config
     try:
         groups = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if isinstance(groups, dict) and "model_type" in groups:
+        raise ValueError(f"{workdir} is not the workdir of a run, but a Hugging Face model: name it hf:{workdir}")
     try:
         written = {name: groups.pop(name) for name in stamp() if name in groups} if isinstance(groups, dict) else {}
         check_format(written, "it")

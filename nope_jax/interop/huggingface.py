@@ -201,4 +201,4 @@ def _read_json(file: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}") from None
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}") from error

@@ -139,7 +139,7 @@ def test_save_refuses_what_it_could_not_read_again(tmp_path):
         ('{"modle": {"dtype": "float32"}}', "unknown field modle.dtype: did you mean model.dtype?"),
         ('{"train": {"steps": "5"}}', "train.steps must be an integer, not '5'"),
         ('{"train": 5}', "must be an object of objects"),
-        ('{"train": ', "config.json: Expecting value"),
+        ('{"train": ', "config.json is not JSON: Expecting value"),
         ('{"model": {"encoding": {"class": "code/no.py:Nothing"}}}', "cannot make the class 'code/no.py:Nothing'"),
         (
             '{"model": {"encoding": {"class": "nope_jax.encodings:No"}}}',
