@@ -30,7 +30,15 @@ def curves(path, losses, entropies=lambda run, start: 1.0):
 
 
 def recipe(*variables):
-    command = ["make", "--dry-run", "--file", "benchmarks/study/Makefile", "RUNS=nowhere", *variables]
+    command = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "--file",
+        "benchmarks/study/Makefile",
+        "RUNS=nowhere",
+        *variables,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

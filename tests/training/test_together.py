@@ -133,6 +133,7 @@ def test_stopped_and_not_equally_far_they_go_on_to_the_same_numbers(alike, train
     assert_same(workdirs, trained)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_the_others_go_on(alike, trained, tmp_path, monkeypatch):
     workdirs = [tmp_path / name for name in "abc"]
     real = together.reason_to_stop
