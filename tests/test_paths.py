@@ -219,6 +219,7 @@ def test_a_bucket_that_does_not_answer_is_one_line(bucket, monkeypatch):
         train(Config(), "gs://b/run")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_evaluated_and_continues_a_text(bucket, tmp_path, monkeypatch, capsys):
     write_documents(tmp_path)
     write_run(tmp_path, "run")

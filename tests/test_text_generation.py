@@ -69,6 +69,7 @@ def test_it_prints_what_generate_continues_with_and_flushes_each_piece(workdir):
     assert flushed == sorted(flushed, key=len) and len(set(flushed)) > 2
 
 
+@pytest.mark.slow
 def test_in_a_pipe(workdir):
     command = [sys.executable, "generate.py", "--workdir", str(workdir), "--prompt", "-", "--temperature", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -231,6 +231,7 @@ def test_bfloat16_is_float32_rounded(changes):
     np.testing.assert_allclose(rounded, logits, atol=0.08 * scale)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     model = {"model_dim": 16, "mlp_dim": 24, "num_heads": 4, "num_kv_heads": 2, "encoding": "rope", **GEMMA}
     meshes = {"data": 1}, {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}

@@ -110,6 +110,7 @@ def test_the_best_stays_until_there_is_a_better_also_when_resumed(config, finish
     assert [find_step(workdir, step) for step in ("best", "newest")] == [10, 12]
 
 
+@pytest.mark.slow
 def test_every_door_takes_the_step(finished, tmp_path, monkeypatch, capsys):
     expected = weights(finished, "ema", 4)
     evaluated = f"--workdirs {finished} --lengths 16 --out {tmp_path}/out --step"

@@ -97,6 +97,7 @@ def test_together_they_come_to_the_same_as_alone(trained, alone, alike, capsys):
     assert capsys.readouterr().out == "all 3 runs have already finished at step 12\n"
 
 
+@pytest.mark.slow
 def test_stopped_and_not_equally_far_they_go_on_to_the_same_numbers(alike, trained, tmp_path, monkeypatch):
     workdirs = [tmp_path / name for name in "abc"]
     monkeypatch.setattr(together, "vectorizes", lambda device: True)  # as on an accelerator
