@@ -7,12 +7,12 @@ it greedily, by at most that room or until it ends the document.
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
@@ -22,9 +22,10 @@ from nope_jax.data.longbench import Dataset, read_datasets, settings_file, skipp
 from nope_jax.evaluation.common import continuations, plots
 from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation
-from nope_jax.evaluation.common.files import Csv, store, stored
+from nope_jax.evaluation.common.files import Csv
+from nope_jax.evaluation.common.parts import Part, measure_parts
 from nope_jax.evaluation.common.report import Section, Table
-from nope_jax.evaluation.common.runs import Run, cannot_read, checkpoint_step, find_runs, result_identity
+from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs, result_identity
 from nope_jax.evaluation.common.uncertainty import Estimate, mean, plus_minus
 from nope_jax.evaluation.registry import LongbenchConfig, Options
 from nope_jax.models import Decoder
@@ -105,25 +106,17 @@ class LongBench(Evaluation):
     def measure(self, out: Path, bar: Bar) -> Iterator[None]:
         bar.total(sum(len(dataset.rows) for dataset in self.datasets) * sum(sum(run.possible) for run in self.runs))
         for run in self.runs:
-            run.step, model, placement = checkpoint_step(run), None, run.place(self.settings.batch_size)
-            for length in run.possible:
-                for dataset in self.datasets:
-                    path = out / "measured" / f"longbench-{run.name.replace('/', '-')}-{dataset.name}-{length}.npz"
-                    identity = self._identity(run, dataset, length)
-                    result = stored(path, Scores, identity)
-                    if result is None:
-                        if model is None:
-                            bar.describe(f"{run.name}: loading")
-                            model = run.load(placement.mesh)
-                            identity = self._identity(run, dataset, length)  # a run in training has moved on
-                        bar.describe(f"{run.name}: {dataset.name} at {length:,}")
-                        with jax.set_mesh(placement.mesh):
-                            result = self._measure(run, model, dataset, length, placement.rows, bar)
-                        store(path, result, identity)
-                    else:
-                        bar.advance(len(dataset.rows) * length)
-                    run.results.setdefault(length, {})[dataset.name] = result
-                    yield
+            parts = [self._part(run, bar, *pair) for pair in itertools.product(run.possible, self.datasets)]
+            yield from measure_parts(run, "longbench", parts, Scores, self.settings.batch_size, out, bar)
+
+    def _part(self, run: Run[Results], bar: Bar, length: int, dataset: Dataset) -> Part:
+        return Part(
+            dataset.name,
+            length,
+            len(dataset.rows) * length,
+            functools.partial(self._identity, run, dataset, length),
+            lambda model, rows: self._measure(run, model, dataset, length, rows, bar),
+        )
 
     @staticmethod
     def _identity(run: Run[Results], dataset: Dataset, length: int) -> str:

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -21,9 +20,10 @@ from nope_jax.data.ruler import RULER, Example, RulerTask, read_tasks
 from nope_jax.evaluation.common import continuations, plots
 from nope_jax.evaluation.common.console import Bar
 from nope_jax.evaluation.common.evaluation import Evaluation
-from nope_jax.evaluation.common.files import Csv, store, stored
+from nope_jax.evaluation.common.files import Csv
+from nope_jax.evaluation.common.parts import Part, measure_parts
 from nope_jax.evaluation.common.report import Section, Table
-from nope_jax.evaluation.common.runs import Run, cannot_read, checkpoint_step, find_runs, result_identity
+from nope_jax.evaluation.common.runs import Run, cannot_read, find_runs, result_identity
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.registry import Options, RulerConfig
 from nope_jax.models import Decoder
@@ -144,24 +144,17 @@ class Ruler(Evaluation):
         settings = self.settings
         bar.total(len(self.tasks) * settings.examples * sum(sum(run.possible) for run in self.runs))
         for run in self.runs:
-            run.step, model, placement = checkpoint_step(run), None, run.place(settings.batch_size)
-            for length, task in itertools.product(run.possible, self.tasks):
-                identity = self._identity(run, task, length)
-                path = out / "measured" / f"ruler-{run.name.replace('/', '-')}-{task.name}-{length}.npz"
-                result = stored(path, Scores, identity)
-                if result is None:
-                    if model is None:
-                        bar.describe(f"{run.name}: loading")
-                        model = run.load(placement.mesh)
-                        identity = self._identity(run, task, length)  # a run in training has moved on
-                    bar.describe(f"{run.name}: {task.name} at {length:,}")
-                    with jax.set_mesh(placement.mesh):
-                        result = self._measure(run, model, task, length, placement.rows, bar)
-                    store(path, result, identity)
-                else:
-                    bar.advance(settings.examples * length)
-                run.results.setdefault(length, {})[task.name] = result
-                yield
+            parts = [self._part(run, bar, *pair) for pair in itertools.product(run.possible, self.tasks)]
+            yield from measure_parts(run, "ruler", parts, Scores, settings.batch_size, out, bar)
+
+    def _part(self, run: Run[Results], bar: Bar, length: int, task: RulerTask) -> Part:
+        return Part(
+            task.name,
+            length,
+            self.settings.examples * length,
+            functools.partial(self._identity, run, task, length),
+            lambda model, rows: self._measure(run, model, task, length, rows, bar),
+        )
 
     def _identity(self, run: Run[Results], task: RulerTask, length: int) -> str:
         settings, data = self.settings, run.config.data
