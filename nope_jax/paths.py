@@ -1,4 +1,4 @@
-"""Paths: on a disk or, for a run, in a bucket of Google Cloud Storage; and atomic writes.
+"""Paths: on a disk or, for a run, in a bucket of Google Cloud Storage; atomic writes, and sizes in words.
 
 pathlib drops a slash of gs://bucket/run and would silently create a local folder `gs:`. Every path that a user can give
 therefore goes through this module before pathlib.
@@ -91,3 +91,11 @@ def write_whole(path: Location, content: bytes) -> None:
         unfinished.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from error
+
+
+def size_of_bytes(count: int) -> str:
+    """Format bytes: 0.98 GB."""
+    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if count >= 0.9 * 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return f"{count / 1000:.3g} kB"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nope_jax.config import Step
-from nope_jax.paths import Location
+from nope_jax.paths import Location, size_of_bytes
 
 
 class Retention(NamedTuple):
@@ -123,7 +123,7 @@ def disk_budget(workdir: Location, size: int, retention: Retention, steps: int, 
         ValueError: the newest ones and the one being written do not fit on the disk.
     """
     most, there = retention.most(steps, interval), len(saved_steps(workdir))
-    said = f"checkpoints: {_bytes(size)} each, at most {most} at a time, {_bytes(most * size)}"
+    said = f"checkpoints: {size_of_bytes(size)} each, at most {most} at a time, {size_of_bytes(most * size)}"
     if not isinstance(workdir, Path):
         return said
     disk = workdir.absolute()
@@ -133,15 +133,8 @@ def disk_budget(workdir: Location, size: int, retention: Retention, steps: int, 
     least = min(most, retention.newest + 1)
     if max(1, least - there) * size > free:
         raise ValueError(
-            f"train.keep {retention.newest} and the checkpoint being written take {_bytes(least * size)} "
-            f"({_bytes(size)} each), but {disk} has {_bytes(free)} free"
+            f"train.keep {retention.newest} and the checkpoint being written take {size_of_bytes(least * size)} "
+            f"({size_of_bytes(size)} each), but {disk} has {size_of_bytes(free)} free"
         )
-    return f"{said}; {_bytes(free)} free" + ("" if (most - there) * size <= free else ", which is not enough for all")
-
-
-def _bytes(count: int) -> str:
-    """Format bytes: 0.98 GB."""
-    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
-        if count >= 0.9 * 10**power:
-            return f"{count / 10**power:.3g} {unit}"
-    return f"{count / 1000:.3g} kB"
+    enough = (most - there) * size <= free
+    return f"{said}; {size_of_bytes(free)} free" + ("" if enough else ", which is not enough for all")

@@ -17,6 +17,7 @@ from nope_jax.data.prepare import digest_file_of, digest_of, prepare_split, say_
 from nope_jax.data.sources import check_apart, data_dir, find_documents, is_task, members, source_of
 from nope_jax.data.tasks import find_task
 from nope_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from nope_jax.paths import size_of_bytes
 
 LARGE = 2**30
 """Bytes of text above which a split is not tokenized at the start of a run but has to be prepared by `prepare.py`."""
@@ -177,8 +178,8 @@ def _load_documents(config: DataConfig, split: Split) -> Corpus:
     if not offsets_file.exists():
         if documents.num_bytes > LARGE:
             raise ValueError(
-                f"{source_of(config, split)} has {documents.num_bytes / 1e9:.1f} GB of text in its {split} split, too "
-                f"much to tokenize at the start of a run, and is not prepared in data.dir {data_dir(config)} for "
+                f"{source_of(config, split)} has {size_of_bytes(documents.num_bytes)} of text in its {split} split, "
+                f"too much to tokenize at the start of a run, and is not prepared in data.dir {data_dir(config)} for "
                 f"data.tokenizer {config.tokenizer}: run prepare.py with this config once"
             )
         if isinstance(tokenizer, ByteTokenizer):

@@ -28,6 +28,7 @@ from nope_jax.data.documents import Documents, Split
 from nope_jax.data.sources import SPLITS, check_apart, data_dir, find_documents, is_task, members, source_of
 from nope_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_digest
 from nope_jax.data.workers import in_processes, locked, replaced
+from nope_jax.paths import size_of_bytes
 
 PART = 2**28
 """Bytes of text that one worker tokenizes at a time, rounded to the end of a document."""
@@ -73,8 +74,8 @@ def prepare_split(config: DataConfig, split: Split, workers: int) -> None:
         for left in tokens_file.parent.glob(f"{tokens_file.stem}.*.unfinished"):
             left.unlink(missing_ok=True)
         missing = [i for i, part in enumerate(parts) if not part.with_suffix(".npy").exists()]
-        what = f"{name}: {documents.size:,} documents, {documents.num_bytes / 1e9:.1f} GB"
-        print(f"{what}, in {len(missing)} parts with {workers} processes", file=sys.stderr)
+        what = f"{name}: {documents.size:,} documents, {size_of_bytes(documents.num_bytes)}"
+        print(f"{what}; parts to tokenize: {len(missing)}, processes: {workers}", file=sys.stderr)
         tasks = [_Task(config, split, ranges[i], parts[i], documents.fingerprint) for i in missing]
         share = documents.num_bytes // count
         with tqdm(total=len(missing) * share, unit="B", unit_scale=True, disable=None) as bar:

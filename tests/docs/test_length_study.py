@@ -201,7 +201,7 @@ sys.exit(run(study.main))
 @pytest.mark.slow
 def test_killed_in_training_and_in_asking_it_comes_to_the_same(tmp_path):
     text = (ROOT / "benchmarks/length_study/decoder.py").read_text()
-    for was, now in (("model_dim=64", "model_dim=16"), ("batch_size=16", "batch_size=2")):
+    for was, now in (("model_dim=64", "model_dim=32"), ("batch_size=16", "batch_size=2")):
         assert was in text
         text = text.replace(was, now)
     config = tmp_path / "decoder.py"

@@ -42,6 +42,7 @@ from nope_jax import config, training
 for line in sys.stdin:
     child = os.fork()
     if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a run prints is no answer
         training.train(config.load(line.strip()), line.strip())
         os._exit(0)
     print(child, flush=True)
@@ -70,7 +71,10 @@ class Runs:
         """How the run ended, as `os.waitpid` says."""
         return int(self._server.stdout.readline())
 
-    def close(self) -> None:
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._server.stdin.close()
         self._server.wait()
         self._server.stdout.close()
@@ -85,8 +89,16 @@ def newest(workdir: Path) -> int:
     return max((int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()), default=0)
 
 
+def is_kept_to_the_rule(workdir: Path, interval: int) -> bool:
+    """Whether there are the newest, those kept for ever, the best, and at most one that is about to be removed."""
+    saved, measured = saved_steps(workdir), validation_losses(workdir)
+    best = best_steps(range(interval, saved[-1], interval), measured)[0]
+    kept = {*range(60, saved[-1] + 1, 60), best, saved[-1]}
+    return kept <= set(saved) and len(saved) <= len(kept) + 1
+
+
 def test_a_run_killed_at_fifty_moments_loses_little_and_needs_no_hand(config, tmp_path):
-    interval, draw, runs = 3, random.Random(0), Runs()
+    interval, draw = 3, random.Random(0)
     often = dataclasses.replace(
         config.train,
         steps=1_000_000,
@@ -102,68 +114,73 @@ def test_a_run_killed_at_fifty_moments_loses_little_and_needs_no_hand(config, tm
         folder.mkdir()
         configs.save(config, folder)
 
-    started_in_vain = 0
-    for kill in range(50):
-        saved = newest(workdir)
-        process = runs.start(workdir)
-        if kill % 10 == 9:  # anywhere in its start, the reading of the checkpoint included
-            time.sleep(draw.uniform(0, 2))
-            started_in_vain += 1
-        else:  # a few steps and saves later: most of the time one is being written
-            deadline = time.monotonic() + 120
-            while newest(workdir) <= saved:
-                assert time.monotonic() < deadline, "the run does not go on"
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0, 0.2))
-        subprocess.run(["kill", "-9", str(process)], check=True)
-        assert runs.end() == signal.SIGKILL
-        assert newest(workdir) >= saved
-        # What was logged since the last save that is whole: at most one interval, and the one being saved meanwhile.
-        assert last_step(workdir) - newest(workdir) <= 2 * interval
-    assert newest(workdir) >= (50 - started_in_vain) * interval
+    with Runs() as runs:
+        started_in_vain = 0
+        for kill in range(50):
+            saved = newest(workdir)
+            process = runs.start(workdir)
+            if kill % 10 == 9:  # anywhere in its start, the reading of the checkpoint included
+                time.sleep(draw.uniform(0, 2))
+                started_in_vain += 1
+            else:  # a few steps and saves later: most of the time one is being written
+                deadline = time.monotonic() + 120
+                while newest(workdir) <= saved:
+                    assert time.monotonic() < deadline, "the run does not go on"
+                    time.sleep(0.005)
+                time.sleep(draw.uniform(0, 0.2))
+            subprocess.run(["kill", "-9", str(process)], check=True)
+            assert runs.end() == signal.SIGKILL
+            assert newest(workdir) >= saved
+            # Logged since the last save that is whole: at most one interval, and the one being saved meanwhile.
+            assert last_step(workdir) - newest(workdir) <= 2 * interval
+        assert newest(workdir) >= (50 - started_in_vain) * interval
 
-    process = runs.start(undisturbed)
-    while last_step(undisturbed) < last_step(workdir):
-        time.sleep(0.05)
-    subprocess.run(["kill", "-9", str(process)], check=True)
-    runs.end()
-    runs.close()
+        # A run killed between a save and the removals that follow leaves them to the next: one let be is tidy.
+        process, deadline = runs.start(workdir), time.monotonic() + 120
+        while not is_kept_to_the_rule(workdir, interval):
+            assert time.monotonic() < deadline, saved_steps(workdir)
+            time.sleep(0.005)
+        subprocess.run(["kill", "-9", str(process)], check=True)
+        runs.end()
+
+        process = runs.start(undisturbed)
+        while last_step(undisturbed) < last_step(workdir):
+            time.sleep(0.05)
+        subprocess.run(["kill", "-9", str(process)], check=True)
+        runs.end()
     losses, expected = logged(workdir, "loss"), logged(undisturbed, "loss")
     assert list(losses) == list(range(1, len(losses) + 1))
     assert losses == {step: expected[step] for step in losses}
     assert all(entry.isdigit() or "tmp" in entry for entry in checkpoints(workdir))  # none was found unreadable
-    # The newest, those kept for ever, the best, and one that may have been about to be removed.
-    saved, measured = saved_steps(workdir), validation_losses(workdir)
-    best = best_steps(range(interval, saved[-1], interval), measured)[0]
-    assert {*range(60, saved[-1], 60), best} <= set(saved)
-    assert len(saved) <= 1 + saved[-1] // 60 + 2 + 1
 
 
 # Other devices, other processes
 
-STOPPING = """
-import os, signal, sys
+AT_A_STEP = """
+import os, shutil, signal, sys
 from pathlib import Path
 from nope_jax import cli, distributed
 from nope_jax.training import loop
 
 config, workdir, _, place = cli.parse_train(sys.argv[2:])
-batches, stop = loop.train_batches, int(sys.argv[1])
+batches, step = loop.train_batches, int(sys.argv[1])
 
-def stopping(data, *, start_step, **hosts):
+def acting(data, *, start_step, **hosts):
     for index, batch in enumerate(batches(data, start_step=start_step, **hosts), start_step):
-        if index == stop:  # the batch of the next step, fetched while this one runs
-            os.kill(os.getpid(), signal.SIGTERM)
+        if index == step:  # the batch of the next step, fetched while this one runs
+            ACTION
         yield batch
 
 def run():
     with distributed.joined(place, workdir):
         loop.train(config, workdir)
 
-loop.train_batches = stopping
+loop.train_batches = acting
 distributed.leave(cli.run(run))
 """
-"""train.py, but that it is sent SIGTERM while the step runs that comes first on its command line."""
+"""train.py, but that something happens to it while the step runs that comes first on its command line."""
+
+STOPPING = AT_A_STEP.replace("ACTION", "os.kill(os.getpid(), signal.SIGTERM)")
 
 
 def test_a_run_goes_on_with_fewer_devices_and_more_processes(config, tmp_path):
@@ -265,6 +282,10 @@ exit $status
 """
 """Mounts a disk of so many kB at a folder, copies a run there, runs a command, and copies what it left out again."""
 
+FILLING = AT_A_STEP.replace(
+    "ACTION", "Path(workdir, 'filler').write_bytes(bytes(shutil.disk_usage(workdir).free - int(os.environ['LEFT'])))"
+)
+
 
 def test_a_disk_that_fills_keeps_the_last_checkpoint_and_room_lets_the_run_go_on(config, tmp_path):
     train = command(config, tmp_path)
@@ -278,12 +299,13 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint_and_room_lets_the_run_go_on
         return sum(4 * -(-file.stat().st_size // 4096) for file in folder.rglob("*") if file.is_file())
 
     disk.mkdir()
-    size = kilobytes(begun) + kilobytes(begun / "checkpoints") // 2  # what there is, and half of another checkpoint
+    checkpoint = kilobytes(begun / "checkpoints")
+    size = kilobytes(begun) + 8 * checkpoint
     script = ["unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", str(size), str(disk), str(begun)]
     result = subprocess.run(
-        [*script, sys.executable, *train, str(disk / "run")],
+        [*script, sys.executable, "-c", FILLING, "5", *train[1:], str(disk / "run")],
         cwd=ROOT,
-        env=os.environ | {"DISK": str(disk)},
+        env=os.environ | {"DISK": str(disk), "LEFT": str(checkpoint * 1024 // 2)},  # half of what the next one needs
         text=True,
         capture_output=True,
     )
@@ -292,6 +314,7 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint_and_room_lets_the_run_go_on
     assert result.returncode == 2, result.stderr
     assert "No space left on device" in result.stderr
     assert newest(left) == 4
+    (left / "filler").unlink()
 
     [ended] = Started([*train, str(left)], processes=1, devices=1).wait()
     assert ended.status == 0, ended.output

@@ -1,5 +1,6 @@
 """Training: the step, the record of a run, and that a run comes to the same bits however often it is stopped."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -152,6 +153,15 @@ def test_a_run_goes_on_with_its_own_encoding_only_while_that_is_the_same(config,
     assert "already finished at step 12" in capsys.readouterr().out
 
 
+@contextlib.contextmanager
+def handled_by(signum, handler):
+    before = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
+
 @pytest.mark.parametrize(
     "signals",
     # A terminal that is closed hangs up, and so does its shell.
@@ -165,7 +175,8 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_
     signum = signals[0]
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 5 and saved") as stop:
         stop_at(5, patch, *signals)
-        train(config, tmp_path)
+        with handled_by(signum, signal.SIG_DFL):  # also where the tests themselves run under nohup
+            train(config, tmp_path)
     assert stop.value.signum == signum
     assert checkpoints(tmp_path) == {"4", "5"}
     train(config, tmp_path)
@@ -174,11 +185,8 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_
 
 def test_a_hang_up_that_nohup_ignores_stays_ignored(config, tmp_path, monkeypatch):
     stop_at(2, monkeypatch, signal.SIGHUP)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with handled_by(signal.SIGHUP, signal.SIG_IGN):
         train(changed(config, {"train.steps": 3}), tmp_path)
-    finally:
-        signal.signal(signal.SIGHUP, before)
     assert checkpoints(tmp_path) == {"3"}
 
 

@@ -125,7 +125,7 @@ class Perplexity(Evaluation):
         if len(tokenizers) == 1:
             score = f"Perplexity is per token ({tokenizers[0]})."
             if not any(document.byte_lengths.any() for read_at in documents.values() for document in read_at):
-                score += " Bits per byte are unknown: the corpus has tokens but no text."
+                score += " Bits per byte are unknown: the corpus, or a part of it, has tokens but no text."
         else:
             score = (
                 f"The runs differ in tokenizer ({', '.join(tokenizers)}), so losses are in bits per byte: the sum over "
