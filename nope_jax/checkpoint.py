@@ -318,8 +318,10 @@ def _hushed() -> Iterator[None]:
     sys.unraisablehook = lambda *_: None
     try:
         yield
-    finally:
+    except BaseException:
         gc.collect()
+        raise
+    finally:
         sys.excepthook, sys.unraisablehook = hooks
 
 
