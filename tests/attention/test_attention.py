@@ -43,8 +43,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 # --- Values
 
 
-@every_implementation
-@pytest.mark.parametrize("name", GOLDEN)
+@streaming_and_some_reference("name", GOLDEN, [])
 def test_attention_is_that_of_published_models(name, implementation):
     golden = {key: np.array(x, np.float32) for key, x in GOLDEN[name].items()}
     query, key, value = golden["query"], golden["key"], golden["value"]
@@ -133,18 +132,19 @@ COMMON = {
 
 
 # Every kind of mask and factor once.
-OF_THE_REFERENCE = ["chunks on both sides", "window on both sides", "segments that return", "mask per head and row"]
-OF_THE_REFERENCE += ["logit scale per row", "soft cap of scaled logits in a mask", "positions out of order"]
-OF_THE_REFERENCE += ["chunks of positions with gaps", "only query positions", "all at once"]
+OF_THE_REFERENCE = ["chunks on both sides", "window on both sides", "logit scale per row", "only query positions"]
+OF_THE_REFERENCE += ["soft cap of scaled logits in a mask", "all at once"]
+# Another case has these and more.
+INCLUDED = ["window", "window of a block", "chunks of a block, with a window", "segments", "mask of keys", "soft cap"]
+INCLUDED += ["scale", "scalar logit scale", "logit scale per head", "logit scale per position"]
 
 
-@streaming_and_some_reference("case", COMMON, OF_THE_REFERENCE)
+@streaming_and_some_reference("case", COMMON, OF_THE_REFERENCE, slow=INCLUDED)
 def test_every_common_keyword_agrees_with_float64(case, implementation):
     assert_agrees("t5", implementation, *inputs(), **parameters("t5"), **COMMON[case])
 
 
-@every_implementation
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@streaming_and_some_reference("encoding", ["rope", "alibi"], [])
 def test_rope_and_alibi_follow_explicit_positions(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(), **parameters(encoding), **COMMON["positions with gaps, per row"])
 
@@ -155,8 +155,7 @@ def test_without_causality_alibi_and_bidirectional_t5_reach_both_ways(implementa
     assert_agrees("t5", implementation, *inputs(), **parameters("t5"), is_causal=False, bidirectional=True)
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_fewer_queries_than_keys_stand_at_the_end_of_the_keys(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(T=10, S=LENGTH), **parameters(encoding))
 
@@ -167,8 +166,7 @@ def test_segments_of_queries_and_keys_may_differ_in_length(implementation):
     assert_agrees("alibi", implementation, *inputs(T=3, S=14), segment_ids=segments)
 
 
-@every_implementation
-@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@streaming_and_some_reference("kv_heads", [1, 3, 6], [3])
 def test_query_head_n_uses_key_value_head_n_over_group_size(kv_heads, implementation):
     assert_agrees("alibi", implementation, *inputs(N=6, K=kv_heads))
 
@@ -184,8 +182,7 @@ def test_temperature_multiplies_the_content_and_not_the_bias(implementation):
     assert_close(hot, t5_attention(3 * query, key, value, implementation=implementation, **keywords))
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_large_logits_do_not_overflow(encoding, implementation):
     query, key, value = inputs()
     query, key = 30 * query, 30 * key
@@ -200,8 +197,7 @@ def test_large_logits_do_not_overflow(encoding, implementation):
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_bfloat16_in_is_bfloat16_out_with_softmax_and_statistics_in_float32(encoding, implementation):
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
     out, stats = ATTENTION[encoding](
@@ -217,8 +213,7 @@ def test_bfloat16_in_is_bfloat16_out_with_softmax_and_statistics_in_float32(enco
     assert_close(stats.logsumexp, wanted.logsumexp, tolerance=tolerance)
 
 
-@every_implementation
-@pytest.mark.parametrize("encoding", ["rope", "t5"])
+@streaming_and_some_reference("encoding", ["rope", "t5"], [])
 def test_jit_changes_nothing(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], implementation=implementation, return_stats=True, **parameters(encoding)
@@ -284,8 +279,7 @@ def test_nope_without_a_mask_is_permutation_equivariant_and_the_causal_mask_brea
     assert not np.allclose(causal, np.asarray(attend(query, key, value))[:, order], atol=1e-2)
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_a_shift_of_all_positions_changes_nothing(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], *inputs(), implementation=implementation, return_stats=True, **parameters(encoding)
@@ -294,8 +288,7 @@ def test_a_shift_of_all_positions_changes_nothing(encoding, implementation):
     jax.tree.map(assert_close, shifted, attend())
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_stretched_positions_matter_to_every_encoding_but_nope(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], *inputs(), implementation=implementation, return_stats=True, **parameters(encoding)
@@ -315,8 +308,7 @@ def test_alibi_is_a_bias_of_slope_times_key_position(implementation):
     assert_close(out, wanted.output)
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_the_last_query_alone_against_a_cache_is_the_last_row(encoding, implementation):
     query, key, value = inputs()
     attend = functools.partial(
@@ -344,8 +336,7 @@ def span(encoding, implementation, is_causal):
 PAST = np.tril(np.ones((LENGTH, LENGTH), bool))
 
 
-@every_implementation
-@every_encoding
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
 def test_no_gradient_reaches_the_past_from_the_future(encoding, implementation):
     by_query, by_key, by_value = span(encoding, implementation, is_causal=True)
     assert (by_query[~np.eye(LENGTH, dtype=bool)] == 0).all()
@@ -389,8 +380,7 @@ def gradients_past_empty_rows(encoding, implementation):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-@every_implementation
-@pytest.mark.parametrize("case", NOTHING)
+@streaming_and_some_reference("case", NOTHING, ["masked rows", "everything masked"])
 def test_rows_that_see_nothing_give_zeros_and_finite_gradients(case, implementation):
     query, key, value = inputs()
     gradients, (out, stats) = gradients_past_empty_rows("t5", implementation)(query, key, value, NOTHING[case])
@@ -442,7 +432,9 @@ def gradients_of(encoding, implementation, keywords, arrays, query, key, value):
     return jax.jit(jax.grad(loss, has_aux=True))(differentiated)
 
 
-@every_encoding
+@pytest.mark.parametrize(
+    "encoding", ["rope", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nope", "alibi"))]
+)
 def test_gradients_agree_with_finite_differences_in_float64_and_streaming_with_reference(encoding):
     arrays, settings = differentiable(encoding)
     arrays["logit_scale"] = np.linspace(0.5, 1.5, 4, dtype=np.float32)

@@ -26,13 +26,18 @@ from tests.support.attention_cases import ATTENTION, LENGTH, assert_close, every
 
 # --- Inside Flax's own attention layers
 
+# One that turns queries and keys, and one that adds to their products.
+some_encodings = pytest.mark.parametrize(
+    "encoding", [name if name in ("rope", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
+)
+
 
 def causal_layer_arguments(encoding):
     x = random(2, 12, 16)
     return x, nnx.make_causal_mask(np.ones((2, 12))), functools.partial(ATTENTION[encoding], **parameters(encoding))
 
 
-@every_encoding
+@some_encodings
 def test_it_drops_into_nnx_multi_head_attention(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = nnx.MultiHeadAttention(
@@ -44,7 +49,7 @@ def test_it_drops_into_nnx_multi_head_attention(encoding):
     assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
 
 
-@every_encoding
+@some_encodings
 def test_it_drops_into_linen_multi_head_attention(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=True)
@@ -76,8 +81,16 @@ LAYER_MASKS = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("mask", LAYER_MASKS)
+@pytest.mark.parametrize(
+    ("mask", "jit"),
+    [
+        *(("none", True), ("causal", False), ("padding", True), ("both", False)),
+        *(
+            pytest.param(mask, jit, marks=pytest.mark.slow)
+            for mask, jit in (("none", False), ("causal", True), ("padding", False), ("both", True))
+        ),
+    ],
+)
 def test_linen_layers_mean_what_they_mean_with_flax_s_own_attention(mask, jit):
     """Without a mask they are bidirectional; masks of floating-point zeros and ones are masks."""
     x = random(2, 12, 16)
@@ -108,7 +121,7 @@ def test_a_linen_layer_may_be_given_causal_attention():
     assert_close(found, wanted, tolerance=5e-6)
 
 
-@every_encoding
+@some_encodings
 def test_linen_decodes_token_by_token_as_in_one_pass(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     wanted = linen_layer(attend, x, mask=mask)
@@ -121,7 +134,7 @@ def test_linen_decodes_token_by_token_as_in_one_pass(encoding):
         assert_close(out[:, 0], wanted[:, t], tolerance=5e-6)
 
 
-@every_encoding
+@some_encodings
 def test_nnx_decodes_token_by_token_as_in_one_pass(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
@@ -133,7 +146,7 @@ def test_nnx_decodes_token_by_token_as_in_one_pass(encoding):
 
 
 @pytest.mark.parametrize("more", [{}, {"is_causal": False}, {"is_causal": True}], ids=["unsaid", "both ways", "causal"])
-@pytest.mark.parametrize("length", [5, 12])
+@pytest.mark.parametrize("length", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_nnx_layers_mean_what_they_mean_with_flax_s_own_attention(length, more):
     """Also where lengths differ: Flax's causal mask is aligned at the first tokens."""
     x, memory, outputs = random(2, length, 16), random(2, 12, 16, seed=1), []

@@ -14,18 +14,23 @@ IMPLEMENTATIONS = ["reference", "streaming"]
 
 every_encoding = pytest.mark.parametrize("encoding", ATTENTION)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+streaming_only = pytest.mark.parametrize(  # but for the slow tests
+    "implementation",
+    [name if name == "streaming" else pytest.param(name, marks=pytest.mark.slow) for name in IMPLEMENTATIONS],
+)
 
 
-def streaming_and_some_reference(name, cases, reference):
+def streaming_and_some_reference(name, cases, reference, slow=()):
     """Every case of an argument by streaming, but for the slow tests only some of them by the reference.
 
-    Streaming has a path for each kind of position, mask and block; the reference has one for all.
+    Streaming has a path for each kind of position, mask and block; the reference has one for all. What another case
+    proves too may be left to the slow tests altogether.
     """
     return pytest.mark.parametrize(
         (name, "implementation"),
         [
             pytest.param(case, implementation, marks=pytest.mark.slow)
-            if implementation == "reference" and case not in reference
+            if case in slow or (implementation == "reference" and case not in reference)
             else (case, implementation)
             for case, implementation in itertools.product(cases, IMPLEMENTATIONS)
         ],

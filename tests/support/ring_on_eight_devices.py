@@ -198,9 +198,18 @@ def test_shares_that_have_no_halves_and_halves_that_are_no_whole_blocks(name, le
     assert_mesh_changes_nothing(ENCODINGS[name](), RING, operands(length, length))
 
 
-@pytest.mark.parametrize("name", ["rope", *(pytest.param(name, marks=slow) for name in ("nope", "alibi", "cope"))])
-@pytest.mark.parametrize("in_context", [False, pytest.param(True, marks=slow)])
-@pytest.mark.parametrize("implementation", ["streaming", pytest.param("pallas_tpu", marks=slow)])
+def test_arrays_may_lie_on_a_mesh_with_explicit_axes_outside_of_jit():
+    arrays, mesh = operands()[:3], jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"))
+    placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "sequence", "tensor"))) for x in arrays]
+    out = attention.rope_attention(*placed)
+    assert_close(out, attention.rope_attention(*arrays, implementation="reference"))
+    assert out.sharding.spec == PartitionSpec("data", "sequence", "tensor", None)
+
+
+@slow
+@pytest.mark.parametrize("name", ["rope", "nope", "alibi", "cope"])
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize("implementation", ["streaming", "pallas_tpu"])
 def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, in_context, implementation):
     if name == "cope" and implementation == "pallas_tpu":
         pytest.skip("it does not serve CoPE")
