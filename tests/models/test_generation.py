@@ -55,7 +55,7 @@ def test_rows_and_steps_draw_apart_and_the_key_decides():
     assert (first[0] != first[1]).any() and (first != other).any()
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_top_k_draws_among_the_likeliest_only(top_k):
     prompt = jnp.tile(PROMPT[:1], (500, 1))
     drawn = generate(MODEL, prompt, max_new_tokens=1, temperature=5.0, top_k=top_k, key=jax.random.key(5))[:, -1]
@@ -101,12 +101,12 @@ DRAWN = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
     ("encoding", "options"),
     [
         ("learned", DRAWN),
-        (Windowed(RoPE(), 4), {}),
         (RoPE(scaling=DynamicNTKScaling(2.0, 8)), {}),
         *(
             pytest.param(encoding, options, marks=pytest.mark.slow)
             for encoding, options in [
                 ("learned", {}),
+                (Windowed(RoPE(), 4), {}),
                 (Windowed(RoPE(), 4), DRAWN),
                 (RoPE(scaling=DynamicNTKScaling(2.0, 8)), DRAWN),
                 *itertools.product(("forgetting", "convolution"), ({}, DRAWN)),
@@ -141,7 +141,10 @@ def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
 
 @pytest.mark.parametrize(
     ("encoding", "options"),
-    [("learned", DRAWN | {"key": jax.random.key(1)}), (RoPE(scaling=DynamicNTKScaling(2.0, 8)), {})],
+    [
+        ("learned", DRAWN | {"key": jax.random.key(1)}),
+        pytest.param(RoPE(scaling=DynamicNTKScaling(2.0, 8)), {}, marks=pytest.mark.slow),
+    ],
     ids=["drawn", "greedy"],
 )
 def test_a_stream_is_the_text_token_by_token(encoding, options):
@@ -193,6 +196,7 @@ class _Collect(logging.Handler):
             self.messages.append(record.getMessage())
 
 
+@pytest.mark.slow  # the program of the last test is one
 def test_bfloat16_parameters_generate():
     model = small("rope", dtype="bfloat16")
     graph, state = nnx.split(model)
@@ -264,7 +268,7 @@ def test_past_the_room_of_the_cache_logits_are_nan_under_jit():
     assert np.isnan(step(state, cache)[0]).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_step_copies_neither_the_caches_nor_the_weights(dtype):
     """With more room, or more layers, the program needs hardly more memory of its own."""
 

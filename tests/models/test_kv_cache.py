@@ -91,7 +91,11 @@ PIECES = [17, 1, 1, 21]
 @pytest.mark.parametrize(
     ("encodings", "pieces"),
     [
-        *((pair, PIECES) for pair in itertools.zip_longest(ROLLING, WHOLE, fillvalue="nope")),
+        ((*ROLLING, *WHOLE), PIECES),
+        *(
+            pytest.param(pair, PIECES, marks=pytest.mark.slow)
+            for pair in itertools.zip_longest(ROLLING, WHOLE, fillvalue="nope")
+        ),
         # Of which the test above says what it is; and cut otherwise.
         pytest.param((CentredRoPE(), "nope"), PIECES, marks=pytest.mark.slow),
         pytest.param((next(iter(ROLLING)), "nope"), [1, 1, 2, 4, 32], marks=pytest.mark.slow),
@@ -99,8 +103,8 @@ PIECES = [17, 1, 1, 21]
     ids=str,
 )
 def test_pieces_are_as_one_pass(encodings, pieces):
-    """A layer of each of two encodings."""
-    model = decoder(encodings, num_layers=2)
+    """A layer of each encoding."""
+    model = decoder(encodings, num_layers=len(encodings))
     logits, stats = model(TOKENS, return_stats=True)
     cache = model.init_cache(2, LENGTH)
     assert [kv_cache.slots for kv_cache in cache.kv_caches] == [ROLLING.get(e, LENGTH) for e in encodings]
@@ -113,7 +117,9 @@ def test_pieces_are_as_one_pass(encodings, pieces):
     assert cache.length == LENGTH and cache.room == LENGTH
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "smollm3"])
+@pytest.mark.parametrize(  # the others have less of the same
+    "name", [n if n == "llama4" else pytest.param(n, marks=pytest.mark.slow) for n in SCHEDULES if n != "smollm3"]
+)
 def test_schedules_with_windows_generate_as_one_pass(name):
     encodings = tuple(
         dataclasses.replace(e, window=5)

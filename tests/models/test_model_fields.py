@@ -40,33 +40,42 @@ CASES = [
     {},
     {"activation": "gelu"},
     {"activation": "relu"},
-    {"activation": "silu", "mlp": "plain"},
     {"activation": "relu2", "mlp": "plain"},
-    {"norm": "rms_plus_one"},
     {"norm": "layer", "norm_eps": 1e-2},
+    {"block": "parallel"},
+    {"qk_norm": "all", "norm": "layer"},
+    {"biases": ALL_BIASES, "mlp": "plain", "norm": "layer"},
+    {"logits_softcap": 0.5, "logits_scale": 3.0, "tie_embeddings": True},
+    GEMMA,
+    {**GEMMA, "block": "parallel", "norm_place": "post", "norm": "layer", "qk_norm": "all", "mlp": "plain"},
+    {**GEMMA, "block": "parallel_shared_norm"},
+]
+ALONE = [
+    {"activation": "silu", "mlp": "plain"},
+    {"norm": "rms_plus_one"},
     {"norm_place": "post"},
     {"norm_place": "sandwich"},
-    {"block": "parallel"},
     {"block": "parallel_shared_norm"},
     {"qk_norm": "head"},
-    {"qk_norm": "all", "norm": "layer"},
     *({"biases": (part,)} for part in ALL_BIASES),
-    {"biases": ALL_BIASES, "mlp": "plain", "norm": "layer"},
     {"attention_scale": 0.1},
     {"attention_softcap": 0.2},
     {"embedding_scale": 2.0},
     {"embedding_norm": True},
     {"residual_scale": 0.3},
     {"logits_scale": 0.3},
-    {"logits_softcap": 0.5, "logits_scale": 3.0, "tie_embeddings": True},
-    GEMMA,
-    {**GEMMA, "block": "parallel", "norm_place": "post", "norm": "layer", "qk_norm": "all", "mlp": "plain"},
-    {**GEMMA, "block": "parallel_shared_norm"},
 ]
+"""Slow tests of what the last three have among other changes."""
 DECODED = {"attention_scale", "attention_softcap", "block", "qk_norm"}
 """Fields of what a cache takes part in."""
-everything = pytest.mark.parametrize("changes", CASES[-3:], ids=["sandwich", "post", "shared"])
-names = pytest.mark.parametrize("changes", CASES, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items())[:60])
+everything = pytest.mark.parametrize(
+    "changes", [*CASES[-3:-1], pytest.param(CASES[-1], marks=pytest.mark.slow)], ids=["sandwich", "post", "shared"]
+)
+names = pytest.mark.parametrize(
+    "changes",
+    [*CASES, *(pytest.param(changes, marks=pytest.mark.slow) for changes in ALONE)],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items())[:60],
+)
 
 
 def decoder(changes) -> Decoder:
@@ -193,7 +202,11 @@ def test_every_parameter_has_a_gradient_and_only_matrices_are_decayed_or_orthogo
         )
 
 
-@everything
+@pytest.mark.parametrize(
+    "changes",
+    [CASES[-3], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES[-2:])],
+    ids=["sandwich", "post", "shared"],
+)
 def test_with_everything_on_implementations_remat_and_chunks_of_logits_agree(changes, monkeypatch, small_blocks):
     def run(chunked=False, **more):
         monkeypatch.setattr(decoder_module, "LOGITS_AT_ONCE", 32 * 8 if chunked else 2**26)

@@ -16,7 +16,7 @@ from nope_jax import Decoder, ModelConfig, generate
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, ModelDims, RoPE
 from nope_jax.models import decoder as decoder_module
-from tests.support.attention_cases import others_slow
+from tests.support.attention_cases import ONE_OF_EACH, others_slow
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -121,12 +121,13 @@ def test_both_implementations_agree_in_value_statistics_and_gradient(encoding):
 
 # What acts before attention, or wraps it. Of the others test_attention.py and test_every_encoding.py find the gradient
 # from the future to be zero.
-WITHIN = {"nope", "rope", "t5", "fire", "shaw", "transformer_xl", "cope", "forgetting"}
+BEFORE = ("learned", "recursive", "convolution", "log_n", Shaw(), Forgetting())
+"""A layer of each: one alone is a slow test."""
 
 
-@pytest.mark.parametrize("encoding", [*others_slow(ENCODINGS, but=WITHIN), Shaw(), Forgetting()], ids=str)
+@pytest.mark.parametrize("encoding", [BEFORE, *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
 def test_no_logit_depends_on_a_later_token(encoding):
-    model = decoder(encoding=encoding)
+    model = decoder(encoding=encoding, num_layers=max(2, len(encoding) if isinstance(encoding, tuple) else 1))
     changed = TOKENS.at[:, 11:].set((TOKENS[:, 11:] + 1) % 32)
     run = jax.jit(lambda tokens: model(tokens))
     before, after = run(TOKENS), run(changed)
@@ -178,12 +179,14 @@ def test_remat_changes_nothing():
 
 # Randomized positions are drawn for all tokens of a row at once, however they are packed. What goes by distance alone,
 # segments hide as they do for NoPE.
-BY_DISTANCE = {"rope", "t5", "shaw", "transformer_xl"}
+PACKED = ("learned", "recursive", "convolution", "fire", "cope", "forgetting", "log_n")
 
 
-@pytest.mark.parametrize("encoding", others_slow((name for name in ENCODINGS if name != "randomized"), but=BY_DISTANCE))
+@pytest.mark.parametrize(
+    "encoding", [PACKED, *others_slow([name for name in ENCODINGS if name != "randomized"], but=ONE_OF_EACH)], ids=str
+)
 def test_documents_packed_behind_masks_are_the_documents_alone(encoding):
-    model = decoder(encoding=encoding)
+    model = decoder(encoding=encoding, num_layers=max(2, len(encoding) if isinstance(encoding, tuple) else 1))
     lengths = [9, 9, 6]  # the last one is cut off
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None].repeat(2, 0)
     segments = jnp.repeat(jnp.arange(3), jnp.array(lengths))[None].repeat(2, 0)
@@ -283,7 +286,9 @@ def test_losses_in_chunks_are_the_losses(monkeypatch):
     chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nope", "recursive", "t5", "cope"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("nope", "t5", "cope")] + ["recursive"]
+)
 def test_what_is_called_again_outside_of_jit_is_not_compiled_again(name, compilations):
     model = decoder(encoding=name)
 

@@ -22,7 +22,7 @@ def decoder(encoding, seed, **changes):
 @pytest.mark.parametrize(
     ("source", "model"),
     [
-        ("t5", "t5"),
+        pytest.param("t5", "t5", marks=pytest.mark.slow),
         (("t5", "rope"), ("t5", "rope", "t5")),  # another period, the same layers
         ("learned", ("learned", "learned")),
         ("rope", HeadScale(RoPE())),  # starts at 1
