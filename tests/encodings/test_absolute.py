@@ -70,7 +70,7 @@ def test_it_keeps_dtype_and_shape_and_is_the_same_under_jit(encoding):
     out = encoding.input(params, x, tokens())
     jitted = jax.jit(lambda params, x, at: encoding.input(params, x, tokens(at, length=16)))(params, x, POSITIONS)
     np.testing.assert_allclose(jitted, out, rtol=1e-6, atol=1e-6)
-    half = encoding.input(params, x.astype(jnp.bfloat16), tokens())
+    half = jax.jit(lambda params, x: encoding.input(params, x, tokens()))(params, x.astype(jnp.bfloat16))
     assert out.dtype == jnp.float32 and half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), out, rtol=2**-6, atol=2**-6 * np.abs(out).max())
 
@@ -78,8 +78,12 @@ def test_it_keeps_dtype_and_shape_and_is_the_same_under_jit(encoding):
 @every
 def test_one_row_of_positions_serves_the_batch(encoding):
     params, x = parameters(encoding), jnp.asarray(random(B, T, D))
-    one = encoding.input(params, x, tokens(np.arange(T)))
-    np.testing.assert_array_equal(one, encoding.input(params, x, tokens(np.tile(np.arange(T), (B, 1)))))
+
+    @jax.jit
+    def both(params, x):
+        return [encoding.input(params, x, tokens(at)) for at in (np.arange(T), np.tile(np.arange(T), (B, 1)))]
+
+    np.testing.assert_array_equal(*both(params, x))
 
 
 @every
@@ -92,11 +96,12 @@ def test_its_gradient_is_that_of_differences(encoding):
         ids = np.arange(B * T).reshape(B, T) % V
         return (weights * jnp.tanh(encoding.input(params, x, tokens(ids=ids)))).sum()
 
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     along = sum(float((gradient[name] * direction[name]).sum()) for name in params)
     with jax.enable_x64(True):
+        exact = jax.jit(loss)
         moved = [
-            float(loss({name: p.astype(np.float64) + step * direction[name] for name, p in params.items()}))
+            float(exact({name: p.astype(np.float64) + step * direction[name] for name, p in params.items()}))
             for step in (2**-10, -(2**-10))
         ]
     np.testing.assert_allclose(along, (moved[0] - moved[1]) * 2**9, rtol=1e-3, atol=1e-4)
@@ -201,7 +206,9 @@ def test_complex_order_starts_from_the_frequencies_of_the_sinusoids():
 def table_of(encoding, params, length):
     """The positions that are added: the rows 0 .. length - 1."""
     width = params["start"].shape[0]
-    return encoding.input(params, jnp.zeros((1, length, width)), tokens(np.arange(length)))[0]
+    return jax.jit(lambda params: encoding.input(params, jnp.zeros((1, length, width)), tokens(np.arange(length)))[0])(
+        params
+    )
 
 
 def test_recursive_positions_are_the_states_of_pytorchs_network():
@@ -263,14 +270,13 @@ def test_convolution_is_pytorchs_with_zeros_on_the_left():
     assert_close(out, GOLDEN["convolution"]["out"])
 
 
-@pytest.mark.parametrize("kernel_size", [2, 4, 12])
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("kernel_size", "segmented"), [(2, True), (4, False), (12, True)])
 def test_convolution_agrees_with_float64_and_keeps_to_its_segment(kernel_size, segmented):
     encoding = Convolution(kernel_size)
     params, x = parameters(encoding), random(B, T, D)
     segments = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 0, 0, 0, 0, 0, 5, 5, 5]]) if segmented else None
     told = tokens(segments=None if segments is None else jnp.asarray(segments))
-    out = encoding.input(params, jnp.asarray(x), told)
+    out = jax.jit(lambda params, x: encoding.input(params, x, told))(params, x)
     assert_close(out, oracles.convolved(x, params["kernel"], segments))
     if segmented:
         alone = encoding.input(params, jnp.asarray(x[:1, 5:]), tokens(np.arange(4)))

@@ -23,10 +23,10 @@ from tests.support.attention_cases import (
     LENGTH,
     TOLERANCE,
     assert_close,
-    every_implementation,
     inputs,
     random,
     streaming_and_some_reference,
+    streaming_only,
 )
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -85,7 +85,7 @@ COMMON = {
 }
 
 
-@streaming_and_some_reference("common", COMMON, ["positions with gaps, per row"])
+@streaming_and_some_reference("common", COMMON, [], slow=["defaults"])  # the gradients below begin with it
 @every_case
 def test_attention_is_that_of_the_paper(case, common, implementation):
     attend, parameters = CASES[case]
@@ -96,8 +96,7 @@ def test_attention_is_that_of_the_paper(case, common, implementation):
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@every_implementation
-@every_case
+@streaming_and_some_reference("case", CASES, ["fire"])
 def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, implementation):
     attend, parameters = CASES[case]
     arrays = inputs(T=3, S=LENGTH)
@@ -106,8 +105,7 @@ def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, i
         assert_close(out, oracle(case, parameters, *arrays, **where).output)
 
 
-@every_implementation
-@every_case
+@streaming_and_some_reference("case", CASES, ["fire"], slow=["kerple power"])
 def test_bfloat16_in_is_bfloat16_out_and_the_bias_is_float32(case, implementation):
     attend, parameters = CASES[case]
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
@@ -152,7 +150,7 @@ def test_gradients_of_every_parameter_agree_with_finite_differences_in_float64(c
 # --- ALiBi
 
 
-@every_implementation
+@streaming_only
 def test_alibi_is_that_of_mpt(implementation):
     golden = {name: np.array(x, np.float32) for name, x in GOLDEN["mpt"].items()}
     arrays = golden["query"], golden["key"], golden["value"]
@@ -161,7 +159,7 @@ def test_alibi_is_that_of_mpt(implementation):
     assert_close(stats.entropy, golden["entropy"])
 
 
-@every_implementation
+@streaming_only
 def test_falcon_divides_its_slopes_by_the_root_of_the_head_dim_too(implementation):
     golden = {name: np.array(x, np.float32) for name, x in GOLDEN["falcon"].items()}
     arrays = golden["query"], golden["key"], golden["value"]
@@ -201,7 +199,7 @@ def test_learned_slopes_start_from_the_papers_and_are_parameters_of_each_layer()
 # --- T5
 
 
-@every_implementation
+@streaming_only
 @pytest.mark.parametrize("name", ["t5_causal", "t5_bidirectional"])
 def test_t5_without_the_root_is_the_published_model(name, implementation):
     golden = {key: np.array(x, np.float32) for key, x in T5_GOLDEN[name].items()}

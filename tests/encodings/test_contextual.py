@@ -15,10 +15,10 @@ from tests.support.attention_cases import (
     LENGTH,
     TOLERANCE,
     assert_close,
-    every_implementation,
     inputs,
     random,
     streaming_and_some_reference,
+    streaming_only,
 )
 
 SIZES = ModelDims(num_heads=4, head_dim=8, model_dim=32)
@@ -72,14 +72,14 @@ RULES = {
 
 
 @streaming_and_some_reference(
-    "rule", RULES, ["causal", "segments", "mask per head and row", "logit scale per head", "positions out of order"]
+    "rule", RULES, ["mask per head and row", "positions out of order"], slow=["causal", "window", "mask of keys"]
 )
 def test_cope_counts_the_keys_each_query_sees(rule, implementation):
     attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
     assert_agrees(attend, cope_oracle(*inputs(), EMBEDDINGS, **RULES[rule]), *inputs(), **RULES[rule])
 
 
-@every_implementation
+@streaming_only
 @pytest.mark.parametrize(("queries", "keys", "where"), [(3, 21, None), (1, 17, None), (2, 21, [9, 10]), (20, 9, None)])
 def test_cope_of_queries_against_a_cache(queries, keys, where, implementation):
     rule = {} if where is None else {"query_positions": np.array(where)}
@@ -88,22 +88,21 @@ def test_cope_of_queries_against_a_cache(queries, keys, where, implementation):
     assert_agrees(attend, cope_oracle(*arrays, EMBEDDINGS, **rule), *arrays, **rule)
 
 
-@every_implementation
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@streaming_and_some_reference("kv_heads", [1, 4], [4], slow=[1])
 def test_cope_with_embeddings_per_head_and_the_division_of_its_code(kv_heads, implementation):
     embeddings, arrays = random(4, 7, 8, seed=5), inputs(K=kv_heads)
     attend = functools.partial(cope_attention, embeddings=embeddings, scaled=True, implementation=implementation)
     assert_agrees(attend, cope_oracle(*arrays, embeddings, scaled=True), *arrays)
 
 
-@every_implementation
+@streaming_only
 def test_a_single_position_adds_the_same_to_every_key(implementation):
     query, key, value = inputs()
     out = cope_attention(query, key, value, embeddings=EMBEDDINGS[:1], implementation=implementation)
     assert_close(out, oracles.attention(query, key, value).output)
 
 
-@every_implementation
+@streaming_only
 def test_open_gates_count_tokens(implementation):
     # σ(40) is 1: the query's own key is at position 1, and what is added is q·e[distance + 1].
     query, key, value = inputs()
@@ -116,7 +115,7 @@ def test_open_gates_count_tokens(implementation):
     assert_close(out, oracles.attention(query, key, value, bias=bias).output)
 
 
-@every_implementation
+@streaming_only
 def test_bfloat16_in_is_bfloat16_out_with_sums_in_float32(implementation):
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
     exact = [np.asarray(x, np.float64) for x in (query, key, value)]
@@ -162,7 +161,7 @@ def cope_arrays(**shape):
     return arrays | {"embeddings": EMBEDDINGS, "logit_scale": np.linspace(0.5, 1.5, 4, dtype=np.float32)}
 
 
-@pytest.mark.parametrize("rule", ["causal", "mask per head and row"])
+@pytest.mark.parametrize("rule", [pytest.param("causal", marks=pytest.mark.slow), "mask per head and row"])
 def test_gradients_of_cope_agree_with_finite_differences_in_float64(rule):
     arrays = cope_arrays()
     gradient = gradients(functools.partial(cope_attention, **RULES[rule], implementation="streaming"), arrays)
@@ -217,14 +216,15 @@ def forget_oracle(query, key, value, log_forget, query_start=None, **common):
     "rule",
     ["causal", "not causal", "window", "segments", "mask per head and row", "logit scale per head",
      "positions with gaps, per row"],
-    ["not causal", "positions with gaps, per row"],
+    ["positions with gaps, per row"],
+    slow=["causal", "window"],
 )  # fmt: skip
 def test_forgetting_is_that_of_the_paper(rule, implementation):
     attend = functools.partial(forgetting_attention, log_forget=log_forget(), implementation=implementation)
     assert_agrees(attend, forget_oracle(*inputs(), log_forget(), **RULES[rule]), *inputs(), **RULES[rule])
 
 
-@every_implementation
+@streaming_only
 @pytest.mark.parametrize(("start", "where"), [(None, {}), (9, {"query_positions": np.array([9, 10, 11])})])
 def test_forgetting_of_queries_against_a_cache(start, where, implementation):
     arrays, gates = inputs(T=3, S=LENGTH, K=1), log_forget()

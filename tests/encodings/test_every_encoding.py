@@ -13,7 +13,7 @@ from flax import nnx
 from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, DynamicNTKScaling, ModelDims, RoPE, Wrapper
-from tests.support.attention_cases import IN_ATTENTION, assert_close, others_slow
+from tests.support.attention_cases import IN_ATTENTION, ONE_OF_EACH, assert_close, others_slow
 
 B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
 TRAINED = 24
@@ -23,8 +23,10 @@ KINDS = [name for name in IN_ATTENTION if not issubclass(ENCODINGS[name], Wrappe
 every_kind = pytest.mark.parametrize("name", KINDS)
 # Of RoPE and T5, the plainest in a kernel, test_attention.py proves the same; the logit scale has its gradient in all.
 # What only one of these tests would see is quick; of the others another test stands for the names that are left out.
-PLAIN = {"rope", "t5", "head_scale"}
-kinds_others_slow = pytest.mark.parametrize("name", others_slow([*KINDS, "head_scale"], but=PLAIN))
+PLAIN = {"nope", "rope", "t5", "head_scale"}
+# Their values and gradients at positions that run on are held by test_relative.py and test_contextual.py, and behind a
+# cache by the decoding below; at positions that do not, a table by distance is test_bias.py's.
+HELD, BIASES = {"shaw", "transformer_xl", "cope"}, {"fire", "transformer_xl"}
 
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -83,13 +85,13 @@ def assert_streaming_is_reference(encoding, arrays, common, seed=0):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), gradient, wanted_gradient)
 
 
-@kinds_others_slow
+@pytest.mark.parametrize("name", others_slow([*KINDS, "head_scale"], but=PLAIN | HELD))
 def test_streaming_is_reference_behind_a_cache(name):
     """Positions that run on, queries the last of the keys' tokens, grouped heads, a logit scale per head."""
     assert_streaming_is_reference(encoding_of(name), operands(), {})
 
 
-@kinds_others_slow
+@pytest.mark.parametrize("name", others_slow([*KINDS, "head_scale"], but=PLAIN | BIASES))
 @hypothesis.given(seed=st.integers(0, 2**16))
 @hypothesis.settings(max_examples=4, derandomize=True, deadline=None)
 def test_streaming_is_reference_for_any_positions_segments_and_mask(name, seed):
@@ -136,7 +138,7 @@ def test_streaming_is_reference_for_any_shapes(name, data):
     jax.clear_caches()  # the system lets a process map a number of programs, and these are many
 
 
-@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN))
+@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN | {"fire", "shaw"}))
 def test_the_gradient_from_the_future_is_zero(name):
     encoding, row, common = encoding_of(name), 9, {"implementation": "streaming"}
     params = parameters(encoding)
@@ -156,9 +158,12 @@ SHIFTED = 5
 INVARIANT = ["nope", "rope", "xpos", "alibi", "t5", "kerple", "shaw", "nezha", "transformer_xl", "deberta", "cope"]
 INVARIANT += ["forgetting"]
 NOT_INVARIANT = ["fire", "tupe"]
+ELSEWHERE = ["nope", "rope", "alibi", "t5"]  # test_attention.py has them
 
 
-@pytest.mark.parametrize("name", INVARIANT + NOT_INVARIANT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in ELSEWHERE else x for x in INVARIANT + NOT_INVARIANT]
+)
 def test_a_shift_of_all_positions_changes_nothing_exactly_where_it_should_not(name):
     # Up to its learned threshold FIRE is invariant, too.
     encoding = FIRE(threshold=4.0) if name == "fire" else encoding_of(name)
@@ -187,12 +192,14 @@ TOKENS = jax.random.randint(jax.random.key(1), (B, TRAINED), 0, V)
 DYNAMIC = RoPE(scaling=DynamicNTKScaling(factor=2.0, original_length=8))
 
 
-# NoPE decodes in test_model_fields.py; terms by distance know nothing of a cache but the positions that all have.
-@pytest.mark.parametrize(
-    "encoding", [*others_slow(ENCODINGS, but={"nope", "t5", "shaw", "transformer_xl"}), DYNAMIC], ids=str
-)
+# Each in a layer of its own: what holds of the decoder holds of all of them, and one alone is a slow test. NoPE decodes
+# in test_model_fields.py; terms by distance know nothing of a cache but the positions that all have.
+TOGETHER = ("learned", "fire", "convolution", "cope"), ("recursive", "rope", "forgetting", "log_n", DYNAMIC)
+
+
+@pytest.mark.parametrize("encoding", [*TOGETHER, *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
 def test_token_by_token_gives_the_logits_of_one_pass(encoding):
-    model = decoder(encoding)
+    model = decoder(encoding, **{"num_layers": len(encoding)} if isinstance(encoding, tuple) else {})
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -223,12 +230,12 @@ def test_schedules_decode_too(name):
 
 
 # Those whose formula divides by, or takes a logarithm of, a length, a position or a sum; the gradients of the others at
-# a common length are finite by the tests above.
+# a common length are finite by the tests above. Together as above, where there is no table of positions.
 @pytest.mark.parametrize(
-    "name", others_slow(ENCODINGS, but={"nope", "rope", "t5", "shaw", "transformer_xl", "convolution"})
+    "name", [("recursive", "fire", "cope", "forgetting", "log_n"), *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str
 )
 def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
-    model = decoder(name, num_layers=1)
+    model = decoder(name, num_layers=len(name) if isinstance(name, tuple) else 1)
     graph, state = nnx.split(model)
     longest = 2 * TRAINED
     if model.max_length is not None and model.max_length < longest:
@@ -258,7 +265,7 @@ def largest_array(jaxpr):
 
 
 # The memory of NoPE, T5, Shaw and CoPE is measured in test_attention_compiled.py.
-@pytest.mark.parametrize("name", others_slow(KINDS, but={"nope", "rope", "t5", "shaw", "cope"}))
+@pytest.mark.parametrize("name", others_slow(KINDS, but={"nope", "rope", "t5", "shaw", "cope", "transformer_xl"}))
 def test_no_array_of_queries_times_keys_exists(name):
     """In the program of value and gradient, whatever the compiler makes of it, for positions given or not."""
     encoding = ENCODINGS[name]().bind(ModelDims(N, H, D, 4096, K, V))

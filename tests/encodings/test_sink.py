@@ -10,7 +10,14 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import alibi_attention, attention_weights, encoded_attention
 from nope_jax.encodings import ALiBi, AttentionSink, HeadScale, ModelDims, NoPE, Windowed, resolve
 from tests.support import oracles
-from tests.support.attention_cases import LENGTH, assert_close, every_implementation, inputs, random
+from tests.support.attention_cases import (
+    LENGTH,
+    assert_close,
+    inputs,
+    random,
+    streaming_and_some_reference,
+    streaming_only,
+)
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 SINK = np.array([-1.0, 0.0, 1.5, 30.0], np.float32)
@@ -21,8 +28,7 @@ CASES = {
 }
 
 
-@every_implementation
-@pytest.mark.parametrize("case", CASES)
+@streaming_and_some_reference("case", CASES, ["rows without keys"])
 def test_it_is_a_column_that_takes_part_in_the_softmax_and_has_no_value(case, implementation):
     arrays, common, encoding = inputs(), {**CASES[case], "return_stats": True}, AttentionSink(NoPE())
     wanted = oracles.attention(*arrays, **CASES[case], sink=SINK)
@@ -36,7 +42,7 @@ def test_it_is_a_column_that_takes_part_in_the_softmax_and_has_no_value(case, im
     assert_close(weights.sum(-1), 1 - np.exp(SINK[:, None] - wanted.logsumexp))
 
 
-@every_implementation
+@streaming_only
 def test_its_gradient_is_that_of_the_column(implementation):
     """Also of entropy and logsumexp, and where a row sees no key."""
     arrays, mask = [jnp.asarray(x) for x in inputs(K=4)], np.arange(LENGTH)[:, None] > 2
@@ -80,15 +86,17 @@ def test_it_wraps_an_encoding_and_its_wrappers():
         AttentionSink(start=float("inf"))
 
 
-def test_a_decoder_with_sinks_decodes_as_in_one_pass_and_stays_bfloat16():
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.05, marks=pytest.mark.slow)]
+)
+def test_a_decoder_with_sinks_decodes_as_in_one_pass(dtype, tolerance):
     config = ModelConfig(vocab_size=32, num_layers=3, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
-    for dtype, tolerance in ("float32", 1e-5), ("bfloat16", 0.05):
-        encoding = (*resolve("attention_sink:rope"), AttentionSink(Windowed(ALiBi(), 5), start=1.0))
-        model = Decoder(ModelConfig(**{**vars(config), "encoding": encoding, "dtype": dtype}), rngs=nnx.Rngs(0))
-        logits = model(tokens)
-        first, cache = model.decode_step(tokens[:, :7], model.init_cache(2, 12))
-        rest, _ = model.decode_step(tokens[:, 7:8], cache)
-        np.testing.assert_allclose(jnp.concatenate([first, rest], 1), logits[:, :8], atol=tolerance)
+    encoding = (*resolve("attention_sink:rope"), AttentionSink(Windowed(ALiBi(), 5), start=1.0))
+    model = Decoder(ModelConfig(**{**vars(config), "encoding": encoding, "dtype": dtype}), rngs=nnx.Rngs(0))
+    logits = model(tokens)
+    first, cache = model.decode_step(tokens[:, :7], model.init_cache(2, 12))
+    rest, _ = model.decode_step(tokens[:, 7:8], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), logits[:, :8], atol=tolerance)
     without = Decoder(ModelConfig(**{**vars(config), "encoding": ("rope", Windowed(ALiBi(), 5))}), rngs=nnx.Rngs(0))
     assert np.abs(without(tokens) - logits).max() > 1e-2
