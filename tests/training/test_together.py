@@ -18,6 +18,7 @@ from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 from nope_jax.data.tasks import task
 from nope_jax.training import Interrupted, together, train
 from nope_jax.training.together import train_together
+from tests.support.shared_programs import share_programs
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = """
@@ -55,8 +56,10 @@ def alike() -> list[Config]:
 @pytest.fixture(scope="module")
 def alone(alike, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("alone")
-    for i, config in enumerate(alike):
-        train(config, folder / str(i))
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        for i, config in enumerate(alike):
+            train(config, folder / str(i))
     return [folder / str(i) for i in range(len(alike))]
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder
+from nope_jax import Decoder, cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -166,18 +167,20 @@ def handled_by(signum, handler):
     "signals",
     # A terminal that is closed hangs up, and so does its shell.
     [
-        [signal.SIGINT],
-        pytest.param([signal.SIGTERM], marks=pytest.mark.slow),
+        [signal.SIGTERM],
+        pytest.param([signal.SIGINT], marks=pytest.mark.slow),
         pytest.param([signal.SIGHUP, signal.SIGHUP], marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, signals):
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_path, monkeypatch, capsys, signals):
     signum = signals[0]
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 5 and saved") as stop:
         stop_at(5, patch, *signals)
         with handled_by(signum, signal.SIG_DFL):  # also where the tests themselves run under nohup
             train(config, tmp_path)
-    assert stop.value.signum == signum
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run sets its own
+    assert cli.run(lambda: (_ for _ in ()).throw(stop.value)) == 128 + signum
+    assert "stopped at step 5 and saved" in capsys.readouterr().err
     assert checkpoints(tmp_path) == {"4", "5"}
     train(config, tmp_path)
     assert_same_run(tmp_path, finished)
@@ -190,6 +193,7 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(config, tmp_path, monkeypatc
     assert checkpoints(tmp_path) == {"3"}
 
 
+@pytest.mark.slow  # test_checkpoint.py damages checkpoints as a kill would, and the tests around it stop runs
 def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
     # Many checkpoints, so that the kill may hit one half written.
     often = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=1, eval_every=3))
@@ -436,6 +440,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # test_optimizers.py has the gradient of two microbatches, and a resumed run below its losses
 def test_accumulated_microbatches_make_the_update_of_the_whole_batch(config):
     optimizer = optax.sgd(1.0)
     graphdef, abstract = abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
@@ -502,6 +507,7 @@ def test_eight_devices_train_as_one(config, finished, tmp_path):
     assert checkpoints(tmp_path) == {"12", "13"}
 
 
+@pytest.mark.slow  # a run stopped within this process comes first, with the status that the command has
 def test_the_command_saves_on_sigterm_and_ends_with_its_status(config, tmp_path):
     (tmp_path / "smoke.py").write_text(f"from nope_jax.config import *\n\n\ndef get_config():\n    return {config!r}\n")
     workdir = tmp_path / "run"
