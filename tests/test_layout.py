@@ -152,6 +152,7 @@ def test_the_list_of_evaluations_is_all_that_a_command_line_imports_of_them():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow  # it is no dependency, so that nothing could import it here
 def test_tensorflow_is_nowhere():
     code = "import nope_jax.training, nope_jax.evaluation.common.evaluation, sys; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -170,6 +171,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     for name in "abc":
         (text / f"{name}.txt").write_text(f"{name} is a letter, and here it stands again and again. " * 20)
     options = {"train.steps": 2, "train.eval_batches": 1, "model.num_layers": 1, "data.source": f"text:{text}/*.txt"}
+    options |= {"model.model_dim": 16, "model.num_heads": 2, "data.batch_size": 2}
     train(override(load_file(ROOT / "configs/tiny.py"), options), tmp_path / "runs/nope")
     monkeypatch.chdir(tmp_path)
     results = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
@@ -177,6 +179,10 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("page", [p.name for p in (ROOT / "docs").glob("*.md") if ">>> " in p.read_text("utf-8")])
+PAGES = [p.name for p in (ROOT / "docs").glob("*.md") if ">>> " in p.read_text("utf-8")]
+LONG = "theorems.md"  # whose theorems test_theorems.py proves
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p == LONG else p for p in PAGES])
 def test_code_of_the_pages_runs(page):
     assert doctest.testfile(str(ROOT / "docs" / page), module_relative=False).failed == 0

@@ -89,7 +89,7 @@ def test_training_starts_from_it(folder, tmp_path):
     jax.tree.map(close, nnx.state(load_model(tmp_path / "run")[1]), nnx.state(source))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("spec", ["hf:{}/llama", "{}/run"])
 def test_it_is_loaded_in_a_dtype(folder, spec, dtype):
     model, _ = find_trained(spec.format(folder)).load(dtype=dtype)

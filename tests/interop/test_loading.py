@@ -34,6 +34,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow  # 200 MB
 def test_the_host_holds_one_tensor_besides_the_parameters(tmp_path):
     small = folder_of(tmp_path / "small", LARGE | {"num_hidden_layers": 1})
     large = folder_of(tmp_path / "large", LARGE)
