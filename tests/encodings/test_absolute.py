@@ -46,9 +46,10 @@ every = pytest.mark.parametrize("encoding", EVERY, ids=str)
 
 def tokens(positions=POSITIONS, ids=None, segments=None, length=None):
     """What the input place is told; the length is beyond all positions unless given."""
+    length = int(np.max(positions)) + 1 if length is None else length  # given where they are traced
     positions = jnp.atleast_2d(jnp.asarray(positions))
     ids = jnp.zeros((B, positions.shape[1]), int) if ids is None else jnp.asarray(ids)
-    return TokenInputs(ids, positions, segments, int(positions.max()) + 1 if length is None else length)
+    return TokenInputs(ids, positions, segments, length)
 
 
 def parameters(encoding, dims=SIZES, seed=0):

@@ -53,6 +53,8 @@ def test_rows_and_steps_draw_apart_and_the_key_decides():
     other = generate(MODEL, prompt, max_new_tokens=20, temperature=1.0, key=jax.random.key(4))
     np.testing.assert_array_equal(first, again)
     assert (first[0] != first[1]).any() and (first != other).any()
+    even = generate(MODEL, prompt, max_new_tokens=20, temperature=1e6, key=jax.random.key(3))
+    assert len(set(even[0, 5:].tolist())) > 5  # though all tokens are as likely at every step
 
 
 @pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -127,6 +129,8 @@ def test_rows_with_prompts_of_different_lengths_are_as_alone(encoding, options):
         alone = generate(model, prompt[row : row + 1, :length], 8, **own)
         np.testing.assert_array_equal(together[row, : length + 8], alone[0])
         assert (together[row, length + 8 :] == 0).all()
+        if not options and row == 0:  # the keys have room for what is read, which some encodings depend on
+            np.testing.assert_array_equal(alone[0, length:], model(alone[:, :-1])[0, length - 1 :].argmax(-1))
 
 
 def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
