@@ -121,7 +121,13 @@ def mix(out, logsumexp):
 
 
 @pytest.mark.parametrize(
-    ("case", "explicit"), [("kerple log", False), ("kerple power", False), ("fire", False), ("fire", True)]
+    ("case", "explicit"),
+    [
+        ("kerple log", False),
+        ("kerple power", False),
+        ("fire", True),
+        pytest.param("fire", False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_every_parameter_agree_with_finite_differences_in_float64(case, explicit):
     attend, parameters = CASES[case]

@@ -172,7 +172,7 @@ def test_gradients_of_cope_agree_with_finite_differences_in_float64(rule):
 @pytest.mark.parametrize(
     ("shape", "rule"),
     [
-        ({}, {"segment_ids": DOCUMENTS, "window": 6}),
+        pytest.param({}, {"segment_ids": DOCUMENTS, "window": 6}, marks=pytest.mark.slow),
         ({}, RULES["rows that see nothing"] | RULES["positions out of order"]),
         ({"T": 3, "S": 21}, {"query_positions": np.array([7, 8, 9])}),
     ],

@@ -17,6 +17,7 @@ from nope_jax.encodings import (
     NoPE,
     NTKScaling,
     RoPE,
+    SSMax,
     Windowed,
     YaRNScaling,
 )
@@ -106,6 +107,11 @@ def test_scalings_are_put_on_rope_wherever_it_is(method):
         ALiBi(),
         LogN(RoPE(scaling=scaling)),
     )
+
+
+def test_ssmax_starts_from_one_over_the_logarithm_of_the_training_length():
+    start = 1 / math.log(TRAINED)
+    assert new_encoding(Config(MODEL), "ssmax", (SHORT, LONG)) == tuple(SSMax(e, start) for e in (NoPE(), ALiBi()))
 
 
 def test_dynamic_scaling_is_ntk_by_the_length_over_the_training_length():

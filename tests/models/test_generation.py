@@ -129,8 +129,12 @@ def test_rows_with_prompts_of_different_lengths_are_as_alone(encoding, options):
         alone = generate(model, prompt[row : row + 1, :length], 8, **own)
         np.testing.assert_array_equal(together[row, : length + 8], alone[0])
         assert (together[row, length + 8 :] == 0).all()
-        if not options and row == 0:  # the keys have room for what is read, which some encodings depend on
-            np.testing.assert_array_equal(alone[0, length:], model(alone[:, :-1])[0, length - 1 :].argmax(-1))
+
+
+@pytest.mark.parametrize(("encoding", "exact"), [("rope", False), (RoPE(scaling=DynamicNTKScaling(2.0, 8)), True)])
+def test_the_room_is_that_of_the_text_where_an_encoding_depends_on_it(encoding, exact):
+    options = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None, "key": None}
+    assert generation._checked(small(encoding), PROMPT, 4, None, (), **options).exact == exact
 
 
 def test_a_row_ends_at_a_stop_token_and_the_others_go_on():

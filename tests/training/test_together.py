@@ -93,11 +93,15 @@ def trained(alike, tmp_path_factory) -> list[Path]:
     return workdirs
 
 
-def test_together_they_come_to_the_same_as_alone(trained, alone, alike, capsys):
-    assert_same(trained, alone)
-    assert len({lines(workdir)[0]["loss"] for workdir in trained}) == 3
-    train_together(list(zip(alike, trained, strict=True)))
-    assert capsys.readouterr().out == "all 3 runs have already finished at step 12\n"
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_together_they_come_to_the_same_as_alone(count, alone, alike, tmp_path, capsys):
+    runs = list(zip(alike[-count:], [tmp_path / name for name in "abc"[:count]], strict=True))
+    train_together(runs)
+    assert_same([workdir for _, workdir in runs], alone[-count:])
+    assert len({lines(workdir)[0]["loss"] for _, workdir in runs}) == count
+    capsys.readouterr()
+    train_together(runs)
+    assert capsys.readouterr().out == f"all {count} runs have already finished at step 12\n"
 
 
 @pytest.mark.slow
