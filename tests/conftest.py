@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# To compile for GPUs, neither one of them nor its libraries are needed.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # Which code this user trusts is not for tests to say.
 os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "state")
 
@@ -30,6 +32,7 @@ import pytest
 
 import tests.support.typechecks  # noqa: F401  which the import hook refers to, before it meets nope_jax
 from nope_jax.attention import backends
+from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes
 from tests.support.config_file import CONFIG_FILE
 
 # Programs are traced into millions of objects that live long, all of which the collector would look at again and again.
@@ -80,12 +83,14 @@ def stand_ins() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small_blocks() -> Iterator[None]:
-    """Blocks of 8, so that short sequences have interior, diagonal, padded and skipped ones."""
+    """Blocks of 8 or 16, so that short sequences have interior, diagonal, padded and skipped ones."""
+    wide, high, square = Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1), Blocks(8, 8, 4, 1)
+    sizes: dict[str, dict] = {name: {"block_size": 8} for name in ("streaming", "pallas_tpu")}
+    sizes["pallas_gpu"] = {"sizes": Sizes(wide, high, wide, square)}
     with pytest.MonkeyPatch.context() as patch:
         table = dict(backends.BACKENDS)
-        for name in "streaming", "pallas_tpu":
-            small = functools.partial(table[name].attend, block_size=8)
-            table[name] = dataclasses.replace(table[name], attend=small)
+        for name, small in sizes.items():
+            table[name] = dataclasses.replace(table[name], attend=functools.partial(table[name].attend, **small))
         patch.setattr(backends, "BACKENDS", table)
         jax.clear_caches()
         yield

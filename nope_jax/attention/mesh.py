@@ -39,6 +39,11 @@ def platform() -> str:
     return name if name in ("cpu", "tpu") else "gpu"
 
 
+def compute_capability() -> str | None:
+    """That of the GPU in use, such as "9.0"; None if there is none, or only its description."""
+    return getattr(jax.local_devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
+
+
 def unused_axes() -> tuple[str, ...]:
     """The Auto axes with several devices, in the mesh in context, over which attention is not sharded here."""
     mesh = jax.sharding.get_abstract_mesh()

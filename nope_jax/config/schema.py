@@ -40,7 +40,7 @@ class ModelConfig:
     """Training length: the rows of a learned position table, and the reference length of evaluation.
 
     None: data.context_length."""
-    attention: Literal["reference", "streaming", "pallas_tpu"] | None = None
+    attention: Literal["reference", "streaming", "pallas_tpu", "pallas_gpu"] | None = None
     """Attention implementation. None: chosen by platform and sequence length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype. Parameters, softmax, entropies and losses are always float32."""

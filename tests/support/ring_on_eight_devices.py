@@ -187,8 +187,9 @@ def test_a_ring_sees_what_one_device_sees(case, name):
         ("t5", {"data": 2, "fsdp": 2, "tensor": 2}, CASES["chunks"]),
     ],
 )
-def test_the_kernels_for_tpus(name, axes, case):
-    assert_mesh_changes_nothing(ENCODINGS[name]().bind(SIZES), axes, implementation="pallas_tpu", **case)
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_kernels(name, axes, case, kernel):
+    assert_mesh_changes_nothing(ENCODINGS[name]().bind(SIZES), axes, implementation=kernel, **case)
 
 
 @slow
@@ -209,10 +210,10 @@ def test_arrays_may_lie_on_a_mesh_with_explicit_axes_outside_of_jit():
 @slow
 @pytest.mark.parametrize("name", ["rope", "nope", "alibi", "cope"])
 @pytest.mark.parametrize("in_context", [False, True])
-@pytest.mark.parametrize("implementation", ["streaming", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["streaming", "pallas_tpu", "pallas_gpu"])
 def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, in_context, implementation):
-    if name == "cope" and implementation == "pallas_tpu":
-        pytest.skip("it does not serve CoPE")
+    if name == "cope" and implementation != "streaming":
+        pytest.skip("the kernels do not serve CoPE")
     function = getattr(attention, f"{name}_attention")
     keywords = {"embeddings": 0.3 * draw(16, H)} if name == "cope" else {}
 

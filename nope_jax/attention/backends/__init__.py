@@ -39,7 +39,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Shaped
 
-from nope_jax.attention.backends import pallas_tpu
+from nope_jax.attention.backends import pallas
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import BLOCK_SIZE, few_queries
@@ -67,7 +67,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "reference": Backend(reference_attention),
         "streaming": Backend(streaming_attention, in_parts=True),
-        "pallas_tpu": Backend(pallas_tpu.attend, pallas_tpu.supports, in_parts=True, is_kernel=True),
+        "pallas_tpu": Backend(pallas.tpu_attention, pallas.supports_tpu, in_parts=True, is_kernel=True),
+        "pallas_gpu": Backend(pallas.gpu_attention, pallas.supports_gpu, in_parts=True, is_kernel=True),
     }
 )
 """The backend of every implementation name."""
@@ -77,15 +78,20 @@ KERNEL_LENGTH = 128
 """Queries and keys from which on a kernel is chosen by default: fewer do not fill one of its blocks."""
 
 
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+"""By platform."""
+
+
 def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
-    """Default names: on a TPU its kernel, for a block at least and not in decoding; then streaming.
+    """Default names: the platform's kernel, for a block at least and not in decoding; then streaming.
 
     Instead of streaming, reference if all weights of a head fit in one block on one device and there is no cache.
     """
     few = few_queries(query_length, key_length)
     small = query_length * key_length <= BLOCK_SIZE**2 and not few and ring_size() == 1
-    kernel = platform() == "tpu" and not few and min(query_length, key_length) >= KERNEL_LENGTH
-    return ("pallas_tpu",) * kernel + ("reference" if small else "streaming",)
+    long = not few and min(query_length, key_length) >= KERNEL_LENGTH
+    kernels = (KERNELS[platform()],) if long and platform() in KERNELS else ()
+    return (*kernels, "reference" if small else "streaming")
 
 
 def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:

@@ -1,4 +1,4 @@
-"""The kernels for TPUs: run in interpret mode here, and compiled for chips that need not exist."""
+"""The kernels for TPUs and GPUs: run in interpret mode here, and compiled for chips that need not exist."""
 
 import functools
 import logging
@@ -14,7 +14,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nope_jax.attention import alibi_attention, dot_product_attention, encoded_attention, fire_attention, nope_attention
 from nope_jax.attention.backends import BACKENDS
+from nope_jax.attention.backends.pallas import served
+from nope_jax.attention.backends.pallas.call import Call
 from nope_jax.attention.blocks import CachedLayer
+from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.compile.estimate import estimate_run, find_machine
 from nope_jax.config import MeshConfig, ModelConfig, load_file, override
 from nope_jax.encodings import ENCODINGS, AttentionSink, DistanceLogit, ModelDims
@@ -23,6 +26,9 @@ from tests.support.attention_cases import IN_ATTENTION, assert_close, random
 
 B, T, N, K, H, H2 = 2, 21, 4, 2, 8, 12
 """Three blocks, the last one padded."""
+
+
+KERNELS = ("pallas_tpu", "pallas_gpu")
 
 
 def arrays(keys=T):
@@ -77,14 +83,17 @@ POSITIONS = {
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_table_of_distances_grouped_queries_and_a_soft_cap_are_the_reference_s():
-    operands, static = arrays(), {"softcap": 2.0}
-    found, wanted = (program(name, **static)(operands, SCALE, TABLE, {}) for name in ("pallas_tpu", "reference"))
+    found, wanted, by_gpu = (
+        program(name, softcap=2.0)(arrays(), SCALE, TABLE, {}) for name in ("pallas_tpu", "reference", "pallas_gpu")
+    )
     assert_same(found, wanted)
+    assert_same(by_gpu, wanted)
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them():
-    attend, reference = (program(name, window=6) for name in ("pallas_tpu", "reference"))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them(kernel):
+    attend, reference = (program(name, window=6) for name in (kernel, "reference"))
     query, key, value = arrays()
     alone = np.where(SEGMENTS == 1, 9, SEGMENTS)  # queries that see nothing
     segments = {"segment_ids": (alone, SEGMENTS)}
@@ -111,6 +120,7 @@ def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("keys", "static", "traced", "dtype"),
     [
@@ -122,10 +132,10 @@ def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them():
         (T + 5, {"chunk_size": 12, "window": 5}, POSITIONS, "bfloat16"),
     ],
 )
-def test_every_rule_is_the_reference_s(keys, static, traced, dtype):
+def test_every_rule_is_the_reference_s(keys, static, traced, dtype, kernel):
     operands = tuple(x.astype(dtype) for x in arrays(keys))
     table = None if traced else TABLE
-    found, wanted = (program(name, **static)(operands, SCALE, table, traced) for name in ("pallas_tpu", "reference"))
+    found, wanted = (program(name, **static)(operands, SCALE, table, traced) for name in (kernel, "reference"))
     assert_same(found, wanted, 1e-5 if dtype == "float32" else 0.01)
 
 
@@ -143,8 +153,18 @@ NOT_SERVED = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
+def test_on_a_gpu_half_precision_and_both_directions_without_a_rule():
+    """Where nothing is hidden, no sum is computed again; the last blocks have fewer queries and keys."""
+    operands = tuple(x.astype("float16") for x in arrays(T + 2))
+    found, wanted = (program(name, is_causal=False)(operands, SCALE, TABLE, {}) for name in ("pallas_gpu", "reference"))
+    assert_same(found, wanted, 2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", IN_ATTENTION)
-def test_every_encoding_is_the_reference_s_or_is_refused(name):
+def test_every_encoding_is_the_reference_s_or_is_refused(name, kernel):
     encoding = ENCODINGS[name]().bind(DIMS)
     encoding = encoding if isinstance(encoding, AttentionSink) else AttentionSink(encoding)
     params = encoding.init_shared(jax.random.key(0), DIMS) | encoding.init_layer(jax.random.key(1), DIMS)
@@ -166,12 +186,10 @@ def test_every_encoding_is_the_reference_s_or_is_refused(name):
 
     kind = NOT_SERVED.get(name)
     if kind is not None:
-        with pytest.raises(
-            ValueError, match=f'implementation "pallas_tpu" cannot serve this call: the logit .* {kind}'
-        ):
-            run("pallas_tpu")
+        with pytest.raises(ValueError, match=f'implementation "{kernel}" cannot serve this call: the logit .* {kind}'):
+            run(kernel)
         return
-    found, wanted = run("pallas_tpu"), run("reference")
+    found, wanted = run(kernel), run("reference")
     assert_same(found, wanted)
 
 
@@ -187,13 +205,42 @@ def mapped(attend, *operands):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-def test_it_may_be_mapped_and_recomputed():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_it_may_be_mapped_and_recomputed(kernel):
     operands = [jnp.stack([x, 2 * x]) for x in arrays()]
     found, wanted = (
         jax.jit(functools.partial(mapped, functools.partial(alibi_attention, implementation=name)))(*operands)
-        for name in ("pallas_tpu", "reference")
+        for name in (kernel, "reference")
     )
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "sizes", "is_causal", "window", "moved"),
+    [(21, 21, (8, 4), True, None, 0), (21, 30, (4, 8), True, 16, 0), (30, 21, (8, 8), False, 13, -7)],
+)
+def test_the_blocks_that_meet_are_those_in_which_a_query_sees_a_key(queries, keys, sizes, is_causal, window, moved):
+    """And whole are those in which every query, or what would be one past the end, sees every key."""
+    rule = MaskSpec(None, None, None, None, None, is_causal, window, query_offset=jnp.int32(moved))
+    operands = jnp.zeros((1, queries, 1, H)), jnp.zeros((1, keys, 1, H))
+    call = Call.of(*operands, rule, None, True, None, query_size=sizes[0], key_size=sizes[1])
+    offset = keys - queries + moved
+    query, key = np.arange(call.query_blocks * sizes[0])[:, None], np.arange(call.key_blocks * sizes[1])
+    seen = np.asarray(rule.by_distance(jnp.asarray(query + offset - key))) & (key < keys)
+    blocks = seen.reshape(call.query_blocks, sizes[0], call.key_blocks, sizes[1])
+    some, every = blocks[: queries // sizes[0]].any((1, 3)), blocks.all((1, 3))
+    assert some.any() and every.any() and not every.all()
+
+    def between(of, own, others):
+        first, last = (np.broadcast_to(x, own)[:, None] for x in of(jnp.arange(own), offset))
+        return (first <= np.arange(others)) & (np.arange(others) <= last)
+
+    query_blocks, key_blocks = every.shape
+    np.testing.assert_array_equal(between(call.seen_whole_by, query_blocks, key_blocks), every)
+    np.testing.assert_array_equal(between(call.seeing_whole, key_blocks, query_blocks), every.T)
+    meet = between(call.keys_of, query_blocks, key_blocks)
+    np.testing.assert_array_equal(meet[: len(some)][some.any(1)], some[some.any(1)])
+    assert (between(call.queries_of, key_blocks, query_blocks)[:, : len(some)] >= some.T).all()
 
 
 # --- Which calls it serves, and which it gets
@@ -212,17 +259,24 @@ def shapes(queries=T, keys=T, dtype="float32"):
         ({"mask": np.ones((T, T), bool)}, "float32", "there is a mask; is_causal, window"),
         ({"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32}, "float32", "precision must be None, a jax.lax.Prec"),
         ({"query_positions": np.arange(T)}, "float32", "with a logit, positions must be consecutive"),
+        ({"implementation": "pallas_gpu"}, "float8_e5m2", "query must be float32, bfloat16 or float16, not float8"),
     ],
 )
 def test_what_it_cannot_serve_it_refuses_with_the_reason(keywords, dtype, reason):
-    with pytest.raises(ValueError, match=rf'(?m)\Aimplementation "pallas_tpu" cannot serve this call: {reason}.*$'):
-        jax.eval_shape(
-            functools.partial(alibi_attention, implementation="pallas_tpu", **keywords), *shapes(dtype=dtype)
-        )
+    keywords = {"implementation": "pallas_tpu"} | keywords
+    name = keywords["implementation"]
+    with pytest.raises(ValueError, match=rf'(?m)\Aimplementation "{name}" cannot serve this call: {reason}.*$'):
+        jax.eval_shape(functools.partial(alibi_attention, **keywords), *shapes(dtype=dtype))
 
 
-def tpu_mesh(*axes, size=2):
-    device = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+DEVICES = {
+    "tpu": jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu"),
+    "gpu": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"),
+}
+
+
+def mesh_of(platform, *axes, size=2):
+    device = DEVICES[platform]
     mesh = AbstractMesh((size,) * len(axes), axes, axis_types=(AxisType.Auto,) * len(axes), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
@@ -241,7 +295,7 @@ def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(
     )
     long = shapes(256, 256)
     assert chosen(caplog, alibi_attention, *long).startswith('"reference" for queries (2, 256, 4, 8)')
-    with tpu_mesh("data"):
+    with mesh_of("tpu", "data"):
         assert chosen(caplog, alibi_attention, *long).startswith('"pallas_tpu" for queries (2, 256, 4, 8) and keys')
         assert chosen(caplog, alibi_attention, *shapes(256, 300)).startswith('"pallas_tpu"')
         assert chosen(caplog, alibi_attention, *shapes(1, 300)).startswith('"streaming"')
@@ -251,17 +305,32 @@ def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(
         assert chosen(caplog, fire, *shapes(512, 512)) == (
             f'"streaming" for queries (2, 512, 4, 8) and keys (2, 512, 2, 8); {refused}'
         )
-    with tpu_mesh("model"):  # a mesh of somebody else's
+    with mesh_of("tpu", "model"):  # a mesh of somebody else's
         assert "XLA cannot shard it over the mesh axes model" in chosen(caplog, nope_attention, *long)
     with jax.default_device("tpu"):
         assert chosen(caplog, nope_attention, *long).startswith('"pallas_tpu"')
 
 
-def test_over_several_devices_it_is_always_within_shard_map():
+def test_on_a_gpu_the_kernel_is_chosen_by_the_same_rule(caplog, monkeypatch):
+    with mesh_of("gpu", "data"):
+        assert chosen(caplog, alibi_attention, *shapes(256, 256)).startswith('"pallas_gpu" for queries (2, 256, 4, 8)')
+        assert chosen(caplog, alibi_attention, *shapes(1, 300)).startswith('"streaming"')
+        assert chosen(caplog, alibi_attention, *shapes(100, 100)).startswith('"reference"')
+        wide = [jax.ShapeDtypeStruct((B, 256, heads, 300), "float32") for heads in (N, K, K)]
+        assert "head dims must be at most 256, not 300 of query" in chosen(caplog, alibi_attention, *wide)
+        monkeypatch.setattr(served, "compute_capability", lambda: "7.5")
+        refused = "it needs a GPU of compute capability 8.0, 9.0, 10.0, not 7.5"
+        assert refused in chosen(caplog, alibi_attention, *shapes(256, 256))
+    with mesh_of("tpu", "data"), pytest.raises(ValueError, match="it needs a GPU .* not a TPU"):
+        jax.eval_shape(functools.partial(nope_attention, implementation="pallas_gpu"), *shapes())
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_over_several_devices_it_is_always_within_shard_map(kind):
     """Also where nothing divides: XLA cannot partition a kernel."""
     operands = [jax.ShapeDtypeStruct((3, 128, 3, H), jnp.float32)] * 3
-    for axes in ("data",), ("tensor",), ("data", "tensor"):
-        with tpu_mesh(*axes):
+    for axes in (("data",), ("tensor",), ("data", "tensor")) if kind == "tpu" else (("data", "tensor"),):
+        with mesh_of(kind, *axes):
             program = str(jax.make_jaxpr(nope_attention)(*operands))
         assert "pallas_call" in program and "shard_map" in program
 
@@ -277,14 +346,14 @@ def test_a_config_takes_every_implementation():
     assert set(get_args(names)) == set(BACKENDS)
 
 
-# --- Compiled for TPUs
+# --- Compiled for chips
 
 
-def for_tpu(slice_name, function, shapes):
-    """A function of bfloat16 arrays, these shapes on each chip, compiled for a slice."""
-    mesh = make_mesh(MeshConfig(), find_machine(slice_name).devices())
+def compiled_for(machine, function, shapes, dtype="bfloat16"):
+    """A function of arrays, these shapes on each chip, compiled for a machine."""
+    mesh = make_mesh(MeshConfig(), find_machine(machine).devices())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    operands = [jax.ShapeDtypeStruct((mesh.size, *shape), jnp.bfloat16, sharding=rows) for shape in shapes]
+    operands = [jax.ShapeDtypeStruct((mesh.size, *shape), dtype, sharding=rows) for shape in shapes]
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*operands).compile()
 
@@ -298,7 +367,12 @@ def gradient_of(attend):
 
 
 def kernels(program):
-    return sorted(re.findall(r"%?(attention_\w+?)[.\d]* = .* custom-call\(.*tpu_custom_call", program.as_text()))
+    """Names of the kernels that a program calls."""
+    text = program.as_text()
+    by_tpu = re.findall(r"%?(attention_\w+?)[.\d]* = .* custom-call\(.*tpu_custom_call", text)
+    return sorted(
+        by_tpu + re.findall(r" custom-call\(.*gpu\.triton\".*op_name=\"[^\"]*/(attention_\w+)/pallas_call\"", text)
+    )
 
 
 GRADIENT = ["attention_forward", "attention_key_gradients", "attention_query_gradient"]
@@ -310,7 +384,7 @@ LONG = 8192
 def test_it_compiles_for_a_chip_in_memory_that_grows_with_length(slice_name):
     """By default, with a bias: no array has two axes of the length, and temporaries are those of ten arrays."""
     sizes = [(LONG, heads, 128) for heads in (8, 2, 2)]
-    program = for_tpu(slice_name, gradient_of(functools.partial(alibi_attention, window=LONG // 2)), sizes)
+    program = compiled_for(slice_name, gradient_of(functools.partial(alibi_attention, window=LONG // 2)), sizes)
     assert kernels(program) == GRADIENT
     assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
     assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * 128
@@ -323,7 +397,7 @@ def test_it_compiles_for_a_chip_in_memory_that_grows_with_length(slice_name):
 def test_it_compiles_for_head_dims(head_dim, slice_name):
     sizes = [(1024, heads, head_dim) for heads in (4, 2, 2)]
     attend = functools.partial(alibi_attention, softcap=30.0, chunk_size=700)
-    assert kernels(for_tpu(slice_name, gradient_of(attend), sizes)) == GRADIENT
+    assert kernels(compiled_for(slice_name, gradient_of(attend), sizes)) == GRADIENT
 
 
 @pytest.mark.tpu
@@ -337,10 +411,74 @@ def test_a_training_step_on_data_tensor_and_sequence_axes_compiles():
     assert estimate.computing > 0 and "collective-permute" in estimate.sent  # the ring
 
 
-@pytest.mark.tpu
 @pytest.mark.slow
-def test_it_compiles_mapped_and_recomputed():
-    program = for_tpu(
-        "v5e:1x1", functools.partial(mapped, alibi_attention), [(1, 256, heads, 64) for heads in (4, 2, 2)]
+@pytest.mark.parametrize(
+    "machine", [pytest.param("v5e:1x1", marks=pytest.mark.tpu), pytest.param("h100:1", marks=pytest.mark.cuda)]
+)
+def test_it_compiles_mapped_and_recomputed(machine):
+    sizes = [(1, 256, heads, 64) for heads in (4, 2, 2)]
+    program = compiled_for(machine, functools.partial(mapped, alibi_attention), sizes)
+    assert set(GRADIENT) <= set(kernels(program))
+
+
+def with_care(*names):
+    return sorted([*names, *(f"{name}_with_care" for name in names)])
+
+
+def attend_at_length(*operands, **keywords):
+    return alibi_attention(*operands, window=LONG // 2, **keywords)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("machine", ["a100:1", "h100:1", "b200:1"])
+def test_it_compiles_for_a_gpu_in_memory_that_grows_with_length(machine):
+    """As for a TPU; what is constant in the bias has no gradient, and the kernel for it is not called."""
+    sizes = [(LONG, heads, 128) for heads in (8, 2, 2)]
+    program = compiled_for(machine, gradient_of(attend_at_length), sizes)
+    assert kernels(program) == with_care(*GRADIENT)
+    assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * 128
+    assert " transpose(" not in program.as_text()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [
+        (1100, {"is_causal": False}),
+        (500, {"window": 9, "query_positions": jnp.arange(300), "key_positions": jnp.arange(500)[None]}),
+    ],
+)
+def test_it_compiles_for_a_gpu_where_little_is_known_of_the_blocks_that_meet(keys, rule):
+    sizes = [(300, 4, 64), (keys, 2, 64), (keys, 2, 64)]
+    program = compiled_for("h100:1", gradient_of(functools.partial(nope_attention, **rule)), sizes)
+    assert set(GRADIENT) <= set(kernels(program))
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["a100:1", "h100:1", "b200:1"])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (80, "bfloat16"), (96, "float16"), (256, "bfloat16")])
+def test_it_compiles_for_a_gpu_with_head_dims_and_the_gradient_of_a_bias(head_dim, dtype, machine):
+    def loss(query, key, value, slopes):
+        bias = {"slopes": slopes[0].astype(jnp.float32), "softcap": 30.0, "chunk_size": 700}
+        out, stats = alibi_attention(query, key, value, **bias, return_stats=True)
+        return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
+
+    sizes = [*((1000, heads, head_dim) for heads in (4, 2, 2)), (4,)]
+    program = compiled_for(machine, jax.grad(loss, argnums=(0, 1, 2, 3)), sizes, dtype)
+    assert kernels(program) == sorted([*with_care(*GRADIENT), "attention_table_gradient"])
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_a_training_step_on_gpus_uses_the_kernels(caplog):
+    config = override(
+        load_file(Path(__file__).parents[2] / "configs/tiny.py"),
+        {"mesh.data": 2, "mesh.tensor": 2, "mesh.sequence": 2, "data.context_length": 1024}
+        | {"model.remat": True, "model.num_layers": 1},
     )
-    assert set(kernels(program)) == set(GRADIENT)
+    with caplog.at_level(logging.DEBUG, "nope_jax.attention"):
+        estimate = estimate_run(config, "h100:8")
+    assert caplog.messages and all(message.startswith('"pallas_gpu" for queries') for message in caplog.messages)
+    assert estimate.computing > 0 and "collective-permute" in estimate.sent  # the ring

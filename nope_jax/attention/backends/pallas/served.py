@@ -7,17 +7,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from nope_jax.attention.blocks import CachedLayer
-from nope_jax.attention.mesh import platform, unused_axes
+from nope_jax.attention.mesh import compute_capability, platform, unused_axes
 from nope_jax.encodings import DistanceLogit
 
+DTYPES: dict[str, tuple[Any, ...]] = {
+    "tpu": (jnp.float32, jnp.bfloat16),
+    "gpu": (jnp.float32, jnp.bfloat16, jnp.float16),
+}
+"""Of queries, keys and values, by the platform of the kernels."""
 
-def supports(query, factor, key, value, logit, value_term, mask_spec, precision, *_: Any) -> str | None:
-    """Why the kernels cannot serve a call; None if they can."""
+MAX_HEAD_DIM = 256
+"""On a GPU, where a program keeps whole rows of a block in registers and shared memory."""
+
+CAPABILITIES = ("8.0", "9.0", "10.0")
+"""The GPUs whose compilers have been asked. Most others have less shared memory."""
+
+
+def supports(chip, query, factor, key, value, logit, value_term, mask_spec, precision, *_: Any) -> str | None:
+    """Why the kernels for a platform, "tpu" or "gpu", cannot serve a call; None if they can."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, CachedLayer):
             return "keys of a KV cache are read by another backend"
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} must be float32 or bfloat16, not {x.dtype}"
+        if x.dtype not in DTYPES[chip]:
+            *others, last = (jnp.dtype(dtype).name for dtype in DTYPES[chip])
+            return f"{name} must be {', '.join(others)} or {last}, not {x.dtype}"
+        if chip == "gpu" and x.shape[-1] > MAX_HEAD_DIM:
+            return f"head dims must be at most {MAX_HEAD_DIM}, not {x.shape[-1]} of {name}"
     if logit is not None and not isinstance(logit, DistanceLogit):
         return f"the logit must be a DistanceLogit or None, not a {type(logit).__name__}"
     if logit is not None and not mask_spec.contiguous:
@@ -28,9 +43,11 @@ def supports(query, factor, key, value, logit, value_term, mask_spec, precision,
         return "there is a mask; is_causal, window, chunk_size and segment_ids are served"
     if kernel_precision(precision) is None:
         return f"precision must be None, a jax.lax.Precision or its name, not {precision!r}"
-    if platform() not in ("tpu", "cpu"):
-        return f"it needs a TPU (on a CPU it runs in interpret mode), not a {platform()}"
-    if platform() == "tpu" and unused_axes():
+    if platform() not in (chip, "cpu"):
+        return f"it needs a {chip.upper()} (on a CPU it runs in interpret mode), not a {platform().upper()}"
+    if platform() == "gpu" and (compute_capability() or CAPABILITIES[0]) not in CAPABILITIES:
+        return f"it needs a GPU of compute capability {', '.join(CAPABILITIES)}, not {compute_capability()}"
+    if platform() == chip and unused_axes():
         return f"XLA cannot shard it over the mesh axes {', '.join(unused_axes())}; call it within jax.shard_map"
     return None
 

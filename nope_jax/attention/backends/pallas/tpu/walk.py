@@ -3,7 +3,7 @@
 The grid of a kernel runs through its indices in order, the last one fastest. A kernel accumulates in memory of its own
 along the last axis, and writes its results at the end of that axis.
 
-Shapes as in `pallas_tpu`.
+Shapes as in `pallas`, with q = k.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from nope_jax.attention.backends.pallas_tpu.block import Block, Inputs
-from nope_jax.attention.backends.pallas_tpu.call import Call, Operands, Tokens
+from nope_jax.attention.backends.pallas.block import Block
+from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens
+from nope_jax.attention.backends.pallas.tpu.inputs import Inputs, block_at
 
 
 class Walk(NamedTuple):
@@ -37,7 +38,7 @@ class Walk(NamedTuple):
 
 def along_keys(call: Call, batch: int, heads: int, *, heads_first: bool = False) -> Walk:
     """All keys of a block of queries, then the next. With `heads_first`, all batch rows of a head, then the next."""
-    steps = call.steps(call.key_blocks)
+    steps = _steps(call, call.key_blocks)
 
     def at(first, second, i, step, offset):
         low, high = call.keys_of(i, offset)
@@ -50,7 +51,7 @@ def along_keys(call: Call, batch: int, heads: int, *, heads_first: bool = False)
 
 def along_queries(call: Call, batch: int, kv_heads: int) -> Walk:
     """All queries, of all heads of the group, of a block of keys, then the next."""
-    steps = call.steps(call.query_blocks)
+    steps = _steps(call, call.query_blocks)
 
     def at(b, c, j, step, offset):
         low, high = call.queries_of(j, offset)
@@ -59,6 +60,14 @@ def along_queries(call: Call, batch: int, kv_heads: int) -> Walk:
         return b, n, jnp.clip(i, 0, last), j, i <= high
 
     return Walk((batch, kv_heads, call.key_blocks, call.groups * steps), at, 3, keys_change=False)
+
+
+def _steps(call: Call, blocks: int) -> int:
+    """The largest number of blocks, of `blocks`, that a block of the other kind meets."""
+    if not call.contiguous or call.reach is None:
+        return blocks
+    sides = 1 if call.rule.is_causal else 2
+    return min(blocks, -(-(sides * call.reach + call.key_size) // call.key_size) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +84,13 @@ class Output:
 def of_queries(call: Call, shape: tuple[int, ...], dtype: Any) -> Output:
     """A result [B, N, T, dim] or [B, N, 1, T]."""
     if shape[2] == 1:
-        return Output(shape, dtype, (1, 1, 1, call.size), lambda b, n, i, j: (b, n, 0, i))
-    return Output(shape, dtype, (1, 1, call.size, shape[3]), lambda b, n, i, j: (b, n, i, 0))
+        return Output(shape, dtype, (1, 1, 1, call.query_size), lambda b, n, i, j: (b, n, 0, i))
+    return Output(shape, dtype, (1, 1, call.query_size, shape[3]), lambda b, n, i, j: (b, n, i, 0))
 
 
 def of_keys(call: Call, shape: tuple[int, ...], dtype: Any) -> Output:
     """A result [B, K, S, dim]."""
-    return Output(shape, dtype, (1, 1, call.size, shape[3]), lambda b, n, i, j: (b, lax.div(n, call.groups), j, 0))
+    return Output(shape, dtype, (1, 1, call.key_size, shape[3]), lambda b, n, i, j: (b, lax.div(n, call.groups), j, 0))
 
 
 def run(
@@ -94,7 +103,7 @@ def run(
     outputs: tuple[Output, ...],
     sums: tuple[tuple[int, ...], ...],
     *,
-    visit: Callable[[Block, Any, Any], None],
+    visit: Callable[[Block, Any, Any, Any], None],
     end: Callable[[Any, Any], None],
     begin: Callable[[Any, Any, Any], None] | None = None,
     products: int,
@@ -106,12 +115,13 @@ def run(
         rows: More inputs of queries.
         outputs: Its results.
         sums: Shapes of float32 memory that is zero at the start of the last axis of the grid.
-        visit: Called with each block of queries and keys that meet, and the references to outputs and sums.
+        visit: Called with each block of queries and keys that meet, the number of the query block minus that of the
+            key block, and the references to outputs and sums.
         end: Called with outputs and sums at the end of the last axis.
         begin: Called with the indices of the grid, outputs and sums at its start.
         products: Head dims of all matrix products of a block, for the compiler's estimates.
     """
-    size, table = call.size, operands.table
+    size, table = call.key_size, operands.table
 
     def spec(block: tuple[int, ...], place: Callable[..., tuple]) -> pl.BlockSpec:
         def index(*indices):
@@ -163,12 +173,13 @@ def run(
                 begin(indices, results, own_sums)
 
         def visit_if(condition, masked):
-            pl.when(condition)(lambda: visit(Block(call, own, offset[0], i, j, masked), results, own_sums))
+            pl.when(condition)(lambda: visit(block_at(call, own, offset[0], i, j, masked), i - j, results, own_sums))
 
         if tokens.of_queries:
             visit_if(meet, masked=True)
         else:
-            whole = call.all_visible(i, j, offset[0])
+            first, last = call.seen_whole_by(i, offset[0])
+            whole = (first <= j) & (j <= last)
             visit_if(meet & whole, masked=False)
             visit_if(meet & jnp.logical_not(whole), masked=True)
 
@@ -203,5 +214,5 @@ def _cost(call: Call, walk: Walk, inputs: Inputs, outputs: tuple[Output, ...], p
     once = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in (*fixed, *outputs))
     per_token = sum((1 if x.shape[2] == 1 else x.shape[3]) * x.dtype.itemsize for x in changing)
     return pl.CostEstimate(
-        flops=2 * products * pairs, transcendentals=pairs, bytes_accessed=once + pairs // call.size * per_token
+        flops=2 * products * pairs, transcendentals=pairs, bytes_accessed=once + pairs // call.query_size * per_token
     )

@@ -1,0 +1,258 @@
+"""The kernels of the forward and the backward pass.
+
+Shapes as in `pallas`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+from nope_jax.attention.backends.diagonals import unshear
+from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
+from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes, sizes_for
+from nope_jax.attention.backends.pallas.gpu.tiles import (
+    Kernel,
+    Program,
+    Span,
+    padded_dim,
+    padded_length,
+    run,
+)
+from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.mask_spec import MaskSpec
+from nope_jax.attention.nonfinite import finite
+from nope_jax.attention.softmax_state import SoftmaxState
+from nope_jax.encodings import BlockValue, DistanceLogit
+from nope_jax.encodings.encoding import MASKED, Logit
+
+PROGRAMS = 1024
+"""About as many are enough for a GPU; fewer than this share the work of summing the table's gradient."""
+
+
+class Kernels(NamedTuple):
+    """The kernels of a call."""
+
+    forward: Kernel
+    query_gradient: Kernel
+    key_gradients: Kernel
+    table_gradient: Kernel
+
+
+def pallas_gpu_attention(
+    query: Shaped[Array, "B T N H"],
+    factor: Float[Array, "#B #N T"],
+    key: Shaped[Array, "B S K H"],
+    value: Shaped[Array, "B S K H2"],
+    logit: Logit | None,
+    value_term: BlockValue | None,
+    mask_spec: MaskSpec,
+    precision: jax.lax.PrecisionLike = None,
+    with_entropy: bool = True,
+    softcap: float | None = None,
+    *,
+    sizes: Sizes | None = None,
+    final_rows: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """The `attend` of a backend with `in_parts`; reverse-mode differentiable.
+
+    Args:
+        sizes: The sizes of blocks: powers of two, on a GPU at least 16, as many queries as keys for the table's
+            gradient. None: `sizes_for` the head dim.
+    """
+    if sizes is None:
+        widest, itemsize = max(query.shape[-1], value.shape[-1]), max(x.dtype.itemsize for x in (query, key, value))
+        sizes = sizes_for(padded_dim(widest), itemsize)
+
+    def kernel(name: str, blocks: Blocks, keys_first: bool = False) -> Kernel:
+        size = {"query_size": blocks.queries, "key_size": blocks.keys}
+        call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, **size)
+        return Kernel(name, call, blocks, keys_first)
+
+    kernels = Kernels(
+        kernel("attention_forward", sizes.forward),
+        kernel("attention_query_gradient", sizes.query_gradient),
+        kernel("attention_key_gradients", sizes.key_gradients, keys_first=True),
+        kernel("attention_table_gradient", sizes.table_gradient),
+    )
+    call = kernels.forward.call
+    tokens = tokens_of(call, mask_spec)
+    table = None
+    if isinstance(logit, DistanceLogit):
+        before, after = padded_length(call.key_length), padded_length(call.query_length)
+        table = logit.values(tokens.offset + jnp.arange(-before, after, dtype=jnp.int32))
+    factor = jnp.broadcast_to(factor, (len(query), query.shape[2], query.shape[1]))
+    operands = Operands(query, factor, key, value, table)
+    if final_rows is not None:
+        return _attend_part(kernels, operands, tokens, final_rows)
+    return _attend(kernels, operands, tokens)
+
+
+def _forward(kernels: Kernels, operands: Operands, tokens: Tokens) -> tuple[Array, Array, Array]:
+    kernel, call = kernels.forward, kernels.forward.call
+    (batch, length, heads, dim), value_dim = operands.query.shape, operands.value.shape[-1]
+    output = jax.ShapeDtypeStruct((batch, length, heads, value_dim), operands.value.dtype)
+    of_rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+
+    def body(program: Program, results):
+        i, n, b = program.indices
+        c = lax.div(n, call.groups)
+        queries = program.queries(b, n, i)
+
+        def visit(j, masked, sums):
+            block = program.block(queries, program.keys(b, c, j), n, masked)
+            state, total, reached = sums
+            state, weights, decay = block.softmax(state)
+            if program.careful:
+                strange = jnp.where(jnp.isfinite(block.value.astype(jnp.float32)), 0, 1).max(1)
+                reached = jnp.maximum(reached, jnp.where(weights > 0, strange[None], 0).max(1))
+            added = block.over_keys(block.finite(block.value), weights.astype(block.value.dtype))
+            return state, decay * total + added, reached
+
+        zeros = jnp.zeros((call.query_size, 1), jnp.float32)
+        state = SoftmaxState(zeros + MASKED / 2, zeros, zeros if call.with_entropy else None)
+        total = jnp.zeros((call.query_size, padded_dim(value_dim)), jnp.float32)
+        reached = jnp.zeros(call.query_size, jnp.int32) if program.careful else None
+        state, total, reached = program.fold_keys(i, visit, (state, total, reached))
+        program.check(total)
+        # On a GPU the maximum of a number and NaN is the number; the normaliser tells.
+        unknown = jnp.isnan(state.normaliser)
+        state = state._replace(largest=jnp.where(unknown, state.normaliser, state.largest))
+        normaliser, entropy, logsumexp = state.end()
+        at = Span(i * call.query_size, call.query_size, call.query_length)
+        # As `weighted_sum`: values that are not finite reach the queries that see them, and no others.
+        kept = None if reached is None else reached == 0
+        program.store_matrix(at, output, results[0], b, n, total / normaliser, rows=kept)
+        program.store_vector(at, results[1], b, n, entropy[:, 0])
+        program.store_vector(at, results[2], b, n, logsumexp[:, 0])
+
+    grid, outputs = (call.query_blocks, heads, batch), (output, of_rows, of_rows)
+    found, entropy, logsumexp = run(kernel, grid, body, operands, tokens, (), outputs, products=dim + value_dim)
+    return found, entropy, logsumexp
+
+
+def _backward(kernels: Kernels, operands: Operands, tokens: Tokens, results, cotangents) -> Operands:
+    (output, entropy, logsumexp), (d_output, d_entropy, d_logsumexp) = results, cotangents
+    projected = jnp.einsum("btnh,btnh->bnt", *(x.astype(jnp.float32) for x in (output, d_output)))
+    with_entropy = kernels.forward.call.with_entropy
+    row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, with_entropy)
+    rows = d_output, row_term, logsumexp, d_entropy
+    d_query, d_factor = _query_gradient(kernels.query_gradient, operands, tokens, rows)
+    d_key, d_value = _key_gradients(kernels.key_gradients, operands, tokens, rows)
+    d_table, table = None, operands.table
+    if table is not None:
+        d_table = _table_gradient(kernels.table_gradient, table, operands, tokens, rows)
+    return Operands(d_query, d_factor, d_key, d_value, d_table)
+
+
+def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
+    """Gradients of the queries and of their factor."""
+    call, (query, factor, key, value, _) = kernel.call, operands
+    (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
+    product_dtype = jnp.promote_types(query.dtype, key.dtype)
+
+    def body(program: Program, results):
+        i, n, b = program.indices
+        c = lax.div(n, call.groups)
+        queries = program.queries(b, n, i)
+
+        def visit(j, masked, total):
+            block = program.block(queries, program.keys(b, c, j), n, masked)
+            _, _, d_product = block.gradients()
+            return total + block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
+
+        d_scaled = program.fold_keys(i, visit, jnp.zeros((call.query_size, padded_dim(dim)), jnp.float32))
+        program.check(d_scaled)
+        at = Span(i * call.query_size, call.query_size, call.query_length)
+        program.store_matrix(at, query, results[0], b, n, d_scaled * queries.vectors[0][:, None])
+        of_query = queries.matrices[0].astype(jnp.float32)
+        program.store_vector(at, results[1], b, n, (d_scaled * finite(of_query)).sum(1))
+
+    grid, outputs = (call.query_blocks, heads, batch), (_like(query), _like(factor))
+    return run(kernel, grid, body, operands, tokens, rows, outputs, products=2 * dim + value_dim)
+
+
+def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
+    """Gradients of keys and values."""
+    call, (query, _, key, value, _) = kernel.call, operands
+    (batch, _, kv_heads, dim), value_dim = key.shape, value.shape[-1]
+    product_dtype = jnp.promote_types(query.dtype, key.dtype)
+
+    def body(program: Program, results):
+        j, c, b = program.indices
+        keys = program.keys(b, c, j)
+
+        def of_head(group, sums):
+            n = c * call.groups + group
+
+            def visit(i, masked, sums):
+                d_key, d_value = sums
+                block = program.block(program.queries(b, n, i), keys, n, masked)
+                weights, _, d_product = block.gradients()
+                d_output = block.rows[0]
+                d_product = (d_product * block.factor).astype(product_dtype)
+                d_key += block.over_queries(block.finite(block.query), d_product)
+                return d_key, d_value + block.over_queries(d_output, weights.astype(d_output.dtype))
+
+            return program.fold_queries(j, visit, sums)
+
+        sums = tuple(jnp.zeros((call.key_size, padded_dim(size)), jnp.float32) for size in (dim, value_dim))
+        sums = lax.fori_loop(0, call.groups, of_head, sums) if call.groups > 1 else of_head(0, sums)
+        program.check(sums)
+        at = Span(j * call.key_size, call.key_size, call.key_length)
+        program.store_matrix(at, key, results[0], b, c, sums[0])
+        program.store_matrix(at, value, results[1], b, c, sums[1])
+
+    grid, outputs = (call.key_blocks, kv_heads, batch), (_like(key), _like(value))
+    return run(kernel, grid, body, operands, tokens, rows, outputs, products=2 * dim + 2 * value_dim)
+
+
+def _table_gradient(
+    kernel: Kernel, table: Array, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
+) -> Float[Array, "#N distances"]:
+    """Gradient of the table, by diagonals: of all blocks with the same i - j, the sum over them and then along it."""
+    call, (query, _, _, value, _) = kernel.call, operands
+    size, diagonals = call.query_size, call.query_blocks + call.key_blocks - 1
+    (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
+    parts = min(batch, -(-PROGRAMS // (heads * diagonals)))
+
+    def body(program: Program, results):
+        place, n, part = program.indices
+        diagonal, c = place - (call.key_blocks - 1), lax.div(n, call.groups)
+
+        def visit_row(step, total):
+            b = part + step * parts
+
+            def visit(i, total):
+                block = program.block(program.queries(b, n, i), program.keys(b, c, i - diagonal), n, masked=True)
+                return total + block.gradients()[1]
+
+            first, stop = jnp.maximum(diagonal, 0), jnp.minimum(call.query_blocks, call.key_blocks + diagonal)
+            low, high = call.keys_of(first, program.offset)
+            meets = (low <= first - diagonal) & (first - diagonal <= high)  # as do all blocks of a diagonal
+            return lax.fori_loop(first, jnp.where(meets, stop, first), visit, total)
+
+        rows_of_part = lax.div(batch - part + parts - 1, parts)
+        total = lax.fori_loop(0, rows_of_part, visit_row, jnp.zeros((size, size), jnp.float32))
+        results[0][part, n, place] = total
+
+    sums = jax.ShapeDtypeStruct((parts, heads, diagonals, size, size), jnp.float32)
+    grid, products = (diagonals, heads, parts), dim + value_dim
+    (found,) = run(kernel, grid, body, operands, tokens, rows, (sums,), products=products, checked=False)
+    # Along a diagonal lie distances -(size - 1)..size - 1 from that of its first pair; each overlaps the next by half.
+    along = unshear(found.sum(0).reshape(-1, size, size)).reshape(heads, diagonals, 2 * size - 1)
+    below, above = jnp.split(jnp.pad(along, ((0, 0), (0, 0), (1, 0))), 2, axis=2)
+    by_distance = jnp.pad(below, ((0, 0), (0, 1), (0, 0))) + jnp.pad(above, ((0, 0), (1, 0), (0, 0)))
+    before = padded_length(call.key_length) - call.key_blocks * size
+    after = padded_length(call.query_length) - call.query_blocks * size
+    by_distance = jnp.pad(by_distance.reshape(heads, -1), ((0, 0), (before, after)))
+    return by_distance.sum(0, keepdims=True) if len(table) == 1 else by_distance
+
+
+_attend, _attend_part = differentiable(_forward, _backward)
+
+
+def _like(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

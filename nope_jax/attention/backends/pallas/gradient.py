@@ -1,0 +1,73 @@
+"""What the backward passes of kernels have in common.
+
+Shapes as in `pallas`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nope_jax.encodings.encoding import MASKED
+
+
+def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """Attention over all keys, and over a part of them whose results over all keys are given; with a gradient.
+
+    Args:
+        forward: From static arguments, operands and tokens to output, entropy and logsumexp.
+        backward: From static arguments, operands, tokens, these results and their cotangents to the gradients of the
+            operands, of the contribution of the given keys.
+
+    Returns:
+        Two functions of static arguments, operands and tokens; the second also takes the results, and returns them.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attend(static: Any, operands: Any, tokens: Any):
+        return forward(static, operands, tokens)
+
+    def with_residuals(static, operands, tokens):
+        results = forward(static, operands, tokens)
+        return results, (operands, tokens, results)
+
+    def gradients(static, residuals, cotangents):
+        return backward(static, *residuals, cotangents), None
+
+    attend.defvjp(with_residuals, gradients)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attend_part(static: Any, operands: Any, tokens: Any, final_rows: Any):
+        return final_rows
+
+    attend_part.defvjp(
+        lambda static, operands, tokens, final_rows: (final_rows, (operands, tokens, final_rows)),
+        lambda static, residuals, cotangents: (*gradients(static, residuals, cotangents), None),
+    )
+    return attend, attend_part
+
+
+def row_terms(
+    projected: Float[Array, "*rows"],
+    entropy: Float[Array, "*rows"],
+    logsumexp: Float[Array, "*rows"],
+    d_entropy: Float[Array, "*rows"],
+    d_logsumexp: Float[Array, "*rows"],
+    with_entropy: bool,
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """What a row adds to the gradient of each of its logits, over its weight; and a finite logsumexp.
+
+    As in `streaming.py`, ds/p is d_output·v - d_entropy·s, which `Block.gradients` computes, and one number per row.
+
+    Args:
+        projected: output·d_output, summed over the head dim.
+    """
+    seen = logsumexp != -jnp.inf
+    row_term = d_logsumexp - projected
+    if with_entropy:
+        row_term -= d_entropy * (entropy - logsumexp)
+    # With a logsumexp of -MASKED, the weights of a row that sees no key are e^(s + MASKED) = 0.
+    return jnp.where(seen, row_term, 0.0), jnp.where(seen, logsumexp, -MASKED)

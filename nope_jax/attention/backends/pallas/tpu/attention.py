@@ -1,0 +1,239 @@
+"""The kernels of the forward and the backward pass.
+
+Shapes as in `pallas`, with q = k.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Shaped
+
+from nope_jax.attention.backends.pallas.block import Block
+from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
+from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens, unsheared
+from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, along_queries, of_keys, of_queries, run
+from nope_jax.attention.mask_spec import MaskSpec
+from nope_jax.attention.nonfinite import finite
+from nope_jax.attention.softmax_state import SoftmaxState
+from nope_jax.encodings import BlockValue, DistanceLogit
+from nope_jax.encodings.encoding import MASKED, Logit
+
+LANES = 128
+BLOCK_SIZE = 512
+"""Queries and keys per block, fewer for short sequences. From the compiler's memory limits: not yet tuned on a TPU."""
+
+
+def pallas_tpu_attention(
+    query: Shaped[Array, "B T N H"],
+    factor: Float[Array, "#B #N T"],
+    key: Shaped[Array, "B S K H"],
+    value: Shaped[Array, "B S K H2"],
+    logit: Logit | None,
+    value_term: BlockValue | None,
+    mask_spec: MaskSpec,
+    precision: jax.lax.PrecisionLike = None,
+    with_entropy: bool = True,
+    softcap: float | None = None,
+    *,
+    block_size: int | None = None,
+    final_rows: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """The `attend` of a backend with `in_parts`; reverse-mode differentiable.
+
+    Args:
+        block_size: Queries and keys per block: a power of two, on a TPU at least 128. None: `BLOCK_SIZE`, or the
+            smallest that holds the whole sequence.
+    """
+    (batch, query_length, num_heads, _), key_length = query.shape, key.shape[1]
+    if block_size is None:
+        longest = max(query_length, key_length)
+        block_size = min(BLOCK_SIZE, max(LANES, 1 << (longest - 1).bit_length()))
+    sizes = {"query_size": block_size, "key_size": block_size}
+    call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, **sizes)
+    tokens = filled_tokens(call, tokens_of(call, mask_spec))
+
+    def heads_first(x: Array) -> Array:
+        return filled(x.swapaxes(1, 2), 2, block_size)
+
+    def of_rows(x: Array, fill: float = 0) -> Array:
+        return filled(x[:, :, None], 3, block_size, fill)
+
+    table = None
+    if isinstance(logit, DistanceLogit):
+        pieces = jnp.arange(-call.key_blocks * block_size, call.query_blocks * block_size, dtype=jnp.int32)
+        table = logit.values(tokens.offset + pieces)[:, None]
+    operands = Operands(
+        query=heads_first(query),
+        factor=of_rows(jnp.broadcast_to(factor, (batch, num_heads, query_length))),
+        key=heads_first(key),
+        value=heads_first(value),
+        table=table,
+    )
+    if final_rows is None:
+        out, entropy, logsumexp = _attend(call, operands, tokens)
+    else:
+        out, entropy, logsumexp = final_rows
+        rows = heads_first(out), of_rows(entropy), of_rows(logsumexp, -jnp.inf)  # padding sees no key
+        out, entropy, logsumexp = _attend_part(call, operands, tokens, rows)
+    out = out.swapaxes(1, 2)[:, :query_length]
+    return out, entropy[:, :, 0, :query_length], logsumexp[:, :, 0, :query_length]
+
+
+def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Array, Array]:
+    (batch, heads, length, dim), value_dim = operands.query.shape, operands.value.shape[-1]
+
+    def begin(indices, results, sums):
+        sums[0][...] = jnp.full(sums[0].shape, MASKED / 2, jnp.float32)
+
+    def visit(block: Block, diagonal, results, sums):
+        largest, normaliser, weighted, output = sums
+        state, weights, decay = block.softmax(
+            SoftmaxState(largest[...], normaliser[...], weighted[...] if call.with_entropy else None)
+        )
+        largest[...], normaliser[...] = state.largest, state.normaliser
+        if state.weighted is not None:
+            weighted[...] = state.weighted
+        weights = weights.astype(block.value.dtype)
+        kept, added = decay * output[...], block.over_keys(block.value, weights)
+        output[...] = kept + added
+        if block.careful:
+
+            @pl.when(jnp.logical_not(jnp.isfinite(added).all()))
+            def _():
+                output[...] = kept + _reached(block, weights, added)
+
+    def end(results, sums):
+        largest, normaliser, weighted, output = (reference[...] for reference in sums)
+        state = SoftmaxState(largest, normaliser, weighted if call.with_entropy else None)
+        normaliser, entropy, logsumexp = state.end()
+        results[0][0, 0] = (output / normaliser).T.astype(results[0].dtype)
+        results[1][0, 0], results[2][0, 0] = entropy, logsumexp
+
+    of_rows = of_queries(call, (batch, heads, 1, length), jnp.float32)
+    output, entropy, logsumexp = run(
+        "attention_forward",
+        call,
+        along_keys(call, batch, heads),
+        operands,
+        tokens,
+        (),
+        (of_queries(call, (batch, heads, length, value_dim), operands.value.dtype), of_rows, of_rows),
+        ((1, call.query_size),) * 3 + ((value_dim, call.query_size),),
+        begin=begin,
+        visit=visit,
+        end=end,
+        products=dim + value_dim,
+    )
+    return output, entropy, logsumexp
+
+
+def _reached(block: Block, weights: Float[Array, "k q"], summed: Float[Array, "H2 q"]) -> Float[Array, "H2 q"]:
+    """As `weighted_sum`: values that are not finite reach the queries that see them, and no others.
+
+    Args:
+        summed: The sum of weights · value.
+    """
+    strange = 1 - jnp.isfinite(block.value.astype(jnp.float32)).astype(jnp.float32)
+    reached = block.over_keys(strange, (weights != 0).astype(jnp.float32)) > 0
+    return jnp.where(reached, summed, block.over_keys(block.finite(block.value), weights))
+
+
+def _backward(call: Call, operands: Operands, tokens: Tokens, results, cotangents) -> Operands:
+    (output, entropy, logsumexp), (d_output, d_entropy, d_logsumexp) = results, cotangents
+    projected = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)[:, :, None]
+    row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, call.with_entropy)
+    rows = d_output, row_term, logsumexp, d_entropy
+    d_scaled, d_table = _query_gradient(call, operands, tokens, rows)
+    d_key, d_value = _key_gradients(call, operands, tokens, rows)
+    return Operands(
+        query=(d_scaled * operands.factor.swapaxes(2, 3)).astype(operands.query.dtype),
+        factor=(d_scaled * finite(operands.query)).sum(-1)[:, :, None],
+        key=d_key,
+        value=d_value,
+        table=d_table,
+    )
+
+
+_attend, _attend_part = differentiable(_forward, _backward)
+
+
+def _query_gradient(
+    call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
+) -> tuple[Float[Array, "B N T H"], Float[Array, "#N 1 distances"] | None]:
+    """Gradients of the queries times their factor, and of the table."""
+    (batch, heads, _, dim), value_dim = operands.query.shape, operands.value.shape[-1]
+    table, product_dtype = operands.table, jnp.promote_types(operands.query.dtype, operands.key.dtype)
+
+    def begin(indices, results, sums):
+        if table is not None:
+
+            @pl.when((indices[1] == 0) & (indices[2] == 0))
+            def _():
+                results[1][...] = jnp.zeros(results[1].shape, jnp.float32)
+
+    def visit(block: Block, diagonal, results, sums):
+        _, d_logits, d_product = block.gradients()
+        sums[0][...] += block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
+        if table is not None:
+            start = pl.multiple_of((diagonal + call.key_blocks - 1) * call.key_size, call.key_size)
+            results[1][0, :, pl.ds(start, 2 * call.key_size)] += unsheared(d_logits)
+
+    def end(results, sums):
+        results[0][0, 0] = sums[0][...].T
+
+    outputs = [of_queries(call, operands.query.shape, jnp.float32)]
+    if table is not None:  # all distances of a head at once, which stay in memory for all batch rows
+        span = table.shape[-1]
+        outputs.append(Output((heads, 1, span), jnp.float32, (1, 1, span), lambda b, n, i, j: (n, 0, 0)))
+    d_scaled, *d_table = run(
+        "attention_query_gradient",
+        call,
+        along_keys(call, batch, heads, heads_first=table is not None),
+        operands,
+        tokens,
+        rows,
+        tuple(outputs),
+        ((dim, call.query_size),),
+        begin=begin,
+        visit=visit,
+        end=end,
+        products=2 * dim + value_dim,
+    )
+    if table is None:
+        return d_scaled, None
+    return d_scaled, d_table[0].sum(0, keepdims=True) if len(table) == 1 else d_table[0]
+
+
+def _key_gradients(
+    call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
+) -> tuple[Shaped[Array, "B K S H"], Shaped[Array, "B K S H2"]]:
+    """Gradients of keys and values."""
+    (batch, kv_heads, _, dim), value_dim = operands.key.shape, operands.value.shape[-1]
+    product_dtype = jnp.promote_types(operands.query.dtype, operands.key.dtype)
+
+    def visit(block: Block, diagonal, results, sums):
+        weights, _, d_product = block.gradients()
+        d_output = block.rows[0]
+        d_product = (d_product * block.factor).astype(product_dtype)
+        sums[0][...] += block.over_queries(block.finite(block.query), d_product)
+        sums[1][...] += block.over_queries(d_output, weights.astype(d_output.dtype))
+
+    def end(results, sums):
+        for result, total in zip(results, sums, strict=True):
+            result[0, 0] = total[...].astype(result.dtype)
+
+    d_key, d_value = run(
+        "attention_key_gradients",
+        call,
+        along_queries(call, batch, kv_heads),
+        operands,
+        tokens,
+        rows,
+        tuple(of_keys(call, x.shape, x.dtype) for x in (operands.key, operands.value)),
+        ((call.key_size, dim), (call.key_size, value_dim)),
+        visit=visit,
+        end=end,
+        products=2 * dim + 2 * value_dim,
+    )
+    return d_key, d_value
