@@ -4,7 +4,8 @@ The GPU compiler (packages jax-cuda13-plugin and -pjrt) needs no GPU, only a des
 times are estimates:
 
 - computing: of each operation, the longer of its matrix products at the chip's peak and of what it reads and writes at
-  the bandwidth of its memory, times the trip counts of the loops around it.
+  the bandwidth of its memory, times the trip counts of the loops around it. Pallas kernels state their FLOPs and bytes;
+  the FLOPs are counted at `KERNEL_EFFICIENCY` of the peak.
 - communicating: the bytes of each collective divided by the bandwidth of NVLink or, between hosts, of the network.
 """
 
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.compile.collectives import KINDS, Collective
-from nope_jax.compile.machine import Machine
+from nope_jax.compile.machine import KERNEL_EFFICIENCY, Machine
 from nope_jax.compile.program import Computations, array_bytes, arrays, executed, parse_program
 from nope_jax.training.flops import CHIPS
 
@@ -181,10 +182,15 @@ _FREE = re.compile(
 """Operations that take no time by themselves, or whose time is that of communication."""
 
 
+_STATED = re.compile(r'serialized_metadata = "\{\\22flops\\22: \\22(\d+)\\22, \\22bytes\\22: \\22(\d+)\\22\}"')
+"""What a Pallas kernel states of itself."""
+
+
 def _work(line: str, around: dict[str, str], computations: Computations) -> tuple[float, int]:
     """Count what an instruction does: its FLOPs in matrix products, and the bytes that it reads and writes.
 
-    Float32 products count twice: the peak of TF32 is half of that of bfloat16.
+    Float32 products count twice: the peak of TF32 is half of that of bfloat16. Those of a Pallas kernel, which states
+    them, count by its efficiency.
     """
     instruction = _parsed(line)
     if instruction is None or _FREE.fullmatch(instruction.operation):
@@ -193,14 +199,17 @@ def _work(line: str, around: dict[str, str], computations: Computations) -> tupl
         inside = computations[called[1]]
         return sum(_work(within, inside, computations)[0] for within in inside.values()), _moved(inside)
     operands = [parsed for name in instruction.operands if (parsed := _parsed(around.get(name, "")))]
+    in_float32 = 2 if operands and operands[0].result.startswith("f32") else 1
+    if stated := _STATED.search(line):
+        return int(stated[1]) * in_float32 / KERNEL_EFFICIENCY, int(stated[2])
     flops = 0.0
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', line)
     if contracted and operands:
-        dtype, sizes = arrays(operands[0].result)[0]
+        _, sizes = arrays(operands[0].result)[0]
         lengths = [int(size) for size in sizes.split(",")]
         products = math.prod(lengths[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
         result = math.prod(int(size) for size in arrays(instruction.result)[0][1].split(",") if size)
-        flops = 2.0 * products * result * (2 if dtype == "f32" else 1)
+        flops = 2.0 * products * result * in_float32
     return flops, _read(instruction, operands) + _written(instruction, operands)
 
 

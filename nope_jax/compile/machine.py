@@ -18,6 +18,9 @@ from jax.sharding import Mesh
 from nope_jax.compile.collectives import Collective
 from nope_jax.training.flops import Chip
 
+KERNEL_EFFICIENCY = 0.5
+"""Fraction of the peak at which the products of a Pallas kernel are assumed to run. It has not been measured."""
+
 
 class Traffic(NamedTuple):
     """The collectives of one kind along the same mesh axes, as seen by each chip during a run of the program."""

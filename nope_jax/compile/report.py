@@ -8,9 +8,8 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from nope_jax.compile.estimate import Estimate, estimate_run, find_machine
-from nope_jax.compile.machine import Traffic
+from nope_jax.compile.machine import KERNEL_EFFICIENCY, Traffic
 from nope_jax.compile.memory import GIB, DoesNotFitError, Memory, gib
-from nope_jax.compile.tpu import KERNEL_EFFICIENCY
 from nope_jax.config import Config, override
 from nope_jax.sharding import make_mesh
 
@@ -62,8 +61,8 @@ A training step of {tokens:,} tokens
   time          {best:.3g} s if all communication hides behind computation, {worst:.3g} s if none does
   utilisation   {low:.0%} to {high:.0%} of the published peak, where the model FLOPs take {e.flops / e.peak:.3g} s
   throughput    {tokens / worst:,.0f} to {tokens / best:,.0f} tokens per second
-Nothing was run: times are estimates. On a TPU attention is a kernel, assumed to reach {KERNEL_EFFICIENCY:.0%} of the
-peak where it serves; on a GPU it is plain JAX."""
+Nothing was run: times are estimates. Where a kernel serves attention, its products are assumed to reach
+{KERNEL_EFFICIENCY:.0%} of the peak."""
 
 
 def _sent(traffic: Iterable[Traffic]) -> str:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.compile.collectives import Collective
-from nope_jax.compile.machine import Machine
+from nope_jax.compile.machine import KERNEL_EFFICIENCY, Machine
 from nope_jax.compile.program import executed, parse_program
 from nope_jax.training.flops import CHIPS
 
@@ -42,9 +42,6 @@ SLICES = {
 FLOPS_PER_CYCLE = {"v4": 2**18, "v5e": 2**17, "v5p": 2**18, "v6e": 2**19}
 """Bfloat16 matrix FLOPs per chip and cycle. The published peak divided by these gives the clock: 1.05, 1.50, 1.75 and
 1.75 GHz. By the compiler's cycles, a product of two 8192 x 8192 matrices reaches 70 % (v6e) to 93 % of the peak."""
-
-KERNEL_EFFICIENCY = 0.5
-"""Fraction of the peak at which the products of a Pallas kernel are assumed to run. It has not been measured."""
 
 UNKNOWN_CYCLES = 2**63 - 1
 """The compiler writes this value, or a larger one (-1 as an unsigned number), if it has no estimate."""
