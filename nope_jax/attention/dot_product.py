@@ -89,8 +89,8 @@ def dot_product_attention(
         softcap: Cap of the scaled content logits: softcap · tanh(logit / softcap), before `logit` is added (Gemma 2).
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
             T·S (differentiable once, in reverse mode). "pallas_tpu" and "pallas_gpu" do the same in kernels for TPUs
-            and for NVIDIA GPUs, for terms by distance or none, without a mask. Of several names, the first that
-            supports the call is used. None: on a TPU or GPU its kernels, where they serve; otherwise streaming, unless
+            and for NVIDIA GPUs, for terms by distance or none, without a mask; "cudnn" is NVIDIA's own, without terms
+            and statistics. Of several names, the first that supports the call is used. None: on a TPU or GPU its kernels, where they serve; otherwise streaming, unless
             all weights of a head fit in one block on one device. docs/performance.md says more.
         return_stats: Also return `AttentionStats`.
         precision: Precision of the products with queries, keys and values, as in `jax.lax.dot`; products within an
@@ -152,7 +152,7 @@ def attend(
     positive(qk_scale=qk_scale, softcap=softcap)
     factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, qk_scale)
     call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats, softcap
-    backend = choose(implementation, *call)
+    backend = choose(implementation, *call, statistics=return_stats or sink is not None)
     if query.shape[1] and key.shape[1]:
         output, *of_rows = _attend(backend, *call)
     else:

@@ -185,6 +185,12 @@ _FREE = re.compile(
 _STATED = re.compile(r'serialized_metadata = "\{\\22flops\\22: \\22(\d+)\\22, \\22bytes\\22: \\22(\d+)\\22\}"')
 """What a Pallas kernel states of itself."""
 
+_CUDNN = re.compile(
+    r'"__cudnn\$fmhaSoftmax(Backward)?".*"intermediate_tensor_shape": \{[^}]*?"dimensions": \[([\d", ]+)\]'
+    r'.*"mask_type": "(\w+)".*"sliding_window_length": (\d+)'
+)
+"""Attention by cuDNN, with the shape [B, N, T, S] of its weights."""
+
 
 def _work(line: str, around: dict[str, str], computations: Computations) -> tuple[float, int]:
     """Count what an instruction does: its FLOPs in matrix products, and the bytes that it reads and writes.
@@ -203,7 +209,10 @@ def _work(line: str, around: dict[str, str], computations: Computations) -> tupl
     if stated := _STATED.search(line):
         return int(stated[1]) * in_float32 / KERNEL_EFFICIENCY, int(stated[2])
     flops = 0.0
-    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', line)
+    if cudnn := _CUDNN.search(line):
+        head_dim = int(arrays(operands[0].result)[0][1].split(",")[-1])
+        flops = _attention_flops(head_dim, *cudnn.groups())
+    contracted = not flops and re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', line)
     if contracted and operands:
         _, sizes = arrays(operands[0].result)[0]
         lengths = [int(size) for size in sizes.split(",")]
@@ -211,6 +220,15 @@ def _work(line: str, around: dict[str, str], computations: Computations) -> tupl
         result = math.prod(int(size) for size in arrays(instruction.result)[0][1].split(",") if size)
         flops = 2.0 * products * result * in_float32
     return flops, _read(instruction, operands) + _written(instruction, operands)
+
+
+def _attention_flops(head_dim: int, backward: str | None, weights: str, mask: str, window: str) -> float:
+    """Products of the pairs of queries and keys that cuDNN's attention computes, by the efficiency of a kernel."""
+    *heads, queries, keys = (int(size) for size in re.findall(r"\d+", weights))
+    seen = keys / 2 if mask == "CAUSAL" else keys
+    seen = min(seen, int(window) or seen)
+    products = 5 if backward else 2  # [T, H] with [H, S], or [T, S] with [S, H]
+    return 2 * products * math.prod(heads) * queries * seen * head_dim / KERNEL_EFFICIENCY
 
 
 def _read(instruction: _Instruction, operands: list[_Instruction]) -> int:

@@ -11,6 +11,8 @@ from nope_jax.encodings import Encoding
 
 Step = int | Literal["newest", "best"]
 """A checkpoint of a run: its step, the newest, or the one with the lowest validation loss."""
+Implementation = Literal["reference", "streaming", "pallas_tpu", "cudnn", "pallas_gpu"]
+
 EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
 
 
@@ -40,8 +42,10 @@ class ModelConfig:
     """Training length: the rows of a learned position table, and the reference length of evaluation.
 
     None: data.context_length."""
-    attention: Literal["reference", "streaming", "pallas_tpu", "pallas_gpu"] | None = None
-    """Attention implementation. None: chosen by platform and sequence length."""
+    attention: Implementation | tuple[Implementation, ...] | None = None
+    """Attention implementation, or several, of which the first that can serve a call does (docs/performance.md).
+
+    None: chosen by platform and sequence length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype. Parameters, softmax, entropies and losses are always float32."""
     remat: bool = False

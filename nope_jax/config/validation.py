@@ -206,7 +206,8 @@ def wanted(hint: Any) -> str:
     if origin is tuple:
         return f"{wanted(arguments[0])} or several"
     if arguments:
-        return " or ".join(map(wanted, arguments))
+        of_several = {argument.__args__[0] for argument in arguments if typing.get_origin(argument) is tuple}
+        return " or ".join(wanted(argument) for argument in arguments if argument not in of_several)
     words = {int: "an integer", float: "a number", str: "a string", bool: "True or False", Path: "a path"}
     return words.get(hint, "None")
 

@@ -99,6 +99,26 @@ def test_an_operation_takes_the_longer_of_its_products_and_its_memory():
     assert machine.computing(PROGRAM.replace("STATED", STATED), 1024) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_products_of_attention_by_cudnn_are_counted():
+    line = (
+        '%out = (bf16[1,8,1024,64], f32[1,8,1024]) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", '
+        'backend_config={"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["1", "8", "1024", "1024"]'
+        '}, "mask_type": "CAUSAL", "bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions": ["3"]}, '
+        '"sliding_window_length": 0}'
+    )
+
+    def flops(line):
+        program = f"ENTRY %main (q: bf16[8]) -> bf16[8] {{\n  %q = bf16[1,1024,8,64] parameter(0)\n  {line}\n}}\n"
+        machine = find_machine("h100:1")
+        return machine.computing(f"HloModule jit_step\n{program}", 1024) * machine.chip.flops * KERNEL_EFFICIENCY
+
+    forward = 2 * 2 * 8 * 1024 * 512 * 64
+    assert flops(line) == pytest.approx(forward)
+    assert flops(line.replace("CAUSAL", "NO_MASK")) == pytest.approx(2 * forward)
+    assert flops(line.replace("fmhaSoftmax", "fmhaSoftmaxBackward")) == pytest.approx(2.5 * forward)
+    assert flops(line.replace('length": 0', 'length": 400')) == pytest.approx(forward * 400 / 512)
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_what_crosses_between_hosts_goes_over_their_adapters():
     """16 GPUs on 2 hosts: of a group of all, the 8 of a host share what crosses."""

@@ -29,6 +29,8 @@ A backend with `in_parts` supports sequences sharded over several devices, where
 (`nope_jax.attention.ring`). It then also takes `final_rows=`, the results over all keys, which it returns unchanged;
 the backward pass computes only the gradient contribution of the given keys. For a `ScanLogit` it takes `carry=`, the
 carry from later keys, and returns its own carry as a fourth result.
+
+A backend without `statistics` is passed over where entropy or logsumexp are needed, and may return any.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Shaped
 
-from nope_jax.attention.backends import pallas
+from nope_jax.attention.backends import cudnn, pallas
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import BLOCK_SIZE, few_queries
@@ -61,6 +63,8 @@ class Backend:
     in_parts: bool = False
     is_kernel: bool = False
     """Whether XLA cannot partition it: with several devices, it is always traced under `shard_map`."""
+    statistics: bool = True
+    """Whether it computes entropy and logsumexp; if not, calls that need them are left to others."""
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
@@ -68,6 +72,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         "reference": Backend(reference_attention),
         "streaming": Backend(streaming_attention, in_parts=True),
         "pallas_tpu": Backend(pallas.tpu_attention, pallas.supports_tpu, in_parts=True, is_kernel=True),
+        "cudnn": Backend(cudnn.cudnn_attention, cudnn.supports, is_kernel=True, statistics=False),
         "pallas_gpu": Backend(pallas.gpu_attention, pallas.supports_gpu, in_parts=True, is_kernel=True),
     }
 )
@@ -79,7 +84,7 @@ KERNEL_LENGTH = 128
 
 
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
-"""By platform."""
+"""The one that is chosen by default, by platform."""
 
 
 def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
@@ -90,16 +95,17 @@ def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
     few = few_queries(query_length, key_length)
     small = query_length * key_length <= BLOCK_SIZE**2 and not few and ring_size() == 1
     long = not few and min(query_length, key_length) >= KERNEL_LENGTH
-    kernels = (KERNELS[platform()],) if long and platform() in KERNELS else ()
-    return (*kernels, "reference" if small else "streaming")
+    kernel = (KERNELS[platform()],) if long and platform() in KERNELS else ()
+    return (*kernel, "reference" if small else "streaming")
 
 
-def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
+def choose(implementation: str | Sequence[str] | None, *call: Any, statistics: bool = True) -> Backend:
     """Return the first named backend that can serve a call; a debug message names it and says why not those before it.
 
     Args:
         implementation: One name or several, tried in order; None for `default_order`.
         *call: The arguments of `attend`.
+        statistics: Whether entropy or logsumexp are needed.
 
     Raises:
         ValueError: A name is unknown, or none of the named backends can serve the call; the message gives the reasons.
@@ -113,6 +119,8 @@ def choose(implementation: str | Sequence[str] | None, *call: Any) -> Backend:
     reasons: list[str] = []
     for name in names:
         reason = BACKENDS[name].supports(*call)
+        if statistics and not BACKENDS[name].statistics:
+            reason = "it computes neither entropy nor logsumexp, as return_stats and sinks need"
         if reason is None:
             query, key = call[0], call[2]
             log.debug("%s", "; ".join([f'"{name}" for queries {query.shape} and keys {key.shape}', *reasons]))
