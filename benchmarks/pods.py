@@ -34,7 +34,7 @@ BEGIN_RECIPES, END_RECIPES = BEGIN.replace("pods.py", "pods.py, recipes"), END.r
 
 
 def _llama(rows: int, **shape: int) -> Config:
-    model = ModelConfig(vocab_size=32_000, dtype="bfloat16", remat=True, **shape)
+    model = ModelConfig(vocab_size=32_000, dtype="bfloat16", remat="full", **shape)
     return Config(model=model, data=DataConfig(context_length=2048, batch_size=rows))
 
 

@@ -35,6 +35,6 @@ def get_config() -> Config:
             tie_embeddings=True,
             encoding="alibi",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
     )

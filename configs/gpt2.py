@@ -32,7 +32,7 @@ def get_config() -> Config:
             tie_embeddings=True,
             encoding="nope",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         data=DataConfig(
             source="tfds:c4/en", tokenizer="tokenizers/gpt2/tokenizer.json", context_length=1024, batch_size=512

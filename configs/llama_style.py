@@ -28,6 +28,6 @@ def get_config() -> Config:
             embedding_scale=1.0,
             encoding="rope",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
     )

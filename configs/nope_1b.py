@@ -29,7 +29,7 @@ def get_config() -> Config:
             mlp_dim=5632,
             encoding="nope",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         data=DataConfig(
             source="tfds:c4/en", tokenizer="tokenizers/llama2/tokenizer.json", context_length=2048, batch_size=1024

@@ -33,6 +33,6 @@ def get_config() -> Config:
             tie_embeddings=True,
             encoding="rope",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
     )

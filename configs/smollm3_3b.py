@@ -33,7 +33,7 @@ def get_config() -> Config:
             tie_embeddings=True,
             encoding="smollm3",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         data=DataConfig(
             source="tfds:c4/en",

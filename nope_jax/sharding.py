@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
+HOST_MEMORY = "pinned_host"
+"""The kind of the host's memory that devices read and write by themselves."""
+
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = MappingProxyType(
@@ -214,12 +217,19 @@ def auto_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 
 
 def check_fits(config: "Config", mesh: Mesh | AbstractMesh) -> None:
-    """Check that a model and a batch divide evenly over a mesh.
+    """Check that a model and a batch divide evenly over a mesh, and that its devices have the memory asked for.
 
     Raises:
-        ValueError: names the mesh axes and the field that they must divide.
+        ValueError: names the mesh axes and the field that they must divide, or the field and the memory.
     """
     check_model_fits(config.model, mesh)
+    if config.model.remat == "offload" and isinstance(mesh, Mesh):
+        device = mesh.devices.flat[0]
+        if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+            raise ValueError(
+                f"model.remat offload needs devices with memory of the kind {HOST_MEMORY}, which {device.device_kind} "
+                "has not; full keeps least on the device"
+            )
     data = config.data
     _check_divides(mesh, "length", "data.context_length", data.context_length)
     _check_divides(

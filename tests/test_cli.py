@@ -63,12 +63,12 @@ def test_any_other_broken_pipe_is_an_error(capsys):
 def test_parse_train(config_file):
     config, workdir, *_ = parse_train(
         f"--config {config_file} --workdir runs/a --train.steps=7 --data.batch-size 8 --mesh.data -1 "
-        "--model.num_kv_heads None --optimizer.learning_rate 1e-4 --model.remat True "
+        "--model.num_kv_heads None --optimizer.learning_rate 1e-4 --model.remat dots "
         "--model.encoding rope rope rope nope".split()
     )
     assert str(workdir) == "runs/a"
     expected = Config(
-        model=ModelConfig(encoding=("rope", "rope", "rope", "nope"), remat=True),
+        model=ModelConfig(encoding=("rope", "rope", "rope", "nope"), remat="dots"),
         data=DataConfig(context_length=64, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         train=TrainConfig(steps=7),
@@ -82,6 +82,12 @@ def test_parse_train_keeps_what_is_not_given(config_file):
     assert type(config.model.encoding).__name__ == "FromFile"
     assert config.model.train_length == 64
     assert parse_train([*arguments, "--model.encoding", "alibi"]).config.model.encoding == "alibi"
+
+
+@pytest.mark.parametrize(("former", "policy"), [("True", "full"), ("False", "none")])
+def test_remat_takes_its_former_values(former, policy, config_file):
+    arguments = ["--config", str(config_file), "--workdir", "x", "--model.remat", former]
+    assert parse_train(arguments).config.model.remat == policy
 
 
 def test_train_length_follows_an_overridden_context_length(config_file):
@@ -108,7 +114,7 @@ def test_train_length_follows_an_overridden_context_length(config_file):
         ("--train.steps 1 2", "--train.steps must be an integer, not '1 2'"),
         ("--train.steps 1.5", "--train.steps must be an integer, not '1.5'"),
         ("--optimizer.learning_rate fast", "--optimizer.learning_rate must be a number, not 'fast'"),
-        ("--model.remat yes", "--model.remat must be True or False, not 'yes'"),
+        ("--model.remat yes", "--model.remat must be one of none, full, dots, offload or True or False, not 'yes'"),
         ("--model.num_kv_heads few", "--model.num_kv_heads must be an integer or None, not 'few'"),
         ("--model.dtype int8", "--model.dtype must be one of float32, bfloat16, not 'int8'"),
         ("--model.encoding", "--model.encoding must be a name, an Encoding, or a tuple of them, not ''"),

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from nope_jax import Decoder
+from nope_jax import Decoder, sharding
 from nope_jax.attention import mesh as attention_mesh
 from nope_jax.compile.collectives import Collective, collectives
 from nope_jax.config import HINTS, MeshConfig, wanted
@@ -37,6 +37,14 @@ def test_minus_one_takes_what_the_other_axes_leave():
     devices = jax.devices()[:1]
     assert dict(make_mesh(MeshConfig(data=-1), devices).shape) == dict.fromkeys(AXES, 1)
     assert make_mesh(MeshConfig(), devices).axis_types == (AxisType.Auto,) * 4
+
+
+def test_offloading_needs_memory_of_the_host(monkeypatch):
+    offloads, mesh = config({}, {"remat": "offload"}, 1), make_mesh(MeshConfig(), jax.devices()[:1])
+    check_fits(offloads, mesh)
+    monkeypatch.setattr(sharding, "HOST_MEMORY", "of_no_host")
+    with pytest.raises(ValueError, match="model.remat offload needs devices with memory of the kind of_no_host, "):
+        check_fits(offloads, mesh)
 
 
 def test_a_mesh_that_splits_a_dimension_of_a_slice_is_made_all_the_same(monkeypatch):

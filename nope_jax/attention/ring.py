@@ -30,7 +30,7 @@ from nope_jax.attention.backends import Results
 from nope_jax.attention.blocks import at, put, summed, zero_sums
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.mesh import LENGTH
-from nope_jax.attention.softmax_state import Rows
+from nope_jax.attention.softmax_state import Rows, named
 from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
 from nope_jax.encodings.encoding import Logit
 
@@ -280,7 +280,7 @@ def _ring(plan: _Plan, queries: _Queries, keys: _Keys, terms: _Terms, query_toke
 
 
 def _ring_forward(plan: _Plan, *operands):
-    rows = _forward(plan, *operands)
+    rows = named(_forward(plan, *operands))
     return rows, (operands, rows)
 
 
@@ -341,7 +341,7 @@ def _scanning_ring(plan: _Plan, *operands):
 
 
 def _scanning_ring_forward(plan: _Plan, *operands):
-    rows, handed = _scan_forward(plan, *operands)
+    rows, handed = named(_scan_forward(plan, *operands))
     return rows, (operands, rows, handed)
 
 

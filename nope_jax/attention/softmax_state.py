@@ -11,13 +11,22 @@ Final results over disjoint sets of keys are merged: p = e^(lse_part - lse), out
 entropy Σ p·(entropy_part + lse - lse_part).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax, nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.encodings.encoding import MASKED
+
+RESULTS = "attention"
+"""The name of output, entropy and logsumexp among what a gradient keeps, for policies of rematerialization."""
+
+
+def named(results: Any) -> Any:
+    """Name the results that a custom gradient keeps: where a policy saves them, the forward pass is not run again."""
+    return checkpoint_name(results, RESULTS)
 
 
 class SoftmaxState(NamedTuple):

@@ -98,8 +98,8 @@ def _remedies(
     kinds: list[dict[str, Any]] = [{}]
     if sizes["data"] > num_slices or config.mesh.rules != "fsdp":  # the parameters are not gathered between slices
         kinds.append({"mesh.data": num_slices, "mesh.fsdp": num_shards // num_slices, "mesh.rules": "fsdp"})
-    if not model.remat:
-        kinds.append({"model.remat": True})
+    if model.remat in ("none", "dots"):
+        kinds.append({"model.remat": "full"})
     shared = math.gcd(
         model.num_heads,
         model.num_kv_heads or model.num_heads,

@@ -48,8 +48,11 @@ class ModelConfig:
     None: chosen by platform and sequence length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype. Parameters, softmax, entropies and losses are always float32."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "full", "dots", "offload"] | bool = "none"
+    """What the backward pass recomputes of each layer. none: nothing; full: all of it, from its input.
+
+    dots: all but the products with weights and the results of attention, which are kept (`jax.checkpoint`).
+    offload: as dots, but what is kept, and the layer's input, moves to the host's memory. True is full, False none."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] | None = None
     """Activation of the MLP; gelu is exact, gelu_tanh its approximation, relu2 the square of ReLU.
 
@@ -86,6 +89,10 @@ class ModelConfig:
     """Factor of the logits of the head (Granite, Cohere)."""
     logits_softcap: float | None = None
     """Cap of the logits of the head, after logits_scale, as attention_softcap (Gemma 2). None: no cap."""
+
+    def __post_init__(self):
+        if isinstance(self.remat, bool):  # until November 2026
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
@@ -25,6 +26,7 @@ from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
 from nope_jax.models.cross_entropy import nll_in_chunks
 from nope_jax.models.kv_cache import CacheStep, KVCache, LayerCache, empty_kv_cache
 from nope_jax.models.layers import RESIDUAL, Block, add_norm, apply_norm, bias, encoding_params, kernel
+from nope_jax.models.remat import LAYER_INPUT, rematerialized
 from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
 LOGITS_AT_ONCE = 2**26
@@ -372,7 +374,7 @@ class Decoder(nnx.Module):
             block = nnx.merge(structures[slot], state)
             shared, keywords = arguments[slot]
             return block(
-                x,
+                checkpoint_name(x, LAYER_INPUT),
                 shared,
                 logit_scale=logit_scale,
                 return_stats=return_stats,
@@ -380,8 +382,8 @@ class Decoder(nnx.Module):
                 **keywords,
             )
 
-        if config.remat and not decodes:
-            layer = jax.checkpoint(layer, static_argnums=1)
+        if not decodes:
+            layer = rematerialized(layer, config.remat, static_argnums=1)
 
         def period(carry, period_layers, index=None):
             (x, kv_caches), stats = carry, []

@@ -12,33 +12,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention import AttentionStats, attention_weights, encoded_attention
 from nope_jax.config import ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params
 from nope_jax.models.kv_cache import KVCache, LayerCache
+from nope_jax.models.remat import PRODUCT
 from nope_jax.sharding import gathered, num_shards, with_logical_constraint
 
 RESIDUAL = "batch", "length", None
 """Logical axes of the residual stream: the width is not sharded."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(
     x: Shaped[Array, "B T *inputs"], weights: Float[Array, "..."], axes: tuple[str, ...]
 ) -> Shaped[Array, "B T *outputs"]:
-    """Multiply x by weights [*inputs, *outputs] with the given logical axes, in the dtype of x.
+    """Multiply x by weights [*inputs, *outputs] with the given logical axes, in the dtype of x."""
+    return checkpoint_name(_project(x, weights, axes), PRODUCT)
 
-    The custom gradient saves the weights as they are, whereas autodiff would save a copy that is cast and gathered from
-    all devices. It also avoids the transpose of the cotangent in memory that autodiff would make on a CPU.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x, weights, axes):
+    """`project`; its custom gradient saves the weights as they are.
+
+    Autodiff would save a copy that is cast and gathered from all devices. The custom gradient also avoids the transpose
+    of the cotangent in memory that autodiff would make on a CPU.
     """
     outputs = weights.shape[x.ndim - 2 :]
     return (_rows(x) @ _matrix(x, weights, axes)).reshape(*x.shape[:2], *outputs)
 
 
 def _project_forward(x, weights, axes):
-    return project(x, weights, axes), (x, weights)
+    return _project(x, weights, axes), (x, weights)
 
 
 def _project_backward(axes, residuals, d_out):
@@ -63,7 +70,7 @@ def _matrix(x, weights, axes) -> Shaped[Array, "D F"]:
     return gathered(weights.astype(x.dtype), axes).reshape(math.prod(x.shape[2:]), -1)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
 
 
 def norm(

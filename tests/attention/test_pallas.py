@@ -405,7 +405,7 @@ def test_a_training_step_on_data_tensor_and_sequence_axes_compiles():
     config = override(
         load_file(Path(__file__).parents[2] / "configs/tiny.py"),
         {"mesh.data": 2, "mesh.tensor": 2, "mesh.sequence": 2, "data.context_length": 1024}
-        | {"model.attention": "pallas_tpu", "model.remat": True, "model.num_layers": 2},
+        | {"model.attention": "pallas_tpu", "model.remat": "full", "model.num_layers": 2},
     )
     estimate = estimate_run(config, "v5e:2x4")
     assert estimate.computing > 0 and "collective-permute" in estimate.sent  # the ring

@@ -343,22 +343,22 @@ def test_what_the_compiler_lacks_is_said_in_numbers(message):
         (8, 4, {"mesh.fsdp": 8}, "it fits with --optimizer.accumulation 8", 2),
         # It takes more than 16 microbatches can do, and what comes next in cost.
         (16, 4, {}, "it fits with --mesh.data 1 --mesh.fsdp 8 --optimizer.accumulation 8", 2),
-        (8, 20, {"mesh.fsdp": 8}, "it fits with --model.remat True --optimizer.accumulation 16", 3),
+        (8, 20, {"mesh.fsdp": 8}, "it fits with --model.remat full --optimizer.accumulation 16", 3),
         (
             8,
             40,
-            {"mesh.fsdp": 8, "model.remat": True},
+            {"mesh.fsdp": 8, "model.remat": "full"},
             "it fits with --mesh.data 1 --mesh.fsdp 2 --mesh.tensor 4 --optimizer.accumulation 32",
             3,
         ),
         (
             8,
             400,
-            {"mesh.fsdp": 8, "model.remat": True, "model.num_kv_heads": 1},
+            {"mesh.fsdp": 8, "model.remat": "full", "model.num_kv_heads": 1},
             "nor does it fit with --optimizer.accumulation 16",
             2,
         ),
-        (8, 400, {"mesh.fsdp": 8, "model.remat": True, "model.num_kv_heads": 1, "data.batch_size": 8}, "nothing", 1),
+        (8, 400, {"mesh.fsdp": 8, "model.remat": "full", "model.num_kv_heads": 1, "data.batch_size": 8}, "nothing", 1),
     ],
 )
 def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, says, compiled, monkeypatch):
@@ -375,7 +375,7 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
         sizes = mesh_of(config.mesh, None).shape
         rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * config.optimizer.accumulation)
         kept = state / (sizes["fsdp"] * sizes["tensor"])
-        needed = kept + rows * row / sizes["tensor"] / (2 if config.model.remat else 1)
+        needed = kept + rows * row / sizes["tensor"] / (1 if config.model.remat == "none" else 2)
         if needed > 15:
             raise DoesNotFitError("too much", needed, 15, kept)
 
@@ -385,7 +385,7 @@ def test_what_would_fit_is_compiled_before_it_is_named(state, row, settings, say
     with pytest.raises(DoesNotFitError, match=f"^too much; .*{says}"):
         reports.report(config, "v5e:2x4")
     assert len(tried) == compiled
-    named = {name: value == "True" or int(value) for name, value in re.findall(r"--(\S+) (\w+)", says)}
+    named = {name: int(value) if value.isdigit() else value for name, value in re.findall(r"--(\S+) (\w+)", says)}
     assert override(config, named) == tried[-1]
     for one in tried:
         check_fits(one, mesh_of(one.mesh, None))

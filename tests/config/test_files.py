@@ -118,12 +118,13 @@ def test_every_encoding_comes_back_as_it_was(encoding, tmp_path):
 def test_what_was_written_with_former_names_is_read(tmp_path):
     wrapped = {"class": "llama4_temperature", "encoding": {"class": "nope"}}
     groups = {
-        "model": {"num_layers": 3, "encoding": ["swan_temperature:rope", wrapped]},
+        "model": {"num_layers": 3, "encoding": ["swan_temperature:rope", wrapped], "remat": True},
         "train": {"start_from": "llama"},
     }
     (tmp_path / "config.json").write_text(json.dumps(groups))
     config = configs.load(tmp_path)
     assert config.model.encoding == ("swan_scale:rope", Llama4Scale(NoPE())) and config.train.init_from == "llama"
+    assert config.model.remat == "full" and configs.override(config, {"model.remat": False}).model.remat == "none"
 
 
 def test_save_refuses_what_it_could_not_read_again(tmp_path):

@@ -29,6 +29,7 @@ TINY = ModelConfig(
     train_length=24,
 )
 TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 32)
+POLICIES = "none", "full", "dots", "offload"
 
 
 def decoder(**changes) -> Decoder:
@@ -165,16 +166,31 @@ def test_statistics_come_in_the_order_of_the_layers():
     assert uniform == [True, False, False, True]
 
 
-def test_remat_changes_nothing():
-    graph, state = nnx.split(decoder(encoding="t5"))
-    remat_graph, _ = nnx.split(decoder(encoding="t5", remat=True))
+def test_a_policy_of_rematerialization_says_what_is_kept_and_changes_no_number():
+    tokens = jnp.tile(TOKENS, (8, 4))
+    sizes = {"num_layers": 16, "attention": "streaming"}
+    state = nnx.state(decoder(**sizes))
 
-    def gradient(graph):
-        return jax.jit(jax.grad(lambda s: jax.nn.logsumexp(nnx.merge(graph, s)(TOKENS)).sum()))(state)
+    def gradient(policy):
+        graph = nnx.graphdef(nnx.eval_shape(lambda: decoder(**sizes, remat=policy)))
 
-    text = str(jax.make_jaxpr(lambda s: nnx.merge(remat_graph, s)(TOKENS))(state))
-    assert "remat" in text or "checkpoint" in text
-    chex.assert_trees_all_close(gradient(remat_graph), gradient(graph), rtol=1e-4, atol=1e-6)
+        def loss(state):
+            model = nnx.merge(graph, state)
+            return model.nll(model.hidden(tokens)[0], tokens).mean()
+
+        traced = jax.jit(jax.value_and_grad(loss)).trace(state)
+        program = traced.lower().compile()
+        offloads = "<host>" in str(traced.jaxpr)
+        return program(state), program.memory_analysis().temp_size_in_bytes, program.as_text().count(" dot("), offloads
+
+    results, temporaries, products, offload = zip(*map(gradient, POLICIES), strict=True)
+    none, full, dots, _ = temporaries
+    assert full < 0.6 * dots < 0.6 * 0.7 * none
+    assert products[0] == products[2] == products[3] < products[1]  # only full runs the layers and attention again
+    assert offload == (False, False, False, True)
+    for result in results[1:]:
+        assert result[0] == results[0][0]
+        chex.assert_trees_all_close(result[1], results[0][1], rtol=1e-5, atol=1e-6)
 
 
 # Randomized positions are drawn for all tokens of a row at once, however they are packed. What goes by distance alone,

@@ -320,7 +320,7 @@ def test_what_leaves_the_trained_function_alone_may_change(config, begun, tmp_pa
     train(changed(config, {"train.steps": 13}), unchanged)
     moved = shutil.copytree(corpus_of(config), tmp_path / "moved")  # new names, new times
     others = {"data.source": f"text:{moved}", "data.dir": str(tmp_path), "optimizer.accumulation": 2}
-    others |= {"model.remat": True, "model.attention": "streaming"}
+    others |= {"model.remat": "full", "model.attention": "streaming"}
     train(changed(config, {"train.steps": 13, **others}), begun)
     np.testing.assert_allclose(losses(begun), losses(unchanged), rtol=1e-5)
     assert len(losses(begun)) == 13

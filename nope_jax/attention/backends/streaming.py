@@ -39,7 +39,7 @@ from nope_jax.attention.blocks import (
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
-from nope_jax.attention.softmax_state import SoftmaxState
+from nope_jax.attention.softmax_state import SoftmaxState, named
 from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED, Logit
 
@@ -348,7 +348,7 @@ def _attend(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
 
 
 def _attend_forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
-    results = _forward(tiling, operands, mask_spec)
+    results = named(_forward(tiling, operands, mask_spec))
     return results, (operands, mask_spec, results)
 
 

@@ -320,7 +320,7 @@ class Tuner:
         tuning.start = max(start * unit, least)
 
         # Windows longer than those of training need more memory, so layers are rematerialized.
-        remat = dataclasses.replace(model.config, remat=True)
+        remat = dataclasses.replace(model.config, remat="full")
         graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(remat, rngs=nnx.Rngs(0))))[0]
         state = nnx.state(model)
         factors = jnp.full((model.config.num_layers, model.config.num_heads), tuning.start, jnp.float32)
