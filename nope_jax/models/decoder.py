@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Shaped
 
 from nope_jax.attention import AttentionStats
 from nope_jax.attention.blocks import Leaf
@@ -23,7 +23,7 @@ from nope_jax.attention.mask_spec import per_token
 from nope_jax.attention.softcap import softcapped
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
-from nope_jax.models.cross_entropy import nll_in_chunks
+from nope_jax.models.cross_entropy import nll_in_chunks, total_in_chunks
 from nope_jax.models.kv_cache import CacheStep, KVCache, LayerCache, empty_kv_cache
 from nope_jax.models.layers import RESIDUAL, Block, add_norm, apply_norm, bias, encoding_params, kernel
 from nope_jax.models.remat import LAYER_INPUT, rematerialized
@@ -428,8 +428,33 @@ class Decoder(nnx.Module):
         return _finished(self.config, products, self._head_bias())
 
     @auto_axes
+    def total_loss(
+        self,
+        hidden: Shaped[Array, "B T D"],
+        targets: Integer[Array | np.ndarray, "B T"],
+        counted: Bool[Array | np.ndarray, "B T"] | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss of training: the sum of nll + z_loss · logsumexp² over the targets that count, all if None.
+
+        Also the sum of nll alone; use the gradient of the first only. Large logits are computed in chunks of tokens
+        (`LOGITS_AT_ONCE`), and once.
+        """
+        chunks = self._chunks(targets)
+        if chunks > 1:
+            return total_in_chunks(
+                hidden, targets=targets, counted=counted, z_loss=z_loss, **self._in_chunks(hidden, chunks)
+            )
+        losses = self.nll_and_logsumexp(hidden, targets)
+        nll, square = losses[0], losses[1] ** 2
+        if counted is not None:
+            nll, square = (jnp.where(counted, loss, 0) for loss in (nll, square))
+        total = nll.sum()
+        return (total + z_loss * square.sum() if z_loss else total), total
+
+    @auto_axes
     def nll(self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T"]:
-        """Negative log-likelihood of each target, nats: the loss of training, validation and evaluation.
+        """Negative log-likelihood of each target, nats.
 
         Differentiable. Large logits are computed in chunks of tokens (`LOGITS_AT_ONCE`).
         """
@@ -440,16 +465,25 @@ class Decoder(nnx.Module):
         self, hidden: Shaped[Array, "B T D"], targets: Integer[Array | np.ndarray, "B T"]
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """`nll`, and the logsumexp of the logits that each was computed from: the log of the softmax's normalizer."""
+        chunks = self._chunks(targets)
+        if chunks > 1:
+            return nll_in_chunks(hidden, targets=targets, **self._in_chunks(hidden, chunks))
+        logits = self.logits(hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets), jax.nn.logsumexp(logits, axis=-1)
+
+    def _chunks(self, targets: Integer[Array | np.ndarray, "B T"]) -> int:
+        """The number of chunks in which the logits of these targets are computed."""
         axes = zip(("batch", "length", "vocab"), (*targets.shape, self.config.num_tokens), strict=True)
         total = math.prod(size // num_shards(name, size) for name, size in axes)
         chunks = 1
         while total > chunks * LOGITS_AT_ONCE:  # a power of two, which usually divides the tokens of a device
             chunks *= 2
-        if chunks > 1:
-            finish = functools.partial(_finished, self.config)
-            return nll_in_chunks(hidden, self._head(hidden.dtype), targets, chunks, self._head_bias(), finish)
-        logits = self.logits(hidden)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets), jax.nn.logsumexp(logits, axis=-1)
+        return chunks
+
+    def _in_chunks(self, hidden: Shaped[Array, "B T D"], chunks: int) -> dict[str, Any]:
+        """The head as keywords of a loss in chunks."""
+        finish = functools.partial(_finished, self.config)
+        return {"weights": self._head(hidden.dtype), "chunks": chunks, "bias": self._head_bias(), "finish": finish}
 
     def _head(self, dtype: Any) -> Shaped[Array, "D V"]:
         weights = self.embedding[...].T if self.head is None else self.head[...]

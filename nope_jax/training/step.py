@@ -29,19 +29,20 @@ STEPS_BEFORE_SPIKES = 20
 
 @auto_axes
 def total_losses(
-    graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, key: jax.Array | None = None
+    graphdef: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    batch: Batch,
+    key: jax.Array | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of the targets and squared logsumexp of their logits, both summed over those that count.
+    """The sums over the targets that count of what is minimized, and of their negative log-likelihood alone, in nats.
 
-    float32, the first in nats. `key` as in `Decoder`.
+    float32. Only the first has a gradient. `key` as in `Decoder`, `z_loss` as in `train_step`.
     """
     tokens, targets, positions, segment_ids, loss_mask = jax.tree.map(jnp.asarray, batch)
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
-    nll, logsumexp = model.nll_and_logsumexp(hidden, targets)
-    losses = nll, logsumexp**2
-    nll, square = losses if loss_mask is None else (jnp.where(loss_mask, loss, 0) for loss in losses)
-    return nll.sum(), square.sum()
+    return model.total_loss(hidden, targets, loss_mask, z_loss)
 
 
 def total_nll(
@@ -92,8 +93,7 @@ def train_step(
     """
 
     def objective(params: nnx.State, rows: Batch) -> tuple[jax.Array, jax.Array]:
-        nll, square = total_losses(graphdef, params, rows, key)
-        return (nll + z_loss * square if z_loss else nll), nll
+        return total_losses(graphdef, params, rows, key, z_loss)
 
     gradient = jax.grad(objective, has_aux=True)
     zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.float32(0)))

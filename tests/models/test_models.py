@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import weakref
 
 import chex
@@ -14,6 +15,7 @@ from flax import nnx
 
 from nope_jax import Decoder, ModelConfig, generate
 from nope_jax.attention import encoded_attention
+from nope_jax.compile.program import arrays
 from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, ModelDims, RoPE
 from nope_jax.models import decoder as decoder_module
 from tests.support.attention_cases import ONE_OF_EACH, others_slow
@@ -297,9 +299,33 @@ def test_losses_in_chunks_are_the_losses(monkeypatch):
     def losses_and_gradient(losses):
         return jax.jit(lambda state: (losses(state), jax.grad(lambda s: losses(s).sum())(state)))(state)
 
+    def total(state):
+        model = nnx.merge(graph, state)
+        return model.total_loss(model.hidden(TOKENS)[0], targets)[0]
+
     (nll, gradient), (whole_nll, whole_gradient) = losses_and_gradient(chunked), losses_and_gradient(whole)
     np.testing.assert_allclose(nll, whole_nll, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
+    total, gradient = jax.jit(jax.value_and_grad(total))(state)
+    np.testing.assert_allclose(total, whole_nll.sum(), rtol=1e-5)
+    chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_training_loss_computes_large_logits_once_and_a_part_at_a_time(dtype):
+    """2^27 logits, 2^26 of them at a time, and three products with the head: the logits and their two gradients."""
+    shape, vocab = (4, 1024), 2**15
+    graph, state = nnx.split(nnx.eval_shape(lambda: decoder(vocab_size=vocab, num_layers=1, dtype=dtype)))
+    targets, hidden = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct((*shape, 32), dtype)
+    counted = jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+    def loss(state, hidden, targets, counted):
+        return nnx.merge(graph, state).total_loss(hidden, targets, counted, z_loss=1e-4)[0]
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(state, hidden, targets, counted).compile()
+    sizes = [math.prod(map(int, size.split(","))) for _, size in arrays(program.as_text()) if str(vocab) in size]
+    assert max(sizes) == 2**26
+    assert program.as_text().count(" dot(") == 3
 
 
 @pytest.mark.parametrize(
