@@ -26,11 +26,13 @@ This compiles the run for that machine; the exit status is 2 if it does not fit.
 import sys
 
 from nope_jax.cli import parse_train, run
+from nope_jax.compiler_flags import set_flags
 from nope_jax.distributed import joined, leave
 
 
 def main() -> None:
     config, workdir, compile_for, place = parse_train(sys.argv[1:])
+    set_flags()
     # Import late, because it takes seconds and bad arguments should fail at once.
     if compile_for is not None:
         from nope_jax.compile.report import report

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "config": {"encodings", "errors", "paths"},
     "distributed": {"errors", "paths"},
     "compiled": set(),
+    "compiler_flags": set(),
     "cli": {"compiled", "config", "distributed", "errors", "evaluation", "paths"},
     "sharding": {"config", "explicit_axes"},
     "data": {"config", "paths"},
