@@ -5,7 +5,7 @@
 ## make study          six encodings trained, tuned and measured as in Wang et al. 2024, into docs/study.md
 ## make study SIZE=10m|100m|1b LENGTH=512|1024|2048   the same with five encodings on GPUs, into docs/study_SIZE_LENGTH.md
 ## make length-study SIZE=small|paper   tasks, encodings and seeds of Kazemnejad et al. 2023, into docs/length_generalization.md
-## make benchmarks     attention and decoding beside jax.nn, and beside torch where it is installed
+## make benchmarks     attention, training and decoding on this machine, beside torch where it is installed, into docs/performance.md
 ## make smollm2        a published model read to 32,768 tokens, extended and tested, into docs/smollm2.md
 ## make pods           compiles decoders for slices of TPUs and for GPUs, hours of one core: the tables of docs/pods.md
 ## make constraints    after an upgrade, for each supported PYTHON: writes down what was installed
@@ -100,8 +100,8 @@ smollm2: $(BIN)/.installed
 	@$(MAKE) --no-print-directory --file benchmarks/smollm2/Makefile PYTHON=$(BIN)/python
 
 benchmarks: $(BIN)/.installed
-	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.decoding
+	for name in attention train_step encodings long_context decoding; do $(BIN)/python -m benchmarks.$$name || exit; done
+	$(BIN)/python -m benchmarks.page
 
 pods: $(BIN)/.installed $(TPU)/.installed $(CUDA)/.installed
 	PYTHONPATH=$(CURDIR):$(TPU):$(CUDA) $(BIN)/python -m benchmarks.pods

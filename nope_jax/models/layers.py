@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention import AttentionStats, attention_weights, encoded_attention
+from nope_jax.attention.mesh import platform
 from nope_jax.config import ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params
 from nope_jax.models.kv_cache import KVCache, LayerCache
@@ -41,7 +42,8 @@ def _project(x, weights, axes):
     of the cotangent in memory that autodiff would make on a CPU.
     """
     outputs = weights.shape[x.ndim - 2 :]
-    return (_rows(x) @ _matrix(x, weights, axes)).reshape(*x.shape[:2], *outputs)
+    product = jnp.matmul(_rows(x), _matrix(x, weights, axes), preferred_element_type=_sums_dtype(x))
+    return product.astype(x.dtype).reshape(*x.shape[:2], *outputs)
 
 
 def _project_forward(x, weights, axes):
@@ -50,15 +52,25 @@ def _project_forward(x, weights, axes):
 
 def _project_backward(axes, residuals, d_out):
     x, weights = residuals
-    d_x = _rows(d_out) @ _matrix(x, weights, axes).T
+    sums = {"preferred_element_type": _sums_dtype(x)}
+    d_x = jnp.matmul(_rows(d_out), _matrix(x, weights, axes).T, **sums).astype(x.dtype)
     rows, columns = [axis for axis in axes if axis != "head"]
     if columns == "embed" and num_shards("embed") > 1:
         # On a TPU, a sum over devices that each keep a shard is one operation, but only along a matrix's first axis.
-        d_matrix = with_logical_constraint(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x)), (columns, rows)).T
+        d_matrix = with_logical_constraint(jnp.einsum("btf,btd->fd", _rows(d_out), _rows(x), **sums), (columns, rows)).T
     else:
-        d_matrix = with_logical_constraint(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out)), (rows, columns))
+        d_matrix = with_logical_constraint(jnp.einsum("btd,btf->df", _rows(x), _rows(d_out), **sums), (rows, columns))
     d_weights = with_logical_constraint(d_matrix.reshape(weights.shape), axes)
     return d_x.reshape(x.shape), d_weights.astype(weights.dtype)
+
+
+def _sums_dtype(x: Shaped[Array, "B T *features"]) -> Any:
+    """The dtype of a product before it is rounded to that of x.
+
+    On a CPU float32: bfloat16 is multiplied by its own instructions only if the result is wider. Elsewhere that of x,
+    since devices that each have a part of a sum exchange it in this dtype.
+    """
+    return jnp.float32 if platform() == "cpu" else x.dtype
 
 
 def _rows(x: Shaped[Array, "B T *features"]) -> Shaped[Array, "B T F"]:

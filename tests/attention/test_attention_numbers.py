@@ -10,6 +10,7 @@ import pytest
 
 from nope_jax import attention
 from nope_jax.attention import dot_product_attention, nope_attention
+from nope_jax.attention.backends.diagonals import shear, unshear
 from nope_jax.encodings import ENCODINGS, BlockLogit, CoPE, DistanceLogit, Shaw
 from tests.support.attention_cases import (
     IMPLEMENTATIONS,
@@ -309,3 +310,10 @@ def test_a_window_and_chunks_may_be_any_integer(kind):
 def test_other_windows_and_chunks_are_refused(name, bad):
     with pytest.raises(ValueError, match=rf"\A{name} must be an integer"):
         nope_attention(*arrays(), **{name: bad})
+
+
+def test_sums_by_distance_are_the_transpose_of_a_block_by_distance():
+    values, block = np.random.default_rng(0).normal(size=(3, 13)), np.random.default_rng(1).normal(size=(3, 7, 7))
+    _, pull = jax.vjp(shear, jnp.asarray(values, jnp.float32))
+    keys_first = jnp.asarray(block.swapaxes(1, 2), jnp.float32)
+    np.testing.assert_allclose(unshear(keys_first), pull(jnp.asarray(block, jnp.float32))[0], rtol=1e-5, atol=1e-6)

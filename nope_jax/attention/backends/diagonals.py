@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.attention.blocks import at, mask_at
 from nope_jax.attention.mask_spec import MaskSpec
-from nope_jax.encodings import skew, unskew
+from nope_jax.encodings import skew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +143,15 @@ def shear(values: Float[Array, "N span"]) -> Float[Array, "N c c"]:
 
 
 def unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2*c-1"]:
-    """The transpose of `shear`: sums of a block along its diagonals."""
-    return unskew(block).sum(1)
+    """The transpose of `shear`, of a block stored as [keys, queries]: its sums over the pairs of each distance.
+
+    Cut into rows that are one entry shorter, the padded block has each of its own rows one entry further right, and
+    every distance in a column. The barrier keeps XLA from computing where each entry lies while it sums them.
+    """
+    heads, size, _ = block.shape
+    rows = jnp.pad(block[:, ::-1], ((0, 0), (0, 0), (0, size))).reshape(heads, -1)
+    rows = lax.optimization_barrier(rows)[:, : size * (2 * size - 1)].reshape(heads, size, 2 * size - 1)
+    return rows.sum(1)
 
 
 def split_heads(x: Shaped[Array, "B N q k"], groups: int) -> Shaped[Array, "B K G q k"]:

@@ -451,7 +451,7 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
         )
         if d_values is not None:
             start = tiling.distance_start(diagonal)
-            added = unshear(_queries_first(sums.tile).reshape(-1, tiling.size, tiling.size))
+            added = unshear(jnp.moveaxis(sums.tile, 1, 2).reshape(-1, tiling.size, tiling.size))
             here = lax.dynamic_slice_in_dim(d_values, start, added.shape[1], axis=1)
             d_values = lax.dynamic_update_slice_in_dim(d_values, here + _sum_to(added, here.shape), start, axis=1)
         return sums._replace(tile=None), d_values
