@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.pages import date, hardware
+from nope_jax.cli import keep_freed_memory
 from nope_jax.evaluation.common.files import replace_file
 
 RESULTS = Path(__file__).with_name("results")
@@ -181,7 +182,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark."""
+    """A parser with the options of every benchmark, which from here on keeps freed memory, as the commands do."""
+    keep_freed_memory()
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")

@@ -56,7 +56,7 @@ def run(command: Callable[[], None]) -> int:
     Ctrl-C). A process of a multi-process run may exit with 3, see `nope_jax.distributed`. With DEBUG among the
     arguments, the line of an error comes after its traceback.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     keep_compiled()
     warnings.showwarning = _warn
     debug = DEBUG in sys.argv
@@ -84,7 +84,7 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make the C library keep freed memory. Must be called before XLA starts its threads.
 
     On a CPU, XLA allocates the temporaries of every step again. If the C library returned them to the system each
