@@ -61,7 +61,9 @@ class SoftmaxState(NamedTuple):
         if weighted is not None:
             # The barrier makes XLA recompute the difference, which is cheaper than keeping it for both uses.
             relative = lax.optimization_barrier(logits) - largest[..., None]
-            weighted = decay * (weighted + moved * self.normaliser) + (weights * relative).sum(-1)
+            # As a product of vectors: jax 0.10's sums of a product of two arrays are not vectorized on a CPU.
+            more = jnp.einsum("...k,...k->...", weights, relative, precision="highest")
+            weighted = decay * (weighted + moved * self.normaliser) + more
         return SoftmaxState(largest, decay * self.normaliser + weights.sum(-1), weighted), weights, decay
 
     def end(self) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"], Float[Array, "*rows"]]:
