@@ -18,6 +18,7 @@ from nope_jax.attention.backends.pallas import served
 from nope_jax.attention.backends.pallas.call import Call
 from nope_jax.attention.blocks import CachedLayer
 from nope_jax.attention.mask_spec import MaskSpec
+from nope_jax.attention.softmax_state import RESULTS
 from nope_jax.compile.estimate import estimate_run, find_machine
 from nope_jax.config import MeshConfig, load_file, override
 from nope_jax.config.schema import Implementation
@@ -419,6 +420,19 @@ def test_it_compiles_mapped_and_recomputed(machine):
     sizes = [(1, 256, heads, 64) for heads in (4, 2, 2)]
     program = compiled_for(machine, functools.partial(mapped, alibi_attention), sizes)
     assert set(GRADIENT) <= set(kernels(program))
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("policy", "forward"), [(None, 2), (jax.checkpoint_policies.save_only_these_names(RESULTS), 1)]
+)
+def test_where_a_policy_keeps_the_results_the_forward_kernel_is_not_run_again(policy, forward):
+    def loss(query, key, value):
+        layer = jax.checkpoint(lambda x, _: (x + alibi_attention(x, key, value), None), policy=policy)
+        return (jax.lax.scan(layer, query, None, length=3)[0].astype(jnp.float32) ** 2).sum()
+
+    program = compiled_for("v5e:1x1", jax.grad(loss, argnums=(0, 1, 2)), [(256, heads, 64) for heads in (4, 2, 2)])
+    assert kernels(program) == sorted([*["attention_forward"] * forward, *GRADIENT[1:]])
 
 
 def with_care(*names):

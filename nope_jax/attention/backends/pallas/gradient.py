@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nope_jax.attention.softmax_state import named
 from nope_jax.encodings.encoding import MASKED
 
 
@@ -31,7 +32,7 @@ def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Cal
         return forward(static, operands, tokens)
 
     def with_residuals(static, operands, tokens):
-        results = forward(static, operands, tokens)
+        results = named(forward(static, operands, tokens))
         return results, (operands, tokens, results)
 
     def gradients(static, residuals, cotangents):
