@@ -242,7 +242,8 @@ def _table_gradient(
     grid, products = (diagonals, heads, parts), dim + value_dim
     (found,) = run(kernel, grid, body, operands, tokens, rows, (sums,), products=products, checked=False)
     # Along a diagonal lie distances -(size - 1)..size - 1 from that of its first pair; each overlaps the next by half.
-    along = unshear(found.sum(0).reshape(-1, size, size)).reshape(heads, diagonals, 2 * size - 1)
+    by_key = found.sum(0).reshape(-1, size, size).swapaxes(1, 2)
+    along = unshear(by_key).reshape(heads, diagonals, 2 * size - 1)
     below, above = jnp.split(jnp.pad(along, ((0, 0), (0, 0), (1, 0))), 2, axis=2)
     by_distance = jnp.pad(below, ((0, 0), (0, 1), (0, 0))) + jnp.pad(above, ((0, 0), (1, 0), (0, 0)))
     before = padded_length(call.key_length) - call.key_blocks * size
