@@ -12,7 +12,7 @@ On four TPU v5e chips, with parameters and optimizer state sharded over them,
 
     python train.py --config configs/gpt2.py --mesh.fsdp -1 --compile_for v5e:2x2
 
-says that each needs 1.5 of its 16 GiB (2026-11-21), with each batch split into eight microbatches.
+says that each needs 1.7 of its 16 GiB (2026-11-22), with each batch split into eight microbatches.
 
 Requires the dataset, prepared under data.dir, and GPT-2's tokenizer.json (huggingface.co/openai-community/gpt2) at the
 path below.
