@@ -32,7 +32,6 @@ from nope_jax.distributed import joined, leave
 
 def main() -> None:
     config, workdir, compile_for, place = parse_train(sys.argv[1:])
-    set_flags()
     # Import late, because it takes seconds and bad arguments should fail at once.
     if compile_for is not None:
         from nope_jax.compile.report import report
@@ -41,6 +40,7 @@ def main() -> None:
         return
     from nope_jax.training import train
 
+    set_flags()
     with joined(place, workdir):
         train(config, workdir)
 

@@ -3,9 +3,10 @@
     python -m benchmarks.pods [--minutes 60] [--results docs/pods.jsonl]
 
 Needs libtpu and the packages of the GPU compiler (`make pods` installs both), and neither TPU nor GPU. A row of the
-first table is one decoder, without positional encoding, on one machine, in microbatches of as many rows as make the
-shortest step; a row of the second a run of the scale study (configs/scale), as its recipe says. Each compilation, of a
-training step and of the validation loss, takes minutes of one core; the memory in the tables is that of the larger.
+first table is one decoder, without positional encoding, on one machine, with the rows of a microbatch and the policy of
+`model.remat` that make the shortest step; a row of the second a run of the scale study (configs/scale), as its recipe
+says. Each compilation, of a training step and of the validation loss, takes a minute or two of one core; the memory in
+the tables is that of the larger.
 Each result is appended to the results file and the tables are rewritten, so that the command resumes where it was
 stopped. After a change to what is compiled, take the old lines out.
 """
@@ -47,12 +48,14 @@ SHAPES = {
 }
 """The decoders and their batches: NoPE, which no encoding undercuts."""
 MACHINES = {
-    "125 M": ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "a100:8", "h100:8", "b200:8"),
-    "1 B": ("v5e:4x4", "v5e:16x16", "2xv5e:16x16", "v6e:4x4", "v5p:2x2x4", "a100:8", "h100:8", "h100:2x8", "b200:8"),
+    "125 M": ("v5e:4x4", "v6e:4x4", "v5p:2x4x4", "a100:8", "h100:8", "b200:8"),
+    "1 B": ("v5e:4x4", "v6e:4x4", "v5p:2x4x4", "v5e:16x16", "2xv5e:16x16", "a100:8", "h100:8", "h100:2x8", "b200:8"),
     "3 B": ("a100:8", "h100:8", "h100:4x8", "h200:8", "b200:8"),
-    "7 B": ("v5e:16x16", "v6e:8x8", "v5p:4x4x4", "h100:8x8"),
+    "7 B": ("v5e:4x4", "v6e:4x4", "v5p:2x4x4", "v5e:16x16", "h100:8x8"),
     "70 B": ("v5e:16x16", "v6e:16x16", "v5p:4x8x8"),
 }
+POLICIES = "dots", "full"
+"""What is tried of `model.remat`."""
 
 LENGTHS = (1024, 512, 2048)
 ENCODINGS = ("nope", "t5", "alibi", "rope", "smollm3")
@@ -81,15 +84,21 @@ def recipe(name: str) -> Config:
     return override(config, {"model.train_length": None} | changes)
 
 
-def configs(cell: Cell) -> Iterator[Config]:
+def searches(cell: Cell) -> Iterator[Iterator[Config]]:
+    """What to compile for a cell: a recipe as it is, a decoder by each policy with fewer and fewer rows at a time."""
+    if cell[0] not in SHAPES:
+        yield iter([recipe(cell[0])])
+        return
+    for policy in POLICIES:
+        yield configs(cell, policy)
+
+
+def configs(cell: Cell, policy: str) -> Iterator[Config]:
     """The cell's run with fewer and fewer rows of a chip at a time, from as many as a rough reckoning lets fit."""
     shape, machine = cell[0], find_machine(cell[1])
-    if shape not in SHAPES:
-        yield recipe(shape)
-        return
     # Each chip has all of a small model; of a larger one the chips of a slice share the parameters.
     mesh = MeshConfig() if shape == "125 M" else MeshConfig(data=machine.num_slices, fsdp=-1)
-    config = dataclasses.replace(SHAPES[shape], mesh=mesh)
+    config = override(dataclasses.replace(SHAPES[shape], mesh=mesh), {"model.remat": policy})
     chips = machine.num_chips
     most = config.data.batch_size // chips
     rows = most
@@ -115,7 +124,7 @@ def reckoned(config: Config, chips: int, rows: int) -> float:
     parts = chips // mesh.data if mesh.fsdp == -1 else mesh.tensor
     state = (12 + 2 * 4) * weights / parts  # and gradients, twice for a moment
     gathered = 3 * 2 * max(layer, model.vocab_size * d) / mesh.tensor
-    kept = 2 * layers * tokens * d
+    kept = 2 * layers * tokens * (d if model.remat == "full" else layer / d + d)
     logits = min(tokens * model.vocab_size / mesh.tensor, LOGITS_AT_ONCE)
     within = tokens * (2 * 8 * d + 2 * 6 * f / mesh.tensor) + 4 * 3 * logits
     return state + gathered + kept + within
@@ -136,22 +145,29 @@ def compile_all(path: Path, minutes: float) -> None:
     end = time.monotonic() + 60 * minutes
     for further in (False, True):
         for cell in [*cells(), *recipes()]:
-            shortest = math.inf
-            for config in configs(cell):
-                key = {"cell": list(cell), "rows": _rows(config, cell)}
-                line = next((line for line in read(path) if key.items() <= line.items()), None)
-                if line is None:
+            for search in searches(cell):
+                shortest = math.inf
+                for config in search:
                     if time.monotonic() > end:
                         return
-                    line = key | compiled(config, cell)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with path.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    write_table(path)
-                if line["fits"]:
-                    if not further or line["seconds"][1] >= shortest:
-                        break
-                    shortest = line["seconds"][1]
+                    line = compile_once(path, config, cell)
+                    if line["fits"]:
+                        if not further or line["seconds"][1] >= shortest:
+                            break
+                        shortest = line["seconds"][1]
+
+
+def compile_once(path: Path, config: Config, cell: Cell) -> dict:
+    """The line of a config in the results file, to which it is added if it is not there yet."""
+    key = {"cell": list(cell), "remat": config.model.remat, "rows": _rows(config, cell)}
+    line = next((line for line in read(path) if key.items() <= line.items()), None)
+    if line is None:
+        line = key | compiled(config, cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        write_table(path)
+    return line
 
 
 def _rows(config: Config, cell: Cell) -> int:
@@ -171,7 +187,7 @@ def compiled(config: Config, cell: Cell) -> dict:
         "accumulation": config.optimizer.accumulation,
         "tokens": config.data.batch_size * config.data.context_length,
         "memory": max(estimate.training, estimate.validation, key=lambda memory: memory.total)._asdict(),
-        "computing": estimate.computing,
+        "computing": estimate.computing._asdict(),
         "communicating": estimate.communicating,
         "sent": estimate.sent,
         "seconds": estimate.seconds,
@@ -185,7 +201,9 @@ def compiled(config: Config, cell: Cell) -> dict:
 
 def table(lines: list[dict]) -> str:
     """The line of each cell with the shortest step if no communication hides."""
-    header = "| decoder | machine | chips | mesh | rows at a time | memory, GiB | step, s | MFU |"
+    header = (
+        "| decoder | machine | chips | mesh | remat | rows at a time | memory, GiB | step, s | computing, % | MFU |"
+    )
     rows, missing = [], []
     for cell in cells():
         found, line = _shortest(lines, cell)
@@ -246,9 +264,12 @@ def write_table(path: Path) -> None:
 def _row(cell: Cell, line: dict) -> str:
     chips = math.prod(line["shape"].values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in line["shape"].items() if size > 1)
+    parts = " + ".join(
+        f"{100 * seconds / sum(line['computing'].values()):.0f}" for seconds in line["computing"].values()
+    )
     return (
-        f"| {cell[0]} | {cell[1]} | {chips} | {mesh} | {line['rows']} | {_memory(cell, line)} | "
-        f"{_span(line['seconds'], '.2f')} | {_span(line['mfu'], '.0%')} |"
+        f"| {cell[0]} | {cell[1]} | {chips} | {mesh} | {line['remat']} | {line['rows']} | {_memory(cell, line)} | "
+        f"{_span(line['seconds'], '.2f')} | {parts} | {_span(line['mfu'], '.0%')} |"
     )
 
 

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "retention",
         "trained",
     },
-    "compile": {"attention", "config", "data", "sharding", "training"},
+    "compile": {"attention", "compiler_flags", "config", "data", "sharding", "training"},
     "evaluation": {
         "attention",
         "encodings",

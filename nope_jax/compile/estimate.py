@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from nope_jax.compile import gpu, tpu
 from nope_jax.compile.collectives import collectives
-from nope_jax.compile.machine import Machine, Traffic
+from nope_jax.compile.machine import Computing, Machine, Traffic
 from nope_jax.compile.memory import Memory, compiled, kept_memory
 from nope_jax.config import Config
 from nope_jax.data import Batch
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
     """Model FLOPs of a step on all chips, without recomputation."""
     peak: float
     """Peak bfloat16 FLOP/s of all chips."""
-    computing: float
+    computing: Computing
     traffic: tuple[Traffic, ...]
 
     @property
@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
     @property
     def seconds(self) -> tuple[float, float]:
         """Seconds per step if communication fully overlaps with computation, and if it does not overlap at all."""
-        return max(self.computing, self.communicating), self.computing + self.communicating
+        return max(self.computing.total, self.communicating), self.computing.total + self.communicating
 
     @property
     def mfu(self) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.compile.collectives import KINDS, Collective
-from nope_jax.compile.machine import KERNEL_EFFICIENCY, Machine
+from nope_jax.compile.machine import KERNEL_EFFICIENCY, Computing, Machine
 from nope_jax.compile.program import Computations, array_bytes, arrays, executed, parse_program
 from nope_jax.training.flops import CHIPS
 
@@ -132,13 +132,19 @@ class Gpus(Machine):
         )
         return described.devices
 
-    def computing(self, text: str, length: int) -> float:
+    def computing(self, text: str, length: int) -> Computing:
         computations, entry = parse_program(text)
-        total = 0.0
+        products = kernels = other = 0.0
         for name, line, times in executed(computations, entry, -(-length // BLOCK_SIZE)):
             flops, size = _work(line, computations[name], computations)
-            total += times * max(flops / self.chip.flops, size / self.chip.memory_bandwidth)
-        return total
+            seconds = times * max(flops / self.chip.flops, size / self.chip.memory_bandwidth)
+            if _is_kernel(line):
+                kernels += seconds
+            elif flops:
+                products += seconds
+            else:
+                other += seconds
+        return Computing(products, kernels, other)
 
     def link_shares(self, found: Sequence[Collective], mesh: Mesh) -> list[float]:
         return [1.0] * len(found)  # NVLink switches
@@ -220,6 +226,10 @@ def _work(line: str, around: dict[str, str], computations: Computations) -> tupl
         result = math.prod(int(size) for size in arrays(instruction.result)[0][1].split(",") if size)
         flops = 2.0 * products * result * in_float32
     return flops, _read(instruction, operands) + _written(instruction, operands)
+
+
+def _is_kernel(line: str) -> bool:
+    return bool(_STATED.search(line) or _CUDNN.search(line))
 
 
 def _attention_flops(head_dim: int, backward: str | None, weights: str, mask: str, window: str) -> float:

@@ -16,10 +16,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nope_jax.compile.collectives import Collective
+from nope_jax.compiler_flags import set_flags
 from nope_jax.training.flops import Chip
 
 KERNEL_EFFICIENCY = 0.5
 """Fraction of the peak at which the products of a Pallas kernel are assumed to run. It has not been measured."""
+
+
+class Computing(NamedTuple):
+    """What the computation of a program takes on each chip, in seconds, by operation."""
+
+    products: float
+    """Matrix products, with what is fused into them."""
+    kernels: float
+    """Attention in a Pallas kernel or in cuDNN."""
+    other: float
+    """Everything else: norms, activations, copies, the optimizer. Nearly all of it waits for memory."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
 
 
 class Traffic(NamedTuple):
@@ -59,8 +75,8 @@ class Machine(abc.ABC):
         """The chips as devices of JAX. Raises a ValueError if their compiler is not installed."""
 
     @abc.abstractmethod
-    def computing(self, text: str, length: int) -> float:
-        """Estimate the computation time of a compiled program on each chip, in seconds.
+    def computing(self, text: str, length: int) -> Computing:
+        """Estimate the computation time of a compiled program on each chip.
 
         Args:
             text: The compiled program.
@@ -88,6 +104,7 @@ class Machine(abc.ABC):
         """
         jax.config.update("jax_platforms", "cpu")  # local accelerators are not needed, may be busy and start slowly
         jax.config.update("jax_enable_compilation_cache", False)  # programs for absent chips cannot be read back
+        set_flags()
         return self._devices()
 
     def traffic(self, found: Sequence[Collective], mesh: Mesh) -> list[Traffic]:

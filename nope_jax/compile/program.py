@@ -87,6 +87,17 @@ def called_computations(line: str) -> Iterator[str]:
         yield from re.findall(r"[\w.\-]+", names)
 
 
+def multiplies(line: str, computations: Computations) -> bool:
+    """Whether an instruction is a matrix product, or a fusion with one inside."""
+    if re.search(r" (?:convolution|dot)\(", line):
+        return True
+    if not re.search(r" fusion(?:-start)?\(", line):
+        return False
+    return any(
+        multiplies(within, computations) for name in called_computations(line) for within in computations[name].values()
+    )
+
+
 def loop_turns(line: str, computations: Computations, name: str) -> float | None:
     """Trip count of a loop: NaN if the text does not determine it, None if the instruction is not a loop."""
     loop = re.search(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+)", line)

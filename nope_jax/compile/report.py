@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from nope_jax.compile.estimate import Estimate, estimate_run, find_machine
-from nope_jax.compile.machine import KERNEL_EFFICIENCY, Traffic
+from nope_jax.compile.machine import KERNEL_EFFICIENCY, Computing, Traffic
 from nope_jax.compile.memory import GIB, DoesNotFitError, Memory, gib
 from nope_jax.config import Config, override
 from nope_jax.sharding import make_mesh
@@ -56,13 +56,18 @@ Memory of each chip
 A training step of {tokens:,} tokens
   model FLOPs   {e.flops:.3g} (6 per weight and token, and attention; nothing that is computed again)
   sent          {_sent(t for t in e.traffic if not t.between_slices) or "nothing"}, by each chip
-{across}  computing     {e.computing:.3g} s, from {machine.computed_from}
+{across}  computing     {e.computing.total:.3g} s, from {machine.computed_from}: {_parts(e.computing)}
   communicating {e.communicating:.3g} s, from what is sent and the published bandwidth
   time          {best:.3g} s if all communication hides behind computation, {worst:.3g} s if none does
   utilisation   {low:.0%} to {high:.0%} of the published peak, where the model FLOPs take {e.flops / e.peak:.3g} s
   throughput    {tokens / worst:,.0f} to {tokens / best:,.0f} tokens per second
 Nothing was run: times are estimates. Where a kernel serves attention, its products are assumed to reach
 {KERNEL_EFFICIENCY:.0%} of the peak."""
+
+
+def _parts(computing: Computing) -> str:
+    parts = {"matrix products": computing.products, "attention's kernels": computing.kernels, "other": computing.other}
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items() if seconds)
 
 
 def _sent(traffic: Iterable[Traffic]) -> str:

@@ -25,8 +25,8 @@ from jax.sharding import Mesh
 
 from nope_jax.attention.blocks import BLOCK_SIZE
 from nope_jax.compile.collectives import Collective
-from nope_jax.compile.machine import KERNEL_EFFICIENCY, Machine
-from nope_jax.compile.program import executed, parse_program
+from nope_jax.compile.machine import KERNEL_EFFICIENCY, Computing, Machine
+from nope_jax.compile.program import executed, multiplies, parse_program
 from nope_jax.training.flops import CHIPS
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -84,8 +84,9 @@ class Tpus(Machine):
             return (all(size % 4 == 0 for size in self.slice_shape),) * 3
         return tuple(size == 16 for size in self.slice_shape)
 
-    def computing(self, text: str, length: int) -> float:
-        return cycles(text, -(-length // BLOCK_SIZE), self.generation) / _clock(self.generation)
+    def computing(self, text: str, length: int) -> Computing:
+        found = cycles(text, -(-length // BLOCK_SIZE), self.generation)
+        return Computing(*(each / _clock(self.generation) for each in found))
 
     def link_shares(self, found: Sequence[Collective], mesh: Mesh) -> list[float]:
         chips = mesh.devices.reshape(-1)
@@ -112,20 +113,25 @@ def find_tpus(name: str) -> Tpus | None:
     return Tpus(name, chip, num_slices, tuple(map(int, parts[3].split("x"))), generation=parts[2])
 
 
-def cycles(text: str, blocks: int, generation: str) -> float:
-    """The TPU compiler's estimate of the cycles of a program, and ours of its kernels.
+def cycles(text: str, blocks: int, generation: str) -> Computing:
+    """The TPU compiler's estimate of the cycles of a program, and ours of its kernels, instead of seconds.
 
     Args:
         text: The compiled program.
         blocks: Number of key blocks in a sequence.
         generation: Generation of the TPU.
     """
-    total = 0.0
-    for _, line, times in executed(*parse_program(text), blocks):
+    computations, entry = parse_program(text)
+    products = kernels = other = 0.0
+    for _, line, times in executed(computations, entry, blocks):
+        kernels += times * kernel_cycles(line, generation)
         expected = re.search(r'"estimated_cycles":"(\d+)"', line)
-        total += times * int(expected[1]) if expected and int(expected[1]) < UNKNOWN_CYCLES else 0
-        total += times * kernel_cycles(line, generation)
-    return total
+        if expected and int(expected[1]) < UNKNOWN_CYCLES:
+            if multiplies(line, computations):
+                products += times * int(expected[1])
+            else:
+                other += times * int(expected[1])
+    return Computing(products, kernels, other)
 
 
 def kernel_cycles(line: str, generation: str) -> float:

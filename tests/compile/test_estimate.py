@@ -26,7 +26,7 @@ from nope_jax.compile import report as reports
 from nope_jax.compile.collectives import Collective
 from nope_jax.compile.estimate import Estimate, estimate_run, find_machine
 from nope_jax.compile.gpu import find_gpus
-from nope_jax.compile.machine import Traffic
+from nope_jax.compile.machine import Computing, Traffic
 from nope_jax.compile.memory import DoesNotFitError, Memory, compiled, memory_of
 from nope_jax.compile.report import describe
 from nope_jax.compile.tpu import SLICES, cycles
@@ -260,12 +260,12 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_cycles_count_loops_as_often_as_they_turn():
     # Eight blocks of keys have seven diagonals below the main one, of 7, 6, ... 1 blocks: the inner loop's turns.
-    assert cycles(PROGRAM, 8, "v5e") == 3 + 7 * 100 + sum(range(1, 8)) * 7
+    assert sum(cycles(PROGRAM, 8, "v5e")) == 3 + 7 * 100 + sum(range(1, 8)) * 7
 
 
 def test_operations_without_an_estimate_count_as_none():
     for unknown in -1 % 2**64, 2**63 - 1:
-        assert cycles(PROGRAM.replace('"100"', f'"{unknown}"'), 8, "v5e") == 3 + sum(range(1, 8)) * 7
+        assert sum(cycles(PROGRAM.replace('"100"', f'"{unknown}"'), 8, "v5e")) == 3 + sum(range(1, 8)) * 7
 
 
 def test_a_kernel_takes_the_longer_of_its_products_and_of_its_bytes():
@@ -276,8 +276,23 @@ def test_a_kernel_takes_the_longer_of_its_products_and_of_its_bytes():
         return PROGRAM.replace('"window_config":{"estimated_cycles":"100"}', cost)
 
     others, clock = 3 + sum(range(1, 8)) * 7, 197e12 / 2**17
-    assert cycles(program(2**20, 10), 8, "v5e") == others + 7 * 2**20 / 2**17 / tpu.KERNEL_EFFICIENCY
-    assert cycles(program(2**20, 10**6), 8, "v5e") == pytest.approx(others + 7 * 1e6 / (819e9 / clock))
+    assert cycles(program(2**20, 10), 8, "v5e") == (0, 7 * 2**20 / 2**17 / tpu.KERNEL_EFFICIENCY, others)
+    assert cycles(program(2**20, 10**6), 8, "v5e").kernels == pytest.approx(7 * 1e6 / (819e9 / clock))
+
+
+def test_what_is_fused_with_a_product_counts_as_the_product():
+    loop, product = "kind=kLoop, calls=%fused, ", "kind=kOutput, calls=%around, "
+    cost = 'backend_config={"window_config":{"estimated_cycles":"100"}}'
+    called = """
+%within (p: f32[8]) -> f32[8] {
+  ROOT %c = f32[8] convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%around (p: f32[8]) -> f32[8] {
+  ROOT %f = f32[8] fusion(%p), kind=kOutput, calls=%within
+}
+"""
+    assert cycles(PROGRAM.replace(loop + cost, product + cost) + called, 8, "v5e") == (700, 0, 3 + sum(range(1, 8)) * 7)
 
 
 @pytest.mark.parametrize(("blocks", "diagonals"), [(8, 7), (8, 3), (5, 9)])
@@ -417,7 +432,7 @@ def test_an_estimate_in_words():
         validation=memory._replace(optimizer=0),
         flops=1e15,
         peak=16 * 197e12,
-        computing=0.6,
+        computing=Computing(products=0.25, kernels=0.25, other=0.1),
         traffic=(Traffic("all-gather", ("fsdp",), False, 44, 12_000_000_000, 0.2),),
     )
     assert estimate.seconds == (0.6, pytest.approx(0.8))
@@ -426,6 +441,7 @@ def test_an_estimate_in_words():
     assert "16 chips, mesh data 1 x fsdp 16; it fits" in said
     assert "7.00 of 16 GiB: parameters 1.00, optimizer 2.00, temporaries 4.00" in said
     assert "all-gather 12 GB (44 along fsdp), by each chip" in said
+    assert "expects: matrix products 0.25, attention's kernels 0.25, other 0.1" in said
     assert "0.6 s if all communication hides behind computation, 0.8 s if none does" in said
     assert "40% to 53%" in said
     assert "40,000 to 53,333 tokens per second" in said
@@ -452,6 +468,15 @@ def compile_for(slice_name: str, *options: str) -> subprocess.CompletedProcess[s
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [sys.executable, "train.py", "--config", "configs/tiny.py", "--compile_for", slice_name, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.tpu
+def test_gradients_sharded_by_fsdp_are_not_cut_into_thin_products():
+    """As the compiler does by itself, on a slice of two dimensions: see nope_jax/compiler_flags.py."""
+    model = ModelConfig(model_dim=1024, num_layers=2, vocab_size=1024, dtype="bfloat16", remat="full")
+    data = DataConfig(context_length=1024, batch_size=64)
+    sent = estimate_run(Config(model=model, data=data, mesh=MeshConfig(data=1, fsdp=-1)), "v5e:4x4").sent
+    assert "all-gather" in sent and "collective-permute" not in sent
 
 
 @pytest.mark.tpu
