@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -69,17 +70,18 @@ def test_configs_have_the_parameters_of_their_papers(name, expected):
 def test_every_cell_of_the_tables_has_runs_that_divide_over_its_machine():
     for cell in [*pods.cells(), *pods.recipes()]:
         chips = find_machine(cell[1]).num_chips
-        tried = list(pods.configs(cell))
-        for config in tried:
+        searches = [list(search) for search in pods.searches(cell)]
+        for config in itertools.chain(*searches):
             shape = [getattr(config.mesh, axis) for axis in AXES]
             if shape.count(-1) == 2:
                 shape[0] = 1
             sizes = {axis: chips // -math.prod(shape) if n == -1 else n for axis, n in zip(AXES, shape, strict=True)}
             assert math.prod(sizes.values()) == chips
             check_fits(config, jax.sharding.AbstractMesh(tuple(sizes.values()), AXES))
-        rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]
-        assert rows == sorted(rows, reverse=True)
-        assert rows[-1] == chips or cell in pods.recipes()  # one at a time of each chip
+        for tried in searches:
+            rows = [config.data.batch_size // config.optimizer.accumulation for config in tried]
+            assert rows == sorted(rows, reverse=True)
+            assert rows[-1] == chips or cell in pods.recipes()  # one at a time of each chip
 
 
 def test_the_table_has_the_shortest_step_of_each_cell():
@@ -87,6 +89,8 @@ def test_the_table_has_the_shortest_step_of_each_cell():
         return {
             "cell": ["1 B", "v5e:4x4"],
             "rows": rows,
+            "remat": "dots" if rows == 4 else "full",
+            "computing": {"products": 6.0, "kernels": 1.0, "other": 1.0},
             "fits": fits,
             "memory": {"parameters": 2**30, "temporaries": 2**33},
             "seconds": [seconds / 2, seconds],
@@ -97,7 +101,10 @@ def test_the_table_has_the_shortest_step_of_each_cell():
         }
 
     text = pods.table([line(32, 1.0, fits=False), line(8, 6.0), line(4, 5.0)])
-    assert "| 1 B | v5e:4x4 | 16 | fsdp 8 x tensor 2 | 4 | 9.0 of 16 | 2.50 to 5.00 | 20% to 40% |" in text
+    assert (
+        "| 1 B | v5e:4x4 | 16 | fsdp 8 x tensor 2 | dots | 4 | 9.0 of 16 | 2.50 to 5.00 | 75 + 12 + 12 | 20% to 40% |"
+        in text
+    )
     assert text.count("| 1 B |") == 1
     assert "1 B on v5e:16x16" in text
     recipe = line(4, 3.6) | {"cell": ["1b, L = 512, t5", "h100:8"]}
@@ -106,25 +113,31 @@ def test_the_table_has_the_shortest_step_of_each_cell():
 
 
 def test_rows_are_halved_until_they_fit_and_further_while_that_shortens_the_step(tmp_path, monkeypatch):
-    seconds = {16: None, 8: 3.0, 4: 2.0, 2: 2.5}
+    seconds = {"dots": {16: None, 8: 3.0, 4: 2.0, 2: 2.5}, "full": {16: 3.5, 8: 3.0, 4: 4.0}}
     tried = []
 
     def compiled(config, cell):
         rows = config.data.batch_size // (4 * config.optimizer.accumulation)
-        tried.append(rows)
-        return {"fits": seconds[rows] is not None, "seconds": [0, seconds[rows]]}
+        step = seconds[config.model.remat][rows]
+        tried.append((config.model.remat, rows))
+        return {"fits": step is not None, "seconds": [0, step]}
 
-    config = load_file(ROOT / "configs/gpt2.py")
-    rows = [override(config, {"optimizer.accumulation": config.data.batch_size // (4 * n)}) for n in (16, 8, 4, 2, 1)]
+    def configs(cell, policy):
+        config = override(load_file(ROOT / "configs/gpt2.py"), {"model.remat": policy})
+        for rows in (16, 8, 4, 2, 1):
+            yield override(config, {"optimizer.accumulation": config.data.batch_size // (4 * rows)})
+
     monkeypatch.setattr(pods, "cells", lambda: [("125 M", "v5e:2x2")])
     monkeypatch.setattr(pods, "recipes", list)
-    monkeypatch.setattr(pods, "configs", lambda cell: rows)
+    monkeypatch.setattr(pods, "configs", configs)
     monkeypatch.setattr(pods, "compiled", compiled)
     monkeypatch.setattr(pods, "write_table", lambda path: None)
     pods.compile_all(tmp_path / "pods.jsonl", 60)
-    assert tried == [16, 8, 4, 2]
+    first = [("dots", 16), ("dots", 8), ("full", 16)]
+    assert tried == [*first, ("dots", 4), ("dots", 2), ("full", 8), ("full", 4)]
+    before = list(tried)
     pods.compile_all(tmp_path / "pods.jsonl", 60)  # goes on where it stopped
-    assert tried == [16, 8, 4, 2]
+    assert tried == before
 
 
 # Slices
