@@ -64,13 +64,16 @@ class WandB:
         path = workdir / "wandb_id"
         if not path.exists():
             write_whole(path, secrets.token_hex(8).encode())
-        self._run = wandb.init(
-            id=path.read_text(),
-            resume="allow",
-            name=workdir.name,
-            config=dataclasses.asdict(config),
-            dir=str(workdir) if isinstance(workdir, Path) else None,
-        )
+        try:
+            self._run = wandb.init(
+                id=path.read_text(),
+                resume="allow",
+                name=workdir.name,
+                config=dataclasses.asdict(config),
+                dir=str(workdir) if isinstance(workdir, Path) else None,
+            )
+        except wandb.Error as error:  # without an account, or without its server
+            raise ValueError(f"train.wandb: {error} (WANDB_MODE=offline needs neither account nor network)") from error
         self._run.define_metric("*", step_metric="step")  # a resumed run may send steps that were sent before
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

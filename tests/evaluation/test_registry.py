@@ -1,7 +1,9 @@
 """One more evaluation is a module of 40 lines and an entry: command line, driver and report know the rest."""
 
+import contextlib
 import csv
 import dataclasses
+import os
 import re
 import sys
 
@@ -137,3 +139,34 @@ def test_without_a_terminal_each_step_is_said_when_it_begins(capsys):
             bar.advance(10)
         said = capsys.readouterr().err
     assert [line.partition(":")[0] for line in said.splitlines()] == ["nope", "nope at 128", "end, 1"]
+
+
+@pytest.fixture
+def without_reader():
+    """A pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(OSError), open(writer, "w", encoding="utf-8") as stream:  # what is left cannot be written
+        yield stream
+
+
+def test_tables_without_a_reader_are_a_broken_pipe(without_reader, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", without_reader)
+    with pytest.raises(BrokenPipeError):  # which a command reports as 141, as for any other line
+        console.print_sections([], "a remark")
+
+
+def test_progress_without_a_reader_stops_nothing(without_reader, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", without_reader)
+    with console.progress_bar() as bar:
+        bar.describe("nope at 128")
+        bar.advance()
+
+
+def test_nothing_is_said_before_there_is_a_step_to_name(capsys):
+    with console.progress_bar() as bar:
+        bar.total(100)
+        bar.advance(74)  # what an earlier process has measured
+        bar.describe("rope at 128")
+        said = capsys.readouterr().err
+    assert said.startswith("rope at 128: 74 %")

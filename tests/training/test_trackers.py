@@ -71,12 +71,21 @@ def test_weights_and_biases_resumes_the_run_of_the_workdir(tmp_path, monkeypatch
 
         return types.SimpleNamespace(log=log, define_metric=lambda *_, **__: None, finish=lambda: closed.append(True))
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
     logged = write_two_processes(override(CONFIG, {"train.wandb": True}), tmp_path)
     assert sent == logged
     assert opened[0]["id"] == opened[1]["id"] == (tmp_path / "wandb_id").read_text()
     assert [options["resume"] for options in opened] == ["allow"] * 2 and len(closed) == 2
     assert opened[0]["config"]["model"]["num_layers"] == 2 and opened[0]["name"] == tmp_path.name
+
+
+def test_weights_and_biases_without_an_account_is_refused(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    with pytest.raises(ValueError, match=r"^train.wandb: No API key configured.*WANDB_MODE=offline"):
+        trackers.WandB(CONFIG, tmp_path, start=0)
 
 
 @pytest.mark.parametrize("name", trackers.TRACKERS)

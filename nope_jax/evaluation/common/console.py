@@ -18,6 +18,20 @@ SAY_EVERY = 30.0
 """Seconds between two lines of progress where there is no terminal for a bar."""
 
 
+class _Stdout(Console):
+    """Stdout. That nobody reads it any more, as in `| head`, is for the command to handle: rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # what was caught by the caller
+
+
+class _Stderr(Console):
+    """Stderr. Without a reader it is silent, and the evaluation goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Bar:
     """Progress of an evaluation on stderr, with the time left.
 
@@ -28,7 +42,7 @@ class Bar:
     def __init__(self, progress: Progress):
         self._progress, self._task = progress, progress.add_task("", total=None)
         self._silent = progress.console.is_terminal or not writes()
-        self._step, self._said = "", 0.0
+        self._step, self._said = "", time.monotonic()
 
     def total(self, amount: float) -> None:
         """Sets the total amount of work, in any unit."""
@@ -52,7 +66,8 @@ class Bar:
             return
         self._said, task = time.monotonic(), self._progress.tasks[0]
         left = "" if task.time_remaining is None else f", {datetime.timedelta(seconds=int(task.time_remaining))} left"
-        print(f"{task.description}: {task.percentage:.0f} %{left}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # as of a pipe without a reader
+            print(f"{task.description}: {task.percentage:.0f} %{left}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -63,7 +78,7 @@ def progress_bar() -> Iterator[Bar]:
         *columns,
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=_Stderr(stderr=True),
         speed_estimate_period=600,  # a batch of long documents takes minutes
         disable=not writes(),
     ) as progress:
@@ -75,7 +90,7 @@ def progress_bar() -> Iterator[Bar]:
 def print_sections(sections: Sequence[Section], *remarks: str) -> None:
     """Prints the tables of the sections to stdout, each followed by its notes, and then the remarks."""
     # Without a terminal, rich would wrap the table at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    console = _Stdout(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     for section in sections:
         if table := section.table:
             grid = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD)
