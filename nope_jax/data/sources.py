@@ -108,11 +108,14 @@ def check_apart(config: DataConfig, workers: int = 1) -> None:
             checked = data_dir(config) / "tokens" / f"{pair}.apart"
             if checked.exists():
                 continue
-            shared = np.flatnonzero(np.isin(validation.digests(), trained.digests()))
+            held, read = validation.digests(), trained.digests()
+            shared = np.flatnonzero(np.isin(held, read))
             if len(shared):
+                same = int(np.argmax(read == held[shared[0]]))
                 raise ValueError(
                     f"{source_of(held_out, 'validation')} overlaps {source_of(training, 'train')}: {len(shared):,} of "
-                    f"its validation documents are also trained on, {validation.name(int(shared[0]))} the first"
+                    f"its validation documents are also trained on, {validation.name(int(shared[0]))} the first, which "
+                    f"is {trained.name(same)}"
                 )
             checked.parent.mkdir(parents=True, exist_ok=True)
             checked.touch()

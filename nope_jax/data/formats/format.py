@@ -86,7 +86,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def locate(self, unit: Unit, start: int) -> str:
-        """Say where a document is, for an error."""
+        """Say where a document is, for messages."""
 
     def hashes(self, documents: np.ndarray) -> Float[np.ndarray, "documents"]:
         """Numbers in [0, 1) that decide the split of documents: those with the smallest are validation."""

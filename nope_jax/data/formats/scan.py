@@ -60,7 +60,7 @@ def scanned_documents(format: Format, part: Part, folder: Path, workers: int = 1
         len(documents),
         found.num_bytes,
         read,
-        lambda index: format.locate(units[documents["unit"][index]], int(documents["start"][index])),
+        lambda index: _place(format, documents[index]),
         lambda: np.ascontiguousarray(documents["digest"]),
         [part.split, found.fingerprint],
         (*format.notes, *found.notes),
@@ -160,11 +160,16 @@ def _divide(format: Format, spans: np.ndarray, share: float | None) -> dict[Spli
         raise ValueError(f"{format.source} has no text: {format.none_found(left_out)}")
     chosen = np.sort(np.unique(spans["digest"], return_index=True)[1])
     documents, repeated = spans[chosen], np.delete(spans, chosen)
-    notes = tuple(
-        f"{format.source}: {len(where):,} {what} left out, {format.units[where['unit'][0]].path} the first"
-        for what, where in ((format.left_out, left_out), ("documents with the text of another", repeated))
-        if len(where)
-    )
+    notes = []
+    if len(left_out):
+        first = _place(format, left_out[0])
+        notes.append(f"{format.source}: {len(left_out):,} {format.left_out} left out, {first} the first")
+    if len(repeated):
+        first, original = repeated[0], documents[documents["digest"] == repeated["digest"][0]][0]
+        notes.append(
+            f"{format.source}: {len(repeated):,} documents with the text of another left out, {_place(format, first)} "
+            f"the first, which repeats {_place(format, original)}"
+        )
     if share is None:
         divided = dict.fromkeys(get_args(Split), documents)
     elif any(unit.split for unit in format.units):
@@ -183,10 +188,15 @@ def _divide(format: Format, spans: np.ndarray, share: float | None) -> dict[Spli
             part,
             hashlib.sha256(part["digest"].tobytes() + part["size"].tobytes()).hexdigest(),
             int(part["size"].sum()),
-            notes,
+            tuple(notes),
         )
         for split, part in divided.items()
     }
+
+
+def _place(format: Format, span: np.void) -> str:
+    """Where a document is, for messages."""
+    return format.locate(format.units[span["unit"]], int(span["start"]))
 
 
 def _key(*values: Any) -> str:

@@ -53,7 +53,7 @@ class Text(Format):
                 yield _pieces(text, unit.path, start, stop)
 
     def locate(self, unit: Unit, start: int) -> str:
-        return unit.path if self.separator is None else f"the section at byte {start} of {unit.path}"
+        return unit.path if self.separator is None else f"{unit.path} at byte {start}"
 
     def hashes(self, documents: np.ndarray) -> Float[np.ndarray, "documents"]:
         if self.separator is None:

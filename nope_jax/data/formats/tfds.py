@@ -69,7 +69,7 @@ def dataset_documents(builder: tfds.core.DatasetBuilder, part: Part, config: Dat
         len(records),
         whole.num_bytes * len(records) // max(1, whole.num_examples),
         texts,
-        lambda index: f"document {index} of {info.full_name}",
+        lambda index: f"document {index} of the split {reads} of {info.full_name}",
         digests,
         [info.full_name, feature, reads, len(records), whole.num_bytes, whole.shard_lengths],
     )
