@@ -19,10 +19,10 @@ def main() -> None:
     from nope_jax.trained import find_trained
 
     trained = find_trained(workdir, step)
-    spec = trained.config.data.tokenizer
-    tokenizer = None if spec == "bytes" else load_tokenizer(spec, trained.config.data.separator_token)
+    data = trained.config.data
+    tokenizer = load_tokenizer(data.tokenizer, data.separator_token)
     model, _ = trained.load()
-    save_pretrained(model, out, tokenizer=tokenizer, family=family)
+    save_pretrained(model, out, tokenizer=tokenizer, bos=data.bos, family=family)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`save_pretrained`: a decoder as a folder that transformers loads."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -10,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from nope_jax.config import ModelConfig
-from nope_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from nope_jax.data.tokenizers import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from nope_jax.encodings import Encoding, HeadScale, UniformScale, Wrapper
 from nope_jax.interop.families import FAMILIES, Family
 from nope_jax.interop.parameters import Published, Slice, published_tensors, published_values
@@ -42,6 +44,7 @@ def save_pretrained(
     path: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    bos: bool | None = None,
     family: str | None = None,
 ) -> None:
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, generation_config.json, tokenizer.
@@ -53,11 +56,14 @@ def save_pretrained(
         model: The decoder.
         path: A folder that does not exist yet, or is empty.
         tokenizer: Its tokenizer, or the folder of a published model to copy the tokenizer's files from; None for none.
+            Bytes are written as byte-level BPE without merges.
+        bos: Whether its sequences start with the tokenizer's BOS token (`data.bos`), which the written tokenizer then
+            adds; None: as the tokenizer says itself.
         family: One of FAMILIES; None takes the first that can hold the model.
 
     Raises:
-        ValueError: the folder is not empty, or the family (or none of them) can hold the model; the message says what
-            of it cannot be said.
+        ValueError: the folder is not empty, or the family (or none of them) can hold the model, or its tokenizer cannot
+            be written; the message says what of it cannot be said.
     """
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -69,10 +75,10 @@ def save_pretrained(
     dtype = np.dtype(model.embedding[...].dtype)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        special = _write_tokenizer(folder, tokenizer, bos)
     _write_weights(model, folder, tensors, factors, dtype)
     if jax.process_index() != 0:
         return
-    special = _write_tokenizer(folder, tokenizer)
     settings = {
         "architectures": [own.architecture],
         "model_type": own.name,
@@ -219,16 +225,23 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None) -> dict[str, int]:
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None, bos: bool | None
+) -> dict[str, int]:
     """Write the tokenizer, and return the ids of its special tokens as config.json names them."""
     match tokenizer:
+        case ByteTokenizer():
+            # By their ids alone: a name of its own would make the separator a token that text can spell.
+            _write_json(folder, _byte_level(tokenizer.vocab_size), tokenizer.bos, bos)
+            names: dict[str, Any] = {}
         case JsonTokenizer():
-            tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
-            eos, bos = (tokenizer.tokenizer.id_to_token(i) for i in (tokenizer.separator, tokenizer.bos))
-            names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": bos}
-            (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+            _write_json(folder, tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str()), tokenizer.bos, bos)
+            eos, first = (tokenizer.tokenizer.id_to_token(i) for i in (tokenizer.separator, tokenizer.bos))
+            names = {"eos_token": eos, "bos_token": first}
         case SentencePieceTokenizer():
             (folder / "tokenizer.model").write_bytes(tokenizer.processor.serialized_model_proto())
+            if bos is not None:
+                (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": bos}, indent=2) + "\n")
         case str() | os.PathLike():
             source = Path(tokenizer).expanduser()
             files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
@@ -239,7 +252,36 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str]
         case None:
             pass
         case _:
-            raise ValueError(f"tokenizer must be that of a published model, which bytes are not, not {tokenizer!r}")
-    if isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
+            kind = type(tokenizer).__name__
+            raise ValueError(f"tokenizer must be bytes, or be read from a file that transformers reads, not a {kind}")
+    if isinstance(tokenizer, ByteTokenizer | JsonTokenizer):
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+    if isinstance(tokenizer, ByteTokenizer | JsonTokenizer | SentencePieceTokenizer):
         return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.separator}
     return {}
+
+
+def _write_json(folder: Path, tokenizer: tokenizers.Tokenizer, first: int, bos: bool | None) -> None:
+    """Write a tokenizer.json that starts sequences with the token `first` or not, as `bos` says."""
+    if bos is not None and bos != (len(tokenizer.encode("a")) > len(tokenizer.encode("a", add_special_tokens=False))):
+        name = tokenizer.id_to_token(first)
+        template = tokenizers.processors.TemplateProcessing(
+            single=[name, "$A"], pair=[name, "$A", "$B:1"], special_tokens=[(name, first)]
+        )
+        tokenizer.post_processor = template if bos else None
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _byte_level(count: int) -> tokenizers.Tokenizer:
+    """Bytes as byte-level BPE without merges: the same tokens, but for invalid UTF-8, of which it knows nothing.
+
+    Byte-level BPE writes a byte that is no visible character of Latin-1 as one of those from U+0100 on, in order.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(count)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
