@@ -6,7 +6,8 @@
 The model is the workdir of a run (its newest checkpoint, or that of --step N or --step best) or a published one,
 hf:NAME_OR_FOLDER or gguf:FILE. Without --temperature it takes the most likely token at every step. It ends after
 --max_new_tokens tokens, at the token that separates documents, or before one of the texts of --stop. Only the
-continuation is printed, and a newline.
+continuation is printed, and a newline. It takes one device; --mesh.tensor 8, for instance, spreads the parameters over
+eight, as in training.
 Exit status: 0 finished, 1 unexpected error, or one in an encoding's own code, with its traceback, 2 bad input, 130
 interrupted (Ctrl-C), 141 nobody reads stdout any more.
 """

@@ -300,7 +300,8 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
         "dtype": (Literal["float32", "bfloat16"] | None, "Of parameters and computation; bfloat16 halves the memory."),
         "trust_code": _TRUST_CODE,
     }
-    values, _ = _parse(arguments, options, {}, "Continues a text with a trained model.")
+    description = "Continues a text with a trained model, on one device if no field of mesh is given."
+    values, overrides = _parse(arguments, options, {"mesh": MeshConfig()}, description)
     for name, least in (("max_new_tokens", 1), ("seed", 0)):
         number = getattr(values, name)
         if number is not None and number < least:
@@ -314,6 +315,8 @@ def parse_generate(arguments: Sequence[str]) -> dict[str, Any]:
         load(workdir, trust_code=True)  # this process trusts the code from here on
     given = {name: value for name in options if (value := getattr(values, name)) is not None}
     given.pop("trust_code", None)
+    if overrides:
+        given["mesh"] = _mesh(overrides)
     return given | {"workdir": workdir}
 
 
@@ -360,9 +363,7 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
             goes_by = [f"--{name}.*"] * (evaluation.settings is not None) + ["--data.*"]
             goes_by += [f"--eval.{field}" for field in evaluation.takes_eval]
             raise ValueError(f"--{field} changes nothing about {name}, which goes by {', '.join(goes_by)}")
-    if "mesh.rules" in overrides:
-        raise ValueError("--mesh.rules is for training; to replicate parameters, use --mesh.data")
-    mesh = override(Config(), overrides).mesh  # refuses invalid values of any field
+    mesh = _mesh(overrides)
     shared = {field: value for field, value in overrides.items() if not field.startswith("mesh.")}
     lengths = getattr(values, "lengths", None) or ()
     if min(lengths, default=1) < 1:
@@ -391,6 +392,13 @@ def parse_eval(arguments: Sequence[str], name: str = next(iter(EVALUATIONS))) ->
     )
 
 
+def _mesh(overrides: Mapping[str, Any]) -> MeshConfig:
+    """The mesh of a command that does not train; refuses invalid values of any field."""
+    if "mesh.rules" in overrides:
+        raise ValueError("--mesh.rules is for training; to replicate parameters, use --mesh.data")
+    return override(Config(), overrides).mesh
+
+
 def _step(values: Any) -> Step:
     """The value of `--step`; refuses one that cannot be."""
     if isinstance(values.step, int) and values.step < 0:
@@ -413,8 +421,6 @@ def _parse(
         for name, words in given.items():
             if name not in hints:
                 raise unknown(f"--{name}", [f"--{known}" for known in hints])
-            if name in options and words == [""]:
-                raise ValueError(f"--{name} must not be empty")
             if name in options and words == [""]:
                 raise ValueError(f"--{name} must not be empty")
             if not words or (len(words) > 1 and not takes_several(hints[name])) or (name in options and "" in words):

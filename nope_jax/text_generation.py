@@ -1,5 +1,6 @@
 """Text from a trained model, printed as it comes: what generate.py does."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -7,13 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from nope_jax.config import Step
+from nope_jax.config import MeshConfig, Step
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import Tokenizer, tokenizer_digest
 from nope_jax.interop import Dtype
 from nope_jax.models import Decoder, generate_stream
 from nope_jax.paths import Location
+from nope_jax.sharding import check_model_fits, make_mesh
 from nope_jax.trained import find_trained
 
 DEFAULT_TOKENS = 256
@@ -37,6 +40,8 @@ class GenerateOptions(NamedTuple):
     """Texts that end the output, and are not printed."""
     dtype: Dtype | None = None
     step: Step = "newest"
+    mesh: MeshConfig | None = None
+    """Shards the parameters over all devices; None: they are on the first."""
 
 
 class LoadedModel(NamedTuple):
@@ -48,19 +53,25 @@ class LoadedModel(NamedTuple):
     """Whether every sequence that the model has seen starts with the tokenizer's BOS token."""
 
 
-def load(workdir: str | os.PathLike[str], dtype: Dtype | None = None, step: Step = "newest") -> LoadedModel:
+def load(
+    workdir: str | os.PathLike[str], dtype: Dtype | None = None, step: Step = "newest", mesh: Mesh | None = None
+) -> LoadedModel:
     """Load a trained model and its tokenizer.
 
     Args:
         workdir: The workdir of a run, or hf:NAME_OR_FOLDER or gguf:FILE.
         dtype: Of parameters and computation, see `Trained.load`.
         step: The checkpoint of a run, see `find_trained`.
+        mesh: Devices to shard the parameters over, see `Trained.load`.
 
     Raises:
-        ValueError: There is no such model, or its tokenizer is missing or not the one that it was trained with.
+        ValueError: There is no such model, the mesh does not divide it, or its tokenizer is missing or not the one that
+            it was trained with.
     """
     trained = find_trained(workdir, step)
     config = trained.config
+    if mesh is not None:
+        check_model_fits(config.model, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.separator_token)
     if tokenizer.vocab_size > config.model.num_tokens:
         raise ValueError(
@@ -71,7 +82,7 @@ def load(workdir: str | os.PathLike[str], dtype: Dtype | None = None, step: Step
         raise ValueError(
             f"data.tokenizer {config.data.tokenizer!r} is not the tokenizer that {workdir} was trained with"
         )
-    return LoadedModel(trained.load(dtype=dtype)[0], tokenizer, config.data.bos)
+    return LoadedModel(trained.load(mesh, dtype)[0], tokenizer, config.data.bos)
 
 
 def write_text(options: GenerateOptions, out: Any) -> None:
@@ -81,9 +92,11 @@ def write_text(options: GenerateOptions, out: Any) -> None:
         ValueError: As `load` and `generate`, or the prompt has no token.
     """
     text = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt
-    for piece in continuation(load(options.workdir, options.dtype, options.step), text, options):
-        out.write(piece)
-        out.flush()
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for piece in continuation(load(options.workdir, options.dtype, options.step, mesh), text, options):
+            out.write(piece)
+            out.flush()
     out.write("\n")
     out.flush()
 

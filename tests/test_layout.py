@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "trained": {"checkpoint", "config", "data", "interop", "models", "paths", "retention"},
     "retention": {"config", "paths"},
     "checkpoint": {"config", "models", "paths", "retention", "sharding"},
-    "text_generation": {"config", "data", "interop", "models", "paths", "trained"},
+    "text_generation": {"config", "data", "interop", "models", "paths", "sharding", "trained"},
     "training": {
         "encodings",
         "config",

@@ -11,6 +11,7 @@ import pytest
 
 from nope_jax import generate
 from nope_jax.cli import parse_generate
+from nope_jax.config import MeshConfig
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import ByteTokenizer
 from nope_jax.text_generation import GenerateOptions, characters, load, until_stop, write_text
@@ -67,6 +68,28 @@ def test_it_prints_what_generate_continues_with_and_flushes_each_piece(workdir):
     new = np.asarray(generate(model, prompt, 9, stop_tokens=[0]))[0, 3:]
     assert out.getvalue() == tokenizer.decode(new[new != 0]) + "\n"
     assert flushed == sorted(flushed, key=len) and len(set(flushed)) > 2
+    on_mesh = Out()
+    write_text(GenerateOptions(workdir, "abc", max_new_tokens=9, mesh=MeshConfig(fsdp=-1)), on_mesh)
+    assert on_mesh.getvalue() == out.getvalue()
+    with pytest.raises(ValueError, match=r"mesh data -1 x fsdp 1 x tensor 3 .* does not fit 1 device"):
+        write_text(GenerateOptions(workdir, "abc", mesh=MeshConfig(tensor=3)), Out())
+
+
+@pytest.mark.slow
+def test_a_model_spread_over_eight_devices_writes_what_one_device_writes(workdir):
+    def run(*options, flags=""):
+        words = [sys.executable, "generate.py", "--workdir", str(workdir), "--prompt", "abc", "--max_new_tokens", "20"]
+        every = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
+        return subprocess.run([*words, *options], cwd=ROOT, env=every, capture_output=True, text=True, check=False)
+
+    eight = "--xla_force_host_platform_device_count=8"
+    written = run().stdout
+    assert len(written) > 2
+    for mesh in ["--mesh.fsdp", "8"], ["--mesh.fsdp", "4", "--mesh.tensor", "2"], []:
+        done = run(*mesh, flags=eight)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", written), mesh
+    refused = run("--mesh.tensor", "8", flags=eight)
+    assert (refused.returncode, refused.stderr) == (2, "error: mesh.tensor 8 must divide model.num_heads 2\n")
 
 
 @pytest.mark.slow
@@ -98,6 +121,11 @@ def test_in_a_pipe(workdir):
         ("--workdir w --prompt a --max_new_tokens many", "--max_new_tokens must be an integer or None, not 'many'"),
         ("--workdir w --prompt a b", "--prompt must be a string, not 'a b'"),
         ("--workdir w --prompt a --temprature 1", "did you mean --temperature?"),
+        (
+            "--workdir w --prompt a --mesh.tensor 0",
+            "mesh.tensor must be at least 1, or -1 for what the other axes leave",
+        ),
+        ("--workdir w --prompt a --mesh.rules zero1", "--mesh.rules is for training"),
     ],
 )
 def test_bad_arguments_are_one_line(words, message):
@@ -110,6 +138,11 @@ def test_a_prompt_may_be_any_text():
     options = parse_generate(["--workdir", "w", "--prompt=--stop here", "--stop", "\n\n", "gs://x"])
     assert options == {"workdir": Path("w"), "prompt": "--stop here", "stop": ("\n\n", "gs://x")}
     assert parse_generate(["--workdir", "w", "--prompt", "see gs://bucket"])["prompt"] == "see gs://bucket"
+
+
+def test_the_mesh_is_that_of_training():
+    options = parse_generate(["--workdir", "w", "--prompt", "a", "--mesh.fsdp", "2", "--mesh.tensor", "4"])
+    assert options["mesh"] == MeshConfig(fsdp=2, tensor=4)
 
 
 def test_a_prompt_without_a_token_is_refused(workdir, monkeypatch):
