@@ -74,10 +74,11 @@ MAY_IMPORT = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of the modules a file imports, at any depth."""
+def imported(path: Path, at_once: bool = False) -> set[str]:
+    """Full names of the modules a file imports, at any depth or, at once, when it is imported itself."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -153,9 +154,17 @@ def test_the_list_of_evaluations_is_all_that_a_command_line_imports_of_them():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.slow  # it is no dependency, so that nothing could import it here
-def test_tensorflow_is_nowhere():
-    code = "import nope_jax.training, nope_jax.evaluation.common.evaluation, sys; sys.exit('tensorflow' in sys.modules)"
+def test_what_few_sources_need_is_imported_where_it_is_used():
+    users = {path.name: imported(path, at_once=True) for path in files_of("data")}
+    assert not [name for name, modules in users.items() if modules & {"grain", "datasets"}]
+    needing = {name for name, modules in users.items() if "tensorflow_datasets" in modules}
+    assert needing == {"tfds.py", "python_stdlib.py"} and "nope_jax.data.formats.tfds" not in users["sources.py"]
+
+
+@pytest.mark.slow
+def test_neither_tensorflow_nor_what_few_sources_need_is_imported():
+    code = "import nope_jax.training, nope_jax.evaluation.common.evaluation, sys; "
+    code += "sys.exit(bool({'tensorflow', 'tensorflow_datasets', 'grain'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

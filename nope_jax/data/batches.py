@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -61,6 +60,8 @@ def train_batches(
         for source, member in enumerate(members):
             windows[sources == source] = epoch_windows(rows[sources == source], len(member), config.seed)
         return _gather(members, sources, windows, config, masked)
+
+    import grain  # late, because only training needs it
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
     return iter(steps.map(batch).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

@@ -11,11 +11,9 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from nope_jax.config import DataConfig
-from nope_jax.data import python_stdlib
 from nope_jax.data.documents import Documents, Split
 from nope_jax.data.formats import FORMATS
 from nope_jax.data.formats.scan import scanned_documents
-from nope_jax.data.formats.tfds import dataset_documents, open_dataset
 from nope_jax.data.splits import part_of
 from nope_jax.data.tasks import TASKS
 from nope_jax.paths import on_disk
@@ -75,10 +73,13 @@ def _find_documents(config: DataConfig, split: Split, workers: int) -> Documents
     if kind in FORMATS and name:
         format = FORMATS[kind].open(name, part, config, str(source))
         return scanned_documents(format, part, folder / "tokens", workers)
-    if source.name == "python_stdlib":
-        return dataset_documents(python_stdlib.prepare(folder), part, config, str(source))
-    if kind == "tfds" and name:
-        return dataset_documents(open_dataset(name, folder, str(source)), part, config, str(source))
+    if source.name == "python_stdlib" or (kind == "tfds" and name):
+        # Late, because TFDS takes a quarter of a second to import.
+        from nope_jax.data import python_stdlib
+        from nope_jax.data.formats import tfds
+
+        builder = tfds.open_dataset(name, folder, str(source)) if name else python_stdlib.prepare(folder)
+        return tfds.dataset_documents(builder, part, config, str(source))
     usages = [f"{kind}:{format.usage}" for kind, format in FORMATS.items()]
     near = difflib.get_close_matches(source.name, ["python_stdlib", *(f"task:{name}" for name in TASKS)], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
