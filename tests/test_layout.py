@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from nope_jax.config import load_file, override
 from nope_jax.encodings import apply_rope
-from nope_jax.training import train
+from tests.support.tiny_runs import write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,13 +175,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
-    text = tmp_path / "books"
-    text.mkdir()
-    for name in "abc":
-        (text / f"{name}.txt").write_text(f"{name} is a letter, and here it stands again and again. " * 20)
-    options = {"train.steps": 2, "train.eval_batches": 1, "model.num_layers": 1, "data.source": f"text:{text}/*.txt"}
-    options |= {"model.model_dim": 16, "model.num_heads": 2, "data.batch_size": 2}
-    train(override(load_file(ROOT / "configs/tiny.py"), options), tmp_path / "runs/nope")
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs", "nope")
     monkeypatch.chdir(tmp_path)
     results = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert results.attempted > 10

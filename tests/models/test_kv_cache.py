@@ -26,7 +26,7 @@ from nope_jax.encodings import (
 from tests.support.attention_cases import assert_close
 
 LENGTH = 40
-TOKENS = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, 32)
+TOKENS = np.random.default_rng(1).integers(0, 32, (2, LENGTH))
 
 
 def decoder(encoding, **changes):

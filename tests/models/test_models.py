@@ -32,7 +32,7 @@ TINY = ModelConfig(
     tie_embeddings=True,
     train_length=24,
 )
-TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 32)
+TOKENS = np.random.default_rng(1).integers(0, 32, (2, 24))
 
 
 def decoder(**changes) -> Decoder:
@@ -105,7 +105,7 @@ def test_shaw_is_its_formula():
 @pytest.mark.slow  # its parts are held by test_every_encoding.py
 @pytest.mark.parametrize("encoding", [(Shaw(), "learned"), (Forgetting(), "t5")], ids=str)
 def test_both_implementations_agree_in_value_statistics_and_gradient(encoding):
-    tokens = jnp.tile(TOKENS[:1], 12)[:, :280]  # more than one block
+    tokens = np.tile(TOKENS[:1], 12)[:, :280]  # more than one block
 
     def run(implementation):
         model = decoder(encoding=encoding, num_layers=3, attention=implementation, train_length=280)
@@ -132,7 +132,7 @@ BEFORE = ("learned", "recursive", "convolution", "log_n", Shaw(), Forgetting())
 @pytest.mark.parametrize("encoding", [BEFORE, *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
 def test_no_logit_depends_on_a_later_token(encoding):
     model = decoder(encoding=encoding, num_layers=max(2, len(encoding) if isinstance(encoding, tuple) else 1))
-    changed = TOKENS.at[:, 11:].set((TOKENS[:, 11:] + 1) % 32)
+    changed = np.where(np.arange(24) < 11, TOKENS, (TOKENS + 1) % 32)
     run = jax.jit(lambda tokens: model(tokens))
     before, after = run(TOKENS), run(changed)
     np.testing.assert_array_equal(before[:, :11], after[:, :11])
@@ -151,7 +151,7 @@ def test_a_schedule_gives_each_layer_its_encoding():
     )
     state["embedding"], state["norm"] = params["embedding"], params["norm"]
     # At position 0 alone every rotation is the identity, so RoPE and NoPE in turn are NoPE with the same weights ...
-    zeros = jnp.zeros_like(TOKENS)
+    zeros = np.zeros_like(TOKENS)
     np.testing.assert_allclose(
         scheduled(TOKENS, positions=zeros), nnx.merge(graph, state)(TOKENS, positions=zeros), rtol=1e-5, atol=1e-5
     )
@@ -171,7 +171,7 @@ def test_statistics_come_in_the_order_of_the_layers():
 
 def traced_with(policy):
     """A loss and its gradient with a policy of rematerialization, and parameters for it."""
-    tokens, sizes = jnp.tile(TOKENS, (8, 2)), {"num_layers": 16, "attention": "streaming"}
+    tokens, sizes = np.tile(TOKENS, (8, 2)), {"num_layers": 16, "attention": "streaming"}
     graph = nnx.graphdef(nnx.eval_shape(lambda: decoder(**sizes, remat=policy)))
     state = nnx.state(decoder(**sizes))
 
@@ -270,11 +270,11 @@ def test_a_model_that_cannot_be_is_refused(changes, message):
 def test_tokens_and_positions_that_do_not_exist_are_refused_or_poison_the_answer():
     model = decoder(encoding="learned")
     with pytest.raises(ValueError, match=r"tokens must be between 0 and 31 .* not 32"):
-        model(TOKENS.at[0, 0].set(32))
+        model(np.where(np.arange(24) == 3, 32, TOKENS))
     for positions in (None, jnp.arange(1, 26), jnp.arange(-1, 24)):
         with pytest.raises(ValueError, match="positions must be between 0 and 23"):
             model(jnp.zeros((1, 25), int), positions=positions)
-    assert np.isnan(jax.jit(lambda t: model(t))(TOKENS.at[0, 3].set(-1))[0, 3:]).all()
+    assert np.isnan(jax.jit(lambda t: model(t))(np.where(np.arange(24) == 3, -1, TOKENS))[0, 3:]).all()
     assert np.isnan(jax.jit(lambda p: model(TOKENS, positions=p))(jnp.arange(1, 25))[:, -1]).all()
 
 
@@ -309,7 +309,7 @@ def test_on_a_cpu_products_of_bfloat16_have_float32_results():
 def test_losses_in_chunks_are_the_losses(monkeypatch):
     model = decoder(encoding="rope")
     graph, state = nnx.split(model)
-    targets = jnp.roll(TOKENS, -1, axis=1)
+    targets = np.roll(TOKENS, -1, axis=1)
     monkeypatch.setattr(decoder_module, "LOGITS_AT_ONCE", 2 * 32 * 7)  # 7 positions: the last chunk is padded
 
     def chunked(state):
