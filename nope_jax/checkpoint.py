@@ -29,7 +29,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from nope_jax import config as configs
 from nope_jax.config import Config, Step
 from nope_jax.config.format import check_format, stamp
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.paths import location
 from nope_jax.retention import DEFAULT, Retention, find_step, saved_steps
 from nope_jax.sharding import abstract_on_mesh
@@ -359,7 +359,7 @@ def load_model(
             (`nope_jax.config.own_code`).
     """
     config = configs.load(workdir, trust_code=trust_code)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(abstract_decoder(config.model))
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), abstract)

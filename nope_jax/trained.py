@@ -16,7 +16,7 @@ from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, Step
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.interop import Dtype, PublishedModel, published
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.paths import check_reachable, is_published, location
 from nope_jax.retention import find_step
 
@@ -126,5 +126,5 @@ class _Published(Trained):
 def _cast(model: Decoder, dtype: Dtype) -> Decoder:
     """The model with parameters and computation in another dtype."""
     config = dataclasses.replace(model.config, dtype=dtype)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(abstract_decoder(config))
     return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))

@@ -17,7 +17,7 @@ from nope_jax.config import ModelConfig
 from nope_jax.encodings import resolve
 from nope_jax.interop.rotary import head_dim
 from nope_jax.interop.weights import Weight
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.sharding import abstract_on_mesh, to_host
 
 Path = tuple[Any, ...]
@@ -40,9 +40,9 @@ class Published(NamedTuple):
     """One for each place of the weight."""
 
 
-def abstract_decoder(config: ModelConfig) -> tuple[Any, dict[Path, Any]]:
+def abstract_parameters(config: ModelConfig) -> tuple[Any, dict[Path, Any]]:
     """The structure of a decoder, and its parameters by path as variables of `jax.ShapeDtypeStruct`."""
-    structure, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    structure, state = nnx.split(abstract_decoder(config))
     return structure, dict(nnx.to_flat_state(state))
 
 
@@ -64,7 +64,7 @@ def published_tensors(config: ModelConfig, weights: tuple[Weight, ...]) -> list[
     Raises:
         ValueError: the table has no line for a parameter, so the family cannot hold this model.
     """
-    _, parameters = abstract_decoder(config)
+    _, parameters = abstract_parameters(config)
     period, found = len(resolve(config.encoding)), []
     held: set[Path] = set()
     for weight in weights:
@@ -105,7 +105,7 @@ def fill(
         read: Returns a published tensor by its name.
         mesh: Devices to shard the parameters over; None puts them all on the first device of this process.
     """
-    structure, parameters = abstract_decoder(config)
+    structure, parameters = abstract_parameters(config)
     shardings = _shardings(parameters, mesh)
     axes, filled = sizes(config), {}
     for tensor in tensors:

@@ -529,6 +529,23 @@ class Decoder(nnx.Module):
             )
 
 
+def abstract_decoder(config: ModelConfig) -> Decoder:
+    """Return the decoder of a config with a `jax.ShapeDtypeStruct` in place of each array.
+
+    It is the caller's own. Of each config, only the first is traced.
+
+    Raises:
+        ValueError: As `Decoder`.
+    """
+    return nnx.merge(*_traced(config, resolve(config.encoding), jax.sharding.get_abstract_mesh()), copy=True)
+
+
+# A name may come to stand for another encoding, and on a mesh shapes have shardings.
+@functools.lru_cache(maxsize=256)
+def _traced(config: ModelConfig, encodings: tuple[Encoding, ...], mesh: Any) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+
 def _finished(
     config: ModelConfig, products: Float[Array, "*B V"], bias: Float[Array, "V"] | None
 ) -> Float[Array, "*B V"]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from nope_jax.config import Config
 from nope_jax.encodings import keys_seen
-from nope_jax.models import Decoder
+from nope_jax.models import abstract_decoder
 from nope_jax.training.optimizer import matrices
 
 
@@ -70,7 +70,7 @@ def model_flops_per_token(config: Config) -> float:
     Recomputation (remat, streaming attention), the encoding, norms, softmax and the optimizer are not counted; pairs
     masked by `data.document_mask` are.
     """
-    model = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)))
+    model = abstract_decoder(config.model)
     params = nnx.state(model)
     sizes = jax.tree.map(lambda array, is_matrix: math.prod(array.shape) if is_matrix else 0, params, matrices(params))
     weights = sum(jax.tree.leaves(sizes)) - (0 if config.model.tie_embeddings else model.embedding.size)

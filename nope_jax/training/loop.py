@@ -23,7 +23,7 @@ from nope_jax.data.tokenizers import with_vocab_size
 from nope_jax.distributed import agreed_stop, make_shared, said_by_all
 from nope_jax.errors import is_refusal
 from nope_jax.locks import held
-from nope_jax.models import Decoder, transfer_weights
+from nope_jax.models import Decoder, abstract_decoder, transfer_weights
 from nope_jax.paths import Location, check_reachable, location
 from nope_jax.retention import Retention, disk_budget, saved_steps, validation_losses
 from nope_jax.sharding import check_fits, make_mesh, place_batch, process_share
@@ -246,7 +246,7 @@ def _init_source(config: Config, workdir: Location, mesh: Mesh) -> Decoder | Non
         return None
     source, _ = find_trained(workdir_of_source, config.train.init_step).load(mesh)
     try:
-        transfer_weights(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))), source)
+        transfer_weights(abstract_decoder(config.model), source)
     except ValueError as error:
         if not is_refusal(error):
             raise

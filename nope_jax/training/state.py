@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax.config import Config
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.sharding import PARAMETER_RULES, abstract_on_mesh
 
 
@@ -65,7 +65,7 @@ def abstract_state(
     Raises:
         ValueError: an axis of a parameter does not divide evenly over the mesh.
     """
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(abstract_decoder(config.model))
     abstract = jax.eval_shape(lambda: new_state(config, optimizer, jax.random.key(0)))
     params = abstract_on_mesh(abstract.params, mesh, PARAMETER_RULES[config.mesh.rules])
     average = None if abstract.ema is None else params

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax.cli import parse_eval
 from nope_jax.evaluation.common.console import print_sections
 from nope_jax.evaluation.common.documents import plan_windows
@@ -22,7 +22,7 @@ from nope_jax.evaluation.perplexity import figures, table
 from nope_jax.evaluation.perplexity.dispersion import COLUMNS, RISE, dispersion, draw, remark
 from nope_jax.evaluation.perplexity.measure import Curve, Sums, evaluation_step, measure, peak_memory, program_memory
 from nope_jax.evaluation.perplexity.units import Units
-from nope_jax.models import decoder
+from nope_jax.models import abstract_decoder, decoder
 from tests.support.evaluation_cases import (
     HEADS,
     LAYERS,
@@ -216,7 +216,7 @@ def test_no_head_spreads_out_where_nothing_longer_was_read(capsys):
 def step_memory(implementation, length):
     """What the evaluation step of a small model takes, without running it."""
     config = ModelConfig(num_layers=1, num_heads=2, model_dim=16, vocab_size=1024, attention=implementation)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_decoder(config))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     counts = jax.ShapeDtypeStruct((1, length), bool)
     return program_memory(evaluation_step.lower(graphdef, state, tokens, tokens, counts).compile())

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.data import load_corpus
 from nope_jax.encodings import HeadScale, NoPE
+from nope_jax.models import abstract_decoder
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
 
 # One good call of each evaluation, whatever the run.
@@ -206,7 +207,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folder, tmp_path, 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (3, 2), (2, 2, 2, 2), (1, 3, 3), (4, 2, 3)])
 def test_factors_of_a_shape_that_the_decoder_does_not_have(shape):
     config = ModelConfig(num_layers=2, num_heads=2, model_dim=16, mlp_dim=16)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = abstract_decoder(config)
     with pytest.raises(ValueError, match="^logit_scale .*" + ("rows, not 3" if shape == (3, 2) else r"not \[")):
         nnx.eval_shape(lambda model: model(jnp.zeros((1, 3), int), logit_scale=np.ones(shape)), model)
 

@@ -17,7 +17,8 @@ from flax import nnx
 from nope_jax import Decoder, ModelConfig, generate
 from nope_jax.attention import encoded_attention
 from nope_jax.compile.program import arrays
-from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, ModelDims, RoPE
+from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, Encoding, Learned, ModelDims, RoPE, registry
+from nope_jax.models import abstract_decoder, transfer_weights
 from nope_jax.models import decoder as decoder_module
 from nope_jax.models.layers import project
 from tests.support.attention_cases import ONE_OF_EACH, others_slow
@@ -379,3 +380,16 @@ def test_decoders_of_one_structure_share_what_is_compiled_which_keeps_none_of_th
     del first
     gc.collect()
     assert parameter() is None
+
+
+def test_abstract_decoders_are_traced_once_for_what_an_encoding_is_and_are_the_callers_own(monkeypatch):
+    config, traced, init = dataclasses.replace(TINY, train_length=77), [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **kw: (traced.append(a), init(self, *a, **kw))[-1])
+    first, second = abstract_decoder(config), abstract_decoder(config)
+    assert len(traced) == 1 and nnx.graphdef(first) == nnx.graphdef(second)
+    transfer_weights(first, Decoder(config, rngs=nnx.Rngs(0)))
+    assert isinstance(first.embedding.get_value(), jax.Array)
+    for other in second, abstract_decoder(config):
+        assert isinstance(other.embedding.get_value(), jax.ShapeDtypeStruct)
+    monkeypatch.setattr(registry, "ENCODINGS", {**registry.ENCODINGS, "nope": Learned})
+    assert abstract_decoder(config).encodings == (Learned(),) != second.encodings

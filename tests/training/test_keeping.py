@@ -17,7 +17,7 @@ from nope_jax.cli import parse_eval, parse_export, parse_generate
 from nope_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from nope_jax.data import validation_batches
 from nope_jax.evaluation.common.runs import find_runs
-from nope_jax.models import Decoder
+from nope_jax.models import abstract_decoder
 from nope_jax.retention import find_step, saved_steps, validation_losses
 from nope_jax.text_generation import load
 from nope_jax.trained import find_trained
@@ -55,7 +55,7 @@ def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(workdir: Path, name: str, step: int) -> nnx.State:
     """A tree of parameters as a checkpoint has it."""
     config = configs.load(workdir)
-    abstract = nnx.state(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    abstract = nnx.state(abstract_decoder(config.model))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     with Checkpointer(workdir, read_only=True) as checkpointer:
@@ -69,7 +69,7 @@ def test_the_average_is_what_is_validated_and_read_and_it_resumes_to_the_same_bi
     for other in params, weights(finished, "ema", 4):
         assert max(jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), average, other))) > 1e-3
     rows = validation_batches(config.data, 1)[0]
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(abstract_decoder(config.model))
     losses = [
         float(jax.jit(total_nll, static_argnums=0)(graphdef, tree, rows)) / rows.targets.size
         for tree in (average, params)

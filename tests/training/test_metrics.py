@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder
 from nope_jax.config import Config, DataConfig, ModelConfig, TrainConfig, override
 from nope_jax.data import Batch
 from nope_jax.encodings import Chunked, NoPE, Windowed
+from nope_jax.models import abstract_decoder
 from nope_jax.training import metrics
 from nope_jax.training.flops import CHIPS, Chip, chip_of, model_flops_per_token
 from nope_jax.training.metrics import GoodputTimer, MetricWriter
@@ -110,7 +110,7 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
 def test_model_flops_are_those_of_the_program(model):
     B, T, N, H = 2, 12, model.num_heads, model.head_dim or model.model_dim // model.num_heads
     config = Config(model=dataclasses.replace(model, attention="reference"), data=DataConfig(context_length=T))
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(abstract_decoder(config.model))
     batch = Batch(jnp.zeros((B, T), int), jnp.zeros((B, T), int))
     program = jax.make_jaxpr(jax.grad(lambda params: total_nll(graphdef, params, batch)))(params)
     # The reference multiplies with what it then hides, too.

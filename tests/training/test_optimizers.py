@@ -17,7 +17,7 @@ from nope_jax import config as configs
 from nope_jax.config import ModelConfig, OptimizerConfig
 from nope_jax.config.choices import CHOICES
 from nope_jax.data import Batch
-from nope_jax.models import decoder
+from nope_jax.models import abstract_decoder, decoder
 from nope_jax.training.adafactor import matrix_axes
 from nope_jax.training.optimizer import OPTIMIZERS, make_optimizer, matrices
 from nope_jax.training.schedules import SCHEDULES, learning_rate_schedule
@@ -73,7 +73,7 @@ def test_matrices_decay_and_norms_and_encodings_do_not(encoding):
     config = ModelConfig(
         num_layers=2, num_heads=2, model_dim=16, encoding=encoding, tie_embeddings=False, train_length=32
     )
-    params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    params = nnx.state(abstract_decoder(config))
     decayed = {path[-1] for path, decay in nnx.to_flat_state(matrices(params)) if decay.get_value()}
     assert decayed == {"embedding", "query", "key", "value", "out", "gate", "up", "down", "head"}
 

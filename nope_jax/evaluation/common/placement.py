@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from nope_jax.config import MeshConfig, ModelConfig
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.sharding import AXES, check_model_fits, make_mesh, num_row_shards, place_copy, state_shardings
 
 
@@ -56,7 +56,7 @@ def evaluation_mesh(
         devices: None: all devices.
     """
     devices = jax.devices() if devices is None else devices
-    states = [nnx.state(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))) for model in models]  # noqa: B023
+    states = [nnx.state(abstract_decoder(model)) for model in models]
     divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
 
     def cost(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from nope_jax.distributed import from_process_0
 from nope_jax.encodings import ENCODINGS, Wrapper
 from nope_jax.evaluation.common.placement import Placement, place, refuse_mesh
 from nope_jax.evaluation.registry import Options
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.paths import Location, resolved
 from nope_jax.trained import Trained, find_trained
 
@@ -123,7 +123,7 @@ def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collecti
     refuse_differing(runs, same)
     for run in runs:
         run.step = checkpoint_step(run)
-        model = nnx.eval_shape(lambda: Decoder(run.config.model, rngs=nnx.Rngs(0)))  # noqa: B023
+        model = abstract_decoder(run.config.model)
         run.max_length = model.max_length
         run.parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         if run.lengths and not run.possible:

@@ -37,7 +37,7 @@ from nope_jax.encodings import (
 from nope_jax.errors import is_refusal
 from nope_jax.evaluation.common.runs import encoding_name
 from nope_jax.evaluation.registry import EVALUATIONS
-from nope_jax.models import Decoder, transfer_weights
+from nope_jax.models import Decoder, abstract_decoder, transfer_weights
 from nope_jax.sharding import state_shardings
 
 LEARNED = {"head": "head_scale", "ssmax": "ssmax"}
@@ -48,7 +48,8 @@ def refuse_method(config: ModelConfig, method: str) -> None:
     """Traces the tuned model without computing it, and rejects the method if the encoding rejects the model."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     try:
-        jax.eval_shape(lambda tokens: Decoder(config, rngs=nnx.Rngs(0)).hidden(tokens)[0], tokens)
+        graphdef, state = nnx.split(abstract_decoder(config))
+        jax.eval_shape(lambda state, tokens: nnx.merge(graphdef, state).hidden(tokens)[0], state, tokens)
     except ValueError as error:
         if not is_refusal(error):
             raise
@@ -145,7 +146,7 @@ def with_encoding(
     factors: Mapping[str, Float[np.ndarray, "L N"]],
 ) -> Decoder:
     """The source with another encoding and the same weights; `factors` are the learned factors by parameter name."""
-    model = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, encoding=encoding), rngs=nnx.Rngs(0)))
+    model = abstract_decoder(dataclasses.replace(config, encoding=encoding))
     transfer_weights(model, source)
     for slot, block in enumerate(model.blocks):
         position = block.attention.position

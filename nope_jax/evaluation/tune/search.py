@@ -35,7 +35,7 @@ from nope_jax.evaluation.common.runs import Run, encoding_name, result_identity
 from nope_jax.evaluation.registry import TuneConfig
 from nope_jax.evaluation.tune.methods import LEARNED, new_encoding, with_encoding
 from nope_jax.evaluation.tune.state import Learned, Outcome, Tuning
-from nope_jax.models import Decoder
+from nope_jax.models import Decoder, abstract_decoder
 from nope_jax.sharding import to_host, with_logical_constraint
 
 # Uniform factors are tried in steps of 0.2, from 0.8 to 2.4, and further out while the best is at the end of the range.
@@ -321,7 +321,7 @@ class Tuner:
 
         # Windows longer than those of training need more memory, so layers are rematerialized.
         remat = dataclasses.replace(model.config, remat="full")
-        graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(remat, rngs=nnx.Rngs(0))))[0]
+        graphdef = nnx.split(abstract_decoder(remat))[0]
         state = nnx.state(model)
         factors = jnp.full((model.config.num_layers, model.config.num_heads), tuning.start, jnp.float32)
         opt_state = _ADAM.init(factors)
