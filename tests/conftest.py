@@ -81,20 +81,27 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def small_blocks() -> Iterator[None]:
-    """Blocks of 8 or 16, so that short sequences have interior, diagonal, padded and skipped ones."""
+@functools.cache
+def _small_backends() -> dict[str, backends.Backend]:
     wide, high, square = Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1), Blocks(8, 8, 4, 1)
     sizes: dict[str, dict] = {name: {"block_size": 8} for name in ("streaming", "pallas_tpu")}
     sizes["pallas_gpu"] = {"sizes": Sizes(wide, high, wide, square)}
-    with pytest.MonkeyPatch.context() as patch:
-        table = dict(backends.BACKENDS)
-        for name, small in sizes.items():
-            table[name] = dataclasses.replace(table[name], attend=functools.partial(table[name].attend, **small))
-        patch.setattr(backends, "BACKENDS", table)
-        jax.clear_caches()
+    table = dict(backends.BACKENDS)
+    for name, small in sizes.items():
+        table[name] = dataclasses.replace(table[name], attend=functools.partial(table[name].attend, **small))
+    return table
+
+
+# Part of the key of all that JAX caches: what is compiled with small blocks serves no other test, nor the reverse.
+_blocks = jax.make_user_context(default_value=None)
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """Blocks of 8 or 16, so that short sequences have interior, diagonal, padded and skipped ones."""
+    with pytest.MonkeyPatch.context() as patch, _blocks("small"):
+        patch.setattr(backends, "BACKENDS", _small_backends())
         yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
