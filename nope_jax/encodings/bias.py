@@ -264,7 +264,8 @@ class FIRE(Encoding):
     ) -> BlockLogit:
         """The logit for given parameters: ReLU(x·hidden_weights + hidden_bias) · weights + bias."""
         parameters = hidden_weights, hidden_bias, weights, bias, c, threshold
-        return BlockLogit(_fire, parameters, heads=(None, None, 1, 0, None, None))
+        heads = None, None, 1, 0, None, None
+        return BlockLogit(_fire, parameters, by_positions=_fire_by_positions, heads=heads)
 
 
 def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
@@ -275,15 +276,49 @@ def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
         rows = jnp.log1p(c * jnp.abs(block.distances))
         rows = jnp.broadcast_to(rows, (block.query_positions.shape[1], *rows.shape))
         log_distance = skew(rows, block.key_positions.shape[1])[None]
-    position = block.query_positions.astype(jnp.float32)
-    longest = jnp.where(position > threshold, position, threshold)
-    x = log_distance / jnp.log1p(c * longest)[..., None]
+    x = log_distance / _log_longest(block.query_positions, c, threshold)[..., None]
 
     # An MLP of one number is linear between the edges where a unit turns on or off. The piece that contains x is found
     # once for all heads, and each head looks up its slope and offset instead of summing its units for every x.
     edges, slopes, offsets = _pieces(*mlp)
     piece = (x[..., None] > edges).sum(-1)
     return jnp.moveaxis(slopes[piece] * x[..., None] + offsets[piece], -1, 1)
+
+
+def _log_longest(query_position: Int[Array, "*shape"], c, threshold) -> Float[Array, "..."]:
+    """The logarithm of the distance that counts as 1."""
+    position = query_position.astype(jnp.float32)
+    return jnp.log1p(c * jnp.where(position > threshold, position, threshold))
+
+
+def _fire_by_positions(parameters, query_position: Int[Array, "..."], key_position: Int[Array, "..."]):
+    """The MLP unit by unit: kernels cannot look up the piece of each x."""
+    hidden_weights, hidden_bias, weights, bias, c, threshold = parameters
+    log_distance = jnp.log1p(c * jnp.abs(query_position - key_position))
+    x = log_distance / _log_longest(query_position, c, threshold)
+    return _sum_of_units(x, tuple(zip(hidden_weights, hidden_bias, weights, strict=True))) + bias
+
+
+def _units(x, units):
+    return sum(_unit(x, *unit) for unit in units)
+
+
+_sum_of_units = jax.custom_vjp(_units)
+"""Σ weight · ReLU(x · hidden_weight + hidden_bias); the gradient keeps x alone, and computes the units again."""
+
+
+def _unit(x, hidden_weight, hidden_bias, weight):
+    hidden = x * hidden_weight + hidden_bias
+    return jnp.where(hidden > 0, weight * hidden, 0.0)
+
+
+def _sum_of_units_gradient(kept, d_sum):
+    x, units = kept
+    d_x, *d_units = zip(*(jax.vjp(_unit, x, *unit)[1](d_sum) for unit in units), strict=True)
+    return sum(d_x), tuple(zip(*d_units, strict=True))
+
+
+_sum_of_units.defvjp(lambda x, units: (_units(x, units), (x, units)), _sum_of_units_gradient)
 
 
 def _pieces(

@@ -118,7 +118,7 @@ class _Term:
     function: Callable
 
     def __post_init__(self):
-        for name in ("function", "by_distance"):
+        for name in ("function", "by_distance", "by_positions"):
             method = getattr(self, name, None)
             if inspect.ismethod(method):
                 object.__setattr__(self, name, _Method(method.__func__, method.__self__))
@@ -154,6 +154,11 @@ class BlockLogit(_Term):
     the function gets the slices for its block. `by_distance` is for work that is too expensive to repeat in every
     block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive positions and
     sliced to each block's distances.
+
+    `by_positions` is for kernels, which compile few operations. Where a logit depends on nothing but both positions, it
+    is the same function once more, `by_positions(parameters, query_position, key_position) -> logit`, of one head and
+    entry by entry. Its arguments are arrays of any shapes that broadcast. An array among the parameters comes as a
+    tuple of its entries, or of tuples of them, without the axis of heads, which `heads` has to name.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
@@ -161,6 +166,7 @@ class BlockLogit(_Term):
     query_features: Any = None
     key_features: Any = None
     by_distance: Callable | None = dataclasses.field(default=None, metadata={"static": True})
+    by_positions: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, block: Tile) -> Float[Array, "#B #N q k"]:

@@ -22,7 +22,7 @@ from nope_jax.attention.softmax_state import RESULTS
 from nope_jax.compile.estimate import estimate_run, find_machine
 from nope_jax.config import MeshConfig, load_file, override
 from nope_jax.config.schema import Implementation
-from nope_jax.encodings import ENCODINGS, AttentionSink, DistanceLogit, ModelDims
+from nope_jax.encodings import ENCODINGS, FIRE, AttentionSink, BlockLogit, DistanceLogit, ModelDims
 from nope_jax.sharding import make_mesh
 from tests.support.attention_cases import IN_ATTENTION, assert_close, random
 
@@ -145,7 +145,6 @@ DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=T, num_kv_h
 NOT_SERVED = {
     "cope": "ScanLogit",
     "deberta": "BlockLogit",
-    "fire": "BlockLogit",
     "forgetting": "BlockLogit",
     "nezha": "BlockLogit",
     "shaw": "BlockLogit",
@@ -192,6 +191,48 @@ def test_every_encoding_is_the_reference_s_or_is_refused(name, kernel):
             run(kernel)
         return
     found, wanted = run(kernel), run("reference")
+    assert_same(found, wanted)
+
+
+def rising(parameters, query_position, key_position):
+    """Of two numbers per head, which the other axis of an array may come after, and one for all heads."""
+    (slope, tilt), least = parameters
+    distance = jnp.abs(query_position - key_position).astype(jnp.float32)
+    return jnp.where(distance < 12, slope * jnp.log(distance + jnp.exp(least)) + tilt * query_position, -jnp.inf)
+
+
+def rising_block(parameters, block):
+    (per_head, least), pairs = parameters, (block.query_positions[:, None, :, None], block.key_positions[:, None, None])
+    return rising((tuple(per_head[:, :, None, None]), least), *pairs)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("kernel", "keys", "traced"),
+    [
+        ("pallas_tpu", T, {}),
+        pytest.param("pallas_gpu", T, {}, marks=pytest.mark.slow),
+        pytest.param("pallas_tpu", T + 5, POSITIONS, marks=pytest.mark.slow),
+        ("pallas_gpu", T + 5, POSITIONS),
+    ],
+)
+def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
+    """Its gradient too, wherever the parameters have their axis of heads; -inf hides a key."""
+    parameters = jnp.asarray(random(2, N, seed=8)), jnp.float32(0.4)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(operands, parameters, traced, implementation):
+        def loss(operands, parameters):
+            logit = BlockLogit(rising_block, parameters, by_positions=rising, heads=(1, None))
+            out, stats = dot_product_attention(
+                *operands, logit=logit, implementation=implementation, return_stats=True, **traced
+            )
+            return (out**2).sum() + (stats.entropy**2).sum() + stats.logsumexp.sum(), (out, *stats)
+
+        (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(operands, parameters)
+        return values, gradient
+
+    found, wanted = (run(arrays(keys), parameters, traced, name) for name in (kernel, "reference"))
     assert_same(found, wanted)
 
 
@@ -260,7 +301,7 @@ def shapes(queries=T, keys=T, dtype="float32"):
         ({}, "float16", "query must be float32 or bfloat16, not float16"),
         ({"mask": np.ones((T, T), bool)}, "float32", "there is a mask; is_causal, window"),
         ({"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32}, "float32", "precision must be None, a jax.lax.Prec"),
-        ({"query_positions": np.arange(T)}, "float32", "with a logit, positions must be consecutive"),
+        ({"query_positions": np.arange(T)}, "float32", "with a DistanceLogit, positions must be consecutive"),
         ({"implementation": "pallas_gpu"}, "float8_e5m2", "query must be float32, bfloat16 or float16, not float8"),
     ],
 )
@@ -292,9 +333,11 @@ def chosen(caplog, function, *operands, **keywords):
 
 
 def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(caplog):
-    fire = functools.partial(
-        fire_attention, hidden_weights=jnp.ones(6), hidden_bias=jnp.ones(6), weights=jnp.ones((6, N))
-    )
+    def fire(*operands, width=6):
+        return fire_attention(
+            *operands, hidden_weights=jnp.ones(width), hidden_bias=jnp.ones(width), weights=jnp.ones((width, N))
+        )
+
     long = shapes(256, 256)
     assert chosen(caplog, alibi_attention, *long).startswith('"reference" for queries (2, 256, 4, 8)')
     with mesh_of("tpu", "data"):
@@ -303,10 +346,16 @@ def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(
         assert chosen(caplog, alibi_attention, *shapes(1, 300)).startswith('"streaming"')
         assert chosen(caplog, alibi_attention, *shapes(100, 100)).startswith('"reference"')
         assert chosen(caplog, alibi_attention, *long, implementation="streaming").startswith('"streaming"')
-        refused = '"pallas_tpu" cannot serve this call: the logit must be a DistanceLogit or None, not a BlockLogit'
-        assert chosen(caplog, fire, *shapes(512, 512)) == (
+        assert chosen(caplog, fire, *shapes(512, 512)).startswith('"pallas_tpu"')
+        refused = '"pallas_tpu" cannot serve this call: the logit must have at most 256 parameters per head, not 303'
+        assert chosen(caplog, fire, *shapes(512, 512), width=100) == (
             f'"streaming" for queries (2, 512, 4, 8) and keys (2, 512, 2, 8); {refused}'
         )
+        parameters = jnp.ones((2, N)), jnp.float32(0)
+        for keywords in ({"heads": (1, None)}, {"by_positions": rising}):
+            logit = BlockLogit(rising_block, parameters, **keywords)
+            why = "None, a DistanceLogit, or a BlockLogit with by_positions and heads, not a BlockLogit without"
+            assert why in chosen(caplog, dot_product_attention, *long, logit=logit)
     with mesh_of("tpu", "model"):  # a mesh of somebody else's
         assert "XLA cannot shard it over the mesh axes model" in chosen(caplog, nope_attention, *long)
     with jax.default_device("tpu"):
@@ -399,6 +448,42 @@ def test_it_compiles_for_head_dims(head_dim, slice_name):
     sizes = [(1024, heads, head_dim) for heads in (4, 2, 2)]
     attend = functools.partial(alibi_attention, softcap=30.0, chunk_size=700)
     assert kernels(compiled_for(slice_name, gradient_of(attend), sizes)) == GRADIENT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machine", "head_dim", "rule"),
+    [
+        pytest.param(name, *case, marks=pytest.mark.tpu)
+        for name in ("v5e:1x1", "v5p:2x2x1", "v6e:1x1")
+        for case in ((128, {}), (256, {"query_positions": jnp.arange(LONG)}))
+    ]
+    + [
+        pytest.param(name, *case, marks=pytest.mark.cuda)
+        for name, case in (
+            ("h100:1", (128, {})),
+            ("h100:1", (64, {"query_positions": jnp.arange(LONG)})),
+            ("a100:1", (64, {})),
+            ("b200:1", (256, {})),
+        )
+    ],
+)
+def test_a_logit_of_both_positions_compiles_for_chips(machine, head_dim, rule):
+    """FIRE's, with the gradient of its parameters: no array has two axes of the length."""
+    heads = ModelDims(num_heads=8, head_dim=head_dim, model_dim=8 * head_dim)
+    params = FIRE().init_layer(jax.random.key(0), heads)
+
+    def loss(query, key, value, scale):
+        scaled = {name: x * scale[0, 0] for name, x in params.items()}
+        out, stats = encoded_attention(FIRE(), scaled, query, key, value, return_stats=True, **rule)
+        return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
+
+    sizes = [*((LONG, heads, head_dim) for heads in (8, 2, 2)), (1,)]
+    program = compiled_for(machine, jax.grad(loss, argnums=(0, 1, 2, 3)), sizes)
+    on_gpu = [*with_care(*GRADIENT), "attention_parameter_gradient"]
+    assert kernels(program) == (GRADIENT if machine[0] == "v" else sorted(on_gpu))
+    assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * head_dim
 
 
 @pytest.mark.tpu

@@ -183,6 +183,8 @@ def test_a_ring_sees_what_one_device_sees(case, name):
         ("t5", RING, {"softcap": 2.0}),
         ("nope", RING, CASES["rows that see nothing"] | {"window": 20}),
         ("nope", RING, CASES["any positions"]),
+        ("fire", RING, CASES["window"]),
+        ("fire", ALL, CASES["any positions"]),
         ("t5", ALL, CASES["both directions in a window"]),
         ("t5", {"data": 2, "fsdp": 2, "tensor": 2}, CASES["chunks"]),
     ],

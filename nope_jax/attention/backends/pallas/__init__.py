@@ -3,12 +3,13 @@
 The recurrences are those of `streaming.py`. A kernel visits only the blocks in which some query sees a key, and masks
 only those in which something is hidden. Of a term by distance it reads one vector per head.
 
-    call.py      a call: its static arguments, and which blocks meet
-    block.py     one block of queries and keys within a kernel: logits, weights, and their gradients
-    gradient.py  what the backward pass has in common: residuals, and the terms that are one number per row
-    served.py    which calls the kernels serve
-    tpu/         the kernels for TPUs
-    gpu/         the kernels for NVIDIA GPUs
+    call.py        a call: its static arguments, and which blocks meet
+    block.py       one block of queries and keys within a kernel: logits, weights, and their gradients
+    positional.py  a logit of both positions within a kernel
+    gradient.py    what the backward pass has in common: residuals, and the terms that are one number per row
+    served.py      which calls the kernels serve
+    tpu/           the kernels for TPUs
+    gpu/           the kernels for NVIDIA GPUs
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H and H2 the head dims of keys and
 values; q and k the sizes of blocks of queries and keys.

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from nope_jax.attention.backends.pallas.positional import Positional
 from nope_jax.attention.backends.pallas.served import kernel_precision
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.mesh import platform
+from nope_jax.encodings.encoding import Logit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Call:
     with_entropy: bool
     precision: Any
     softcap: float | None
+    positional: Positional | None
+    """The logit by positions, if there is one."""
     interpret: bool
 
     @classmethod
@@ -44,6 +48,7 @@ class Call:
         precision: jax.lax.PrecisionLike,
         with_entropy: bool,
         softcap: float | None,
+        logit: Logit | None = None,
         *,
         query_size: int,
         key_size: int,
@@ -60,6 +65,7 @@ class Call:
             with_entropy=with_entropy,
             precision=kernel_precision(precision),
             softcap=softcap,
+            positional=Positional.of(logit),
             interpret=platform() == "cpu",
         )
 
@@ -75,6 +81,12 @@ class Call:
     def reach(self) -> int | None:
         """The distance from which on nothing is visible."""
         return min((n for n in (self.rule.window, self.rule.chunk_size) if n is not None), default=None)
+
+    def logit_products(self, *, gradient: bool = False) -> int:
+        """The products that a pair takes for a logit by positions, and for its gradient, an addition with each."""
+        if self.positional is None:
+            return 0
+        return (self.positional.operations() + (self.positional.operations(gradient=True) if gradient else 0)) // 2
 
     def keys_of(self, i: Any, offset: Any) -> tuple[Any, Any]:
         """First and last block of keys that the queries of block i may see; the last is before the first for none."""
@@ -177,14 +189,15 @@ class Operands(NamedTuple):
     key: Shaped[Array, "..."]
     value: Shaped[Array, "..."]
     table: Float[Array, "..."] | None
-    """The logit by distance: of each head, or of all, the values of consecutive distances."""
+    """The logit by distance: of each head, or of all, the values of consecutive distances. Or the parameters of one by
+    positions."""
 
 
 class Tokens(NamedTuple):
     """What visibility depends on besides the indices of a query and a key."""
 
-    offset: Int[Array, "1"]
-    """What is added to the index of a query to give its distance from the key of index 0."""
+    offset: Int[Array, "2"]
+    """What is added to the index of a query to give its distance from the key of index 0, and that key's position."""
     of_queries: tuple[Int[Array, "..."], ...]
     """[#B, T]: positions, unless they are consecutive; then the numbers, segments and chunks, that a query has in
     common with the keys that it sees."""
@@ -200,6 +213,7 @@ def tokens_of(call: Call, mask_spec: MaskSpec) -> Tokens:
         pairs.append((mask_spec.query_segments, mask_spec.key_segments))
     if mask_spec.chunk_size is not None:
         pairs.append((positions[0] // mask_spec.chunk_size, positions[1] // mask_spec.chunk_size))
-    offset = jnp.asarray(call.key_length - call.query_length + mask_spec.query_offset_or_0, jnp.int32).reshape(1)
+    first = 0 if mask_spec.start is None else mask_spec.start
+    offset = call.key_length - call.query_length + mask_spec.query_offset_or_0
     of_queries, of_keys = (tuple(pair[side].astype(jnp.int32) for pair in pairs) for side in (0, 1))
-    return Tokens(offset, of_queries, of_keys)
+    return Tokens(jnp.stack([jnp.int32(offset), jnp.int32(first)]), of_queries, of_keys)

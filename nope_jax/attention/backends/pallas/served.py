@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nope_jax.attention.backends.pallas.positional import MAX_PARAMETERS, Positional
 from nope_jax.attention.blocks import CachedLayer
 from nope_jax.attention.mesh import compute_capability, platform, unused_axes
 from nope_jax.encodings import DistanceLogit
@@ -33,10 +34,9 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
             return f"{name} must be {', '.join(others)} or {last}, not {x.dtype}"
         if chip == "gpu" and x.shape[-1] > MAX_HEAD_DIM:
             return f"head dims must be at most {MAX_HEAD_DIM}, not {x.shape[-1]} of {name}"
-    if logit is not None and not isinstance(logit, DistanceLogit):
-        return f"the logit must be a DistanceLogit or None, not a {type(logit).__name__}"
-    if logit is not None and not mask_spec.contiguous:
-        return "with a logit, positions must be consecutive (no query_positions or key_positions)"
+    reason = _unserved_logit(logit, mask_spec)
+    if reason is not None:
+        return reason
     if value_term is not None:
         return "the encoding has a value place"
     if mask_spec.mask is not None:
@@ -49,6 +49,21 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
         return f"it needs a GPU of compute capability {', '.join(CAPABILITIES)}, not {compute_capability()}"
     if platform() == chip and unused_axes():
         return f"XLA cannot shard it over the mesh axes {', '.join(unused_axes())}; call it within jax.shard_map"
+    return None
+
+
+def _unserved_logit(logit: Any, mask_spec: Any) -> str | None:
+    """Why the kernels cannot compute a logit; None if they can."""
+    if isinstance(logit, DistanceLogit) and not mask_spec.contiguous:
+        return "with a DistanceLogit, positions must be consecutive (no query_positions or key_positions)"
+    if logit is None or isinstance(logit, DistanceLogit):
+        return None
+    positional = Positional.of(logit)
+    if positional is None:
+        wanted = "None, a DistanceLogit, or a BlockLogit with by_positions and heads"
+        return f"the logit must be {wanted}, not a {type(logit).__name__} without"
+    if positional.size > MAX_PARAMETERS:
+        return f"the logit must have at most {MAX_PARAMETERS} parameters per head, not {positional.size}"
     return None
 
 

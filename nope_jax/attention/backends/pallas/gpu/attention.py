@@ -22,6 +22,7 @@ from nope_jax.attention.backends.pallas.gpu.tiles import (
     run,
 )
 from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.backends.pallas.positional import Positional
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
 from nope_jax.attention.softmax_state import SoftmaxState
@@ -39,6 +40,7 @@ class Kernels(NamedTuple):
     query_gradient: Kernel
     key_gradients: Kernel
     table_gradient: Kernel
+    parameter_gradient: Kernel
 
 
 def pallas_gpu_attention(
@@ -68,7 +70,7 @@ def pallas_gpu_attention(
 
     def kernel(name: str, blocks: Blocks, keys_first: bool = False) -> Kernel:
         size = {"query_size": blocks.queries, "key_size": blocks.keys}
-        call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, **size)
+        call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, logit, **size)
         return Kernel(name, call, blocks, keys_first)
 
     kernels = Kernels(
@@ -76,13 +78,16 @@ def pallas_gpu_attention(
         kernel("attention_query_gradient", sizes.query_gradient),
         kernel("attention_key_gradients", sizes.key_gradients, keys_first=True),
         kernel("attention_table_gradient", sizes.table_gradient),
+        kernel("attention_parameter_gradient", sizes.table_gradient),
     )
     call = kernels.forward.call
     tokens = tokens_of(call, mask_spec)
     table = None
     if isinstance(logit, DistanceLogit):
         before, after = padded_length(call.key_length), padded_length(call.query_length)
-        table = logit.values(tokens.offset + jnp.arange(-before, after, dtype=jnp.int32))
+        table = logit.values(tokens.offset[0] + jnp.arange(-before, after, dtype=jnp.int32))
+    elif call.positional is not None:
+        table = call.positional.numbers(logit, query.shape[2])
     factor = jnp.broadcast_to(factor, (len(query), query.shape[2], query.shape[1]))
     operands = Operands(query, factor, key, value, table)
     if final_rows is not None:
@@ -129,20 +134,23 @@ def _forward(kernels: Kernels, operands: Operands, tokens: Tokens) -> tuple[Arra
         program.store_vector(at, results[2], b, n, logsumexp[:, 0])
 
     grid, outputs = (call.query_blocks, heads, batch), (output, of_rows, of_rows)
-    found, entropy, logsumexp = run(kernel, grid, body, operands, tokens, (), outputs, products=dim + value_dim)
+    products = dim + value_dim + call.logit_products()
+    found, entropy, logsumexp = run(kernel, grid, body, operands, tokens, (), outputs, products=products)
     return found, entropy, logsumexp
 
 
 def _backward(kernels: Kernels, operands: Operands, tokens: Tokens, results, cotangents) -> Operands:
     (output, entropy, logsumexp), (d_output, d_entropy, d_logsumexp) = results, cotangents
     projected = jnp.einsum("btnh,btnh->bnt", *(x.astype(jnp.float32) for x in (output, d_output)))
-    with_entropy = kernels.forward.call.with_entropy
-    row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, with_entropy)
+    call = kernels.forward.call
+    row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, call.with_entropy)
     rows = d_output, row_term, logsumexp, d_entropy
     d_query, d_factor = _query_gradient(kernels.query_gradient, operands, tokens, rows)
     d_key, d_value = _key_gradients(kernels.key_gradients, operands, tokens, rows)
     d_table, table = None, operands.table
-    if table is not None:
+    if call.positional is not None:
+        d_table = _parameter_gradient(kernels.parameter_gradient, call.positional, operands, tokens, rows)
+    elif table is not None:
         d_table = _table_gradient(kernels.table_gradient, table, operands, tokens, rows)
     return Operands(d_query, d_factor, d_key, d_value, d_table)
 
@@ -171,7 +179,8 @@ def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tu
         program.store_vector(at, results[1], b, n, (d_scaled * finite(of_query)).sum(1))
 
     grid, outputs = (call.query_blocks, heads, batch), (_like(query), _like(factor))
-    return run(kernel, grid, body, operands, tokens, rows, outputs, products=2 * dim + value_dim)
+    products = 2 * dim + value_dim + call.logit_products()
+    return run(kernel, grid, body, operands, tokens, rows, outputs, products=products)
 
 
 def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
@@ -206,7 +215,8 @@ def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tup
         program.store_matrix(at, value, results[1], b, c, sums[1])
 
     grid, outputs = (call.key_blocks, kv_heads, batch), (_like(key), _like(value))
-    return run(kernel, grid, body, operands, tokens, rows, outputs, products=2 * dim + 2 * value_dim)
+    products = 2 * dim + 2 * value_dim + call.logit_products()
+    return run(kernel, grid, body, operands, tokens, rows, outputs, products=products)
 
 
 def _table_gradient(
@@ -250,6 +260,34 @@ def _table_gradient(
     after = padded_length(call.query_length) - call.query_blocks * size
     by_distance = jnp.pad(by_distance.reshape(heads, -1), ((0, 0), (before, after)))
     return by_distance.sum(0, keepdims=True) if len(table) == 1 else by_distance
+
+
+def _parameter_gradient(
+    kernel: Kernel, positional: Positional, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
+) -> Float[Array, "N filled"]:
+    """Gradient of the parameters of a logit by positions: a program sums those of one block of queries."""
+    call, (query, _, _, value, _) = kernel.call, operands
+    (batch, _, heads, dim), value_dim, size = query.shape, value.shape[-1], positional.filled_size
+
+    def body(program: Program, results):
+        i, n, b = program.indices
+        c, numbers, index = lax.div(n, call.groups), program.numbers(n), lax.iota(jnp.int32, size)
+        queries = program.queries(b, n, i)
+
+        def visit(j, total):
+            keys = program.keys(b, c, j)
+            d_logits = program.block(queries, keys, n, masked=True).gradients()[1]
+            for p, d_number in enumerate(positional.gradient(numbers, *program.positions(queries, keys), d_logits)):
+                total += jnp.where(index == p, d_number, 0.0)
+            return total
+
+        low, high = call.keys_of(i, program.offset)
+        results[0][b * call.query_blocks + i, n] = lax.fori_loop(low, high + 1, visit, jnp.zeros(size, jnp.float32))
+
+    sums = jax.ShapeDtypeStruct((batch * call.query_blocks, heads, size), jnp.float32)
+    grid, products = (call.query_blocks, heads, batch), dim + value_dim + call.logit_products(gradient=True)
+    (found,) = run(kernel, grid, body, operands, tokens, rows, (sums,), products=products, checked=False)
+    return found.sum(0)
 
 
 _attend, _attend_part = differentiable(_forward, _backward)

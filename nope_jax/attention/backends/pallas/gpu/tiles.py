@@ -46,7 +46,8 @@ class Inputs(NamedTuple):
     value: Any
     factor: Any
     table: Any
-    """[#N, distances], the first being that of query 0 from key `padded_length(S)`; None: no logit by distance."""
+    """By distance: [#N, distances], the first being that of query 0 from key `padded_length(S)`. By positions: [N, P].
+    None: there is no logit."""
     offset: Any
     of_queries: Any
     of_keys: Any
@@ -119,27 +120,22 @@ class Program:
 
     def block(self, queries: Side, keys: Side, n: Any, masked: bool) -> Block:
         """The block of some queries of head n and some keys."""
-        keys_first = self.kernel.keys_first
-
-        def of_query(x):
-            return x[None] if keys_first else x[:, None]
-
-        def of_key(x):
-            return x[:, None] if keys_first else x[None]
-
+        of_query, of_key = self._axes
         visible = term = None
         query_index, key_index = of_query(queries.indices), of_key(keys.indices)
         if masked:
             of_queries, of_keys = map(of_query, queries.tokens), map(of_key, keys.tokens)
             visible = self.call.visible(query_index, key_index, self.offset, tuple(of_queries), tuple(of_keys))
-        if self.inputs.table is not None:
+        if self.call.positional is not None:
+            term = self.call.positional(self.numbers(n), *self.positions(queries, keys))
+        elif self.inputs.table is not None:
             head = jnp.minimum(n, len(self.arrays.table) - 1)
             distance = query_index - key_index + padded_length(self.call.key_length)
             term = plgpu.load(self.inputs.table.at[head, distance])
         factor, *rows = map(of_query, queries.vectors)
         return Block(
             self.call,
-            keys_first,
+            self.kernel.keys_first,
             query=queries.matrices[0],
             key=keys.matrices[0],
             value=keys.matrices[1],
@@ -149,6 +145,31 @@ class Program:
             term=term,
             rows=(*queries.matrices[1:], *rows),
         )
+
+    def numbers(self, n: Any) -> list[Any]:
+        """The parameters of a logit by positions, of head n."""
+        assert self.call.positional is not None
+        return [self.inputs.table[n, p] for p in range(self.call.positional.size)]
+
+    def positions(self, queries: Side, keys: Side) -> tuple[Any, Any]:
+        """The positions of some queries and some keys, which broadcast to their block."""
+        of_query, of_key = self._axes
+        if not self.call.contiguous:
+            return of_query(queries.tokens[0]), of_key(keys.tokens[0])
+        start = self.inputs.offset[1]
+        return of_query(queries.indices) + self.offset + start, of_key(keys.indices) + start
+
+    @property
+    def _axes(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        """Functions that turn vectors of queries, and of keys, to the axis that they have in a block."""
+
+        def first(x):
+            return x[:, None]
+
+        def last(x):
+            return x[None]
+
+        return (last, first) if self.kernel.keys_first else (first, last)
 
     def fold_keys(self, i: Any, visit: Callable[[Any, bool, Any], Any], sums: Any) -> Any:
         """Fold `visit(j, masked, sums)` over the key blocks that meet query block i."""
@@ -257,7 +278,8 @@ def run(
         body: A function of a program and references to outputs.
         rows: `Inputs.rows`.
         outputs: Its results: matrices, vectors, or arrays of whole blocks.
-        products: Head dims of all matrix products of a block, for estimates of cost.
+        products: Those of a pair, each with an addition, for estimates of cost: head dims of all matrix products, and
+            what a logit by positions takes.
         checked: Whether the body checks its sums.
     """
     query, factor, key, value, table = operands

@@ -5,11 +5,12 @@ thus a vector along the lanes, sums over keys run down the sublanes, and statist
 
 A term by distance is a vector per head. A block meets 2·size - 1 of its entries, within two neighbouring pieces of the
 vector, which a rotation by one more lane per sublane turns into the term of the block; its gradient is rotated back
-and summed.
+and summed. A term by positions is computed in strips.
 
 Blocks in which no query sees a key are neither fetched nor computed.
 
-    inputs.py     the arrays of a call, heads first and cut into blocks; one block within a kernel; the shear
+    inputs.py     the arrays of a call, heads first and cut into blocks; one block within a kernel
+    terms.py      the logit of a block, and its gradient
     walk.py       runs a function over all blocks that meet: one kernel
     attention.py  the kernels of the forward and the backward pass
 

@@ -11,12 +11,13 @@ from jaxtyping import Array, Float, Shaped
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
 from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
-from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens, unsheared
+from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens
+from nope_jax.attention.backends.pallas.tpu.terms import table_of
 from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, along_queries, of_keys, of_queries, run
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
 from nope_jax.attention.softmax_state import SoftmaxState
-from nope_jax.encodings import BlockValue, DistanceLogit
+from nope_jax.encodings import BlockValue
 from nope_jax.encodings.encoding import MASKED, Logit
 
 LANES = 128
@@ -50,7 +51,7 @@ def pallas_tpu_attention(
         longest = max(query_length, key_length)
         block_size = min(BLOCK_SIZE, max(LANES, 1 << (longest - 1).bit_length()))
     sizes = {"query_size": block_size, "key_size": block_size}
-    call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, **sizes)
+    call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, logit, **sizes)
     tokens = filled_tokens(call, tokens_of(call, mask_spec))
 
     def heads_first(x: Array) -> Array:
@@ -59,16 +60,12 @@ def pallas_tpu_attention(
     def of_rows(x: Array, fill: float = 0) -> Array:
         return filled(x[:, :, None], 3, block_size, fill)
 
-    table = None
-    if isinstance(logit, DistanceLogit):
-        pieces = jnp.arange(-call.key_blocks * block_size, call.query_blocks * block_size, dtype=jnp.int32)
-        table = logit.values(tokens.offset + pieces)[:, None]
     operands = Operands(
         query=heads_first(query),
         factor=of_rows(jnp.broadcast_to(factor, (batch, num_heads, query_length))),
         key=heads_first(key),
         value=heads_first(value),
-        table=table,
+        table=table_of(call, logit, tokens, num_heads),
     )
     if final_rows is None:
         out, entropy, logsumexp = _attend(call, operands, tokens)
@@ -86,7 +83,7 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
     def begin(indices, results, sums):
         sums[0][...] = jnp.full(sums[0].shape, MASKED / 2, jnp.float32)
 
-    def visit(block: Block, diagonal, results, sums):
+    def visit(block: Block, term, results, sums):
         largest, normaliser, weighted, output = sums
         state, weights, decay = block.softmax(
             SoftmaxState(largest[...], normaliser[...], weighted[...] if call.with_entropy else None)
@@ -123,7 +120,7 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
         begin=begin,
         visit=visit,
         end=end,
-        products=dim + value_dim,
+        products=dim + value_dim + call.logit_products(),
     )
     return output, entropy, logsumexp
 
@@ -160,7 +157,7 @@ _attend, _attend_part = differentiable(_forward, _backward)
 
 def _query_gradient(
     call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
-) -> tuple[Float[Array, "B N T H"], Float[Array, "#N 1 distances"] | None]:
+) -> tuple[Float[Array, "B N T H"], Float[Array, "#N rows columns"] | None]:
     """Gradients of the queries times their factor, and of the table."""
     (batch, heads, _, dim), value_dim = operands.query.shape, operands.value.shape[-1]
     table, product_dtype = operands.table, jnp.promote_types(operands.query.dtype, operands.key.dtype)
@@ -172,20 +169,19 @@ def _query_gradient(
             def _():
                 results[1][...] = jnp.zeros(results[1].shape, jnp.float32)
 
-    def visit(block: Block, diagonal, results, sums):
+    def visit(block: Block, term, results, sums):
         _, d_logits, d_product = block.gradients()
         sums[0][...] += block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
         if table is not None:
-            start = pl.multiple_of((diagonal + call.key_blocks - 1) * call.key_size, call.key_size)
-            results[1][0, :, pl.ds(start, 2 * call.key_size)] += unsheared(d_logits)
+            term.add_gradient(d_logits, results[1])
 
     def end(results, sums):
         results[0][0, 0] = sums[0][...].T
 
     outputs = [of_queries(call, operands.query.shape, jnp.float32)]
-    if table is not None:  # all distances of a head at once, which stay in memory for all batch rows
-        span = table.shape[-1]
-        outputs.append(Output((heads, 1, span), jnp.float32, (1, 1, span), lambda b, n, i, j: (n, 0, 0)))
+    if table is not None:  # all of a head at once, which stays in memory for all batch rows
+        of_head = table.shape[1:]
+        outputs.append(Output((heads, *of_head), jnp.float32, (1, *of_head), lambda b, n, i, j: (n, 0, 0)))
     d_scaled, *d_table = run(
         "attention_query_gradient",
         call,
@@ -198,7 +194,7 @@ def _query_gradient(
         begin=begin,
         visit=visit,
         end=end,
-        products=2 * dim + value_dim,
+        products=2 * dim + value_dim + call.logit_products(gradient=True),
     )
     if table is None:
         return d_scaled, None
@@ -212,7 +208,7 @@ def _key_gradients(
     (batch, kv_heads, _, dim), value_dim = operands.key.shape, operands.value.shape[-1]
     product_dtype = jnp.promote_types(operands.query.dtype, operands.key.dtype)
 
-    def visit(block: Block, diagonal, results, sums):
+    def visit(block: Block, term, results, sums):
         weights, _, d_product = block.gradients()
         d_output = block.rows[0]
         d_product = (d_product * block.factor).astype(product_dtype)
@@ -234,6 +230,6 @@ def _key_gradients(
         ((call.key_size, dim), (call.key_size, value_dim)),
         visit=visit,
         end=end,
-        products=2 * dim + 2 * value_dim,
+        products=2 * dim + 2 * value_dim + call.logit_products(),
     )
     return d_key, d_value

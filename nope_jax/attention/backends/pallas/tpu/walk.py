@@ -21,6 +21,7 @@ from jaxtyping import Array
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens
 from nope_jax.attention.backends.pallas.tpu.inputs import Inputs, block_at
+from nope_jax.attention.backends.pallas.tpu.terms import memory_of, table_blocks, term_at
 
 
 class Walk(NamedTuple):
@@ -115,13 +116,14 @@ def run(
         rows: More inputs of queries.
         outputs: Its results.
         sums: Shapes of float32 memory that is zero at the start of the last axis of the grid.
-        visit: Called with each block of queries and keys that meet, the number of the query block minus that of the
-            key block, and the references to outputs and sums.
+        visit: Called with each block of queries and keys that meet, the term of its logit, and the references to
+            outputs and sums.
         end: Called with outputs and sums at the end of the last axis.
         begin: Called with the indices of the grid, outputs and sums at its start.
-        products: Head dims of all matrix products of a block, for the compiler's estimates.
+        products: Those of a pair, each with an addition, for estimates of cost: head dims of all matrix products, and
+            what a logit by positions takes.
     """
-    size, table = call.key_size, operands.table
+    size = call.key_size
 
     def spec(block: tuple[int, ...], place: Callable[..., tuple]) -> pl.BlockSpec:
         def index(*indices):
@@ -133,25 +135,19 @@ def run(
     def like(output: Output) -> pl.BlockSpec:
         return spec(output.block, output.place)
 
-    def of_table(back: int) -> pl.BlockSpec | None:
-        if table is None:
-            return None
-        shared = table.shape[0] == 1
-        return spec((1, 1, size), lambda b, n, i, j: (0 if shared else n, 0, i - j + call.key_blocks - back))
-
     def of_token(x: Array, is_query: bool) -> pl.BlockSpec:
         shared = x.shape[0] == 1
         return spec((1, 1, size), lambda b, n, i, j: (0 if shared else b, 0, i if is_query else j))
 
-    query, factor, key, value, _ = operands
-    inputs = Inputs(query, factor, key, value, table, table, tokens.of_queries, tokens.of_keys, rows)
+    query, factor, key, value, table = operands
+    of_table = table_blocks(call, table, spec)
+    inputs = Inputs(query, factor, key, value, (table,) * len(of_table), tokens.of_queries, tokens.of_keys, rows)
     specs = Inputs(
         query=like(of_queries(call, query.shape, query.dtype)),
         factor=like(of_queries(call, factor.shape, factor.dtype)),
         key=like(of_keys(call, key.shape, key.dtype)),
         value=like(of_keys(call, value.shape, value.dtype)),
-        near=of_table(0),
-        far=of_table(1),
+        table=of_table,
         of_queries=tuple(of_token(x, True) for x in tokens.of_queries),
         of_keys=tuple(of_token(x, False) for x in tokens.of_keys),
         rows=tuple(like(of_queries(call, x.shape, x.dtype)) for x in rows),
@@ -161,7 +157,8 @@ def run(
     def kernel(offset, *references):
         own = jax.tree.unflatten(structure, references[: len(arrays)])
         rest = references[len(arrays) :]
-        results, own_sums = rest[: len(outputs)], rest[len(outputs) :]
+        results, rest = rest[: len(outputs)], rest[len(outputs) :]
+        own_sums, memory = rest[: len(sums)], rest[len(sums) :]
         indices = [pl.program_id(axis) for axis in range(len(walk.grid))]
         _, _, i, j, meet = walk.at(*indices, offset[0])
 
@@ -173,7 +170,10 @@ def run(
                 begin(indices, results, own_sums)
 
         def visit_if(condition, masked):
-            pl.when(condition)(lambda: visit(block_at(call, own, offset[0], i, j, masked), i - j, results, own_sums))
+            @pl.when(condition)
+            def _():
+                term = term_at(call, own, memory, offset, i, j)
+                visit(block_at(call, own, term, offset[0], i, j, masked), term, results, own_sums)
 
         if tokens.of_queries:
             visit_if(meet, masked=True)
@@ -196,7 +196,7 @@ def run(
             grid=walk.grid,
             in_specs=jax.tree.leaves(specs),
             out_specs=[like(output) for output in outputs],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *memory_of(call)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         cost_estimate=_cost(call, walk, inputs, outputs, products),
