@@ -171,7 +171,8 @@ def test_documents_of_the_task_are_prompts_that_end_with_their_only_answer():
     assert min(before) < 10 and min(after) < 10 and max(before) > 190 and max(after) > 190
 
 
-def test_only_the_answer_can_tell_a_model_that_the_document_ends():
+def test_only_the_answer_can_tell_a_model_that_the_document_ends(monkeypatch):
+    monkeypatch.setitem(DOCUMENTS, "train", 50)
     for batch, _ in zip(train_batches(config()), range(3), strict=False):
         assert [text(row).startswith(TASK) for row in batch.tokens] == [True] * 4
         for row in batch.tokens:

@@ -363,13 +363,11 @@ def test_variants_that_are_not_supported(name, settings, match):
 # What tuning makes of a model, written as transformers says it.
 
 
+TINY = ModelConfig(vocab_size=48, num_layers=2, num_heads=4, model_dim=32, embedding_scale=1.0, train_length=24)
+
+
 def tiny(**fields):
-    return Decoder(
-        ModelConfig(vocab_size=48, num_layers=2, num_heads=4, model_dim=32, embedding_scale=1.0, train_length=24)
-        if not fields
-        else dataclasses.replace(tiny().config, **fields),
-        rngs=nnx.Rngs(0),
-    )
+    return Decoder(dataclasses.replace(TINY, **fields), rngs=nnx.Rngs(0))
 
 
 def saved(model, folder, **keywords):
