@@ -81,7 +81,7 @@ def test_scores_are_by_dataset_and_words_and_what_is_measured_is_kept(folder, tm
     assert "<h2>LongBench</h2>" in page and "plain ones, not LongBench" in page and "left out: vcsum" in page
 
     asked, words = len(knows.prompts), words.replace(f" {folder}/learned", "")
-    assert call_eval(monkeypatch, words) == 0 and len(knows.prompts) == asked  # stored
+    assert call_eval(monkeypatch, words, pictures=True) == 0 and len(knows.prompts) == asked  # stored
     assert "mean of 2" in capsys.readouterr().out
     assert call_eval(monkeypatch, f"{words} --longbench.datasets hotpotqa --longbench.examples 1") == 0
     assert len(knows.prompts) == asked + 2 * 4 and {

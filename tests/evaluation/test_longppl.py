@@ -110,7 +110,7 @@ def table(path):
 def test_perplexity_over_key_tokens_is_beside_that_over_all(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trained, "load_model", lambda workdir, mesh, **_: (None, Copier(), 0))
     words = f"longppl --workdirs {folder}/nope --lengths 16 64 {SMALL} --out {tmp_path}"
-    assert call_eval(monkeypatch, words) == 0
+    assert call_eval(monkeypatch, words, pictures=True) == 0
     lines = table(tmp_path / "longppl.csv")
     assert [row["length"] for row in lines] == ["16", "64"] and {row["judge"] for row in lines} == {"nope"}
     for row in lines:

@@ -182,7 +182,7 @@ def read(out):
 
 def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, capsys):
     words = f"probe --workdirs {workdirs}/alibi {workdirs}/learned --lengths 32 17 8 --out {tmp_path}/a"
-    assert call_eval(monkeypatch, f"{words} --probe.documents 5 --probe.ridge 0.01") == 0
+    assert call_eval(monkeypatch, f"{words} --probe.documents 5 --probe.ridge 0.01", pictures=True) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"probe.csv", "probe.png", "report.html", "sections"}
     rows = read(tmp_path / "a")
     assert list(rows[0]) == [

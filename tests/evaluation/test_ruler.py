@@ -75,7 +75,7 @@ def test_a_model_that_knows_needles_is_found_to_know_them_and_what_is_measured_i
     assert "<h2>RULER</h2>" in page and "base models" in page and "85.6" in page
 
     calls, words = knows.calls, words.replace(f" {folder}/learned", "")
-    assert call_eval(monkeypatch, words) == 0 and knows.calls == calls  # stored
+    assert call_eval(monkeypatch, words, pictures=True) == 0 and knows.calls == calls  # stored
     assert "66.7" in " ".join(capsys.readouterr().out.split())
     assert call_eval(monkeypatch, words.replace("examples 3", "examples 4")) == 0 and knows.calls > calls
 

@@ -270,7 +270,7 @@ def read(out):
 
 def test_two_copies_of_one_run_are_at_distance_0(workdirs, tmp_path, monkeypatch, capsys):
     words = f"similarity --workdirs {workdirs}/nope {workdirs}/same --out {tmp_path}/a/b --similarity.documents 3"
-    assert call_eval(monkeypatch, words) == 0
+    assert call_eval(monkeypatch, words, pictures=True) == 0
     rows, arrays = read(tmp_path / "a" / "b")
     assert [[row[name] for name in ("layer", "distance", "head_a", "head_b")] for row in rows] == [
         ["0", "0", "0", "0"],

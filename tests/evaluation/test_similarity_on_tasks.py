@@ -41,7 +41,7 @@ def table(out):
 
 def test_the_attention_of_a_run_is_compared_with_others_example_by_example(runs, tmp_path, monkeypatch, capsys):
     words = f"similarity --workdirs {runs}/nope {runs}/same {runs}/alibi {runs}/learned --out {tmp_path}"
-    assert call_eval(monkeypatch, f"{words} --similarity.documents 2") == 0
+    assert call_eval(monkeypatch, f"{words} --similarity.documents 2", pictures=True) == 0
     rows = table(tmp_path)
     assert list(rows[0]) == COLUMNS.split() and {row["layer"] for row in rows} == {"0", "1"}
     assert {(row["run"], row["other"], row["task"]) for row in rows} == {

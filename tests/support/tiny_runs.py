@@ -15,6 +15,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.cli import run
 from nope_jax.config import Config, DataConfig, EvalConfig
+from nope_jax.evaluation.common import evaluation
 
 
 def write_documents(folder: Path, count: int = 60) -> Path:
@@ -46,12 +47,18 @@ def copy_run(run: Path, workdir: Path, changes: dict | None = None) -> None:
     configs.save(configs.override(configs.load(workdir), changes or {}), workdir)
 
 
-def call_eval(monkeypatch, words: str) -> int:
-    """The exit status of `python eval.py` with these words."""
+def call_eval(monkeypatch, words: str, pictures: bool = False) -> int:
+    """The exit status of `python eval.py` with these words; without pictures, which take long, their files are empty.
+
+    One test of each evaluation draws them.
+    """
     path = Path(__file__).parents[2] / "eval.py"
     spec = importlib.util.spec_from_file_location("eval_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["eval.py", *shlex.split(words)])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
-    return run(module.main)
+    with monkeypatch.context() as patch:
+        if not pictures:
+            patch.setattr(evaluation, "save", lambda path, figure: path.touch())
+        return run(module.main)
