@@ -85,7 +85,7 @@ def stand_ins() -> Iterator[None]:
 def _small_backends() -> dict[str, backends.Backend]:
     wide, high, square = Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1), Blocks(8, 8, 4, 1)
     sizes: dict[str, dict] = {name: {"block_size": 8} for name in ("streaming", "pallas_tpu")}
-    sizes["pallas_gpu"] = {"sizes": Sizes(wide, high, wide, square)}
+    sizes["pallas_gpu"] = {"sizes": Sizes(wide, high, wide, square, wide)}
     table = dict(backends.BACKENDS)
     for name, small in sizes.items():
         table[name] = dataclasses.replace(table[name], attend=functools.partial(table[name].attend, **small))

@@ -123,7 +123,16 @@ class Rows(NamedTuple):
         return Rows(d_output, share * d_rows.entropy, jnp.where(seen, share * d_logsumexp, 0.0))
 
 
-def _share(part: Rows, logsumexp: Float[Array, "*rows"]) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+def merged_parts(parts: Rows, with_entropy: bool) -> Rows:
+    """Merge the results over disjoint sets of keys, which lie along the first axis."""
+    logsumexp = nn.logsumexp(parts.logsumexp, axis=0)
+    share, moved = _share(parts, logsumexp)
+    entropy = (share * (parts.entropy + moved)).sum(0) if with_entropy else jnp.zeros_like(logsumexp)
+    share = share[..., None]
+    return Rows(jnp.where(share == 0, 0.0, share * parts.output).sum(0), entropy, logsumexp)
+
+
+def _share(part: Rows, logsumexp: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """A part's share of the total weight, and the total logsumexp minus the part's; both 0 if the part sees no key."""
     seen = part.logsumexp != -jnp.inf
     moved = jnp.where(seen, logsumexp - part.logsumexp, 0.0)

@@ -86,16 +86,20 @@ KERNEL_LENGTH = 128
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 """The one that is chosen by default, by platform."""
 
+DECODING_KERNELS = {"gpu": "pallas_gpu"}
+"""Those that serve a few queries against a KV cache."""
+
 
 def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
-    """Default names: the platform's kernel, for a block at least and not in decoding; then streaming.
+    """Default names: the platform's kernel, for a block at least, or for decoding if there is one; then streaming.
 
     Instead of streaming, reference if all weights of a head fit in one block on one device and there is no cache.
     """
     few = few_queries(query_length, key_length)
     small = query_length * key_length <= BLOCK_SIZE**2 and not few and ring_size() == 1
-    long = not few and min(query_length, key_length) >= KERNEL_LENGTH
-    kernel = (KERNELS[platform()],) if long and platform() in KERNELS else ()
+    kernels = KERNELS if not few else DECODING_KERNELS if pallas.is_decoding(query_length, key_length) else {}
+    long = key_length >= KERNEL_LENGTH and (few or query_length >= KERNEL_LENGTH)
+    kernel = (kernels[platform()],) if long and platform() in kernels else ()
     return (*kernel, "reference" if small else "streaming")
 
 

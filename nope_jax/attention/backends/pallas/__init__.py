@@ -19,8 +19,9 @@ import functools
 from typing import Any
 
 from nope_jax.attention.backends.pallas import served
+from nope_jax.attention.backends.pallas.served import is_decoding
 
-__all__ = ["gpu_attention", "supports_gpu", "supports_tpu", "tpu_attention"]
+__all__ = ["gpu_attention", "is_decoding", "supports_gpu", "supports_tpu", "tpu_attention"]
 
 supports_tpu = functools.partial(served.supports, "tpu")
 supports_gpu = functools.partial(served.supports, "gpu")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nope_jax.attention.backends.pallas.positional import Positional
 from nope_jax.attention.backends.pallas.served import kernel_precision
+from nope_jax.attention.blocks import CachedLayer
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.mesh import platform
 from nope_jax.encodings.encoding import Logit
@@ -43,7 +44,7 @@ class Call:
     def of(
         cls,
         query: Shaped[Array, "B T N H"],
-        key: Shaped[Array, "B S K H"],
+        key: Shaped[Array, "B S K H"] | CachedLayer,
         mask_spec: MaskSpec,
         precision: jax.lax.PrecisionLike,
         with_entropy: bool,

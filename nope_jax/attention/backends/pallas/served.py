@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nope_jax.attention.backends.pallas.positional import MAX_PARAMETERS, Positional
-from nope_jax.attention.blocks import CachedLayer
+from nope_jax.attention.blocks import CachedLayer, few_queries
 from nope_jax.attention.mesh import compute_capability, platform, unused_axes
 from nope_jax.encodings import DistanceLogit
 
@@ -24,17 +24,28 @@ CAPABILITIES = ("8.0", "9.0", "10.0")
 """The GPUs whose compilers have been asked. Most others have less shared memory."""
 
 
+DECODING_QUERIES = 8
+"""So many queries, and no more, are served by the kernel for decoding."""
+
+
+def is_decoding(query_length: int, key_length: int) -> bool:
+    """Whether a call on a GPU gets the kernel for a few queries, which also reads KV caches."""
+    return query_length <= DECODING_QUERIES and few_queries(query_length, key_length)
+
+
 def supports(chip, query, factor, key, value, logit, value_term, mask_spec, precision, *_: Any) -> str | None:
     """Why the kernels for a platform, "tpu" or "gpu", cannot serve a call; None if they can."""
+    decoding = chip == "gpu" and is_decoding(query.shape[1], key.shape[1])
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, CachedLayer):
-            return "keys of a KV cache are read by another backend"
+        if isinstance(x, CachedLayer) and not decoding:
+            most = f" for more than {DECODING_QUERIES} queries" if chip == "gpu" else ""
+            return f"keys of a KV cache are read by another backend{most}"
         if x.dtype not in DTYPES[chip]:
             *others, last = (jnp.dtype(dtype).name for dtype in DTYPES[chip])
             return f"{name} must be {', '.join(others)} or {last}, not {x.dtype}"
         if chip == "gpu" and x.shape[-1] > MAX_HEAD_DIM:
             return f"head dims must be at most {MAX_HEAD_DIM}, not {x.shape[-1]} of {name}"
-    reason = _unserved_logit(logit, mask_spec)
+    reason = _unserved_logit(logit, mask_spec.contiguous or decoding)
     if reason is not None:
         return reason
     if value_term is not None:
@@ -52,9 +63,9 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
     return None
 
 
-def _unserved_logit(logit: Any, mask_spec: Any) -> str | None:
+def _unserved_logit(logit: Any, any_by_distance: bool) -> str | None:
     """Why the kernels cannot compute a logit; None if they can."""
-    if isinstance(logit, DistanceLogit) and not mask_spec.contiguous:
+    if isinstance(logit, DistanceLogit) and not any_by_distance:
         return "with a DistanceLogit, positions must be consecutive (no query_positions or key_positions)"
     if logit is None or isinstance(logit, DistanceLogit):
         return None

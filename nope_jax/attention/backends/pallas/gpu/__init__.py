@@ -18,6 +18,7 @@ launch of the kernel, whose programs end at once otherwise, computes those again
 
     tiles.py      what a program reads and writes, and its loops
     attention.py  the kernels of the forward and the backward pass
+    decoding.py   the kernel for a few queries against many keys
     sizes.py      the sizes of blocks
 
 Shapes as in `pallas`.

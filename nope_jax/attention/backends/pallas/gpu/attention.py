@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends.diagonals import unshear
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
+from nope_jax.attention.backends.pallas.gpu.decoding import FewQueries, Options, few_queries_attention
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes, sizes_for
 from nope_jax.attention.backends.pallas.gpu.tiles import (
     Kernel,
@@ -23,6 +24,8 @@ from nope_jax.attention.backends.pallas.gpu.tiles import (
 )
 from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
 from nope_jax.attention.backends.pallas.positional import Positional
+from nope_jax.attention.backends.pallas.served import is_decoding
+from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
 from nope_jax.attention.softmax_state import SoftmaxState
@@ -46,8 +49,8 @@ class Kernels(NamedTuple):
 def pallas_gpu_attention(
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    key: Shaped[Array, "B S K H"] | CachedLayer,
+    value: Shaped[Array, "B S K H2"] | CachedLayer,
     logit: Logit | None,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
@@ -61,12 +64,17 @@ def pallas_gpu_attention(
     """The `attend` of a backend with `in_parts`; reverse-mode differentiable.
 
     Args:
+        key, value: Arrays or, where `is_decoding`, layers of a KV cache.
         sizes: The sizes of blocks: powers of two, on a GPU at least 16, as many queries as keys for the table's
             gradient. None: `sizes_for` the head dim.
     """
     if sizes is None:
         widest, itemsize = max(query.shape[-1], value.shape[-1]), max(x.dtype.itemsize for x in (query, key, value))
         sizes = sizes_for(padded_dim(widest), itemsize)
+    if final_rows is None and is_decoding(query.shape[1], key.shape[1]):
+        options = Options(precision, with_entropy, softcap, sizes.decoding)
+        return few_queries_attention(options, FewQueries(query, factor, key, value, logit, mask_spec))
+    key, value = whole(key), whole(value)
 
     def kernel(name: str, blocks: Blocks, keys_first: bool = False) -> Kernel:
         size = {"query_size": blocks.queries, "key_size": blocks.keys}

@@ -20,13 +20,24 @@ class Sizes(NamedTuple):
     query_gradient: Blocks
     key_gradients: Blocks
     table_gradient: Blocks
+    """Also of the gradient of the parameters of a logit by positions."""
+    decoding: Blocks
+    """Of the queries, which are rows of all heads of a group, at most so many."""
 
 
 _SIZES = {
-    64: Sizes(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-    128: Sizes(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-    512: Sizes(Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
-    1024: Sizes(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 1)),
+    64: Sizes(
+        Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 3)
+    ),
+    128: Sizes(
+        Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 3)
+    ),
+    512: Sizes(
+        Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)
+    ),
+    1024: Sizes(
+        Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)
+    ),
 }
 """By the head dim, filled up to a power of two; float32, which takes twice the memory and more registers, counts four
 times. Found with the compilers for sm80, sm90 and sm100: powers of two that fit the shared memory of an A100 (163 KiB)

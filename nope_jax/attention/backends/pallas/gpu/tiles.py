@@ -208,18 +208,21 @@ class Program:
         """Write what `Span.matrix` reads; of careful sums, those of some rows."""
         padded = padded_dim(array.shape[-1])
         masks = [at.mask(array.shape[-1], padded), None if rows is None else rows[:, None], self._written]
-        plgpu.store(reference.at[b, at.slice, n, pl.ds(0, padded)], x.astype(array.dtype), mask=_all(masks, x.shape))
+        plgpu.store(
+            reference.at[b, at.slice, n, pl.ds(0, padded)], x.astype(array.dtype), mask=all_masks(masks, x.shape)
+        )
 
     def store_vector(self, at: "Span", reference: Any, b: Any, n: Any, x: Any) -> None:
         """Write what `Span.vector` reads."""
-        plgpu.store(reference.at[b, n, at.slice], x, mask=_all([at.within, self._written], x.shape))
+        plgpu.store(reference.at[b, n, at.slice], x, mask=all_masks([at.within, self._written], x.shape))
 
     @property
     def _written(self) -> Any:
         return None if self._again is None else self._again > 0
 
 
-def _all(masks: list[Any], shape: tuple[int, ...]) -> Any:
+def all_masks(masks: list[Any], shape: tuple[int, ...]) -> Any:
+    """Where all of some masks, which broadcast to a shape, are true; None for none."""
     masks = [mask for mask in masks if mask is not None]
     return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape) if masks else None
 
@@ -240,7 +243,7 @@ class Span:
         """Which entries of a block of a matrix there are; None: all."""
         of_tokens = None if self.within is None else self.within[:, None]
         of_dim = None if dim == padded else (lax.iota(jnp.int32, padded) < dim)[None]
-        return _all([of_tokens, of_dim], (self.size, padded))
+        return all_masks([of_tokens, of_dim], (self.size, padded))
 
     def _load(self, reference: Any, mask: Any) -> Any:
         return plgpu.load(reference, mask=mask, other=None if mask is None else 0)

@@ -1,0 +1,187 @@
+"""The kernel for decoding on GPUs: a few queries against many keys, in interpret mode and compiled for GPUs."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nope_jax.attention.backends import BACKENDS, default_order
+from nope_jax.attention.backends.pallas.gpu import decoding
+from nope_jax.attention.blocks import CachedLayer, to_storage
+from nope_jax.attention.encoded import Encoded, attend_encoded
+from nope_jax.attention.mask_spec import make_mask_spec
+from nope_jax.compile.estimate import find_machine
+from nope_jax.config import MeshConfig
+from nope_jax.encodings import ENCODINGS, FIRE, T5, AttentionSink, ModelDims, NoPE
+from nope_jax.sharding import make_mesh
+from tests.support.attention_cases import assert_close, random
+
+B, S, N, K, H, H2 = 2, 70, 6, 2, 8, 12
+DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=S, num_kv_heads=K)
+
+
+@pytest.fixture(scope="module")
+def few_programs(small_blocks):
+    """Blocks of 8 keys, and so few programs that a part has several of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "PROGRAMS", 12)
+        yield
+
+
+def arrays(queries, keys=S):
+    shapes = (B, queries, N, H), (B, keys, K, H), (B, keys, K, H2)
+    return tuple(jnp.asarray(random(*shape, seed=i)) for i, shape in enumerate(shapes))
+
+
+def cached(x, layer):
+    """Keys or values as layer 1 of a KV cache."""
+    stack = to_storage(jnp.moveaxis(x, 2, 1)[None])
+    return CachedLayer(jnp.concatenate([jnp.zeros_like(stack), stack]), layer, x.dtype)
+
+
+SEGMENTS = np.random.default_rng(1).integers(0, 8, (B, S)) // 7
+CACHE = {  # rows filled to different lengths, slots in no order
+    "query_positions": np.array([[33, 34], [60, 61]]),
+    "key_positions": np.random.default_rng(0).permutation(S),
+    "segment_ids": (np.zeros((B, 2), int), SEGMENTS),
+}
+
+
+def attend(operands, params, implementation, encoding, **keywords):
+    """Output, entropy and logsumexp."""
+    keywords = {"key_positions": jnp.arange(S)} | keywords if "query_positions" in keywords else keywords
+    encoded = Encoded(encoding, params, None, None, transformed=isinstance(operands[1], CachedLayer))
+    out, stats = attend_encoded(encoded, *operands, implementation=implementation, return_stats=True, **keywords)
+    return out, *stats
+
+
+def parameters(encoding):
+    params = encoding.init_shared(jax.random.key(0), DIMS) | encoding.init_layer(jax.random.key(1), DIMS)
+    return {name: x + 0.3 * random(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
+
+
+# First what needs blocks as they are: those of `few_programs` stay until the end of the module.
+
+
+def test_it_is_what_decoding_on_a_gpu_gets():
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert default_order(1, 8192) == default_order(8, 128) == ("pallas_gpu", "streaming")
+        assert default_order(9, 8192) == default_order(1, 100) == ("streaming",)
+    cache = cached(jnp.zeros((B, S, K, H)), 1)
+    supports = functools.partial(BACKENDS["pallas_gpu"].supports, factor=None, key=cache, value=cache, logit=None)
+    spec = make_mask_spec(arrays(1)[0], cache)
+    assert supports(arrays(1)[0], value_term=None, mask_spec=spec, precision=None) is None
+    reason = supports(arrays(9)[0], value_term=None, mask_spec=spec, precision=None)
+    assert reason == "keys of a KV cache are read by another backend for more than 8 queries"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("machine", "name", "queries", "keys", "head_dim", "dtype"),
+    [
+        ("h100:1", "nope", 1, 131_072, 128, "bfloat16"),
+        ("h100:1", "alibi", 4, 131_072, 128, "bfloat16"),
+        ("h100:1", "fire", 1, 8192, 128, "bfloat16"),
+        *(
+            pytest.param(machine, *case, marks=pytest.mark.slow)
+            for machine in ("a100:1", "h100:1", "b200:1")
+            for case in (
+                ("t5", 1, 8192, 64, "bfloat16"),
+                ("nope", 8, 8192, 80, "float16"),
+                ("alibi", 1, 8192, 96, "float32"),
+                ("nope", 8, 8192, 256, "bfloat16"),
+                ("nope", 1, 8192, 256, "float32"),
+            )
+        ),
+    ],
+)
+def test_it_compiles_for_a_gpu_and_reads_the_cache_where_it_lies(machine, name, queries, keys, head_dim, dtype):
+    """Temporaries are the results of the parts and, with a bias, G·T/H of a layer's keys and values."""
+    heads, kv_heads, rows, encoding = 32, 8, 2, ENCODINGS[name]()
+    dims = ModelDims(num_heads=heads, head_dim=head_dim, model_dim=64, train_length=keys, num_kv_heads=kv_heads)
+    params = encoding.init_shared(jax.random.key(0), dims) | encoding.init_layer(jax.random.key(1), dims)
+    mesh = make_mesh(MeshConfig(), find_machine(machine).devices())
+    shard = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    stored = to_storage(jnp.zeros(1, dtype)).dtype
+
+    def decode(query, key, value, layer, position):
+        caches = (CachedLayer(x, layer, jnp.dtype(dtype)) for x in (key, value))
+        where = {"query_positions": position, "key_positions": jnp.arange(keys)}
+        return attend((query, *caches), params, None, encoding, **where)
+
+    shapes = [((rows, queries, heads, head_dim), dtype), *[((3, rows, kv_heads, keys, head_dim), stored)] * 2]
+    shapes += [((), "int32"), ((rows, queries), "int32")]
+    with jax.set_mesh(mesh):
+        program = jax.jit(decode).lower(*(jax.ShapeDtypeStruct(*x, sharding=shard) for x in shapes)).compile()
+    assert len(re.findall(r" custom-call\(.*gpu\.triton\".*attention_decoding", program.as_text())) == 1
+    bias = rows * heads * queries * keys * 4 * (name in ("alibi", "t5"))
+    assert program.memory_analysis().temp_size_in_bytes < 24 * 2**20 + bias
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(
+    ("queries", "encoding", "keywords"),
+    [
+        (2, T5(max_distance=40), CACHE | {"window": 50, "softcap": 2.0}),
+        (
+            1,
+            FIRE(width=3, threshold=9.0),
+            {"chunk_size": 40, "segment_ids": (np.zeros((B, 1), int), CACHE["segment_ids"][1])},
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (3, FIRE(width=3), {"query_positions": np.arange(60, 63), "key_positions": CACHE["key_positions"]}),
+                (8, T5(max_distance=40), {"is_causal": False, "qk_scale": 0.6}),
+                (1, AttentionSink(T5(max_distance=40)), {"query_positions": np.array([[5], [-1]])}),
+                (7, NoPE(), {"window": 9}),
+            )
+        ),
+    ],
+)
+def test_values_and_statistics_are_the_reference_s(queries, encoding, keywords):
+    scale, params = jnp.linspace(0.5, 1.5, B * N * queries).reshape(B, N, queries), parameters(encoding)
+    run = functools.partial(attend, arrays(queries), params, encoding=encoding, logit_scale=scale, **keywords)
+    jax.tree.map(assert_close, run(implementation="pallas_gpu"), run(implementation="reference"))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_the_gradient_is_that_of_streaming():
+    def loss(implementation, operands):
+        out, entropy, logsumexp = attend(operands, {}, implementation, NoPE())
+        return (out**2).sum() + (entropy**2).sum() + logsumexp.sum()
+
+    gradients = (
+        jax.jit(jax.grad(functools.partial(loss, name)))(arrays(2, 24)) for name in ("pallas_gpu", "reference")
+    )
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-5), *gradients)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_hidden_keys_of_a_cache_may_be_anything_and_rows_may_see_none(queries, dtype):
+    """What one of two queries sees reaches that one alone."""
+    query, key, value = (x.astype(dtype) for x in arrays(queries))
+    where = {"query_positions": jnp.array([[40], [-2]]) + jnp.arange(queries)}
+    wanted = attend((query, key, value), {}, "reference", NoPE(), **where)
+    key, value = (x.at[:, 40 + queries :].set(jnp.nan) for x in (key, value))
+
+    @jax.jit
+    def run(query, key, value, layer):
+        caches = cached(key, layer), cached(value, layer)
+        return attend((query, *caches), {}, "pallas_gpu", NoPE(), **where)
+
+    found = run(query, key, value, 1)
+    for x, clean in zip(found, wanted, strict=True):
+        assert_close(x.astype(jnp.float32), clean.astype(jnp.float32), 1e-5 if dtype == "float32" else 0.01)
+    assert (found[0][1, 0] == 0).all() and (found[2][1, :, 0] == -jnp.inf).all()
+    last = 39 + queries
+    touched, _, _ = run(query, key, value.at[0, last, :, 3].set(jnp.inf), 1)
+    changed = np.asarray(touched != found[0])
+    assert changed[0, -1, :, 3].all() and changed.sum() == N
