@@ -27,7 +27,7 @@ from nope_jax.config.schema import (
     TrainConfig,
     override,
 )
-from nope_jax.config.validation import takes_several, unknown, wanted
+from nope_jax.config.validation import of_other_sources, takes_several, unknown, wanted
 
 __all__ = [
     "GROUPS",
@@ -44,6 +44,7 @@ __all__ = [
     "code_digest",
     "load",
     "load_file",
+    "of_other_sources",
     "override",
     "refuse_changed_code",
     "save",

@@ -151,8 +151,10 @@ class DataConfig:
     """What is validation: a share of the documents, such as 0.05, or the name of a split of the dataset, such as test.
 
     None: the dataset's split `validation` or, without one, a tenth of the documents."""
-    text_field: str = "text"
-    """Field of a row that holds its text: of JSON lines, Parquet, Hugging Face datasets, or TFDS."""
+    text_field: str | tuple[str, ...] = "text"
+    """Field of a row that holds its text: of JSON lines, Parquet, Hugging Face datasets, or TFDS.
+
+    Of several names, the first that there is, for sources that call it differently."""
     separator_token: str | None = None
     """Token that a row has after each document, such as <|im_end|>. None: the tokenizer's own."""
 
@@ -160,6 +162,11 @@ class DataConfig:
     def sources(self) -> tuple[str, ...]:
         """`source` as a tuple."""
         return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """`text_field` as a tuple."""
+        return (self.text_field,) if isinstance(self.text_field, str) else self.text_field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,13 @@ _FILES = "text", "jsonl", "parquet", "hf"
 """Sources that are files."""
 _ROWS = "jsonl", "parquet", "hf", "tfds"
 """Sources whose documents are a field of their rows."""
+_OF_KINDS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "document_separator": (("text",), None),
+    "text_field": (_ROWS, "text"),
+    "lengths": (("task",), None),
+    "scratchpad": (("task",), "none"),
+}
+"""Fields of data that only some kinds of sources have, and their defaults, with which any source is read."""
 _POSITIVE = """model.norm_eps model.attention_scale model.attention_softcap model.embedding_scale model.residual_scale
     model.logits_scale model.logits_softcap optimizer.learning_rate optimizer.clip_norm optimizer.eps
     optimizer.decay_rate"""
@@ -133,7 +140,6 @@ def _check_sources(data: "DataConfig") -> None:
     named = [("data.source", name) for name in data.sources]
     if data.validation_source is not None:
         named.append(("data.validation_source", data.validation_source))
-    kinds = {name.partition(":")[0] for _, name in named}
     for field, name in named:
         kind, _, path = name.partition(":")
         on_disk(path if kind in _FILES else "", field)
@@ -158,24 +164,28 @@ def _check_sources(data: "DataConfig") -> None:
             f"data.split {data.split} is a share of data.source, which is trained on as a whole if there is a "
             f"data.validation_source, {data.validation_source}: leave out one of the two"
         )
-    if data.document_separator is not None and not (data.document_separator and "text" in kinds):
-        raise ValueError(
-            "data.document_separator must be the string between the documents of a text: source, or None, not "
-            f"{data.document_separator!r} with data.source {' '.join(data.sources)}"
-        )
-    if data.text_field != "text" and not kinds & {*_ROWS}:
-        raise ValueError(
-            f"data.text_field {data.text_field!r} is for sources {', '.join(f'{kind}:' for kind in _ROWS)}, not for "
-            f"data.source {' '.join(data.sources)}"
-        )
+    if data.document_separator == "":
+        raise ValueError("data.document_separator must be the string between the documents of a text: source, or None")
+    if not data.text_fields:
+        raise ValueError("data.text_field must name a field, or several")
+    for name, default in of_other_sources(data).items():
+        if getattr(data, name) != default:
+            kinds = ", ".join(f"{kind}:" for kind in _OF_KINDS[name][0])
+            raise ValueError(
+                f"data.{name} {getattr(data, name)!r} is for sources {kinds}, not for data.source "
+                f"{' '.join(data.sources)}"
+            )
     if data.lengths is not None and not (len(data.lengths) == 2 and 0 < data.lengths[0] <= data.lengths[1]):
         raise ValueError(
             "data.lengths must be the shortest and the longest length of a task, or None, not "
             f"{' '.join(map(str, data.lengths))}"
         )
-    for name, value, default in ("lengths", data.lengths, None), ("scratchpad", data.scratchpad, "none"):
-        if value != default and "task" not in kinds:
-            raise ValueError(f"data.{name} is for data.source task:NAME only, not {' '.join(data.sources)}")
+
+
+def of_other_sources(data: "DataConfig") -> dict[str, Any]:
+    """The fields that its sources do not have, because they are of other kinds, and their defaults."""
+    kinds = {name.partition(":")[0] for name in (*data.sources, data.validation_source or "")}
+    return {name: default for name, (those, default) in _OF_KINDS.items() if not kinds & {*those}}
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -153,6 +153,26 @@ def test_a_field_of_another_name(expected, tmp_path):
         override(Config(), {"data.source": "text:a", "data.text_field": "body"})
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+def test_of_several_names_the_first_that_there_is(kind, tmp_path):
+    """Sources that call their text differently can be mixed."""
+    both_names = pa.table({"text": ["not this"] * 60, "verse": TEXTS})
+    for name, rows in ("a", table(TEXTS, "body")), ("b", both_names):
+        (tmp_path / name).mkdir()
+        if kind == "jsonl":
+            (tmp_path / name / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.to_pylist()))
+        elif kind == "parquet":
+            parquet.write_table(rows, tmp_path / name / "1.parquet")
+        else:
+            datasets.Dataset(rows).save_to_disk(tmp_path / name)
+        found = both(config_of(f"{kind}:{tmp_path}/{name}", tmp_path, text_field=("body", "verse", "text")))
+        assert sorted(found[0] + found[1]) == sorted(TEXTS)
+    with pytest.raises(ValueError, match=r"no (field|column) 'poem' or 'line' \(data.text_field\), only"):
+        both(config_of(f"{kind}:{tmp_path}/a", tmp_path, text_field=("poem", "line")))
+    with pytest.raises(ValueError, match="data.text_field must name a field, or several"):
+        override(Config(), {"data.source": f"{kind}:a", "data.text_field": ()})
+
+
 BAD = {
     "row 2 of .*a.jsonl is not JSON: ": lines(TEXTS[:1]) + b'{"text": "cut',
     "row 1 of .*a.jsonl is not JSON: ": b"\xff\xfe\x00",

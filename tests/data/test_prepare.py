@@ -164,6 +164,7 @@ def test_a_prepared_dataset_can_be_divided_otherwise(config, tmp_path):
         both(split="dev")
     with pytest.raises(ValueError, match="data.source tfds:books has no feature body, only "):
         both(text_field="body")
+    assert both(text_field=("body", "text")) == both()
     (tmp_path / "held").write_text(BOOKS["train"][7])
     complaint = (
         r"data.validation_source text:.*/held overlaps data.source tfds:books: 1 of its.*/held the first, which is "

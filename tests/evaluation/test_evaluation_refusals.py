@@ -17,8 +17,10 @@ from flax import nnx
 from nope_jax import ModelConfig
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
+from nope_jax.cli import parse_eval
 from nope_jax.data import load_corpus
 from nope_jax.encodings import HeadScale, NoPE
+from nope_jax.evaluation.common.runs import find_runs
 from nope_jax.models import abstract_decoder
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
 
@@ -242,3 +244,23 @@ def test_a_tokenizer_that_is_not_the_one_of_the_run_is_refused(folder, tmp_path,
     said = refusal(monkeypatch, capsys, f"--workdirs {run} --lengths 16", tmp_path / "out")
     assert "data.tokenizer 'bytes' is not the tokenizer that" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "other", "kept"),
+    [
+        ({"data.source": "jsonl:a", "data.text_field": "body"}, "python_stdlib", {}),
+        ({"data.source": "jsonl:a", "data.text_field": "body"}, "parquet:b", {"text_field": "body"}),
+        ({"data.source": "text:a", "data.document_separator": "--"}, "jsonl:b", {}),
+        ({"data.source": "task:copy", "data.lengths": (2, 3), "data.scratchpad": "none"}, "text:b", {}),
+    ],
+)
+def test_another_source_is_read_without_the_settings_that_it_does_not_have(folder, tmp_path, settings, other, kept):
+    copy_run(folder / "nope", tmp_path / "run", settings)
+    words = ["--workdirs", f"{tmp_path}/run", "--lengths", "16", "--out", f"{tmp_path}/out", "--data.source", other]
+    [run] = find_runs(parse_eval(words))
+    own = configs.DataConfig(source=other, **kept)
+    for name in ("source", "text_field", "document_separator", "lengths", "scratchpad"):
+        assert getattr(run.config.data, name) == getattr(own, name)
+    with pytest.raises(ValueError, match=r"data.lengths \(1, 2\) is for sources task:, not for data.source"):
+        find_runs(parse_eval([*words, "--data.lengths", "1", "2"]))

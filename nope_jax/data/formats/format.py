@@ -108,6 +108,11 @@ class Format(abc.ABC):
         )
 
 
+def any_of(names: Iterable[str]) -> str:
+    """Names of which one is wanted, for errors."""
+    return " or ".join(map(repr, names))
+
+
 class TextDigest:
     """A digest of 64 bits, by which documents with the same text are recognized."""
 

@@ -13,7 +13,7 @@ from nope_jax.config import DataConfig
 from nope_jax.data.documents import Split
 from nope_jax.data.formats import files
 from nope_jax.data.formats.format import Format, Found, Unit
-from nope_jax.data.formats.parquet import ROWS, check_column, found, texts_of
+from nope_jax.data.formats.parquet import ROWS, find_column, found, texts_of
 from nope_jax.data.splits import Part
 
 
@@ -22,7 +22,8 @@ class HuggingFace(Format):
     """Splits of a dataset in Arrow files, which are memory-mapped. A document is a row."""
 
     dataset: str = ""
-    column: str = "text"
+    columns: tuple[str, ...] = ("text",)
+    """The names of the column with the texts, of which a split's first is taken."""
 
     usage: ClassVar[str] = "NAME_OR_FOLDER"
 
@@ -36,12 +37,12 @@ class HuggingFace(Format):
         elif validation is not None:
             sides = {validation: "validation", train: "train"}  # of texts in both, that of validation is kept
         for split in sides:
-            check_column(splits[split].features.arrow_schema, config.text_field, f"{source}, split {split},")
+            find_column(splits[split].features.arrow_schema, config.text_fields, f"{source}, split {split},")
         units = (
             Unit(split, splits[split].data.nbytes, splits[split]._fingerprint, split, side)
             for split, side in sides.items()
         )
-        return cls(source, tuple(units), (name, config.text_field), (), name, config.text_field)
+        return cls(source, tuple(units), (name, config.text_field), (), name, config.text_fields)
 
     def find(self, unit: Unit, advance: Callable[[int], Any]) -> Iterator[Found]:
         rows = self._rows(unit)
@@ -62,7 +63,9 @@ class HuggingFace(Format):
         return f"row {start + 1} of the split {unit.name} of {self.source}"
 
     def _rows(self, unit: Unit) -> Any:
-        return _load(self.dataset, self.source)[unit.name].select_columns([self.column]).with_format("arrow")
+        split = _load(self.dataset, self.source)[unit.name]
+        column = find_column(split.features.arrow_schema, self.columns, self.source)
+        return split.select_columns([column]).with_format("arrow")
 
     def _texts(self, rows: Any, start: int) -> list[bytes | None]:
         try:

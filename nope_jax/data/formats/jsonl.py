@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from nope_jax.config import DataConfig
 from nope_jax.data.formats import files
-from nope_jax.data.formats.format import LEFT_OUT, Format, Found, TextDigest, Unit
+from nope_jax.data.formats.format import LEFT_OUT, Format, Found, TextDigest, Unit, any_of
 from nope_jax.data.splits import Part
 
 
@@ -15,7 +15,8 @@ from nope_jax.data.splits import Part
 class JsonLines(Format):
     """Files of JSON lines. A document is a line: a byte range of a decompressed file."""
 
-    field: str = "text"
+    fields: tuple[str, ...] = ("text",)
+    """The names of the field with the text, of which a row's first is taken."""
 
     usage: ClassVar[str] = "PATH_OR_GLOB"
 
@@ -23,7 +24,7 @@ class JsonLines(Format):
     def open(cls, name: str, part: Part, config: DataConfig, source: str) -> "JsonLines":
         part.refuse_name(source)
         units, notes = files.find_units(name, source, (".jsonl", ".ndjson", ".json"))
-        return cls(source, units, (config.text_field,), notes, config.text_field)
+        return cls(source, units, (config.text_field,), notes, config.text_fields)
 
     def find(self, unit: Unit, advance: Callable[[int], Any]) -> Iterator[Found]:
         start = 0
@@ -56,10 +57,13 @@ class JsonLines(Format):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where} must be an object with the field {self.field!r}, not a {type(row).__name__}")
-        if self.field not in row:
-            raise ValueError(f"{where} has no field {self.field!r} (data.text_field), only {', '.join(row) or 'none'}")
-        text = row[self.field]
+            kind = type(row).__name__
+            raise ValueError(f"{where} must be an object with the field {any_of(self.fields)}, not a {kind}")
+        field = next((name for name in self.fields if name in row), None)
+        if field is None:
+            have = ", ".join(row) or "none"
+            raise ValueError(f"{where} has no field {any_of(self.fields)} (data.text_field), only {have}")
+        text = row[field]
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"{where}: its field {self.field!r} must be a string, not a {type(text).__name__}")
+            raise ValueError(f"{where}: its field {field!r} must be a string, not a {type(text).__name__}")
         return (text or "").encode(errors="surrogatepass")

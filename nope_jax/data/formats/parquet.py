@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from nope_jax.config import DataConfig
 from nope_jax.data.formats import files
-from nope_jax.data.formats.format import LEFT_OUT, Format, Found, TextDigest, Unit
+from nope_jax.data.formats.format import LEFT_OUT, Format, Found, TextDigest, Unit, any_of
 from nope_jax.data.splits import Part
 
 ROWS = 64
@@ -23,7 +23,8 @@ ROWS = 64
 class Parquet(Format):
     """Parquet files. A document is a row; those of a row group are decoded from its first on."""
 
-    column: str = "text"
+    columns: tuple[str, ...] = ("text",)
+    """The names of the column with the texts, of which a file's first is taken."""
 
     usage: ClassVar[str] = "PATH_OR_GLOB"
 
@@ -31,7 +32,7 @@ class Parquet(Format):
     def open(cls, name: str, part: Part, config: DataConfig, source: str) -> "Parquet":
         part.refuse_name(source)
         units, notes = files.find_units(name, source, (".parquet",))
-        return cls(source, units, (config.text_field,), notes, config.text_field)
+        return cls(source, units, (config.text_field,), notes, config.text_fields)
 
     def find(self, unit: Unit, advance: Callable[[int], Any]) -> Iterator[Found]:
         with self._opened(unit.path) as file:
@@ -64,7 +65,7 @@ class Parquet(Format):
     def _opened(self, path: str) -> Iterator[parquet.ParquetFile]:
         try:
             with parquet.ParquetFile(path, buffer_size=files.PIECE, pre_buffer=False) as file:
-                check_column(file.schema_arrow, self.column, path)
+                find_column(file.schema_arrow, self.columns, path)
                 yield file
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -72,18 +73,22 @@ class Parquet(Format):
             raise ValueError(f"{path} is no Parquet file, or truncated or broken: {error}") from error
 
     def _texts(self, file: parquet.ParquetFile, group: int) -> Iterator[bytes | None]:
-        for batch in file.iter_batches(ROWS, row_groups=[group], columns=[self.column], use_threads=False):
+        column = find_column(file.schema_arrow, self.columns, "the file")
+        for batch in file.iter_batches(ROWS, row_groups=[group], columns=[column], use_threads=False):
             yield from texts_of(batch.column(0))
 
 
-def check_column(schema: pa.Schema, column: str, where: str) -> None:
-    """Refuse a table that lacks a column of strings."""
-    if schema.names.count(column) != 1:
-        raise ValueError(f"{where} has no column {column!r} (data.text_field), only {', '.join(schema.names)}")
+def find_column(schema: pa.Schema, columns: Sequence[str], where: str) -> str:
+    """The first of these columns that a table has, which must be of strings."""
+    column = next((name for name in columns if schema.names.count(name) == 1), None)
+    if column is None:
+        have = ", ".join(schema.names)
+        raise ValueError(f"{where} has no column {any_of(columns)} (data.text_field), only {have}")
     kind = schema.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
         raise ValueError(f"{where}: its column {column!r} (data.text_field) must hold strings, not {kind}")
+    return column
 
 
 def texts_of(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:

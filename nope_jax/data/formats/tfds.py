@@ -1,5 +1,6 @@
 """`tfds:NAME`: a dataset of TensorFlow Datasets, stored as ArrayRecord under data.dir, such as `python_stdlib`."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from nope_jax.data.formats.format import TextDigest
 from nope_jax.data.splits import VALIDATION_SHARE, Part
 
 TEXT_FEATURES = ("text", "book_text")
-"""Features that may hold the documents of a dataset unless `data.text_field` names another; PG-19 has the second."""
+"""What `data.text_field` text means here; PG-19 has the second."""
 
 
 def open_dataset(name: str, data_dir: Path, source: str) -> tfds.core.DatasetBuilder:
@@ -44,7 +45,7 @@ def dataset_documents(builder: tfds.core.DatasetBuilder, part: Part, config: Dat
     """
     info = builder.info
     features: Any = info.features
-    names = TEXT_FEATURES if config.text_field == TEXT_FEATURES[0] else (config.text_field,)
+    names = [*itertools.chain(*(TEXT_FEATURES if n == TEXT_FEATURES[0] else (n,) for n in config.text_fields))]
     feature = next((name for name in names if name in features), None)
     if feature is None:
         raise ValueError(f"{source} has no feature {' or '.join(names)}, only {', '.join(features)}")

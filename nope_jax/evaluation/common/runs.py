@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nope_jax import config as configs
-from nope_jax.config import Config, EncodingSpec, MeshConfig, Step
+from nope_jax.config import Config, DataConfig, EncodingSpec, MeshConfig, Step, of_other_sources
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import tokenizer_digest
 from nope_jax.distributed import from_process_0
@@ -113,8 +113,10 @@ def find_runs(options: Options, same: Sequence[str] = (), *, at_newest: Collecti
     """
     names = run_names(options.workdirs)
     overrides = dict(options.overrides)
-    if "data.source" in overrides:  # the run's own say what of its own source is read
+    if "data.source" in overrides:  # the run's own settings say what of its own source is read, and how
         overrides = {"data.weights": None, "data.validation_source": None, "data.split": None} | overrides
+        named = DataConfig(source=overrides["data.source"], validation_source=overrides["data.validation_source"])
+        overrides = {f"data.{name}": default for name, default in of_other_sources(named).items()} | overrides
     runs: list[Run[Any]] = []
     for workdir, name in zip(options.workdirs, names, strict=True):
         step: Step = "newest" if workdir in at_newest else options.step
