@@ -105,6 +105,21 @@ class ModelConfig:
         gated = self.mlp == "gated"
         return self.mlp_dim or (-(-8 * self.model_dim // (3 * 64)) * 64 if gated else 4 * self.model_dim)
 
+    def with_defaults(self) -> "ModelConfig":
+        """The same decoder, with the defaults of its shape and computation written out, and biases in order."""
+        head_dim = self.head_dim or self.model_dim // self.num_heads
+        return dataclasses.replace(
+            self,
+            vocab_size=self.num_tokens,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=head_dim,
+            mlp_dim=self.mlp_size,
+            activation=self.activation or ("silu" if self.mlp == "gated" else "gelu_tanh"),
+            attention_scale=head_dim**-0.5 if self.attention_scale is None else self.attention_scale,
+            embedding_scale=self.model_dim**0.5 if self.embedding_scale is None else self.embedding_scale,
+            biases=tuple(sorted(self.biases)),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

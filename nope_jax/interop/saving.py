@@ -132,23 +132,12 @@ def _differing(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 def _explicit(config: ModelConfig) -> dict[str, Any]:
     """The fields that determine a model's function, without defaults that stand for other values."""
-    head_size = head_dim(config)
-    gated = config.mlp == "gated"
+    config = config.with_defaults()
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name in ("attention", "dtype", "remat", "train_length"):
         del values[name]
-    return values | {
-        "num_kv_heads": config.num_kv_heads or config.num_heads,
-        "head_dim": head_size,
-        "mlp_dim": config.mlp_size,
-        "activation": config.activation or ("silu" if gated else "gelu_tanh"),
-        "biases": frozenset(config.biases),
-        "attention_scale": head_size**-0.5 if config.attention_scale is None else float(config.attention_scale),
-        "embedding_scale": config.model_dim**0.5 if config.embedding_scale is None else float(config.embedding_scale),
-        "residual_scale": float(config.residual_scale),
-        "logits_scale": float(config.logits_scale),
-        "encoding": [plain(encoding, head_size) for encoding in per_layer(config)],
-    }
+    values |= {name: float(value) for name, value in values.items() if name.endswith("_scale")}
+    return values | {"encoding": [plain(encoding, head_dim(config)) for encoding in per_layer(config)]}
 
 
 def _folded(model: Decoder) -> tuple[ModelConfig, dict[Slice, np.ndarray]]:

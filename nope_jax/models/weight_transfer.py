@@ -27,9 +27,11 @@ def transfer_weights(model: Decoder, source: Decoder) -> None:
     Raises:
         ValueError: The two differ in more than their encoding, or in the shapes of the encoding's parameters.
     """
+    # A default is the same as its value written out; if it follows another field, that one is what differs.
+    both = [decoder.config.with_defaults() for decoder in (model, source)]
     for name in (field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_DIFFER):
-        ours, theirs = getattr(model.config, name), getattr(source.config, name)
-        if ours != theirs:
+        ours, theirs = (getattr(config, name) for config in both)
+        if ours != theirs and getattr(model.config, name) != getattr(source.config, name):
             raise ValueError(f"its model.{name} is {theirs}, not {ours}")
     given, taken = (dict(nnx.to_flat_state(nnx.state(decoder))) for decoder in (source, model))
 

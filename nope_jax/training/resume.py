@@ -95,12 +95,16 @@ def check_goes_on(config: Config, data: DataDigests, workdir: Location) -> None:
             print(f"{workdir} does not say what its data were: from now on they are today's", file=sys.stderr)
     configs.refuse_changed_code(config, workdir)
     before = configs.load(workdir)
-    # A default is the same as its value written out.
-    both = [dataclasses.replace(whole, optimizer=whole.optimizer.with_defaults()) for whole in (before, config)]
+    # A default is the same as its value written out; if it follows another field, that one is what differs.
+    both = [
+        dataclasses.replace(whole, model=whole.model.with_defaults(), optimizer=whole.optimizer.with_defaults())
+        for whole in (before, config)
+    ]
     differences = []
-    for name in HINTS:
-        was, is_now = map(operator.attrgetter(name), both)
-        if was != is_now and name not in may_change:
+    for name in (name for name in HINTS if name not in may_change):
+        value = operator.attrgetter(name)
+        was, is_now = map(value, both)
+        if was != is_now and value(before) != value(config):
             differences.append(f"{name} was {was!r}, not {is_now!r}")
     if differences:
         raise ValueError(

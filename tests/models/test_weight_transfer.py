@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -50,6 +51,15 @@ def test_another_kind_of_encoding_keeps_what_it_has_itself():
     table = model.positions[0]["table"][...]
     transfer_weights(model, source)
     np.testing.assert_array_equal(model.positions[0]["table"][...], table)
+
+
+def test_a_default_is_its_value_written_out():
+    source, model = decoder("learned", 0), decoder("learned", 1)
+    explicit = source.config.with_defaults()
+    assert explicit.with_defaults() == explicit != source.config
+    source = Decoder(explicit, rngs=nnx.Rngs(0))  # as a published model is read
+    transfer_weights(model, source)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(source))
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def test_a_finished_run_says_so_and_a_shorter_one_is_refused(config, finished, c
     train(config, finished)
     assert "already finished at step 12" in capsys.readouterr().out
     shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=10))
+    shorter = dataclasses.replace(shorter, model=config.model.with_defaults())  # the same, written out
     with pytest.raises(ValueError, match="train.steps is 10, but .* step 12"):
         train(shorter, finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
@@ -266,6 +267,9 @@ def test_a_config_that_disagrees_is_refused_with_both_values(config, finished):
     )
     with pytest.raises(ValueError, match="encoding was 'nope', not 'alibi'; .*rate was 0.01, not 0.5"):
         train(other, finished)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, model_dim=32))
+    with pytest.raises(ValueError, match=r"different config: model.model_dim was \d+, not 32; choose"):
+        train(wider, finished)
     assert configs.load(finished) == config
 
 
