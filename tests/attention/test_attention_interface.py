@@ -250,7 +250,7 @@ BAD_SHAPES = [
 @pytest.mark.parametrize(("name", "shapes"), BAD_SHAPES)
 def test_shapes_that_do_not_fit_are_refused_in_one_line_that_names_the_argument(encoding, name, shapes):
     with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
-        ATTENTION[encoding](*(jnp.ones(shape) for shape in shapes), **parameters(encoding))
+        ATTENTION[encoding](*(np.ones(shape, np.float32) for shape in shapes), **parameters(encoding))
 
 
 def test_segments_need_a_pair_when_lengths_differ():
