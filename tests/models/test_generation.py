@@ -120,12 +120,12 @@ def test_rows_with_prompts_of_different_lengths_are_as_alone(encoding, options):
     lengths, keys = [2, 9, 5], jax.random.split(jax.random.key(7), 3)
     prompt = np.random.default_rng(2).integers(0, 32, (3, 9))
     options = options | ({"key": keys} if options else {})
-    together = generate(model, prompt, 8, prompt_lengths=np.array(lengths), **options)
+    together = np.asarray(generate(model, prompt, 8, prompt_lengths=np.array(lengths), **options))
     assert together.shape == (3, 17)
     for row, length in enumerate(lengths):
         own = options | ({"key": keys[row : row + 1]} if options else {})
         alone = generate(model, prompt[row : row + 1, :length], 8, **own)
-        np.testing.assert_array_equal(together[row, : length + 8], alone[0])
+        np.testing.assert_array_equal(together[row, : length + 8], np.asarray(alone)[0])
         assert (together[row, length + 8 :] == 0).all()
 
 

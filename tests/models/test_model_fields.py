@@ -82,7 +82,8 @@ def decoder(changes) -> Decoder:
     """A decoder none of whose parameters has the value with which it is created."""
     model = Decoder(dataclasses.replace(PLAIN, **changes), rngs=nnx.Rngs(0))
     draw = np.random.default_rng(0)
-    state = jax.tree.map(lambda x: x + jnp.asarray(0.3 * draw.standard_normal(x.shape), x.dtype), nnx.state(model))
+    moved = lambda x: jnp.asarray((x + 0.3 * draw.standard_normal(x.shape)).astype(x.dtype))  # noqa: E731
+    state = jax.tree.map(moved, jax.tree.map(np.asarray, nnx.state(model)))
     nnx.update(model, state)
     return model
 
@@ -188,7 +189,7 @@ def test_logits_are_those_of_a_decoder_in_numpy_and_decoding_gives_them_too(chan
 def test_every_parameter_has_a_gradient_and_only_matrices_are_decayed_or_orthogonalized(changes):
     state = nnx.state(model := decoder(changes))
     graph = nnx.split(model)[0]
-    gradient = jax.grad(lambda s: (nnx.merge(graph, s)(TOKENS) ** 2).mean())(state)
+    gradient = jax.jit(jax.grad(lambda s: (nnx.merge(graph, s)(TOKENS) ** 2).mean()))(state)
     for path, x in nnx.to_flat_state(gradient):
         # The keys' bias adds the same to all logits of a query, unless something comes between it and the softmax.
         between = model.config.qk_norm or model.config.attention_softcap

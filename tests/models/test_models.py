@@ -148,7 +148,8 @@ def test_a_schedule_gives_each_layer_its_encoding():
     graph, state = nnx.split(plain)
     order = [(0, 0), (1, 0), (0, 1)]
     state["blocks"][0] = jax.tree.map(
-        lambda even, odd: jnp.stack([(even, odd)[slot][row] for slot, row in order]), slots[0], slots[1]
+        lambda even, odd: jnp.asarray(np.stack([(even, odd)[slot][row] for slot, row in order])),
+        *jax.tree.map(np.asarray, (slots[0], slots[1])),
     )
     state["embedding"], state["norm"] = params["embedding"], params["norm"]
     # At position 0 alone every rotation is the identity, so RoPE and NoPE in turn are NoPE with the same weights ...
@@ -217,9 +218,10 @@ PACKED = ("learned", "recursive", "convolution", "fire", "cope", "forgetting", "
 def test_documents_packed_behind_masks_are_the_documents_alone(encoding):
     model = decoder(encoding=encoding, num_layers=max(2, len(encoding) if isinstance(encoding, tuple) else 1))
     lengths = [9, 9, 6]  # the last one is cut off
-    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None].repeat(2, 0)
-    segments = jnp.repeat(jnp.arange(3), jnp.array(lengths))[None].repeat(2, 0)
-    packed = jax.jit(lambda *x: model(x[0], positions=x[1], segment_ids=x[2]))(TOKENS, positions, segments)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].repeat(2, 0)
+    segments = np.repeat(np.arange(3), lengths)[None].repeat(2, 0)
+    run_packed = jax.jit(lambda *x: model(x[0], positions=x[1], segment_ids=x[2]))
+    packed = np.asarray(run_packed(TOKENS, positions, segments))
     run = jax.jit(lambda tokens: model(tokens))
     for start in 0, 9:
         alone = run(TOKENS[:, start : start + 9])
