@@ -112,10 +112,10 @@ def _forward(kernels: Kernels, operands: Operands, tokens: Tokens) -> tuple[Arra
     def body(program: Program, results):
         i, n, b = program.indices
         c = lax.div(n, call.groups)
-        queries = program.queries(b, n, i)
+        queries, head = program.queries(b, n, i), program.head(n)
 
         def visit(j, masked, sums):
-            block = program.block(queries, program.keys(b, c, j), n, masked)
+            block = program.block(queries, program.keys(b, c, j), head, masked)
             state, total, reached = sums
             state, weights, decay = block.softmax(state)
             if program.careful:
@@ -172,10 +172,10 @@ def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tu
     def body(program: Program, results):
         i, n, b = program.indices
         c = lax.div(n, call.groups)
-        queries = program.queries(b, n, i)
+        queries, head = program.queries(b, n, i), program.head(n)
 
         def visit(j, masked, total):
-            block = program.block(queries, program.keys(b, c, j), n, masked)
+            block = program.block(queries, program.keys(b, c, j), head, masked)
             _, _, d_product = block.gradients()
             return total + block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
 
@@ -203,10 +203,11 @@ def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tup
 
         def of_head(group, sums):
             n = c * call.groups + group
+            head = program.head(n)
 
             def visit(i, masked, sums):
                 d_key, d_value = sums
-                block = program.block(program.queries(b, n, i), keys, n, masked)
+                block = program.block(program.queries(b, n, i), keys, head, masked)
                 weights, _, d_product = block.gradients()
                 d_output = block.rows[0]
                 d_product = (d_product * block.factor).astype(product_dtype)
@@ -238,13 +239,13 @@ def _table_gradient(
 
     def body(program: Program, results):
         place, n, part = program.indices
-        diagonal, c = place - (call.key_blocks - 1), lax.div(n, call.groups)
+        diagonal, c, head = place - (call.key_blocks - 1), lax.div(n, call.groups), program.head(n)
 
         def visit_row(step, total):
             b = part + step * parts
 
             def visit(i, total):
-                block = program.block(program.queries(b, n, i), program.keys(b, c, i - diagonal), n, masked=True)
+                block = program.block(program.queries(b, n, i), program.keys(b, c, i - diagonal), head, masked=True)
                 return total + block.gradients()[1]
 
             first, stop = jnp.maximum(diagonal, 0), jnp.minimum(call.query_blocks, call.key_blocks + diagonal)
@@ -279,13 +280,15 @@ def _parameter_gradient(
 
     def body(program: Program, results):
         i, n, b = program.indices
-        c, numbers, index = lax.div(n, call.groups), program.numbers(n), lax.iota(jnp.int32, size)
+        c, head, index = lax.div(n, call.groups), program.head(n), lax.iota(jnp.int32, size)
         queries = program.queries(b, n, i)
 
         def visit(j, total):
             keys = program.keys(b, c, j)
-            d_logits = program.block(queries, keys, n, masked=True).gradients()[1]
-            for p, d_number in enumerate(positional.gradient(numbers, *program.positions(queries, keys), d_logits)):
+            d_logits = program.block(queries, keys, head, masked=True).gradients()[1]
+            for p, d_number in enumerate(
+                positional.gradient(head.numbers, *program.positions(queries, keys), d_logits)
+            ):
                 total += jnp.where(index == p, d_number, 0.0)
             return total
 

@@ -198,7 +198,9 @@ class _Program:
         row = block * call.query_size + lax.iota(jnp.int32, call.query_size)
         head = c * call.groups + jnp.minimum(lax.div(row, call.query_length), call.groups - 1)
         query = _load(own.query.at, (b, c, at), None, self.arrays.query.shape[-1])
-        rows = lax.rem(row, call.query_length), head, [x[_row(x, b), at] for x in own.of_queries]
+        parameters = range(call.positional.size if call.positional else 0)
+        numbers = [plgpu.load(own.table.at[head, p])[:, None] for p in parameters]  # not in a loop: see `Program.head`
+        rows = lax.rem(row, call.query_length), head, numbers, [x[_row(x, b), at] for x in own.of_queries]
         factor = own.factor[b, c, at]
 
         def visit(j, sums):
@@ -228,7 +230,7 @@ class _Program:
         results[1][part, b, c, at], results[2][part, b, c, at] = entropy[:, 0], logsumexp[:, 0]
 
     def _block(self, b: Any, c: Any, j: Any, query: Any, factor: Any, rows: Any) -> Block:
-        call, own, (time, head, of_queries) = self.call, self.own, rows
+        call, own, (time, head, numbers, of_queries) = self.call, self.own, rows
         index = j * call.key_size + lax.iota(jnp.int32, call.key_size)
         within = index < call.key_length
         at = pl.ds(j * call.key_size, call.key_size)
@@ -241,7 +243,6 @@ class _Program:
         visible = call.visible(time[:, None], index[None], 0, query_side, key_side)
         term = None
         if call.positional is not None:
-            numbers = [plgpu.load(own.table.at[head, p])[:, None] for p in range(call.positional.size)]
             term = call.positional(numbers, query_side[0], key_side[0])
         elif own.table is not None:
             heads, batch = self.arrays.table.shape[:2]

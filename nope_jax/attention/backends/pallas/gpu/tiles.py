@@ -79,6 +79,14 @@ class Side(NamedTuple):
     """[size]."""
 
 
+class Head(NamedTuple):
+    """A query head."""
+
+    index: Any
+    numbers: tuple[Any, ...]
+    """The parameters of a logit by positions."""
+
+
 class Program:
     """A program within a kernel.
 
@@ -118,8 +126,13 @@ class Program:
         matrices = at.matrix(arrays.key, inputs.key, b, n), at.matrix(arrays.value, inputs.value, b, n)
         return Side(at.index, matrices, (), tuple(at.tokens(x, b) for x in inputs.of_keys))
 
-    def block(self, queries: Side, keys: Side, n: Any, masked: bool) -> Block:
-        """The block of some queries of head n and some keys."""
+    def head(self, n: Any) -> Head:
+        """Query head n. Not to be called in a loop: Triton would pipeline the loads, and compile for minutes."""
+        positional = self.call.positional
+        return Head(n, tuple(self.inputs.table[n, p] for p in range(positional.size if positional else 0)))
+
+    def block(self, queries: Side, keys: Side, head: Head, masked: bool) -> Block:
+        """The block of some queries of a head and some keys."""
         of_query, of_key = self._axes
         visible = term = None
         query_index, key_index = of_query(queries.indices), of_key(keys.indices)
@@ -127,11 +140,11 @@ class Program:
             of_queries, of_keys = map(of_query, queries.tokens), map(of_key, keys.tokens)
             visible = self.call.visible(query_index, key_index, self.offset, tuple(of_queries), tuple(of_keys))
         if self.call.positional is not None:
-            term = self.call.positional(self.numbers(n), *self.positions(queries, keys))
+            term = self.call.positional(head.numbers, *self.positions(queries, keys))
         elif self.inputs.table is not None:
-            head = jnp.minimum(n, len(self.arrays.table) - 1)
+            row = jnp.minimum(head.index, len(self.arrays.table) - 1)
             distance = query_index - key_index + padded_length(self.call.key_length)
-            term = plgpu.load(self.inputs.table.at[head, distance])
+            term = plgpu.load(self.inputs.table.at[row, distance])
         factor, *rows = map(of_query, queries.vectors)
         return Block(
             self.call,
@@ -145,11 +158,6 @@ class Program:
             term=term,
             rows=(*queries.matrices[1:], *rows),
         )
-
-    def numbers(self, n: Any) -> list[Any]:
-        """The parameters of a logit by positions, of head n."""
-        assert self.call.positional is not None
-        return [self.inputs.table[n, p] for p in range(self.call.positional.size)]
 
     def positions(self, queries: Side, keys: Side) -> tuple[Any, Any]:
         """The positions of some queries and some keys, which broadcast to their block."""
