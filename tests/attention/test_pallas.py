@@ -16,6 +16,7 @@ from nope_jax.attention import alibi_attention, dot_product_attention, encoded_a
 from nope_jax.attention.backends import BACKENDS
 from nope_jax.attention.backends.pallas import served
 from nope_jax.attention.backends.pallas.call import Call
+from nope_jax.attention.backends.pallas.positional import Positional
 from nope_jax.attention.blocks import CachedLayer
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.softmax_state import RESULTS
@@ -236,6 +237,14 @@ def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
 
     found, wanted = (run(arrays(keys), parameters, traced, name) for name in (kernel, "reference"))
     assert_same(found, wanted)
+
+
+def test_what_a_logit_of_both_positions_takes_is_counted():
+    """For the estimates of `--compile_for`: at least an addition and two products for a unit of FIRE's MLP."""
+    units = [FIRE(width=width).init_layer(jax.random.key(0), DIMS) for width in (4, 8)]
+    small, large = (Positional.of(FIRE().logit(params, None, None)) for params in units)
+    assert large.operations() - small.operations() >= 4 * 3
+    assert large.operations(gradient=True) > 2 * large.operations() > 2 * 8 * 3
 
 
 def mapped(attend, *operands):
