@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.length_study import cost, page, study
+from nope_jax.compile.machine import Computing
 from nope_jax.config import load_file
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tasks import TASKS, encode, scratchpad
@@ -180,7 +181,7 @@ def test_the_time_is_estimated_by_a_few_steps_and_answers(tmp_path, monkeypatch)
 
 
 def test_hours_follow_from_the_compiled_step():
-    estimate = cost.Estimate(4, {}, None, None, flops=1e12, peak=1.0, computing=0.15, traffic=())
+    estimate = cost.Estimate(4, {}, None, None, flops=1e12, peak=1.0, computing=Computing(0.1, 0.05, 0.0), traffic=())
     chip, gpu = cost.hours(estimate, 3600, 0.5)
     assert chip == pytest.approx(0.6) and gpu == pytest.approx(1e12 * 2 / 989e12)
 
