@@ -106,7 +106,7 @@ def loop_turns(line: str, computations: Computations, name: str) -> float | None
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(known[1])
     # A loop that counts up by one from a constant to a constant, as JAX emits for loops of known length.
-    condition = computations[loop[2]]
+    condition = _unfused(computations[loop[2]], computations)
     if not (test := re.search(r" compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", "\n".join(condition.values()))):
         return math.nan
     end = re.search(r" constant\((\d+)\)", condition.get(test[2], ""))
@@ -119,3 +119,16 @@ def loop_turns(line: str, computations: Computations, name: str) -> float | None
         first = computations[name].get(copied[1], "")
     start = re.search(r" constant\((\d+)\)", first)
     return int(end[1]) - int(start[1]) if start else math.nan
+
+
+def _unfused(condition: dict[str, str], computations: Computations) -> dict[str, str]:
+    """The lines of a loop's condition with those inside its fusions, which the GPU compiler makes of comparisons."""
+    lines = dict(condition)
+    for line in condition.values():
+        if not (fused := re.search(r" fusion\(([^)]*)\).*calls=%?([\w.\-]+)", line)):
+            continue
+        operands = re.findall(r"%([\w.\-]+)", fused[1])
+        for name, within in computations[fused[2]].items():
+            number = re.search(r" parameter\((\d+)\)", within)
+            lines[name] = condition[operands[int(number[1])]] if number else within
+    return lines

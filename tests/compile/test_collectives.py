@@ -111,6 +111,22 @@ def test_a_group_of_one_exchanges_nothing():
     assert collectives(program("%x = f32[8]{0} all-reduce(%p), replica_groups=[8,1]<=[8]")) == []
 
 
+def test_a_loop_may_count_up_to_a_number_in_a_fusion():
+    """As the GPU compiler writes the rest of a loop over microbatches, of which it does the first apart."""
+    fused = """
+%compared (q: s32[]) -> pred[] {
+  %q = s32[] parameter(0)
+  %last = s32[] constant(4)
+  ROOT %below = pred[] compare(%q, %last), direction=LT
+}
+"""
+    lines = LOOP.split("\n")
+    lines[5] = "  ROOT %less = pred[] fusion(%i), kind=kLoop, calls=%compared"
+    start = ["%first = s32[] constant(1)", "%start = (s32[], f32[8]{0}) tuple(%first, %p)"]
+    loop = "%loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body"
+    assert only(program(*start, loop, before=fused + "\n".join(lines))).times == 3
+
+
 @pytest.mark.parametrize(
     ("first", "configuration", "turns"),
     [
