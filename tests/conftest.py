@@ -34,8 +34,10 @@ import pytest
 import tests.support.typechecks  # noqa: F401  which the import hook refers to, before it meets nope_jax
 from nope_jax.attention import backends
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes
+from nope_jax.compiler_flags import set_flags
 from tests.support.config_file import CONFIG_FILE
 
+set_flags()  # as train.py does; those for TPUs are read when JAX starts
 # Programs are traced into millions of objects that live long, all of which the collector would look at again and again.
 gc.set_threshold(100_000, 50, 1000)
 
