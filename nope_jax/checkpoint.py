@@ -330,7 +330,7 @@ def _drop_late_complaints() -> None:
     # Writes abandoned by a failed save end later, each with a traceback, because their event loop is closed.
     report = sys.unraisablehook
 
-    def hook(complaint: "sys.UnraisableHookArgs") -> None:
+    def hook(complaint: Any) -> None:
         if str(complaint.exc_value) != "Event loop is closed":
             report(complaint)
 
