@@ -1,4 +1,4 @@
-"""The kernel for decoding on GPUs: a few queries against many keys, in interpret mode and compiled for GPUs."""
+"""The kernels for decoding: a few queries against many keys, in interpret mode and compiled for TPUs and GPUs."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=S, num_kv_h
 
 @pytest.fixture(scope="module")
 def few_programs(small_blocks):
-    """Blocks of 8 keys, and so few programs that a part has several of them."""
+    """Blocks of 8 keys and, on a GPU, so few programs that a part has several of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "PROGRAMS", 12)
         yield
@@ -63,49 +63,75 @@ def parameters(encoding):
     return {name: x + 0.3 * random(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
 
 
+of_each_chip = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+
 # First what needs blocks as they are: those of `few_programs` stay until the end of the module.
 
 
-def test_it_is_what_decoding_on_a_gpu_gets():
-    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert default_order(1, 8192) == default_order(8, 128) == ("pallas_gpu", "streaming")
-        assert default_order(9, 8192) == default_order(1, 100) == ("streaming",)
-    cache = cached(jnp.zeros((B, S, K, H)), 1)
-    supports = functools.partial(BACKENDS["pallas_gpu"].supports, factor=None, key=cache, value=cache, logit=None)
-    spec = make_mask_spec(arrays(1)[0], cache)
-    assert supports(arrays(1)[0], value_term=None, mask_spec=spec, precision=None) is None
-    reason = supports(arrays(9)[0], value_term=None, mask_spec=spec, precision=None)
-    assert reason == "keys of a KV cache are read by another backend for more than 8 queries"
+def on(platform):
+    """As if there were such a device."""
+    device = jax.sharding.AbstractDevice("of some kind", num_cores=None, platform=platform)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device))
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_it_is_what_decoding_gets(platform):
+    kernel = f"pallas_{platform}"
+    with on(platform):
+        assert default_order(1, 8192, cached=True) == default_order(8, 128, cached=True) == (kernel, "streaming")
+        assert default_order(9, 8192, cached=True) == default_order(1, 100, cached=True) == ("streaming",)
+        assert default_order(1, 8192) == (("streaming",) if platform == "tpu" else (kernel, "streaming"))
+    supports = functools.partial(BACKENDS[kernel].supports, factor=None, logit=None, value_term=None, precision=None)
+
+    def reason(queries, dim, slots=72):
+        query, cache = jnp.zeros((B, queries, N, dim)), cached(jnp.zeros((B, slots, K, dim)), 1)
+        return supports(query, key=cache, value=cache, mask_spec=make_mask_spec(query, cache))
+
+    assert reason(8, 64) is None
+    assert reason(9, 64) == "keys of a KV cache are read by another backend for more than 8 queries"
+    with on(platform):
+        assert reason(1, 128) is None
+        why = "a KV cache must have a multiple of 8 slots and head dims that are multiples of 128, not {} and {}: "
+        for dim, slots in ((64, 72), (128, 70)):
+            assert reason(1, dim, slots) == (
+                why.format(slots, dim) + "it would be copied" if platform == "tpu" else None
+            )
+
+
 @pytest.mark.parametrize(
     ("machine", "name", "queries", "keys", "head_dim", "dtype"),
     [
-        ("h100:1", "nope", 1, 131_072, 128, "bfloat16"),
-        ("h100:1", "alibi", 4, 131_072, 128, "bfloat16"),
-        ("h100:1", "fire", 1, 8192, 128, "bfloat16"),
         *(
-            pytest.param(machine, *case, marks=pytest.mark.slow)
-            for machine in ("a100:1", "h100:1", "b200:1")
-            for case in (
-                ("t5", 1, 8192, 64, "bfloat16"),
-                ("nope", 8, 8192, 80, "float16"),
-                ("alibi", 1, 8192, 96, "float32"),
-                ("nope", 8, 8192, 256, "bfloat16"),
-                ("nope", 1, 8192, 256, "float32"),
+            pytest.param(machine, *case, marks=[mark, *[pytest.mark.slow] * slow])
+            for machines, mark, head_dim in (
+                (("h100:1", "a100:1", "b200:1"), pytest.mark.cuda, 64),
+                (("v5e:1x1", "v5p:2x2x1", "v6e:1x1"), pytest.mark.tpu, 128),
             )
+            for machine in machines
+            for slow, *case in (
+                (machine != machines[0], "nope", 1, 131_072, 128, "bfloat16"),
+                (machine != machines[0], "alibi", 4, 131_072, 128, "bfloat16"),
+                (machine != machines[0], "fire", 1, 8192, 128, "bfloat16"),
+                (True, "t5", 1, 8192, head_dim, "bfloat16"),
+                (True, "alibi", 1, 8104, head_dim, "float32"),
+                (True, "nope", 8, 8192, 256, "bfloat16"),
+                (True, "nope", 1, 8192, 256, "float32"),
+            )
+        ),
+        *(
+            pytest.param(machine, "nope", 8, 8192, *case, marks=[pytest.mark.cuda, pytest.mark.slow])
+            for machine in ("a100:1", "h100:1", "b200:1")
+            for case in ((80, "float16"), (96, "bfloat16"))
         ),
     ],
 )
-def test_it_compiles_for_a_gpu_and_reads_the_cache_where_it_lies(machine, name, queries, keys, head_dim, dtype):
-    """Temporaries are the results of the parts and, with a bias, G·T/H of a layer's keys and values."""
+def test_it_compiles_for_a_chip_and_reads_the_cache_where_it_lies(machine, name, queries, keys, head_dim, dtype):
+    """Temporaries are the results of the parts on a GPU, and a bias, on a TPU twice: with G·T rows, G·T/H of a layer's
+    keys and values."""
     heads, kv_heads, rows, encoding = 32, 8, 2, ENCODINGS[name]()
     dims = ModelDims(num_heads=heads, head_dim=head_dim, model_dim=64, train_length=keys, num_kv_heads=kv_heads)
     params = encoding.init_shared(jax.random.key(0), dims) | encoding.init_layer(jax.random.key(1), dims)
-    mesh = make_mesh(MeshConfig(), find_machine(machine).devices())
+    mesh = make_mesh(MeshConfig(), find_machine(machine).devices()[:1])
     shard = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     stored = to_storage(jnp.zeros(1, dtype)).dtype
 
@@ -118,12 +144,13 @@ def test_it_compiles_for_a_gpu_and_reads_the_cache_where_it_lies(machine, name, 
     shapes += [((), "int32"), ((rows, queries), "int32")]
     with jax.set_mesh(mesh):
         program = jax.jit(decode).lower(*(jax.ShapeDtypeStruct(*x, sharding=shard) for x in shapes)).compile()
-    assert len(re.findall(r" custom-call\(.*gpu\.triton\".*attention_decoding", program.as_text())) == 1
-    bias = rows * heads * queries * keys * 4 * (name in ("alibi", "t5"))
+    assert len(re.findall(r" custom-call\(.*attention_decoding", program.as_text())) == 1
+    bias = rows * heads * queries * keys * 4 * (name in ("alibi", "t5")) * (2 if machine[0] == "v" else 1)
     assert program.memory_analysis().temp_size_in_bytes < 24 * 2**20 + bias
 
 
 @pytest.mark.usefixtures("few_programs")
+@of_each_chip
 @pytest.mark.parametrize(
     ("queries", "encoding", "keywords"),
     [
@@ -144,28 +171,30 @@ def test_it_compiles_for_a_gpu_and_reads_the_cache_where_it_lies(machine, name, 
         ),
     ],
 )
-def test_values_and_statistics_are_the_reference_s(queries, encoding, keywords):
+def test_values_and_statistics_are_the_reference_s(implementation, queries, encoding, keywords):
     scale, params = jnp.linspace(0.5, 1.5, B * N * queries).reshape(B, N, queries), parameters(encoding)
     run = functools.partial(attend, arrays(queries), params, encoding=encoding, logit_scale=scale, **keywords)
-    jax.tree.map(assert_close, run(implementation="pallas_gpu"), run(implementation="reference"))
+    jax.tree.map(assert_close, run(implementation=implementation), run(implementation="reference"))
 
 
 @pytest.mark.usefixtures("few_programs")
-def test_the_gradient_is_that_of_streaming():
+@of_each_chip
+def test_the_gradient_is_that_of_streaming(implementation):
     def loss(implementation, operands):
         out, entropy, logsumexp = attend(operands, {}, implementation, NoPE())
         return (out**2).sum() + (entropy**2).sum() + logsumexp.sum()
 
     gradients = (
-        jax.jit(jax.grad(functools.partial(loss, name)))(arrays(2, 24)) for name in ("pallas_gpu", "reference")
+        jax.jit(jax.grad(functools.partial(loss, name)))(arrays(2, 24)) for name in (implementation, "reference")
     )
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), *gradients)
 
 
 @pytest.mark.usefixtures("few_programs")
+@of_each_chip
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_hidden_keys_of_a_cache_may_be_anything_and_rows_may_see_none(queries, dtype):
+def test_hidden_keys_of_a_cache_may_be_anything_and_rows_may_see_none(implementation, queries, dtype):
     """What one of two queries sees reaches that one alone."""
     query, key, value = (x.astype(dtype) for x in arrays(queries))
     where = {"query_positions": jnp.array([[40], [-2]]) + jnp.arange(queries)}
@@ -175,7 +204,7 @@ def test_hidden_keys_of_a_cache_may_be_anything_and_rows_may_see_none(queries, d
     @jax.jit
     def run(query, key, value, layer):
         caches = cached(key, layer), cached(value, layer)
-        return attend((query, *caches), {}, "pallas_gpu", NoPE(), **where)
+        return attend((query, *caches), {}, implementation, NoPE(), **where)
 
     found = run(query, key, value, 1)
     for x, clean in zip(found, wanted, strict=True):

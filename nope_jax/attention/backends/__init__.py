@@ -44,7 +44,7 @@ from jaxtyping import Array, Float, Shaped
 from nope_jax.attention.backends import cudnn, pallas
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
-from nope_jax.attention.blocks import BLOCK_SIZE, few_queries
+from nope_jax.attention.blocks import BLOCK_SIZE, CachedLayer, few_queries
 from nope_jax.attention.mesh import platform, ring_size
 
 log = logging.getLogger(__name__)
@@ -86,20 +86,20 @@ KERNEL_LENGTH = 128
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 """The one that is chosen by default, by platform."""
 
-DECODING_KERNELS = {"gpu": "pallas_gpu"}
-"""Those that serve a few queries against a KV cache."""
 
-
-def default_order(query_length: int, key_length: int) -> tuple[str, ...]:
+def default_order(query_length: int, key_length: int, *, cached: bool = False) -> tuple[str, ...]:
     """Default names: the platform's kernel, for a block at least, or for decoding if there is one; then streaming.
 
     Instead of streaming, reference if all weights of a head fit in one block on one device and there is no cache.
+
+    Args:
+        cached: Whether keys and values are those of a `CachedLayer`. The TPU's kernel for decoding would copy others.
     """
     few = few_queries(query_length, key_length)
     small = query_length * key_length <= BLOCK_SIZE**2 and not few and ring_size() == 1
-    kernels = KERNELS if not few else DECODING_KERNELS if pallas.is_decoding(query_length, key_length) else {}
-    long = key_length >= KERNEL_LENGTH and (few or query_length >= KERNEL_LENGTH)
-    kernel = (kernels[platform()],) if long and platform() in kernels else ()
+    decoding = pallas.is_decoding(query_length, key_length) and (cached or platform() == "gpu")
+    long = key_length >= KERNEL_LENGTH and (decoding if few else query_length >= KERNEL_LENGTH)
+    kernel = (KERNELS[platform()],) if long and platform() in KERNELS else ()
     return (*kernel, "reference" if small else "streaming")
 
 
@@ -115,7 +115,8 @@ def choose(implementation: str | Sequence[str] | None, *call: Any, statistics: b
         ValueError: A name is unknown, or none of the named backends can serve the call; the message gives the reasons.
     """
     if implementation is None:
-        implementation = default_order(call[0].shape[1], call[2].shape[1])
+        query, _, key = call[:3]
+        implementation = default_order(query.shape[1], key.shape[1], cached=isinstance(key, CachedLayer))
     names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
     if not names or not all(isinstance(name, str) and name in BACKENDS for name in names):
         known = ", ".join(f'"{name}"' for name in BACKENDS)

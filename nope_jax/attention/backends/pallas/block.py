@@ -78,6 +78,16 @@ class Block:
         """The sum of x · keys over keys: [H, q] if keys come first, else [q, H]."""
         return self._product(of_keys, x, (0, 0)) if self.keys_first else self._product(x, of_keys, (1, 0))
 
+    def with_care(self, summed: Float[Array, "..."], weights: Shaped[Array, "..."]) -> Float[Array, "..."]:
+        """As `weighted_sum`: values that are not finite reach the queries that see them, and no others.
+
+        Args:
+            summed: The sum of weights · value.
+        """
+        strange = jnp.where(jnp.isfinite(self.value.astype(jnp.float32)), 0.0, 1.0).astype(weights.dtype)
+        reached = self.over_keys(strange, jnp.where(weights != 0, 1.0, 0.0).astype(weights.dtype)) > 0
+        return jnp.where(reached, summed, self.over_keys(self.finite(self.value), weights))
+
     def over_queries(self, of_queries: Shaped[Array, "q H"], x: Shaped[Array, "k q"]) -> Float[Array, "k H"]:
         """The sum of x · queries over queries, where keys come first."""
         return self._product(x, of_queries, (1, 0))

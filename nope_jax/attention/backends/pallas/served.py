@@ -20,6 +20,9 @@ DTYPES: dict[str, tuple[Any, ...]] = {
 MAX_HEAD_DIM = 256
 """On a GPU, where a program keeps whole rows of a block in registers and shared memory."""
 
+SUBLANES, LANES = 8, 128
+"""Of a TPU's tiles. XLA lays arrays that do not fill them out as no kernel reads them."""
+
 CAPABILITIES = ("8.0", "9.0", "10.0")
 """The GPUs whose compilers have been asked. Most others have less shared memory."""
 
@@ -29,17 +32,21 @@ DECODING_QUERIES = 8
 
 
 def is_decoding(query_length: int, key_length: int) -> bool:
-    """Whether a call on a GPU gets the kernel for a few queries, which also reads KV caches."""
+    """Whether a call gets the kernel for a few queries, which also reads KV caches."""
     return query_length <= DECODING_QUERIES and few_queries(query_length, key_length)
 
 
 def supports(chip, query, factor, key, value, logit, value_term, mask_spec, precision, *_: Any) -> str | None:
     """Why the kernels for a platform, "tpu" or "gpu", cannot serve a call; None if they can."""
-    decoding = chip == "gpu" and is_decoding(query.shape[1], key.shape[1])
+    decoding = is_decoding(query.shape[1], key.shape[1])
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, CachedLayer) and not decoding:
-            most = f" for more than {DECODING_QUERIES} queries" if chip == "gpu" else ""
-            return f"keys of a KV cache are read by another backend{most}"
+            return f"keys of a KV cache are read by another backend for more than {DECODING_QUERIES} queries"
+        if isinstance(x, CachedLayer) and platform() == chip == "tpu" and (x.shape[1] % SUBLANES or x.shape[3] % LANES):
+            return (
+                f"a KV cache must have a multiple of {SUBLANES} slots and head dims that are multiples of {LANES}, "
+                f"not {x.shape[1]} and {x.shape[3]}: it would be copied"
+            )
         if x.dtype not in DTYPES[chip]:
             *others, last = (jnp.dtype(dtype).name for dtype in DTYPES[chip])
             return f"{name} must be {', '.join(others)} or {last}, not {x.dtype}"

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends.diagonals import unshear
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
-from nope_jax.attention.backends.pallas.gpu.decoding import FewQueries, Options, few_queries_attention
+from nope_jax.attention.backends.pallas.decoding import FewQueries, Options
+from nope_jax.attention.backends.pallas.gpu.decoding import few_queries_attention
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes, sizes_for
 from nope_jax.attention.backends.pallas.gpu.tiles import (
     Kernel,

@@ -13,6 +13,7 @@ Blocks in which no query sees a key are neither fetched nor computed.
     terms.py      the logit of a block, and its gradient
     walk.py       runs a function over all blocks that meet: one kernel
     attention.py  the kernels of the forward and the backward pass
+    decoding.py   the kernel for a few queries against many keys
 
 Shapes as in `pallas`, with q = k.
 """

@@ -10,17 +10,20 @@ from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
+from nope_jax.attention.backends.pallas.decoding import FewQueries, Options
 from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.backends.pallas.served import LANES, is_decoding
+from nope_jax.attention.backends.pallas.tpu.decoding import few_queries_attention
 from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens
 from nope_jax.attention.backends.pallas.tpu.terms import table_of
 from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, along_queries, of_keys, of_queries, run
+from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
 from nope_jax.attention.softmax_state import SoftmaxState
 from nope_jax.encodings import BlockValue
 from nope_jax.encodings.encoding import MASKED, Logit
 
-LANES = 128
 BLOCK_SIZE = 512
 """Queries and keys per block, fewer for short sequences. From the compiler's memory limits: not yet tuned on a TPU."""
 
@@ -28,8 +31,8 @@ BLOCK_SIZE = 512
 def pallas_tpu_attention(
     query: Shaped[Array, "B T N H"],
     factor: Float[Array, "#B #N T"],
-    key: Shaped[Array, "B S K H"],
-    value: Shaped[Array, "B S K H2"],
+    key: Shaped[Array, "B S K H"] | CachedLayer,
+    value: Shaped[Array, "B S K H2"] | CachedLayer,
     logit: Logit | None,
     value_term: BlockValue | None,
     mask_spec: MaskSpec,
@@ -43,9 +46,14 @@ def pallas_tpu_attention(
     """The `attend` of a backend with `in_parts`; reverse-mode differentiable.
 
     Args:
+        key, value: Arrays or, where `is_decoding`, layers of a KV cache.
         block_size: Queries and keys per block: a power of two, on a TPU at least 128. None: `BLOCK_SIZE`, or the
-            smallest that holds the whole sequence.
+            smallest that holds the whole sequence; in decoding, as many keys as fit.
     """
+    if final_rows is None and is_decoding(query.shape[1], key.shape[1]):
+        options = Options(precision, with_entropy, softcap, block_size)
+        return few_queries_attention(options, FewQueries(query, factor, key, value, logit, mask_spec))
+    key, value = whole(key), whole(value)
     (batch, query_length, num_heads, _), key_length = query.shape, key.shape[1]
     if block_size is None:
         longest = max(query_length, key_length)
@@ -98,7 +106,7 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
 
             @pl.when(jnp.logical_not(jnp.isfinite(added).all()))
             def _():
-                output[...] = kept + _reached(block, weights, added)
+                output[...] = kept + block.with_care(added, weights)
 
     def end(results, sums):
         largest, normaliser, weighted, output = (reference[...] for reference in sums)
@@ -123,17 +131,6 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
         products=dim + value_dim + call.logit_products(),
     )
     return output, entropy, logsumexp
-
-
-def _reached(block: Block, weights: Float[Array, "k q"], summed: Float[Array, "H2 q"]) -> Float[Array, "H2 q"]:
-    """As `weighted_sum`: values that are not finite reach the queries that see them, and no others.
-
-    Args:
-        summed: The sum of weights · value.
-    """
-    strange = 1 - jnp.isfinite(block.value.astype(jnp.float32)).astype(jnp.float32)
-    reached = block.over_keys(strange, (weights != 0).astype(jnp.float32)) > 0
-    return jnp.where(reached, summed, block.over_keys(block.finite(block.value), weights))
 
 
 def _backward(call: Call, operands: Operands, tokens: Tokens, results, cotangents) -> Operands:

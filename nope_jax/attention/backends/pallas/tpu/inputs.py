@@ -11,8 +11,7 @@ from jaxtyping import Array, Int
 
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Tokens
-
-SUBLANES = 8
+from nope_jax.attention.backends.pallas.served import SUBLANES
 
 
 class Inputs(NamedTuple):
