@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.length_study import cost, page, study
-from nope_jax.compile.machine import Computing
 from nope_jax.config import load_file
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tasks import TASKS, encode, scratchpad
@@ -180,10 +180,20 @@ def test_the_time_is_estimated_by_a_few_steps_and_answers(tmp_path, monkeypatch)
     assert 3600 * hours == pytest.approx(12 * 100 * 1024 / 3000 + 12 * 20, rel=1e-3)
 
 
-def test_hours_follow_from_the_compiled_step():
-    estimate = cost.Estimate(4, {}, None, None, flops=1e12, peak=1.0, computing=Computing(0.1, 0.05, 0.0), traffic=())
-    chip, gpu = cost.hours(estimate, 3600, 0.5)
-    assert chip == pytest.approx(0.6) and gpu == pytest.approx(1e12 * 2 / 989e12)
+def test_hours_follow_from_the_compiled_step(monkeypatch):
+    programs = SimpleNamespace(total=3 * 2**30), SimpleNamespace(total=2**30)
+    estimate = SimpleNamespace(training=programs[0], validation=programs[1], seconds=(0.1, 0.18))
+    asked = []
+    monkeypatch.setattr(cost, "estimate_run", lambda config, machine: asked.append((config, machine)) or estimate)
+    monkeypatch.setattr(cost.importlib.metadata, "version", lambda package: f"of {package}")
+    text = cost.cost("h100:1", [128])
+    # 40,000 steps of 0.18 s take two hours.
+    models = [len(p.cases(study.ENCODINGS)) for p in study.SIZES["paper"].parts if p.context == 128]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 128")]
+    assert sorted(int(row[2]) for row in rows) == sorted(models)
+    assert all(row[3:5] == ["3.0", "180"] and int(row[5]) == 2 * int(row[2]) for row in rows)
+    assert f"| all |  | {sum(models)} |  |  | {2 * sum(models):,} |" in text
+    assert [(config.data.context_length, name) for config, name in asked] == [(128, "h100:1")] * len(rows)
 
 
 SMALL = """
