@@ -26,9 +26,8 @@ SUBLANES, LANES = 8, 128
 CAPABILITIES = ("8.0", "9.0", "10.0")
 """The GPUs whose compilers have been asked. Most others have less shared memory."""
 
-
 DECODING_QUERIES = 8
-"""So many queries, and no more, are served by the kernel for decoding."""
+"""The most queries that the kernel for decoding serves."""
 
 
 def is_decoding(query_length: int, key_length: int) -> bool:
