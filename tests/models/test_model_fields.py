@@ -82,7 +82,10 @@ def decoder(changes) -> Decoder:
     """A decoder none of whose parameters has the value with which it is created."""
     model = Decoder(dataclasses.replace(PLAIN, **changes), rngs=nnx.Rngs(0))
     draw = np.random.default_rng(0)
-    moved = lambda x: jnp.asarray((x + 0.3 * draw.standard_normal(x.shape)).astype(x.dtype))  # noqa: E731
+
+    def moved(x):
+        return jnp.asarray((x + 0.3 * draw.standard_normal(x.shape)).astype(x.dtype))
+
     state = jax.tree.map(moved, jax.tree.map(np.asarray, nnx.state(model)))
     nnx.update(model, state)
     return model

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import re
 
 import jax
@@ -210,12 +211,15 @@ def test_arrays_may_lie_on_a_mesh_with_explicit_axes_outside_of_jit():
 
 
 @slow
-@pytest.mark.parametrize("name", ["rope", "nope", "alibi", "cope"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *itertools.product(["rope", "nope", "alibi"], ["streaming", "pallas_tpu", "pallas_gpu"]),
+        ("cope", "streaming"),  # which no kernel serves
+    ],
+)
 @pytest.mark.parametrize("in_context", [False, True])
-@pytest.mark.parametrize("implementation", ["streaming", "pallas_tpu", "pallas_gpu"])
-def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, in_context, implementation):
-    if name == "cope" and implementation != "streaming":
-        pytest.skip("the kernels do not serve CoPE")
+def test_arrays_may_lie_on_a_mesh_with_explicit_axes(name, implementation, in_context):
     function = getattr(attention, f"{name}_attention")
     keywords = {"embeddings": 0.3 * draw(16, H)} if name == "cope" else {}
 
