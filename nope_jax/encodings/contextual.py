@@ -5,6 +5,7 @@ q and k the queries and keys of one block.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -54,8 +55,7 @@ class CoPE(Encoding):
         carry: Float[Array, "B N q"],
     ) -> tuple[Float[Array, "B N q k"], Float[Array, "B N q"]]:
         gates = jnp.where(visible, jax.nn.sigmoid(content), 0.0)
-        position = lax.cumsum(gates, axis=gates.ndim - 1, reverse=True) + carry[..., None]
-        position = jnp.minimum(position, embeddings.shape[-2] - 1)
+        position = jnp.minimum(_sums_to_the_end(gates) + carry[..., None], embeddings.shape[-2] - 1)
         below = lax.stop_gradient(jnp.floor(position))
 
         heads = "nph" if embeddings.ndim == 3 else "ph"
@@ -68,6 +68,20 @@ class CoPE(Encoding):
         first = jnp.arange(0, table.shape[0], at.shape[-1]).reshape(*at.shape[:-1], 1)
         found = table.at[first + below.astype(jnp.int32)].get(mode="clip")
         return found[..., 0] + (position - below) * found[..., 1], carry + gates.sum(-1)
+
+
+_PIECE = 16
+"""Entries that `_sums_to_the_end` sums in one product."""
+
+
+def _sums_to_the_end(x: Float[Array, "*B k"]) -> Float[Array, "*B k"]:
+    """The sum of each entry and all after it, as products with ones: of the entries of a piece, and of later pieces."""
+    *outer, length = x.shape
+    pieces = jnp.pad(x, [(0, 0)] * len(outer) + [(0, -length % _PIECE)]).reshape(*outer, -1, _PIECE)
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    within = matmul(pieces, jnp.tri(_PIECE))
+    after = matmul(within[..., 0], jnp.tri(within.shape[-2], k=-1))
+    return (within + after[..., None]).reshape(*outer, -1)[..., :length]
 
 
 class RunningSum(NamedTuple):

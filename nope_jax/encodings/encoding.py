@@ -87,9 +87,20 @@ class Tile(NamedTuple):
         return self.query_positions[:, :, None] - self.key_positions[:, None, :]
 
 
+@jax.custom_jvp
+def _at_least_masked(added: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.maximum(added, MASKED)
+
+
+@_at_least_masked.defjvp
+def _at_least_masked_jvp(primals, tangents):
+    # A masked key has a weight and so a gradient of 0. To ask which keys are masked would take the term once more.
+    return _at_least_masked(*primals), *tangents
+
+
 def _finite(added: Any) -> Array:
     """Convert the output of a term to finite float32; -inf, which masks a key, becomes MASKED."""
-    return jnp.maximum(jnp.asarray(added, jnp.float32), MASKED)
+    return _at_least_masked(jnp.asarray(added, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,20 +230,25 @@ Logit = DistanceLogit | BlockLogit | ScanLogit
 
 
 def skew(rows: Shaped[Array, "*B q span"], keys: int) -> Shaped[Array, "*B q k"]:
-    """Entry (x, y) of a block from rows x in ascending distance, as in `Tile.distances`; without a gather."""
-    queries, span = rows.shape[-2:]
-    rows = jnp.pad(rows[..., ::-1], [(0, 0)] * (rows.ndim - 1) + [(0, 1)])
-    flat = rows.reshape(*rows.shape[:-2], -1)[..., queries - 1 : queries - 1 + queries * span]
-    return flat.reshape(*rows.shape[:-2], queries, span)[..., :keys]
+    """Entry (x, y) of a block from rows x in ascending distance, as in `Tile.distances`; without a gather.
+
+    Read as rows that are one entry longer, each row begins one entry later than the one before: at the last key.
+    """
+    *outer, queries, span = rows.shape
+    flat = jnp.pad(rows.reshape(*outer, -1), [(0, 0)] * len(outer) + [(0, queries)])
+    return flat.reshape(*outer, queries, span + 1)[..., keys - 1 :: -1]
 
 
 def unskew(block: Shaped[Array, "*B q k"]) -> Shaped[Array, "*B q q+k-1"]:
-    """The transpose of `skew`: each row of a block in ascending distance, 0 where the block has no key."""
-    queries, keys = block.shape[-2:]
-    span, outer = queries + keys - 1, [(0, 0)] * (block.ndim - 2)
-    flat = jnp.pad(block, [*outer, (0, 0), (0, queries - 1)]).reshape(*block.shape[:-2], -1)
-    rows = jnp.pad(flat, [*outer, (queries - 1, 1)]).reshape(*block.shape[:-2], queries, span + 1)
-    return rows[..., -2::-1]
+    """The transpose of `skew`: each row of a block in ascending distance, 0 where the block has no key.
+
+    The barrier keeps XLA from computing where each entry lies while it reads them.
+    """
+    *outer, queries, keys = block.shape
+    span = queries + keys - 1
+    rows = jnp.pad(block[..., ::-1], [(0, 0)] * (len(outer) + 1) + [(0, queries)])
+    flat = jax.lax.optimization_barrier(rows).reshape(*outer, -1)[..., : queries * span]
+    return flat.reshape(*outer, queries, span)
 
 
 _Function = TypeVar("_Function", bound=Callable)

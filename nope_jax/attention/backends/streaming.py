@@ -239,6 +239,9 @@ class _Pair:
         self.seen_only = finite if visible is not None else lambda x: x
         self.scaled, self.factor = self.seen_only(at(scaled, i)), at(operands.factor, i)
         self.key, self.value = self.seen_only(at(operands.key, j)), at(operands.value, j)
+        arrays = _LogitArrays.of(operands)
+        # Those of `added` and, after its own, of `value_added`: made once, so that XLA sees that they are the same.
+        self.arguments = arrays and arrays.at(tiling, i, j), self.scaled, self.key, self.factor
 
     def product(self, subscripts: str, *arrays):
         return jnp.einsum(subscripts, *arrays, precision=self.tiling.precision, preferred_element_type=jnp.float32)
@@ -255,19 +258,6 @@ class _Pair:
             return product, None
         content = softcapped(product, cap)
         return content, 1 - jnp.square(content / cap)
-
-    def logits(self, content, tile, layout=lambda x: x):
-        """Logits of the block from its content logits; `layout` as in `content_logits`."""
-        if tile is not None:
-            content += layout(tile)
-        arrays = self.logit_arrays()
-        if arrays is not None:
-            content += layout(self.added(arrays, self.scaled, self.key, self.factor))
-        return content
-
-    def logit_arrays(self) -> _LogitArrays | None:
-        arrays = _LogitArrays.of(self.operands)
-        return arrays and arrays.at(self.tiling, self.i, self.j)
 
     def added(self, arrays: _LogitArrays, query, key, factor) -> Float[Array, "#B K G q k"]:
         """The term added by a `BlockLogit`."""
@@ -306,8 +296,12 @@ def _forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     def update(tile, i, j, visible, rows):
         softmax, output = rows
         pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)
-        content, _ = pair.content_logits(pair.product("bkgqh,bkhs->bkgqs", at(queries, i), at(keys_t, j)))
-        logits = pair.logits(content, tile)
+        logits, _ = pair.content_logits(pair.product("bkgqh,bkhs->bkgqs", at(queries, i), at(keys_t, j)))
+        if tile is not None:
+            logits += tile
+        if operands.logit is not None:
+            # Otherwise XLA would compute the term in every loop that reads the logits, and so below with its gradient.
+            logits = lax.optimization_barrier(logits + pair.added(*pair.arguments))
         if visible is not None:
             logits = jnp.where(visible, logits, MASKED)
         softmax, weights, decay = softmax.over_more(logits)
@@ -317,8 +311,7 @@ def _forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
         else:
             output += weighted_sum("bkgqs,bksh->bkgqh", weights, pair.value, tiling.precision)
         if operands.value_term is not None:
-            arrays = pair.logit_arrays()
-            output += pair.value_added(operands.value_term, weights, arrays, pair.scaled, pair.key, pair.factor)
+            output += pair.value_added(operands.value_term, weights, *pair.arguments)
         return softmax, output
 
     def visit_diagonal(diagonal, masked, rows):
@@ -393,16 +386,19 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
             return x if visible is None else jnp.where(_keys_first(visible), x, 0.0)
 
         product = pair.product("bksh,bkhgq->bksgq", at(operands.key, j), at(queries_t, i))
-        content, slope = pair.content_logits(product, layout=_keys_first)
-        logits = pair.logits(content, tile, layout=_keys_first)
+        logits, slope = pair.content_logits(product, layout=_keys_first)
+        if tile is not None:
+            logits += _keys_first(tile)
+        if operands.logit is not None:
+            added, pull_added = jax.vjp(pair.added, *pair.arguments)
+            logits += _keys_first(added)
         weights = hidden(jnp.exp(logits - lse[:, :, None]))
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
         if operands.value_term is not None:
             natural = _queries_first(weights)
-            of = operands.value_term, natural, pair.logit_arrays(), pair.scaled, pair.key, pair.factor
-            _, pull = jax.vjp(pair.value_added, *of)
-            added, d_weights_added, *rest = pull(d_out.astype(jnp.float32))
-            d_value_term = summed(d_value_term, added)
+            _, pull = jax.vjp(pair.value_added, operands.value_term, natural, *pair.arguments)
+            d_term, d_weights_added, *rest = pull(d_out.astype(jnp.float32))
+            d_value_term = summed(d_value_term, d_term)
             d_weights += _keys_first(d_weights_added)
             d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
         d_logits = d_weights + row[:, :, None]
@@ -418,8 +414,7 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
         if d_tile is not None:
             d_tile += d_logits.sum(0)
         if operands.logit is not None:
-            added, pull = jax.vjp(pair.added, pair.logit_arrays(), pair.scaled, pair.key, pair.factor)
-            rest = pull(_sum_to(_queries_first(d_logits), added.shape))
+            rest = pull_added(lax.optimization_barrier(_sum_to(_queries_first(d_logits), added.shape)))
             d_logit, d_query_t, d_key, d_factor = _add(d_logit, d_query_t, d_key, d_factor, rest)
         return _Gradients(d_query_t, d_factor, d_key, d_value, d_tile, d_logit, d_value_term)
 
