@@ -55,7 +55,8 @@ class CoPE(Encoding):
         carry: Float[Array, "B N q"],
     ) -> tuple[Float[Array, "B N q k"], Float[Array, "B N q"]]:
         gates = jnp.where(visible, jax.nn.sigmoid(content), 0.0)
-        position = jnp.minimum(_sums_to_the_end(gates) + carry[..., None], embeddings.shape[-2] - 1)
+        count = _sums_to_the_end(gates) + carry[..., None]
+        position = jnp.minimum(count, embeddings.shape[-2] - 1)
         below = lax.stop_gradient(jnp.floor(position))
 
         heads = "nph" if embeddings.ndim == 3 else "ph"
@@ -67,7 +68,7 @@ class CoPE(Encoding):
         table = jnp.stack([at, step], axis=-1).reshape(-1, 2)
         first = jnp.arange(0, table.shape[0], at.shape[-1]).reshape(*at.shape[:-1], 1)
         found = table.at[first + below.astype(jnp.int32)].get(mode="clip")
-        return found[..., 0] + (position - below) * found[..., 1], carry + gates.sum(-1)
+        return found[..., 0] + (position - below) * found[..., 1], count[..., 0]
 
 
 _PIECE = 16
