@@ -3,15 +3,16 @@
 import functools
 import itertools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nope_jax.attention import encoded_attention
+from nope_jax.attention import dot_product_attention, encoded_attention
 from nope_jax.attention.blocks import BLOCK_SIZE
-from nope_jax.encodings import ENCODINGS, Encoding, ModelDims, Wrapper
+from nope_jax.encodings import ENCODINGS, BlockLogit, Encoding, ModelDims, Wrapper
 from tests.support.attention_cases import (
     ATTENTION,
     assert_close,
@@ -159,3 +160,24 @@ def test_memory_of_every_kind_of_logit_grows_with_length(name):
     small, large = size(1024), size(4096)
     assert large < GROWTH**2 * small
     assert large < 32 * 2**20  # one head's weights would be 64 MiB
+
+
+def _marked(scale, block):
+    """A term with one sine: it tells in the compiled program how often the term is computed."""
+    return jnp.sin(scale * (block.query @ block.key.mT))
+
+
+def test_the_backward_pass_computes_a_term_once_per_block():
+    # Not once for the logits and once more for its gradient.
+    array = jax.ShapeDtypeStruct((1, BLOCK_SIZE + 20, 2, 16), jnp.float32)
+
+    def loss(scale, query, key, value):
+        logit = BlockLogit(_marked, scale, heads=(None,))
+        return dot_product_attention(query, key, value, logit=logit, implementation="streaming").sum()
+
+    def sines(function):
+        compiled = jax.jit(function).lower(jnp.float32(1), array, array, array).compile()
+        return len(re.findall(r" sine\(", compiled.as_text()))
+
+    loops = 2  # over the blocks of a diagonal, with and without a mask
+    assert sines(jax.grad(loss, argnums=(0, 1, 2, 3))) == sines(loss) + loops
