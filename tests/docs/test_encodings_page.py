@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import pictures
+from benchmarks.pictures import PICTURES, draw, effects
+from benchmarks.pictures.__main__ import main
 from nope_jax import attention, encodings
 from nope_jax.encodings import (
     ENCODINGS,
@@ -251,38 +252,38 @@ def test_popular_errors_are_put_right_where_one_meets_them(title, correction):
 
 def test_every_section_can_be_drawn_again_and_no_picture_is_left_over():
     names = {UNNAMED.get(section.title, section.name) for section in SECTIONS}
-    assert set(pictures.PICTURES) == names
+    assert set(PICTURES) == names
     assert {path.stem for path in (DOCS / "images/encodings").iterdir()} == names
 
 
 def test_a_picture_is_the_same_every_time(tmp_path):
-    first = pictures.draw("log_n", tmp_path).read_bytes()
-    assert pictures.draw("log_n", tmp_path).read_bytes() == first
+    first = draw("log_n", tmp_path).read_bytes()
+    assert draw("log_n", tmp_path).read_bytes() == first
 
 
 def test_the_logits_that_are_drawn_are_those_of_attention():
     """Against the formulas, of two that are simple enough."""
-    query, key = map(np.asarray, pictures.alike(9, heads=4))
+    query, key = map(np.asarray, effects.alike(9, heads=4))
     content = query[0] @ key[0, 0] / 32**0.5
     distance = np.arange(9)[:, None] - np.arange(9)
     slopes = 2.0 ** (-2 * np.arange(1, 5))
     expected = content[:, None, None] - slopes[:, None, None] * distance
-    got = pictures.logits(ALiBi(), {}, query, key)
+    got = effects.logits(ALiBi(), {}, query, key)
     np.testing.assert_allclose(got, np.where(distance >= 0, expected, np.nan), atol=1e-5)
 
-    params = pictures.parameters(Shaw(clip=2), pictures.dims())
+    params = effects.parameters(Shaw(clip=2), effects.dims())
     rows = np.asarray(params["keys"])[[2, 1, 0]]  # of the distances 0, 1 and 2
-    expected = np.asarray(pictures.alike(9)[0])[0] @ rows.T / 32**0.5
-    got = pictures.by_distance(Shaw(clip=2), 9, params)
+    expected = np.asarray(effects.alike(9)[0])[0] @ rows.T / 32**0.5
+    got = effects.by_distance(Shaw(clip=2), 9, params)
     np.testing.assert_allclose(got, expected[:, [0, 1, *[2] * 7]], atol=1e-5)
 
 
 def test_an_unknown_picture_is_refused():
     with pytest.raises(SystemExit, match="no picture is called alibbi"):
-        pictures.main(["alibbi"])
+        main(["alibbi"])
 
 
 @pytest.mark.slow
 def test_every_picture_can_be_drawn(tmp_path):
-    for name in pictures.PICTURES:
-        assert pictures.draw(name, tmp_path).stat().st_size > 1000
+    for name in PICTURES:
+        assert draw(name, tmp_path).stat().st_size > 1000
