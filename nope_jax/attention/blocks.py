@@ -106,5 +106,5 @@ def zero_sums(x: Any) -> Any:
 
 
 def summed(sums: Any, more: Any) -> Any:
-    """Add values of any dtype to float32 accumulators."""
-    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, more)
+    """Add values of any dtype to float32 accumulators; gradients of integers are nothing to add."""
+    return jax.tree.map(lambda x, y: x if y.dtype == jax.dtypes.float0 else x + y.astype(x.dtype), sums, more)

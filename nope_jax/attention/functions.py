@@ -321,8 +321,9 @@ def forgetting_attention(
     """Attention with forget gates: softmax(q·k/√H + the sum of log_forget over the tokens after the key).
 
     Args:
-        log_forget: Logarithm of each gate, one per key and query head, at most 0: log σ(w·x + b) in the paper. The sum
-            for a key excludes the gate of the key's own token and includes that of the query's.
+        log_forget: Logarithm of each gate, one per key and query head, at most 0: log σ(w·x + b) in the paper; -inf
+            forgets all tokens before. The sum for a key excludes the gate of the key's own token and includes that of
+            the query's.
         query_start: Index of the key at the first query's token; the queries are T consecutive tokens of the keys.
             Default: the last T keys. For a partially filled cache, pass it together with query_positions.
 

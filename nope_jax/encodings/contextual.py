@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nope_jax.encodings.checks import integer_at_least
-from nope_jax.encodings.encoding import BlockLogit, Encoding, ModelDims, Params, ScanLogit, Tile
+from nope_jax.encodings.encoding import MASKED, BlockLogit, Encoding, ModelDims, Params, ScanLogit, Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Forgetting(Encoding):
 
 def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | None = None) -> RunningSum:
     """`Forgetting.features` for given log gates; `previous` [B, N] is the sum at the preceding token."""
-    log_forget = jnp.asarray(log_forget)
+    log_forget = jnp.maximum(jnp.asarray(log_forget), MASKED)  # a sum with -inf would tell no later tokens apart
     if previous is None:
         zeros = jnp.zeros((log_forget.shape[0], log_forget.shape[2]), jnp.float32)
         previous = RunningSum(zeros, zeros)

@@ -161,10 +161,10 @@ class DistanceLogit(_Term):
 class BlockLogit(_Term):
     """Any other logit: `function(parameters, block) -> [B or 1, N or 1, q, k]`, float32, of a `Tile`.
 
-    -inf masks a key. `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...] (or pytrees of them);
-    the function gets the slices for its block. `by_distance` is for work that is too expensive to repeat in every
-    block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive positions and
-    sliced to each block's distances.
+    -inf masks a key, which must be finite. `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...]
+    (or pytrees of them); the function gets the slices for its block. `by_distance` is for work that is too expensive to
+    repeat in every block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive
+    positions and sliced to each block's distances.
 
     `by_positions` is for kernels, which compile few operations. Where a logit depends on nothing but both positions, it
     is the same function once more, `by_positions(parameters, query_position, key_position) -> logit`, of one head and
@@ -194,7 +194,7 @@ class BlockValue(_Term):
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, weights: Float[Array, "B N q k"], block: Tile) -> Float[Array, "B N q H"]:
-        return self.function(self.parameters, weights, block)
+        return jnp.asarray(self.function(self.parameters, weights, block), jnp.float32)
 
 
 @jax.tree_util.register_dataclass

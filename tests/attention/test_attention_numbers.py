@@ -11,7 +11,7 @@ import pytest
 from nope_jax import attention
 from nope_jax.attention import dot_product_attention, nope_attention
 from nope_jax.attention.backends.diagonals import shear, unshear
-from nope_jax.encodings import ENCODINGS, BlockLogit, CoPE, DistanceLogit, Shaw
+from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, CoPE, DistanceLogit, Shaw
 from tests.support.attention_cases import (
     IMPLEMENTATIONS,
     assert_close,
@@ -163,6 +163,36 @@ def test_all_can_be_traced_with_64_bits(dtype, cases, name):
             common = {"query_positions": positions, "key_positions": positions, "implementation": implementation}
             _, gradient = jax.eval_shape(value_and_gradient(function, operands, **common, **own), *operands)
             assert all(x.dtype == dtype for x in gradient)
+
+
+def _in_64_bits(table, weights, block):
+    return weights @ (table * block.key.astype(jnp.float64))
+
+
+def test_a_value_term_of_64_bits_is_added_in_32():
+    with jax.enable_x64(True):
+        operands = [jax.ShapeDtypeStruct(x.shape, F32) for x in arrays()]
+        term = BlockValue(_in_64_bits, jax.ShapeDtypeStruct((), jnp.float64), heads=(None,))
+        own = functools.partial(dot_product_attention, implementation="streaming")
+        assert jax.eval_shape(lambda term, *x: own(*x, value_term=term), term, *operands).dtype == F32
+        shaw = functools.partial(attention.shaw_attention, **own_parameters("shaw"), implementation="streaming")
+        assert jax.eval_shape(shaw, *operands).dtype == F32
+
+
+def _steep(parameters, block):
+    return -parameters["slope"] * jnp.minimum(block.distance, parameters["last"])[:, None]
+
+
+def test_integers_among_the_parameters_of_a_term_are_no_obstacle_to_its_gradient():
+    operands = arrays()
+
+    def loss(slope, last, implementation):
+        logit = BlockLogit(_steep, {"slope": slope, "last": last})
+        return (dot_product_attention(*operands, logit=logit, implementation=implementation) ** 2).sum()
+
+    for last in (jnp.int32(3), jnp.array([3])):
+        got, wanted = (jax.grad(loss)(jnp.float32(0.3), last, name) for name in ("streaming", "reference"))
+        assert_close(got, wanted, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "cope", pytest.param("forgetting", marks=pytest.mark.slow)])

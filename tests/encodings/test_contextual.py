@@ -247,6 +247,18 @@ def test_open_gates_forget_nothing_and_still_learn():
     assert_slope(gradients(forgetting_attention, arrays), forget_oracle, arrays)
 
 
+def test_a_gate_of_zero_forgets_all_tokens_before():
+    query, key, value = inputs()
+    gates = log_forget().copy()
+    gates[:, 9] = -np.inf
+    out, later = (
+        forgetting_attention(*(x[:, start:] for x in (query, key, value)), log_forget=gates[:, start:])
+        for start in (0, 9)
+    )
+    assert np.isfinite(out).all()
+    assert_close(out[:, 9:], later)
+
+
 def test_bfloat16_inputs_have_their_gates_in_float32():
     params = Forgetting().init_layer(jax.random.key(0), SIZES)
     x = jnp.array(random(2, LENGTH, 32), jnp.bfloat16)
@@ -260,7 +272,7 @@ def test_bfloat16_inputs_have_their_gates_in_float32():
 
 
 def test_sums_run_on_from_token_to_token():
-    gates = log_forget()
+    gates = log_forget().copy()
     whole, sums, previous = forget_sums(gates), [], None
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
         sums.append(forget_sums(gates[:, start:stop], previous))

@@ -1,6 +1,7 @@
 """Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa, held to float64 NumPy and to published models."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -22,6 +23,7 @@ from nope_jax.encodings import NEZHA, TUPE, DeBERTa, ModelDims, Shaw, Transforme
 from tests.goldens import regenerate
 from tests.support import oracles
 from tests.support.attention_cases import (
+    IMPLEMENTATIONS,
     TOLERANCE,
     assert_close,
     inputs,
@@ -301,6 +303,15 @@ def test_defaults_are_the_papers():
     assert NEZHA().init_layer(jax.random.key(0), dims) == {}
     assert DeBERTa().init_shared(jax.random.key(0), dims)["relative"].shape == (1024, D)
     assert TUPE().init_shared(jax.random.key(0), dims)["positions"].shape == (1024, D)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_no_query_reads_reach_none(implementation):
+    function, parameters = CASES["shaw"]
+    arrays, table = inputs(), parameters["key_table"]
+    damaged = np.where(np.arange(len(table))[:, None] > len(table) // 2, np.nan, table)
+    attend = functools.partial(function, *arrays, value_table=parameters["value_table"], implementation=implementation)
+    assert_close(attend(key_table=damaged), attend(key_table=table))
 
 
 def test_positions_that_a_table_has_not_give_nan_rather_than_another_row():

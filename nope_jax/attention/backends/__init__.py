@@ -9,7 +9,7 @@ have been validated:
   (`nope_jax.attention.blocks`).
 - `factor` [B or 1, N or 1, T]: float32, the factor logit_scale/√H of q·k.
 - `logit`: None, or a `DistanceLogit`, `BlockLogit` or `ScanLogit` (`nope_jax.encodings`), to be evaluated block by
-  block. Where it adds -inf, the key is hidden.
+  block. Where it adds -inf, the weight of the key is 0, provided that key and value are finite.
 - `value_term`: None, or a `BlockValue` to add to the output.
 - `mask_spec`: which keys each query sees (`nope_jax.attention.mask_spec`).
 - `precision`: precision of the products, as in `jax.lax.dot`.
