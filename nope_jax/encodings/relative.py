@@ -93,7 +93,7 @@ class Shaw(Encoding):
         table = table.astype(jnp.float32)
         if block.distances is None:
             return _sums(weights, self._rows(block.distance), len(table)) @ table
-        # As products with ones, sums have a faster gradient than as a scatter. Few rows are multiplied last, many first.
+        # Sums by products with ones have a faster gradient than by a scatter. Few rows are multiplied last, many first.
         rows = jax.nn.one_hot(self._rows(block.distances), len(table), dtype=jnp.float32)
         return jnp.einsum("bnqd,dr,rh->bnqh", unskew(weights), rows, table)
 

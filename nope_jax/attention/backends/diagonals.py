@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.attention.blocks import at, mask_at
 from nope_jax.attention.mask_spec import MaskSpec
-from nope_jax.encodings import skew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +135,16 @@ def along(tiling: Tiling, mask_spec: MaskSpec, diagonal, masked: bool, state, ta
 
 
 def shear(values: Float[Array, "N span"]) -> Float[Array, "N c c"]:
-    """Return the block whose entry (x, y) is the value of distance x - y, given the values of -(c-1)..c-1."""
+    """Return the block whose entry (x, y) is the value of distance x - y, given the values of -(c-1)..c-1.
+
+    Equal rows of descending distance, padded by an entry and read as rows without it: each begins one entry before the
+    last. Faster than `skew`, where all rows are equal.
+    """
     heads, span = values.shape
     size = (span + 1) // 2
-    return skew(jnp.broadcast_to(values[:, None], (heads, size, span)), size)
+    rows = jnp.pad(jnp.broadcast_to(values[:, None, ::-1], (heads, size, span)), [(0, 0), (0, 0), (0, 1)])
+    flat = rows.reshape(heads, -1)[:, size - 1 : size - 1 + size * span]
+    return flat.reshape(heads, size, span)[..., :size]
 
 
 def unshear(block: Float[Array, "N c c"]) -> Float[Array, "N 2*c-1"]:
