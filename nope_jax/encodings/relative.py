@@ -1,9 +1,9 @@
 """Content-dependent relative positions: Shaw, NEZHA, Transformer-XL, TUPE and DeBERTa.
 
 Their logits multiply queries or keys by one vector per distance. With consecutive positions, a block has only q + k - 1
-distances: queries or keys are multiplied by those vectors, and the products are skewed into place. Otherwise they are
-multiplied by every row of the table, and each pair picks its product by index. No array of vectors per token pair is
-ever materialized.
+distances: queries or keys are multiplied by those vectors, or by all rows of a short table from which each distance
+picks its product, and the products are skewed into place. Otherwise they are multiplied by every row of the table, and
+each pair picks its product by index. No array of vectors per token pair is ever materialized.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, D model width;
 q and k the queries and keys of one block, x and y either of them; R rows of a table.

@@ -138,7 +138,7 @@ def shear(values: Float[Array, "N span"]) -> Float[Array, "N c c"]:
     """Return the block whose entry (x, y) is the value of distance x - y, given the values of -(c-1)..c-1.
 
     Equal rows of descending distance, padded by an entry and read as rows without it: each begins one entry before the
-    last. Faster than `skew`, where all rows are equal.
+    last. Where all rows are equal, this is faster than `skew`.
     """
     heads, span = values.shape
     size = (span + 1) // 2
