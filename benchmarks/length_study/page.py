@@ -1,24 +1,20 @@
 """Writes docs/length_generalization.md from the answers of the length study, complete or not."""
 
-import csv
 import itertools
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.pages import date, hardware, table
+from benchmarks.length_study.answers import SEEDS, Answers, Case
+from benchmarks.pages import table
+from nope_jax.config import Config
 from nope_jax.evaluation.common import plots
 from nope_jax.evaluation.common.files import replace_file
 from nope_jax.evaluation.tasks import PAPER_RANKS
-from nope_jax.evaluation.tasks.ranks import mean_reciprocal_ranks
 
 PAGE = Path(__file__).parents[2] / "docs/length_generalization.md"
 PICTURE = Path("images/length_generalization.png")
-ANSWERS = "tasks.csv"
-"""In the workdir of a run that has answered, its rows of the evaluation's tasks.csv."""
 BEGIN, END = (
     "<!-- made by benchmarks/length_study/cost.py: begin -->",
     "<!-- made by benchmarks/length_study/cost.py: end -->",
@@ -34,79 +30,8 @@ PAPER = {
     "addition": (0.085, 0.072, 0.078, 0.000, 0.004),
 }
 """Exact match out of distribution in the paper, by the encodings of PAPER_RANKS in their order."""
-SEEDS = 3
 LEARNED = 0.9
 """Share of right answers in distribution from which a task counts as learned."""
-
-Case = tuple[str, str]
-"""A task and the format of its scratchpad."""
-
-
-class Score(NamedTuple):
-    """Right answers of a run per question; a length that its encoding does not support is wrong."""
-
-    within: float
-    """In distribution: at lengths of training."""
-    beyond: float
-    at: Mapping[int, float]
-    """By length."""
-    trained: tuple[int, int]
-    """Shortest and longest length of training."""
-
-
-class Answers:
-    """The scores of all runs that have answered."""
-
-    def __init__(self, folder: Path):
-        """Reads the workdirs in the folder `runs` of a study; they are named TASK-FORMAT-ENCODING-SEED."""
-        self.scores: dict[Case, dict[str, dict[int, Score]]] = {}
-        self.configs: list[dict] = []
-        self.questions = 0
-        """Of a length, at most."""
-        for path in sorted(folder.glob(f"runs/*/{ANSWERS}")):
-            task, format, encoding, seed = path.parent.name.split("-")
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            seeds = self.scores.setdefault((task, format), {}).setdefault(encoding, {})
-            seeds[int(seed)] = _score(rows)
-            self.questions = max(self.questions, *(int(row["examples"]) for row in rows))
-            self.configs.append(json.loads((path.parent / "config.json").read_text()))
-
-    def seeds(self, case: Case, encoding: str) -> list[Score]:
-        return list(self.scores.get(case, {}).get(encoding, {}).values())
-
-    def whole(self, case: Case, encodings: Iterable[str]) -> bool:
-        """Whether these encodings have all seeds."""
-        return all(len(self.seeds(case, encoding)) == SEEDS for encoding in encodings)
-
-    def mean(self, case: Case, encoding: str, where: str) -> float | None:
-        """Mean over seeds of a field of `Score`."""
-        scores = self.seeds(case, encoding)
-        return float(np.mean([getattr(score, where) for score in scores])) if scores else None
-
-    def ranks(self, cases: Sequence[Case], encodings: Sequence[str], **options: bool) -> tuple[dict[str, float], int]:
-        """Mean reciprocal ranks by right answers out of distribution over the cells of cases and seeds."""
-        return mean_reciprocal_ranks(
-            {
-                encoding: {
-                    (case, seed): score.beyond
-                    for case in cases
-                    for seed, score in self.scores.get(case, {}).get(encoding, {}).items()
-                }
-                for encoding in encodings
-            },
-            **options,
-        )
-
-
-def _score(rows: Sequence[Mapping[str, str]]) -> Score:
-    def share(chosen: Sequence[Mapping[str, str]]) -> float:
-        return sum(int(row["correct"] or 0) for row in chosen) / sum(int(row["examples"]) for row in chosen)
-
-    within, beyond = ([row for row in rows if row["distribution"] == where] for where in ("in", "out"))
-    trained = [int(row["length"]) for row in within]
-    at = {int(row["length"]): share([row]) for row in rows}
-    return Score(share(within), share(beyond), at, (min(trained), max(trained)))
 
 
 def write(page: Path, folder: Path, command: str, cases: Sequence[Case], encodings: Sequence[str]) -> None:
@@ -114,8 +39,8 @@ def write(page: Path, folder: Path, command: str, cases: Sequence[Case], encodin
 
     Args:
         page: The file to write. What `benchmarks.length_study.cost` has written into it is kept.
-        folder: The folder of the study.
-        command: What made it.
+        folder: The folder of its answers.
+        command: What made them.
         cases: All cases of the study, in the order of the page.
         encodings: Its encodings.
     """
@@ -168,32 +93,55 @@ Decoders that differ only in their encoding are trained on short examples of a t
 Kazemnejad et al. 2023 ([arXiv 2305.19466](https://arxiv.org/abs/2305.19466)); [data.md](data.md#tasks) describes the
 tasks. An answer is right if the whole of it is, decoded greedily.
 
-`{command}`, {date()}, {hardware()}.
+`{command}`{_made(answers)}.
 {state}
 {_recipe(answers)}"""
+
+
+def _made(answers: Answers) -> str:
+    """When the models have answered, and on what."""
+    if not answers.rows:
+        return ""
+    dates = [row.date for row in answers.rows]
+    days = " to ".join(dict.fromkeys((min(dates), max(dates))))
+    return f", {days}, {'; '.join(sorted({row.hardware for row in answers.rows}))}"
 
 
 def _recipe(answers: Answers) -> str:
     if not answers.configs:
         return ""
-    config = answers.configs[0]
-    model, data, optimizer, train = (config[group] for group in ("model", "data", "optimizer", "train"))
-    sizes = sorted({c["data"]["batch_size"] * c["data"]["context_length"] for c in answers.configs})
-    steps = " or ".join(f"{number:,}" for number in sorted({c["train"]["steps"] for c in answers.configs}))
-    examples = (
-        f"{' or '.join(f'{tokens:,}' for tokens in sizes)} tokens of packed examples"
-        if data["document_mask"]
-        else f"{data['batch_size']} examples"
-    )
-    schedule = optimizer["schedule"] + (f" decay to {optimizer['floor']:g}" if optimizer["floor"] is not None else "")
+    configs = sorted(answers.configs, key=lambda config: (config.train.steps, _tokens(config)))
+
+    def each(words: Callable[[Config], str]) -> str:
+        return " or ".join(dict.fromkeys(map(words, configs)))
+
+    shape = each(lambda c: f"{c.model.num_layers} layers of {c.model.num_heads} heads and width {c.model.model_dim}")
+    rate = each(lambda c: f"{c.optimizer.learning_rate:g}")
+    warmup = each(lambda c: f"{c.optimizer.warmup_steps / c.train.steps:.0%}")
+    decay = each(lambda c: f"{c.optimizer.weight_decay:g}")
+    steps = each(lambda c: f"{c.train.steps:,}")
+    packed = configs[0].data.document_mask
+    size = each(lambda c: f"{_tokens(c):,}" if packed else str(c.data.batch_size))
+    unit = "tokens of packed examples" if packed else "examples"
+    questions = max(row.examples for row in answers.rows)
     return f"""
-The decoder has {model["num_layers"]} layers of {model["num_heads"]} heads and width {model["model_dim"]}, the paper's
-12 layers of 12 heads and width 768. Recipe: AdamW, a learning rate of {optimizer["learning_rate"]:g} (the paper's:
-3e-05), {optimizer["warmup_steps"] / train["steps"]:.0%} of warm-up, {schedule} (as the paper's), weight decay
-{optimizer["weight_decay"]:g}, {steps} steps (40,000) of {examples} (64 examples), {SEEDS} seeds.
-Lengths of training are the paper's, and so are those past them, of which some are asked: up to {answers.questions}
+The decoder has {shape}, the paper's
+12 layers of 12 heads and width 768. Recipe: AdamW, a learning rate of {rate} (the paper's:
+3e-05), {warmup} of warm-up, {each(_schedule)} (as the paper's), weight decay
+{decay}, {steps} steps (40,000) of {size} {unit} (64 examples), {SEEDS} seeds.
+Lengths of training are the paper's, and so are those past them, of which some are asked: up to {questions}
 questions of each, none of them trained on.
 """
+
+
+def _tokens(config: Config) -> int:
+    """Of a step."""
+    return config.data.batch_size * config.data.context_length
+
+
+def _schedule(config: Config) -> str:
+    optimizer = config.optimizer
+    return optimizer.schedule + (f" decay to {optimizer.floor:g}" if optimizer.floor is not None else "")
 
 
 def _missing(answers: Answers, cases: Sequence[Case], encodings: Sequence[str]) -> str:

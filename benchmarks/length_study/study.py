@@ -5,8 +5,9 @@
     python -m benchmarks.length_study.study --tasks copy addition --encodings nope rope
 
 Runs of one shape train together, then answer. All encodings and seeds of some tasks come before the next tasks, so a
-study that is stopped has compared those that it has done; started again it goes on. After every group of runs,
-docs/length_generalization.md is written from what there is.
+study that is stopped has compared those that it has done; started again it goes on, on another machine too: a model
+whose answers are in benchmarks/results/length_study is not trained again. After every group of runs,
+docs/length_generalization.md is written from the answers there are.
 """
 
 import argparse
@@ -29,8 +30,8 @@ os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.
 
 import numpy as np
 
-from benchmarks.length_study import page
-from nope_jax import config as configs
+from benchmarks.length_study import answers, page
+from benchmarks.pages import date, hardware
 from nope_jax.checkpoint import load_model
 from nope_jax.cli import run
 from nope_jax.config import Config, EncodingSpec, TrainConfig, load_file, override
@@ -40,7 +41,6 @@ from nope_jax.encodings import RoPE
 from nope_jax.evaluation.common.evaluation import evaluate
 from nope_jax.evaluation.registry import Options, TasksConfig
 from nope_jax.evaluation.tasks.answers import ask, measure
-from nope_jax.paths import write_whole
 from nope_jax.training.flops import model_flops_per_token
 from nope_jax.training.together import train_together
 
@@ -160,10 +160,10 @@ class Case(NamedTuple):
 
 
 class Study:
-    """A study in a folder: the workdirs of its runs, their answers to the tasks, and reports."""
+    """A study: the workdirs and reports of its runs in one folder, their answers in another."""
 
-    def __init__(self, folder: Path, size: Size, steps: int | None = None):
-        self._folder, self._size, self._steps = folder, size, steps
+    def __init__(self, folder: Path, results: Path, size: Size, steps: int | None = None):
+        self._folder, self._results, self._size, self._steps = folder, results, size, steps
         self._base = load_file(size.config)
         self.load = functools.lru_cache(maxsize=64)(load_corpus)  # the encodings of a part read the same data
 
@@ -171,33 +171,34 @@ class Study:
         """The configs and workdirs of some models."""
         return [(case.config(self._base, self._steps), self._folder / "runs" / case.name) for case in cases]
 
-    def done(self, cases: Sequence[Case]) -> bool:
-        """Whether these models have answered. (If their configs are others by now, training refuses or goes on.)"""
-        return all(
-            (workdir / page.ANSWERS).exists() and _written_out(configs.load(workdir)) == _written_out(config)
-            for config, workdir in self.runs(cases)
-        )
+    def done(self, case: Case) -> bool:
+        """Whether a model has answered at every length, on whatever machine, by the config that it has by now."""
+        rows = answers.read_of(*self._kept(case))
+        lengths = {row.length for row in rows if row.model == (case.encoding, case.seed)}
+        return lengths == {*lengths_asked(TASKS[case.task])}
 
     def take(self, cases: Sequence[Case]) -> None:
-        """Train and ask some models."""
-        runs = self.runs(cases)
-        train_together(runs, self.load)
+        """Train and ask some models, and keep their answers. (Of a workdir of another config, training decides.)"""
+        train_together(self.runs(cases), self.load)
         settings = TasksConfig(examples=self._size.examples, batch_size=self._size.examples)
-        for task, of_task in itertools.groupby(sorted(cases, key=lambda case: case.task), key=lambda case: case.task):
-            asked = list(of_task)
-            workdirs = tuple(workdir for _, workdir in self.runs(asked))
-            out = self._folder / "reports" / asked[0].name
+        for (task, _), of_task in itertools.groupby(cases, key=lambda case: (case.task, case.format)):
+            asked = {case.name: case for case in of_task}
+            first, *_ = asked.values()
+            workdirs = tuple(workdir for _, workdir in self.runs([*asked.values()]))
+            out = self._folder / "reports" / first.name
             evaluate("tasks", Options(workdirs, lengths_asked(TASKS[task]), out, {}, settings))
+            made = {"date": date(), "hardware": hardware()}
             with (out / "tasks.csv").open(newline="") as file:
-                header, *rows = csv.reader(file)
-            for workdir in workdirs:  # once all have answered everything
-                text = io.StringIO()
-                csv.writer(text).writerows([header, *(row for row in rows if row[0] == workdir.name)])
-                write_whole(workdir / page.ANSWERS, text.getvalue().encode())
+                rows = [
+                    answers.Row.parsed(row | made | {"encoding": asked[row["run"]].encoding})
+                    for row in csv.DictReader(file)
+                ]
+            answers.merge(*self._kept(first), rows)
 
-
-def _written_out(config: Config) -> Config:
-    return dataclasses.replace(config, optimizer=config.optimizer.with_defaults())
+    def _kept(self, case: Case) -> tuple[Path, Config]:
+        """The folder of a model's answers, and the config that belongs there."""
+        first = case._replace(encoding="nope", seed=0)
+        return self._results / f"{case.task}-{case.format}", first.config(self._base, self._steps)
 
 
 def lengths_asked(task: Task) -> tuple[int, ...]:
@@ -290,21 +291,25 @@ def main() -> None:
     parser.add_argument("--scratchpads", nargs="+", choices=FORMATS, default=tuple(FORMATS))
     parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=ENCODINGS)
     parser.add_argument("--out", type=Path, help="Folder of the runs; runs/length_study/SIZE by default.")
+    parser.add_argument("--results", type=Path, help="Of the answers; benchmarks/results/length_study/SIZE by default.")
     parser.add_argument("--page", type=Path, default=page.PAGE)
     given = parser.parse_args()
     size = SIZES[given.size]
     name = given.size if given.steps is None else f"{given.size}-{given.steps}"
-    folder = given.out or Path("runs/length_study", name)
-    study = Study(folder, size, given.steps)
+    results = given.results or answers.RESULTS / name
+    study = Study(given.out or Path("runs/length_study", name), results, size, given.steps)
     groups = [cases for cases in size.groups(given.tasks, given.scratchpads, given.encodings) if cases]
-    left = [cases for cases in groups if not study.done(cases)]
+    left = [some for cases in groups if (some := [case for case in cases if not study.done(case)])]
 
     def write_page() -> None:
         every = [(task, format) for part in size.parts for format in part.formats for task in part.tasks]
         command = f"make length-study SIZE={given.size}" + f" STEPS={given.steps}" * (given.steps is not None)
-        page.write(given.page, folder, command, every, ENCODINGS)
+        page.write(given.page, results, command, every, ENCODINGS)
 
-    write_page()  # what cannot be written is refused before anything is trained
+    # What cannot be written is refused before anything is trained.
+    results.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=results).close()
+    write_page()
     models, of_left = (sum(map(len, some)) for some in (groups, left))
     print(f"{models} models in {len(groups)} groups, of which {len(groups) - len(left)} are done", flush=True)
     if left:

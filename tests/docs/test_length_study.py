@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.length_study import cost, page, study
-from nope_jax.config import load_file
+from benchmarks.length_study import answers, cost, page, study
+from benchmarks.length_study.answers import ANSWERS, Answers, Row, merge, read, read_of
+from nope_jax.config import load, load_file
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tasks import TASKS, encode, scratchpad
 from nope_jax.evaluation.tasks import COLUMNS
@@ -80,28 +82,30 @@ def test_the_recipe_is_the_papers():
     assert not paper.data.document_mask
 
 
-def answer(folder, run, rows):
-    """Write the answers of a run: rows (length, distribution, examples, correct)."""
-    workdir = folder / "runs" / run
-    workdir.mkdir(parents=True)
-    config = study.WITHOUT_SCRATCHPAD[0].cases(["nope"])[0].config(load_file(study.SIZES["small"].config))
-    study.configs.save(config, workdir)
-    with (workdir / page.ANSWERS).open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS.split(), restval="")
-        writer.writeheader()
-        names = ("length", "distribution", "examples", "correct")
-        writer.writerows(dict(zip(names, row, strict=True)) for row in rows)
+def config_of(task="copy", format="none", steps=None):
+    """The config of a model without positional encoding of the small study."""
+    part = study.WITHOUT_SCRATCHPAD[0]
+    return study.Case(part, format, task, "nope", 0).config(load_file(study.SIZES["small"].config), steps)
 
 
-def asked(folder, task, encoding, seed, correct, format="none", within=4):
-    answer(folder, f"{task}-{format}-{encoding}-{seed}", [(2, "in", 4, within), (21, "out", 4, correct)])
+def row(encoding="nope", seed=0, length=2, distribution="in", examples=4, correct=4, date="2026-11-22", hardware="a"):
+    return Row(encoding, seed, length, distribution, examples, correct, date, hardware)
+
+
+def asked(folder, task, encoding, seed, correct, format="none", within=4, **made):
+    """Write the answers of a model at two lengths."""
+    rows = [
+        row(encoding, seed, length, distribution, correct=right, **made)
+        for length, distribution, right in ((2, "in", within), (21, "out", correct))
+    ]
+    merge(folder / f"{task}-{format}", config_of(task, format), rows)
 
 
 def test_the_page_has_the_numbers_the_ranks_and_what_is_missing(tmp_path):
     for seed in range(3):
         for encoding, correct in (("nope", 3), ("t5", 2), ("alibi", 1), ("rope", 0), ("sinusoidal", 0)):
             asked(tmp_path, "copy", encoding, seed, correct)
-    asked(tmp_path, "copy", "learned", 0, "")
+    asked(tmp_path, "copy", "learned", 0, None)
     asked(tmp_path, "addition", "nope", 1, 1, format="full", within=2)
     where = tmp_path / "page.md"
     where.write_text(f"the old page\n{page.BEGIN}\nso many hours\n{page.END}\n")
@@ -140,23 +144,187 @@ def test_the_page_has_the_numbers_the_ranks_and_what_is_missing(tmp_path):
     assert "other hours" in where.read_text() and (tmp_path / page.PICTURE).stat().st_size > 1000
 
 
-def test_what_has_answered_by_the_same_config_is_done(tmp_path):
-    cases = study.WITHOUT_SCRATCHPAD[0].cases(["nope"])[:3]
-    small = study.Study(tmp_path, study.SIZES["small"])
-    assert not small.done(cases)
-    for config, workdir in small.runs(cases):
-        workdir.mkdir(parents=True)
-        optimizer = dataclasses.replace(config.optimizer, b1=0.9)  # the default, written out
-        study.configs.save(dataclasses.replace(config, optimizer=optimizer), workdir)
-        assert not small.done(cases)
-        (workdir / page.ANSWERS).write_text("")
-    assert small.done(cases)
-    assert not study.Study(tmp_path, study.SIZES["small"], steps=7).done(cases)
+def lines_of(folder):
+    return (folder / ANSWERS).read_text().splitlines()
+
+
+def test_answers_are_kept_sorted_whatever_the_order_and_each_model_as_a_whole(tmp_path):
+    config = config_of()
+    rows = [
+        row("alibi", 0, 10),
+        row("learned", 1, 2, correct=3),
+        row("learned", 1, 10, "out", correct=None),
+        row("nope", 0, 2),
+        row("nope", 0, 10),
+    ]
+    for name, order in (("a", [[rows[4], rows[3]], rows[:1], rows[1:3]]), ("b", [rows[1:3], [rows[0], *rows[3:]]])):
+        for some in order:
+            merge(tmp_path / name, config, some)
+        assert lines_of(tmp_path / name) == [
+            "encoding,seed,length,distribution,examples,correct,date,hardware",
+            "alibi,0,10,in,4,4,2026-11-22,a",
+            "learned,1,2,in,4,3,2026-11-22,a",
+            "learned,1,10,out,4,,2026-11-22,a",
+            "nope,0,2,in,4,4,2026-11-22,a",
+            "nope,0,10,in,4,4,2026-11-22,a",
+        ]
+        assert read(tmp_path / name) == rows
+        assert load(tmp_path / name) == config
+    # Asked again, its rows give way to the new ones, of whatever lengths; those of others stay.
+    merge(tmp_path / "a", config, [row("learned", 1, 3, date="2026-11-30", hardware="b, with a comma")])
+    assert lines_of(tmp_path / "a")[2:4] == [
+        'learned,1,3,in,4,4,2026-11-30,"b, with a comma"',
+        "nope,0,2,in,4,4,2026-11-22,a",
+    ]
+    assert read(tmp_path / "a")[1].hardware == "b, with a comma"
+
+
+def test_answers_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    merge(tmp_path, config_of(), [row("nope")])
+    before = lines_of(tmp_path)
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "replace", full)
+        merge(tmp_path, config_of(), [row("rope"), row("rope", 1)])
+    assert lines_of(tmp_path) == before
+
+
+def test_answers_of_another_config_give_way_to_the_first_of_the_new_one(tmp_path, monkeypatch):
+    old, new, folder = config_of(steps=7), config_of(), tmp_path / "copy-none"
+    merge(folder, old, [row("nope"), row("rope")])
+    assert read_of(folder, old) == [row("nope"), row("rope")] and read_of(folder, new) == []
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(answers, "write_whole", stopped)
+        merge(folder, new, [row("rope", correct=1)])
+    assert read_of(folder, new) == [] and not Answers(tmp_path).rows  # no old answer passes for one of the new config
+    merge(folder, new, [row("rope", correct=1)])
+    assert read(folder) == read_of(folder, new) == [row("rope", correct=1)] and read_of(folder, old) == []
+
+
+def test_what_has_answered_everything_by_the_same_config_is_done(tmp_path):
+    nope, rope = study.WITHOUT_SCRATCHPAD[0].cases(["nope"])[1], study.WITHOUT_SCRATCHPAD[0].cases(["rope"])[1]
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    small = study.Study(runs, results, study.SIZES["small"])
+    assert (nope.task, nope.format, nope.seed) == ("copy", "none", 1) and not small.done(nope)
+    config, folder = config_of(), results / "copy-none"
+    written_out = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, b1=0.9))  # the default
+    rows = [row("nope", 1, length) for length in study.lengths_asked(TASKS["copy"])]
+    merge(folder, written_out, rows[1:])
+    assert not small.done(nope)
+    merge(folder, config, rows)
+    assert small.done(nope) and not small.done(nope._replace(seed=2)) and not small.done(rope)
+    merge(folder, config, [one._replace(encoding="rope") for one in rows])
+    assert small.done(nope) and small.done(rope) and not small.done(rope._replace(task="copy_replaced"))
+    assert not study.Study(runs, results, study.SIZES["small"], steps=7).done(nope)
+    assert not runs.exists()
+
+
+def test_a_machine_takes_what_no_other_has_answered(tmp_path, monkeypatch):
+    trained = []
+
+    def train(runs, load):
+        trained.append([workdir.name for _, workdir in runs])
+
+    def evaluate(name, options):
+        options.out.mkdir(parents=True)
+        with (options.out / "tasks.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS.split(), restval="")
+            writer.writeheader()
+            for workdir in options.workdirs:
+                task, format, _, seed = workdir.name.split("-")
+                cells = {"run": workdir.name, "encoding": "its name", "task": task, "scratchpad": format, "seed": seed}
+                for length in options.lengths:
+                    where = "in" if length in TASKS[task].train_lengths else "out"
+                    correct = {} if length == options.lengths[-1] else {"correct": seed}
+                    writer.writerow(cells | {"length": length, "distribution": where, "examples": 20} | correct)
+
+    monkeypatch.setattr(study, "train_together", train)
+    monkeypatch.setattr(study, "evaluate", evaluate)
+    monkeypatch.setattr(study, "hours", lambda *_: 0.0)
+
+    def start(machine, date, *options):
+        trained.clear()
+        monkeypatch.setattr(study, "date", lambda: date)
+        monkeypatch.setattr(study, "hardware", lambda: machine)
+        where = ["--out", tmp_path / machine, "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
+        monkeypatch.setattr(sys, "argv", ["study", *map(str, where), *options])
+        study.main()
+
+    start("first", "2026-11-22", "--encodings", "rope", "--tasks", "copy")
+    assert trained == [["copy-none-rope-0", "copy-none-rope-1", "copy-none-rope-2"]]
+    rows = read(tmp_path / "results/copy-none")
+    lengths = study.lengths_asked(TASKS["copy"])
+    assert [(*row.model, row.length) for row in rows] == [("rope", seed, n) for seed in range(3) for n in lengths]
+    assert rows[-2:] == [
+        row("rope", 2, lengths[-2], "out", 20, 2, "2026-11-22", "first"),
+        row("rope", 2, lengths[-1], "out", 20, None, "2026-11-22", "first"),
+    ]
+    assert load(tmp_path / "results/copy-none") == config_of()
+    kept = lines_of(tmp_path / "results/copy-none")
+    start("second", "2026-11-23", "--encodings", "rope", "--tasks", "copy", "copy_replaced")
+    assert trained == [["copy_replaced-none-rope-0", "copy_replaced-none-rope-1", "copy_replaced-none-rope-2"]]
+    assert lines_of(tmp_path / "results/copy-none") == kept
+    assert {row.hardware for row in read(tmp_path / "results/copy_replaced-none")} == {"second"}
+    assert ", 2026-11-22 to 2026-11-23, first; second." in (tmp_path / "page.md").read_text()
+    # Formats of a scratchpad train together, and each has a folder.
+    start("third", "2026-11-24", "--encodings", "nope", "--tasks", "parity", "--scratchpads", "full", "minimal")
+    assert [len(names) for names in trained] == [6]
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "copy-none",
+        "copy_replaced-none",
+        "parity-full",
+        "parity-minimal",
+    }
+    assert load(tmp_path / "results/parity-full").data.scratchpad == "full"
+    page_then = (tmp_path / "page.md").read_text()
+    start("third", "2026-11-25", "--encodings", "rope", "--tasks", "copy", "copy_replaced")
+    assert trained == [] and (tmp_path / "page.md").read_text() == page_then
+
+
+def test_where_answers_cannot_be_written_nothing_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "results").write_text("")
+    monkeypatch.setattr(study, "train_together", lambda *_: pytest.fail("trained"))
+    where = ["--out", tmp_path / "out", "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, where)])
+    with pytest.raises(OSError, match="results"):
+        study.main()
+
+
+def test_the_page_says_when_and_on_what_all_have_answered(tmp_path):
+    asked(tmp_path, "copy", "nope", 0, 3, date="2026-11-20", hardware="2 cores (A), jax 1")
+    page.write(tmp_path / "page.md", tmp_path, "make it", [("copy", "none")], ["nope", "rope"])
+    assert "`make it`, 2026-11-20, 2 cores (A), jax 1." in (tmp_path / "page.md").read_text().splitlines()
+    asked(tmp_path, "copy", "rope", 0, 3, date="2026-12-01", hardware="1 x B, jax 2")
+    asked(tmp_path, "copy_replaced", "nope", 0, 3, date="2026-11-29", hardware="2 cores (A), jax 1")
+    page.write(tmp_path / "page.md", tmp_path, "make it", [("copy", "none")], ["nope", "rope"])
+    line = "`make it`, 2026-11-20 to 2026-12-01, 1 x B, jax 2; 2 cores (A), jax 1."
+    assert line in (tmp_path / "page.md").read_text().splitlines()
+
+
+def test_the_page_has_the_recipes_of_all_cases(tmp_path):
+    merge(tmp_path / "copy-none", config_of(), [row(), row(length=9, distribution="out")])
+    config = config_of("copy_replaced", steps=2400)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3))
+    merge(tmp_path / "copy_replaced-none", config, [row(), row(length=9, distribution="out", examples=5)])
+    page.write(tmp_path / "page.md", tmp_path, "make it", [("copy", "none"), ("copy_replaced", "none")], ["nope"])
+    text = " ".join((tmp_path / "page.md").read_text().split())
+    assert "The decoder has 2 layers of 4 heads and width 64, the" in text
+    assert "a learning rate of 0.005 or 0.001 (the paper's: 3e-05), 6% of warm-up, linear decay to 0 (as" in text
+    assert "800 or 2,400 steps (40,000) of 1,024 tokens of packed examples (64 examples), 3 seeds" in text
+    assert "up to 5 questions" in text
 
 
 def test_the_page_of_a_study_without_answers_says_so(tmp_path):
     page.write(tmp_path / "page.md", tmp_path, "make it", [("copy", "none")], ["nope", "alibi"])
     text = (tmp_path / "page.md").read_text()
+    assert "`make it`." in text.splitlines()
     assert "0 of its 6 runs are here" in text and "| nope | 0.687 | missing | missing | missing |" in text
 
 
@@ -174,7 +342,7 @@ def test_the_time_is_estimated_by_a_few_steps_and_answers(tmp_path, monkeypatch)
 
     monkeypatch.setattr(study, "train_together", fake)
     monkeypatch.setattr(study, "seconds_asked", lambda workdir, case, examples: 20.0)
-    hours = study.hours(study.Study(tmp_path, size, 100), groups, 7)
+    hours = study.hours(study.Study(tmp_path / "runs", tmp_path / "results", size, 100), groups, 7)
     # Twelve models of 100 steps of 1,024 tokens, six at 500 tokens/s each, and twelve to ask.
     assert called == [[12] * 6]
     assert 3600 * hours == pytest.approx(12 * 100 * 1024 / 3000 + 12 * 20, rel=1e-3)
@@ -221,9 +389,16 @@ def test_killed_in_training_and_in_asking_it_comes_to_the_same(tmp_path):
 
     def start(name):
         folder = tmp_path / name
-        command = [sys.executable, "-c", SMALL, config, *options, "--out", folder, "--page", tmp_path / f"{name}.md"]
+        where = ["--out", folder, "--results", tmp_path / f"{name}-results", "--page", tmp_path / f"{name}.md"]
+        command = [sys.executable, "-c", SMALL, config, *options, *where]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return folder, subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def finish(name):
+        _, process = start(name)
+        said = process.communicate()[0].decode()
+        assert process.returncode == 0, said[-3000:]
+        return said
 
     def kill_when(pattern):
         folder, process = start("killed")
@@ -233,19 +408,22 @@ def test_killed_in_training_and_in_asking_it_comes_to_the_same(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
 
-    folder, process = start("whole")
-    said = process.communicate()[0].decode()
-    assert process.returncode == 0, said[-3000:]
-    assert "12 models in 2 groups, of which 0 are done" in said
+    assert "12 models in 2 groups, of which 0 are done" in finish("whole")
     kill_when("runs/*nope*/checkpoints/1?")
     kill_when("reports/*nope*/measured/*")
     kill_when("runs/*rope*/checkpoints/2?")
-    other, process = start("killed")
-    said = process.communicate()[0].decode()
-    assert process.returncode == 0, said[-3000:]
-    assert "12 models in 2 groups, of which 1 are done" in said
-    answers = sorted(path.relative_to(folder) for path in folder.glob(f"runs/*/{page.ANSWERS}"))
-    assert len(answers) == 12
-    for path in answers:
-        assert (other / path).read_text() == (folder / path).read_text()
+    assert "12 models in 2 groups, of which 1 are done" in finish("killed")
+
+    def kept(name):
+        files = (tmp_path / f"{name}-results").rglob("*")
+        return {
+            str(path.relative_to(tmp_path / f"{name}-results")): path.read_text() for path in files if path.is_file()
+        }
+
+    assert set(kept("whole")) == {f"{task}-none/{name}" for task in options[3:5] for name in ("config.json", ANSWERS)}
+    assert kept("whole") == kept("killed")
     assert (tmp_path / "killed.md").read_text() == (tmp_path / "whole.md").read_text()
+    # Of the workdirs it needs none.
+    shutil.rmtree(tmp_path / "killed")
+    assert "12 models in 2 groups, of which 2 are done" in finish("killed") and not (tmp_path / "killed").exists()
+    assert kept("whole") == kept("killed")
