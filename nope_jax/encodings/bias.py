@@ -265,7 +265,7 @@ class FIRE(Encoding):
         """The logit for given parameters: ReLU(x·hidden_weights + hidden_bias) · weights + bias."""
         parameters = hidden_weights, hidden_bias, weights, bias, c, threshold
         heads = None, None, 1, 0, None, None
-        return BlockLogit(_fire, parameters, by_positions=_fire_by_positions, heads=heads)
+        return BlockLogit(_fire, parameters, by_pair=_fire_by_pair, heads=heads)
 
 
 def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
@@ -291,7 +291,7 @@ def _log_longest(query_position: Int[Array, "*shape"], c, threshold) -> Float[Ar
     return jnp.log1p(c * jnp.where(position > threshold, position, threshold))
 
 
-def _fire_by_positions(parameters, query_position: Int[Array, "..."], key_position: Int[Array, "..."]):
+def _fire_by_pair(parameters, query_position: Int[Array, "..."], key_position: Int[Array, "..."]):
     """The MLP unit by unit: kernels cannot look up the piece of each x."""
     hidden_weights, hidden_bias, weights, bias, c, threshold = parameters
     log_distance = jnp.log1p(c * jnp.abs(query_position - key_position))

@@ -145,7 +145,9 @@ class Forgetting(Encoding):
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
         if query_features is None or key_features is None:
             raise ValueError("query_features and key_features must be given: the outputs of Forgetting.features")
-        return BlockLogit(_forgotten, None, query_features, key_features, heads=(2, 2, 2, 2))
+        return BlockLogit(
+            _forgotten, None, query_features, key_features, by_pair=_forgotten_by_pair, heads=(2, 2, 2, 2)
+        )
 
 
 def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | None = None) -> RunningSum:
@@ -158,9 +160,12 @@ def forget_sums(log_forget: Float[ArrayLike, "B T N"], previous: RunningSum | No
 
 
 def _forgotten(_, block: Tile) -> Float[Array, "B N q k"]:
-    query, key = (
-        [jnp.swapaxes(part, 1, 2) for part in features] for features in (block.query_features, block.key_features)
-    )
-    high, low = (i[..., :, None] - j[..., None, :] for i, j in zip(query, key, strict=True))
+    query = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[..., :, None], block.query_features)
+    key = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[..., None, :], block.key_features)
+    return _forgotten_by_pair(None, block.query_positions, block.key_positions, query, key)
+
+
+def _forgotten_by_pair(_, query_position, key_position, query: RunningSum, key: RunningSum) -> Float[Array, "..."]:
+    high, low = (i - j for i, j in zip(query, key, strict=True))
     faded = high + low
     return jnp.where(faded <= 0, faded, -faded)

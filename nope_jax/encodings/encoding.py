@@ -129,7 +129,7 @@ class _Term:
     function: Callable
 
     def __post_init__(self):
-        for name in ("function", "by_distance", "by_positions"):
+        for name in ("function", "by_distance", "by_pair"):
             method = getattr(self, name, None)
             if inspect.ismethod(method):
                 object.__setattr__(self, name, _Method(method.__func__, method.__self__))
@@ -166,10 +166,12 @@ class BlockLogit(_Term):
     repeat in every block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive
     positions and sliced to each block's distances.
 
-    `by_positions` is for kernels, which compile few operations. Where a logit depends on nothing but both positions, it
-    is the same function once more, `by_positions(parameters, query_position, key_position) -> logit`, of one head and
-    entry by entry. Its arguments are arrays of any shapes that broadcast. An array among the parameters comes as a
-    tuple of its entries, or of tuples of them, without the axis of heads, which `heads` has to name.
+    `by_pair` is for kernels, which compile few operations. Where a logit depends on nothing but both positions and
+    numbers of both tokens, it is the same function once more, `by_pair(parameters, query_position, key_position) ->
+    logit`, of one head and entry by entry; where it has features, `by_pair(parameters, query_position, key_position,
+    query_features, key_features)`. Its arguments are arrays of any shapes that broadcast. An array among the parameters
+    comes as a tuple of its entries, or of tuples of them, without the axis of heads. `heads` has to be given; features
+    are floating and [B, T], or [B, T, N] with 2 in `heads`.
     """
 
     function: Callable = dataclasses.field(metadata={"static": True})
@@ -177,7 +179,7 @@ class BlockLogit(_Term):
     query_features: Any = None
     key_features: Any = None
     by_distance: Callable | None = dataclasses.field(default=None, metadata={"static": True})
-    by_positions: Callable | None = dataclasses.field(default=None, metadata={"static": True})
+    by_pair: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, block: Tile) -> Float[Array, "#B #N q k"]:

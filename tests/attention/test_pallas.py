@@ -16,7 +16,7 @@ from nope_jax.attention import alibi_attention, dot_product_attention, encoded_a
 from nope_jax.attention.backends import BACKENDS
 from nope_jax.attention.backends.pallas import served
 from nope_jax.attention.backends.pallas.call import Call
-from nope_jax.attention.backends.pallas.positional import Positional
+from nope_jax.attention.backends.pallas.pairwise import Pairwise
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.softmax_state import RESULTS
 from nope_jax.compile.estimate import estimate_run, find_machine
@@ -147,7 +147,6 @@ DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=T, num_kv_h
 NOT_SERVED = {
     "cope": "ScanLogit",
     "deberta": "BlockLogit",
-    "forgetting": "BlockLogit",
     "nezha": "BlockLogit",
     "shaw": "BlockLogit",
     "transformer_xl": "BlockLogit",
@@ -225,7 +224,7 @@ def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
     @functools.partial(jax.jit, static_argnames="implementation")
     def run(operands, parameters, traced, implementation):
         def loss(operands, parameters):
-            logit = BlockLogit(rising_block, parameters, by_positions=rising, heads=(1, None))
+            logit = BlockLogit(rising_block, parameters, by_pair=rising, heads=(1, None))
             out, stats = dot_product_attention(
                 *operands, logit=logit, implementation=implementation, return_stats=True, **traced
             )
@@ -241,7 +240,7 @@ def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
 def test_what_a_logit_of_both_positions_takes_is_counted():
     """For the estimates of `--compile_for`: at least an addition and two products for a unit of FIRE's MLP."""
     units = [FIRE(width=width).init_layer(jax.random.key(0), DIMS) for width in (4, 8)]
-    small, large = (Positional.of(FIRE().logit(params, None, None)) for params in units)
+    small, large = (Pairwise.of(FIRE().logit(params, None, None)) for params in units)
     assert large.operations() - small.operations() >= 4 * 3
     assert large.operations(gradient=True) > 2 * large.operations() > 2 * 8 * 3
 
@@ -357,14 +356,18 @@ def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(
         assert chosen(caplog, alibi_attention, *shapes(100, 100)).startswith('"reference"')
         assert chosen(caplog, alibi_attention, *long, implementation="streaming").startswith('"streaming"')
         assert chosen(caplog, fire, *shapes(512, 512)).startswith('"pallas_tpu"')
-        refused = '"pallas_tpu" cannot serve this call: the logit must have at most 256 parameters per head, not 303'
         assert chosen(caplog, fire, *shapes(512, 512), width=100) == (
-            f'"streaming" for queries (2, 512, 4, 8) and keys (2, 512, 2, 8); {refused}'
+            '"streaming" for queries (2, 512, 4, 8) and keys (2, 512, 2, 8); "pallas_tpu" cannot serve this call: '
+            "the logit must have at most 256 parameters per head and features, not 303"
         )
+        flags = jnp.ones((2, 256, N), bool)
+        logit = BlockLogit(rising_block, None, flags, flags, by_pair=rising, heads=(2, 2))
+        why = "features must be floats [B, T], or [B, T, N] with 2 in heads, not bool (2, 256, 4) with 2"
+        assert why in chosen(caplog, dot_product_attention, *long, logit=logit)
         parameters = jnp.ones((2, N)), jnp.float32(0)
-        for keywords in ({"heads": (1, None)}, {"by_positions": rising}):
+        for keywords in ({"heads": (1, None)}, {"by_pair": rising}):
             logit = BlockLogit(rising_block, parameters, **keywords)
-            why = "None, a DistanceLogit, or a BlockLogit with by_positions and heads, not a BlockLogit without"
+            why = "None, a DistanceLogit, or a BlockLogit with by_pair and heads, not a BlockLogit without"
             assert why in chosen(caplog, dot_product_attention, *long, logit=logit)
     with mesh_of("tpu", "model"):  # a mesh of somebody else's
         assert "XLA cannot shard it over the mesh axes model" in chosen(caplog, nope_attention, *long)
@@ -455,6 +458,7 @@ def test_it_compiles_for_head_dims(head_dim, slice_name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["fire", "forgetting"])
 @pytest.mark.parametrize(
     ("machine", "head_dim", "rule"),
     [
@@ -472,19 +476,21 @@ def test_it_compiles_for_head_dims(head_dim, slice_name):
         )
     ],
 )
-def test_a_logit_of_both_positions_compiles_for_chips(machine, head_dim, rule):
-    """FIRE's, with the gradient of its parameters: no array has two axes of the length."""
-    heads = ModelDims(num_heads=8, head_dim=head_dim, model_dim=8 * head_dim)
-    params = FIRE().init_layer(jax.random.key(0), heads)
+def test_a_logit_of_pairs_compiles_for_chips(machine, head_dim, rule, name):
+    """With the gradient of its parameters, or of its features: no array has two axes of the length."""
+    encoding, heads = ENCODINGS[name](), ModelDims(num_heads=8, head_dim=head_dim, model_dim=8 * head_dim)
+    params = encoding.init_layer(jax.random.key(0), heads)
 
     def loss(query, key, value, scale):
         scaled = {name: x * scale[0, 0] for name, x in params.items()}
-        out, stats = encoded_attention(FIRE(), scaled, query, key, value, return_stats=True, **rule)
+        features = encoding.features(scaled, query.reshape(*query.shape[:2], -1), None)
+        known = {"query_features": features, "key_features": features, "return_stats": True}
+        out, stats = encoded_attention(encoding, scaled, query, key, value, **known, **rule)
         return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
 
     sizes = [*((LONG, heads, head_dim) for heads in (8, 2, 2)), (1,)]
     program = compiled_for(machine, jax.grad(loss, argnums=(0, 1, 2, 3)), sizes)
-    on_gpu = [*with_care(*GRADIENT), "attention_parameter_gradient"]
+    on_gpu = [*with_care(*GRADIENT), *["attention_parameter_gradient"] * (name == "fire")]
     assert kernels(program) == (GRADIENT if machine[0] == "v" else sorted(on_gpu))
     assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
     assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * head_dim

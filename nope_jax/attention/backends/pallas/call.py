@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from nope_jax.attention.backends.pallas.positional import Positional
+from nope_jax.attention.backends.pallas.pairwise import Pairwise
 from nope_jax.attention.backends.pallas.served import kernel_precision
 from nope_jax.attention.blocks import CachedLayer
 from nope_jax.attention.mask_spec import MaskSpec
@@ -36,8 +36,8 @@ class Call:
     with_entropy: bool
     precision: Any
     softcap: float | None
-    positional: Positional | None
-    """The logit by positions, if there is one."""
+    pairwise: Pairwise | None
+    """The logit, if it is one of pairs."""
     interpret: bool
 
     @classmethod
@@ -66,7 +66,7 @@ class Call:
             with_entropy=with_entropy,
             precision=kernel_precision(precision),
             softcap=softcap,
-            positional=Positional.of(logit),
+            pairwise=Pairwise.of(logit),
             interpret=platform() == "cpu",
         )
 
@@ -84,10 +84,10 @@ class Call:
         return min((n for n in (self.rule.window, self.rule.chunk_size) if n is not None), default=None)
 
     def logit_products(self, *, gradient: bool = False) -> int:
-        """The products that a pair takes for a logit by positions, and for its gradient, an addition with each."""
-        if self.positional is None:
+        """The products that a pair takes for a logit of its own, and for its gradient, an addition with each."""
+        if self.pairwise is None:
             return 0
-        return (self.positional.operations() + (self.positional.operations(gradient=True) if gradient else 0)) // 2
+        return (self.pairwise.operations() + (self.pairwise.operations(gradient=True) if gradient else 0)) // 2
 
     def keys_of(self, i: Any, offset: Any) -> tuple[Any, Any]:
         """First and last block of keys that the queries of block i may see; the last is before the first for none."""
@@ -190,8 +190,11 @@ class Operands(NamedTuple):
     key: Shaped[Array, "..."]
     value: Shaped[Array, "..."]
     table: Float[Array, "..."] | None
-    """The logit by distance: of each head, or of all, the values of consecutive distances. Or the parameters of one by
-    positions."""
+    """Of a logit by distance: for each head, or for all, the values of consecutive distances. Of one of
+    pairs: the parameters."""
+    query_features: tuple[Float[Array, "..."], ...] = ()
+    """Of a logit of pairs."""
+    key_features: tuple[Float[Array, "..."], ...] = ()
 
 
 class Tokens(NamedTuple):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention.backends.pallas.call import Call, tokens_of
+from nope_jax.attention.backends.pallas.pairwise import Member, features_of
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import CachedLayer
 from nope_jax.attention.mask_spec import MaskSpec
@@ -92,7 +93,7 @@ class Inputs(NamedTuple):
     of_keys: Any
     """[#B, S] each."""
     table: Any
-    """The logit by distance of each pair, [#N, #B, T, S]; or the parameters of one by positions, [N, P]."""
+    """The logit of each pair, [#B, #N, T, S]."""
 
 
 def inputs_of(options: Options, operands: FewQueries, query_size: int, key_size: int) -> tuple[Call, Inputs]:
@@ -112,11 +113,6 @@ def inputs_of(options: Options, operands: FewQueries, query_size: int, key_size:
         x = x.reshape(batch, kv_heads, rows, *x.shape[3:])
         return jnp.pad(x, [(0, 0), (0, 0), (0, filled - rows)] + [(0, 0)] * (x.ndim - 3))
 
-    table = None
-    if isinstance(logit, DistanceLogit):
-        table = logit.values(query_positions[:, :, None] - key_positions[:, None, :])
-    elif call.positional is not None:
-        table = call.positional.numbers(logit, heads)
     return call, Inputs(
         query=of_rows(query.swapaxes(1, 2)),
         factor=of_rows(jnp.broadcast_to(factor, (batch, heads, length))),
@@ -126,7 +122,23 @@ def inputs_of(options: Options, operands: FewQueries, query_size: int, key_size:
         reach=_reach(mask_spec, length, key_length, key_size),
         of_queries=tuple(x[:, jnp.arange(filled) % length] for x in tokens.of_queries),
         of_keys=tokens.of_keys,
-        table=table,
+        table=_table(call, logit, query_positions, key_positions, batch, heads),
+    )
+
+
+def _table(
+    call: Call, logit: Logit | None, query_positions: Array, key_positions: Array, batch: int, heads: int
+) -> Float[Array, "#B #N T S"] | None:
+    if isinstance(logit, DistanceLogit):
+        return logit.values(query_positions[:, :, None] - key_positions[:, None, :]).swapaxes(0, 1)
+    if call.pairwise is None:
+        return None
+    parameters = call.pairwise.numbers(logit, heads)
+    numbers = [] if parameters is None else [parameters[:, p, None, None] for p in range(call.pairwise.size)]
+    of_queries, of_keys = features_of(logit, batch, heads)
+    queries = Member(query_positions[:, None, :, None], tuple(x[..., :, None] for x in of_queries))
+    return call.pairwise(
+        numbers, queries, Member(key_positions[:, None, None], tuple(x[..., None, :] for x in of_keys))
     )
 
 
@@ -151,9 +163,9 @@ def row_of(reference: Any, b: Any) -> Any:
     return jnp.minimum(b, reference.shape[0] - 1)
 
 
-def cost(operands: FewQueries, call: Call) -> tuple[int, int]:
+def cost(operands: FewQueries) -> tuple[int, int]:
     """Operations and bytes, with the cache full."""
     (batch, length, heads, dim), key, value = operands.query.shape, operands.key, operands.value
-    products = (dim + value.shape[-1] + call.logit_products()) * heads * length
+    products = (dim + value.shape[-1]) * heads * length
     per_key = key.shape[2] * sum(x.shape[-1] * x.dtype.itemsize for x in (key, value))
     return 2 * products * batch * key.shape[1], batch * key.shape[1] * per_key

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nope_jax.attention.backends.pallas.positional import MAX_PARAMETERS, Positional
+from nope_jax.attention.backends.pallas.pairwise import MAX_NUMBERS, Pairwise
 from nope_jax.attention.blocks import CachedLayer, few_queries
 from nope_jax.attention.mesh import compute_capability, platform, unused_axes
 from nope_jax.encodings import DistanceLogit
@@ -75,12 +75,17 @@ def _unserved_logit(logit: Any, any_by_distance: bool) -> str | None:
         return "with a DistanceLogit, positions must be consecutive (no query_positions or key_positions)"
     if logit is None or isinstance(logit, DistanceLogit):
         return None
-    positional = Positional.of(logit)
-    if positional is None:
-        wanted = "None, a DistanceLogit, or a BlockLogit with by_positions and heads"
+    pairwise = Pairwise.of(logit)
+    if pairwise is None:
+        wanted = "None, a DistanceLogit, or a BlockLogit with by_pair and heads"
         return f"the logit must be {wanted}, not a {type(logit).__name__} without"
-    if positional.size > MAX_PARAMETERS:
-        return f"the logit must have at most {MAX_PARAMETERS} parameters per head, not {positional.size}"
+    features = jax.tree.leaves((logit.query_features, logit.key_features))
+    for x, axis in zip(features, logit.heads[len(pairwise.shapes) :], strict=True):
+        if (x.ndim, axis) not in ((2, None), (3, 2)) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return f"features must be floats [B, T], or [B, T, N] with 2 in heads, not {x.dtype} {x.shape} with {axis}"
+    if pairwise.size + len(features) > MAX_NUMBERS:
+        found = pairwise.size + len(features)
+        return f"the logit must have at most {MAX_NUMBERS} parameters per head and features, not {found}"
     return None
 
 

@@ -9,8 +9,9 @@ A term by distance is a vector per head, which a block reads by the distances of
 its own: a program adds up the gradients of the logits of all blocks with the same i - j, whose pairs lie at the same
 distances, and what it has summed is then summed along its diagonals. So every sum has a fixed order, and the same
 inputs give the same bits, which atomic additions would not. Where nobody asks for this gradient (ALiBi's slopes are
-constants), XLA drops the kernel. A term by positions is computed for each pair, from parameters in memory; the
-gradient of these is a kernel of its own, too, with one sum per program.
+constants), XLA drops the kernel. A term of pairs is computed for each, from parameters and features in memory. The
+gradient of the parameters is a kernel of its own, too, with one sum per program; that of the features comes with those
+of queries and of keys.
 
 A hidden key that is not finite would make a product NaN, even with a weight of 0. Leaving such keys out of every
 product would cost registers, and time where all is finite. So a program notes whether its sums are finite; a second

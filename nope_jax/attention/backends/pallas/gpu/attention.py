@@ -24,7 +24,7 @@ from nope_jax.attention.backends.pallas.gpu.tiles import (
     run,
 )
 from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
-from nope_jax.attention.backends.pallas.positional import Positional
+from nope_jax.attention.backends.pallas.pairwise import Pairwise, features_of
 from nope_jax.attention.backends.pallas.served import is_decoding
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
@@ -95,10 +95,10 @@ def pallas_gpu_attention(
     if isinstance(logit, DistanceLogit):
         before, after = padded_length(call.key_length), padded_length(call.query_length)
         table = logit.values(tokens.offset[0] + jnp.arange(-before, after, dtype=jnp.int32))
-    elif call.positional is not None:
-        table = call.positional.numbers(logit, query.shape[2])
+    elif call.pairwise is not None:
+        table = call.pairwise.numbers(logit, query.shape[2])
     factor = jnp.broadcast_to(factor, (len(query), query.shape[2], query.shape[1]))
-    operands = Operands(query, factor, key, value, table)
+    operands = Operands(query, factor, key, value, table, *features_of(logit, len(query), query.shape[2]))
     if final_rows is not None:
         return _attend_part(kernels, operands, tokens, final_rows)
     return _attend(kernels, operands, tokens)
@@ -112,11 +112,10 @@ def _forward(kernels: Kernels, operands: Operands, tokens: Tokens) -> tuple[Arra
 
     def body(program: Program, results):
         i, n, b = program.indices
-        c = lax.div(n, call.groups)
         queries, head = program.queries(b, n, i), program.head(n)
 
         def visit(j, masked, sums):
-            block = program.block(queries, program.keys(b, c, j), head, masked)
+            block = program.block(queries, program.keys(b, n, j), head, masked)
             state, total, reached = sums
             state, weights, decay = block.softmax(state)
             if program.careful:
@@ -154,78 +153,95 @@ def _backward(kernels: Kernels, operands: Operands, tokens: Tokens, results, cot
     call = kernels.forward.call
     row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, call.with_entropy)
     rows = d_output, row_term, logsumexp, d_entropy
-    d_query, d_factor = _query_gradient(kernels.query_gradient, operands, tokens, rows)
-    d_key, d_value = _key_gradients(kernels.key_gradients, operands, tokens, rows)
+    d_query, d_factor, *d_query_features = _query_gradient(kernels.query_gradient, operands, tokens, rows)
+    d_key, d_value, *d_key_features = _key_gradients(kernels.key_gradients, operands, tokens, rows)
     d_table, table = None, operands.table
-    if call.positional is not None:
-        d_table = _parameter_gradient(kernels.parameter_gradient, call.positional, operands, tokens, rows)
+    if table is not None and call.pairwise is not None:
+        d_table = _parameter_gradient(kernels.parameter_gradient, call.pairwise, operands, tokens, rows)
     elif table is not None:
         d_table = _table_gradient(kernels.table_gradient, table, operands, tokens, rows)
-    return Operands(d_query, d_factor, d_key, d_value, d_table)
+    return Operands(d_query, d_factor, d_key, d_value, d_table, tuple(d_query_features), tuple(d_key_features))
 
 
 def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
-    """Gradients of the queries and of their factor."""
-    call, (query, factor, key, value, _) = kernel.call, operands
+    """Gradients of the queries, of their factor and of their features."""
+    call, (query, factor, key, value, _, features, _) = kernel.call, operands
     (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
     product_dtype = jnp.promote_types(query.dtype, key.dtype)
 
     def body(program: Program, results):
         i, n, b = program.indices
-        c = lax.div(n, call.groups)
         queries, head = program.queries(b, n, i), program.head(n)
 
-        def visit(j, masked, total):
-            block = program.block(queries, program.keys(b, c, j), head, masked)
-            _, _, d_product = block.gradients()
-            return total + block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
+        def visit(j, masked, sums):
+            d_scaled, d_features = sums
+            keys = program.keys(b, n, j)
+            block = program.block(queries, keys, head, masked)
+            _, d_logits, d_product = block.gradients()
+            if features:
+                _, found, _ = program.term_gradient(queries, keys, head, d_logits)
+                d_features = tuple(total + x for total, x in zip(d_features, found, strict=True))
+            return d_scaled + block.over_keys(block.finite(block.key), d_product.astype(product_dtype)), d_features
 
-        d_scaled = program.fold_keys(i, visit, jnp.zeros((call.query_size, padded_dim(dim)), jnp.float32))
-        program.check(d_scaled)
+        zeros = jnp.zeros((call.query_size, padded_dim(dim)), jnp.float32)
+        sums = zeros, tuple(jnp.zeros((call.query_size, 1), jnp.float32) for _ in features)
+        d_scaled, d_features = sums = program.fold_keys(i, visit, sums)
+        program.check(sums)
         at = Span(i * call.query_size, call.query_size, call.query_length)
         program.store_matrix(at, query, results[0], b, n, d_scaled * queries.vectors[0][:, None])
         of_query = queries.matrices[0].astype(jnp.float32)
         program.store_vector(at, results[1], b, n, (d_scaled * finite(of_query)).sum(1))
+        for result, d_feature in zip(results[2:], d_features, strict=False):
+            program.store_vector(at, result, b, n, d_feature[:, 0])
 
-    grid, outputs = (call.query_blocks, heads, batch), (_like(query), _like(factor))
-    products = 2 * dim + value_dim + call.logit_products()
+    grid, outputs = (call.query_blocks, heads, batch), tuple(map(_like, (query, factor, *features)))
+    products = 2 * dim + value_dim + call.logit_products(gradient=bool(features))
     return run(kernel, grid, body, operands, tokens, rows, outputs, products=products)
 
 
 def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
-    """Gradients of keys and values."""
-    call, (query, _, key, value, _) = kernel.call, operands
+    """Gradients of keys and values, and of the features of keys."""
+    call, (query, _, key, value, _, _, features) = kernel.call, operands
     (batch, _, kv_heads, dim), value_dim = key.shape, value.shape[-1]
     product_dtype = jnp.promote_types(query.dtype, key.dtype)
 
     def body(program: Program, results):
         j, c, b = program.indices
-        keys = program.keys(b, c, j)
+        of_group = program.keys(b, c * call.groups, j)
+        at = Span(j * call.key_size, call.key_size, call.key_length)
 
         def of_head(group, sums):
             n = c * call.groups + group
-            head = program.head(n)
+            head, keys = program.head(n), program.of_head(of_group, b, n, j)
 
             def visit(i, masked, sums):
-                d_key, d_value = sums
-                block = program.block(program.queries(b, n, i), keys, head, masked)
-                weights, _, d_product = block.gradients()
+                d_key, d_value, d_features = sums
+                queries = program.queries(b, n, i)
+                block = program.block(queries, keys, head, masked)
+                weights, d_logits, d_product = block.gradients()
+                if features:
+                    _, _, found = program.term_gradient(queries, keys, head, d_logits)
+                    d_features = tuple(total + x for total, x in zip(d_features, found, strict=True))
                 d_output = block.rows[0]
                 d_product = (d_product * block.factor).astype(product_dtype)
                 d_key += block.over_queries(block.finite(block.query), d_product)
-                return d_key, d_value + block.over_queries(d_output, weights.astype(d_output.dtype))
+                d_value += block.over_queries(d_output, weights.astype(d_output.dtype))
+                return d_key, d_value, d_features
 
-            return program.fold_queries(j, visit, sums)
+            zeros = tuple(jnp.zeros((call.key_size, 1), jnp.float32) for _ in features)
+            *sums, d_features = program.fold_queries(j, visit, (*sums, zeros))
+            for result, d_feature in zip(results[2:], d_features, strict=False):
+                program.store_vector(at, result, b, n, d_feature[:, 0])
+            return tuple(sums)
 
         sums = tuple(jnp.zeros((call.key_size, padded_dim(size)), jnp.float32) for size in (dim, value_dim))
         sums = lax.fori_loop(0, call.groups, of_head, sums) if call.groups > 1 else of_head(0, sums)
         program.check(sums)
-        at = Span(j * call.key_size, call.key_size, call.key_length)
         program.store_matrix(at, key, results[0], b, c, sums[0])
         program.store_matrix(at, value, results[1], b, c, sums[1])
 
-    grid, outputs = (call.key_blocks, kv_heads, batch), (_like(key), _like(value))
-    products = 2 * dim + 2 * value_dim + call.logit_products()
+    grid, outputs = (call.key_blocks, kv_heads, batch), tuple(map(_like, (key, value, *features)))
+    products = 2 * dim + 2 * value_dim + call.logit_products(gradient=bool(features))
     return run(kernel, grid, body, operands, tokens, rows, outputs, products=products)
 
 
@@ -233,20 +249,20 @@ def _table_gradient(
     kernel: Kernel, table: Array, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
 ) -> Float[Array, "#N distances"]:
     """Gradient of the table, by diagonals: of all blocks with the same i - j, the sum over them and then along it."""
-    call, (query, _, _, value, _) = kernel.call, operands
+    call, query, value = kernel.call, operands.query, operands.value
     size, diagonals = call.query_size, call.query_blocks + call.key_blocks - 1
     (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
     parts = min(batch, -(-PROGRAMS // (heads * diagonals)))
 
     def body(program: Program, results):
         place, n, part = program.indices
-        diagonal, c, head = place - (call.key_blocks - 1), lax.div(n, call.groups), program.head(n)
+        diagonal, head = place - (call.key_blocks - 1), program.head(n)
 
         def visit_row(step, total):
             b = part + step * parts
 
             def visit(i, total):
-                block = program.block(program.queries(b, n, i), program.keys(b, c, i - diagonal), head, masked=True)
+                block = program.block(program.queries(b, n, i), program.keys(b, n, i - diagonal), head, masked=True)
                 return total + block.gradients()[1]
 
             first, stop = jnp.maximum(diagonal, 0), jnp.minimum(call.query_blocks, call.key_blocks + diagonal)
@@ -273,23 +289,22 @@ def _table_gradient(
 
 
 def _parameter_gradient(
-    kernel: Kernel, positional: Positional, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
+    kernel: Kernel, pairwise: Pairwise, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
 ) -> Float[Array, "N filled"]:
-    """Gradient of the parameters of a logit by positions: a program sums those of one block of queries."""
-    call, (query, _, _, value, _) = kernel.call, operands
-    (batch, _, heads, dim), value_dim, size = query.shape, value.shape[-1], positional.filled_size
+    """Gradient of the parameters of a logit of pairs: a program sums those of one block of queries."""
+    call, query, value = kernel.call, operands.query, operands.value
+    (batch, _, heads, dim), value_dim, size = query.shape, value.shape[-1], pairwise.filled_size
 
     def body(program: Program, results):
         i, n, b = program.indices
-        c, head, index = lax.div(n, call.groups), program.head(n), lax.iota(jnp.int32, size)
+        head, index = program.head(n), lax.iota(jnp.int32, size)
         queries = program.queries(b, n, i)
 
         def visit(j, total):
-            keys = program.keys(b, c, j)
+            keys = program.keys(b, n, j)
             d_logits = program.block(queries, keys, head, masked=True).gradients()[1]
-            for p, d_number in enumerate(
-                positional.gradient(head.numbers, *program.positions(queries, keys), d_logits)
-            ):
+            d_numbers, _, _ = program.term_gradient(queries, keys, head, d_logits)
+            for p, d_number in enumerate(d_numbers):
                 total += jnp.where(index == p, d_number, 0.0)
             return total
 

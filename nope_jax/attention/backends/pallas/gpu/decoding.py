@@ -55,7 +55,7 @@ def _forward(options: Options, operands: FewQueries) -> tuple[Array, Array, Arra
         program = _Program(call, operands, inputs, jax.tree.unflatten(structure, references[: len(arrays)]))
         program.run(parts, row_blocks, references[len(arrays) :])
 
-    operations, moved = cost(operands, call)
+    operations, moved = cost(operands)
     found = pl.pallas_call(
         attention_decoding,
         out_shape=results,
@@ -92,9 +92,7 @@ class _Program:
         row = block * call.query_size + lax.iota(jnp.int32, call.query_size)
         head = c * call.groups + jnp.minimum(lax.div(row, call.query_length), call.groups - 1)
         query = _load(own.query.at, (b, c, at), None, self.arrays.query.shape[-1])
-        parameters = range(call.positional.size if call.positional else 0)
-        numbers = [plgpu.load(own.table.at[head, p])[:, None] for p in parameters]  # not in a loop: see `Program.head`
-        rows = lax.rem(row, call.query_length), head, numbers, [x[row_of(x, b), at] for x in own.of_queries]
+        rows = lax.rem(row, call.query_length), head, [x[row_of(x, b), at] for x in own.of_queries]
         factor = own.factor[b, c, at]
 
         def visit(j, sums):
@@ -122,7 +120,7 @@ class _Program:
         results[1][part, b, c, at], results[2][part, b, c, at] = entropy[:, 0], logsumexp[:, 0]
 
     def _block(self, b: Any, c: Any, j: Any, query: Any, factor: Any, rows: Any) -> Block:
-        call, own, (time, head, numbers, of_queries) = self.call, self.own, rows
+        call, own, (time, head, of_queries) = self.call, self.own, rows
         index = j * call.key_size + lax.iota(jnp.int32, call.key_size)
         within = index < call.key_length
         at = pl.ds(j * call.key_size, call.key_size)
@@ -134,11 +132,9 @@ class _Program:
         query_side, key_side = tuple(x[:, None] for x in of_queries), tuple(x[None] for x in of_keys)
         visible = call.visible(time[:, None], index[None], 0, query_side, key_side)
         term = None
-        if call.positional is not None:
-            term = call.positional(numbers, query_side[0], key_side[0])
-        elif own.table is not None:
-            heads, batch = self.arrays.table.shape[:2]
-            place = jnp.minimum(head, heads - 1)[:, None], jnp.minimum(b, batch - 1), time[:, None], index[None]
+        if own.table is not None:
+            batch, heads = self.arrays.table.shape[:2]
+            place = jnp.minimum(b, batch - 1), jnp.minimum(head, heads - 1)[:, None], time[:, None], index[None]
             term = plgpu.load(own.table.at[place], mask=jnp.broadcast_to(within[None], visible.shape), other=0)
         return Block(
             call,

@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
     query_gradient: Blocks
     key_gradients: Blocks
     table_gradient: Blocks
-    """Also of the gradient of the parameters of a logit by positions."""
+    """Also of the gradient of the parameters of a logit of pairs."""
     decoding: Blocks
     """Of the queries, which are rows of all heads of a group, at most so many."""
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Int
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks
+from nope_jax.attention.backends.pallas.pairwise import Member
 
 SMALLEST_DIM = 16
 """Of a matrix product on a tensor core."""
@@ -46,8 +47,12 @@ class Inputs(NamedTuple):
     value: Any
     factor: Any
     table: Any
-    """By distance: [#N, distances], the first being that of query 0 from key `padded_length(S)`. By positions: [N, P].
-    None: there is no logit."""
+    """By distance: [#N, distances], the first being that of query 0 from key `padded_length(S)`. Pair by pair: [N, P].
+    None: there is nothing to be read."""
+    query_features: Any
+    """[B, N, T] each."""
+    key_features: Any
+    """[B, N, S] each."""
     offset: Any
     of_queries: Any
     of_keys: Any
@@ -77,6 +82,8 @@ class Side(NamedTuple):
     """[size]."""
     tokens: tuple[Any, ...]
     """[size]."""
+    features: tuple[Any, ...]
+    """[size]: of the logit."""
 
 
 class Head(NamedTuple):
@@ -84,7 +91,7 @@ class Head(NamedTuple):
 
     index: Any
     numbers: tuple[Any, ...]
-    """The parameters of a logit by positions."""
+    """The parameters of a logit of pairs."""
 
 
 class Program:
@@ -117,19 +124,26 @@ class Program:
             d_output, *rows = inputs.rows
             matrices.append(at.matrix(arrays.rows[0], d_output, b, n))
             vectors += [at.vector(row, b, n) for row in rows]
-        return Side(at.index, tuple(matrices), tuple(vectors), tuple(at.tokens(x, b) for x in inputs.of_queries))
+        tokens = tuple(at.tokens(x, b) for x in inputs.of_queries)
+        features = tuple(at.vector(x, b, n) for x in inputs.query_features)
+        return Side(at.index, tuple(matrices), tuple(vectors), tokens, features)
 
     def keys(self, b: Any, n: Any, j: Any) -> Side:
-        """Block j of the keys and values of a key/value head."""
-        call, (arrays, inputs) = self.call, (self.arrays, self.inputs)
+        """Block j of the keys and values that a query head sees."""
+        call, (arrays, inputs), c = self.call, (self.arrays, self.inputs), lax.div(n, self.call.groups)
         at = Span(j * call.key_size, call.key_size, call.key_length)
-        matrices = at.matrix(arrays.key, inputs.key, b, n), at.matrix(arrays.value, inputs.value, b, n)
-        return Side(at.index, matrices, (), tuple(at.tokens(x, b) for x in inputs.of_keys))
+        matrices = at.matrix(arrays.key, inputs.key, b, c), at.matrix(arrays.value, inputs.value, b, c)
+        return self.of_head(Side(at.index, matrices, (), tuple(at.tokens(x, b) for x in inputs.of_keys), ()), b, n, j)
+
+    def of_head(self, keys: Side, b: Any, n: Any, j: Any) -> Side:
+        """The same keys for another query head of the group."""
+        at = Span(j * self.call.key_size, self.call.key_size, self.call.key_length)
+        return keys._replace(features=tuple(at.vector(x, b, n) for x in self.inputs.key_features))
 
     def head(self, n: Any) -> Head:
         """Query head n. Not to be called in a loop: Triton would pipeline the loads, and compile for minutes."""
-        positional = self.call.positional
-        return Head(n, tuple(self.inputs.table[n, p] for p in range(positional.size if positional else 0)))
+        size = self.call.pairwise.size if self.call.pairwise else 0
+        return Head(n, tuple(self.inputs.table[n, p] for p in range(size)))
 
     def block(self, queries: Side, keys: Side, head: Head, masked: bool) -> Block:
         """The block of some queries of a head and some keys."""
@@ -139,8 +153,8 @@ class Program:
         if masked:
             of_queries, of_keys = map(of_query, queries.tokens), map(of_key, keys.tokens)
             visible = self.call.visible(query_index, key_index, self.offset, tuple(of_queries), tuple(of_keys))
-        if self.call.positional is not None:
-            term = self.call.positional(head.numbers, *self.positions(queries, keys))
+        if self.call.pairwise is not None:
+            term = self.call.pairwise(head.numbers, *self.members(queries, keys))
         elif self.inputs.table is not None:
             row = jnp.minimum(head.index, len(self.arrays.table) - 1)
             distance = query_index - key_index + padded_length(self.call.key_length)
@@ -159,13 +173,21 @@ class Program:
             rows=(*queries.matrices[1:], *rows),
         )
 
-    def positions(self, queries: Side, keys: Side) -> tuple[Any, Any]:
-        """The positions of some queries and some keys, which broadcast to their block."""
+    def members(self, queries: Side, keys: Side) -> tuple[Member, Member]:
+        """What a logit knows of some queries and keys, which broadcast to their block."""
         of_query, of_key = self._axes
-        if not self.call.contiguous:
-            return of_query(queries.tokens[0]), of_key(keys.tokens[0])
-        start = self.inputs.offset[1]
-        return of_query(queries.indices) + self.offset + start, of_key(keys.indices) + start
+        if self.call.contiguous:
+            start = self.inputs.offset[1]
+            positions = of_query(queries.indices) + self.offset + start, of_key(keys.indices) + start
+        else:
+            positions = of_query(queries.tokens[0]), of_key(keys.tokens[0])
+        features = tuple(map(of_query, queries.features)), tuple(map(of_key, keys.features))
+        return Member(positions[0], features[0]), Member(positions[1], features[1])
+
+    def term_gradient(self, queries: Side, keys: Side, head: Head, d_logits: Any) -> tuple[Any, Any, Any]:
+        """Gradients of the parameters of a head, and of the features [size, 1] or [1, size] of queries and keys."""
+        assert self.call.pairwise is not None
+        return self.call.pairwise.gradient(head.numbers, *self.members(queries, keys), d_logits)
 
     @property
     def _axes(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -290,11 +312,11 @@ def run(
         rows: `Inputs.rows`.
         outputs: Its results: matrices, vectors, or arrays of whole blocks.
         products: Those of a pair, each with an addition, for estimates of cost: head dims of all matrix products, and
-            what a logit by positions takes.
+            what a logit of pairs takes.
         checked: Whether the body checks its sums.
     """
-    query, factor, key, value, table = operands
-    inputs = Inputs(query, key, value, factor, table, *tokens, rows)
+    query, factor, key, value, table, of_queries, of_keys = operands
+    inputs = Inputs(query, key, value, factor, table, of_queries, of_keys, *tokens, rows)
 
     def compute(careful: bool, *others: Array, results: tuple[Any, ...]) -> list[Array]:
         """The results; with care, the others are those without, which are changed, and whether they are strange."""
@@ -340,7 +362,8 @@ def _cost(kernel: Kernel, inputs: Inputs, others: tuple[Any, ...], products: int
     if products == 0:
         return {"flops": "0", "bytes": str(size)}
     call, (batch, _, heads, _) = kernel.call, inputs.query.shape
-    of_queries, of_keys = (inputs.query, inputs.factor, *inputs.rows), (inputs.key, inputs.value)
+    of_queries = inputs.query, inputs.factor, *inputs.query_features, *inputs.rows
+    of_keys = inputs.key, inputs.value, *inputs.key_features
     changing, fixed = (of_queries, of_keys) if kernel.keys_first else (of_keys, of_queries)
     pairs, own = batch * heads * call.pairs, call.key_size if kernel.keys_first else call.query_size
     once = size + sum(x.size * x.dtype.itemsize for x in fixed)

@@ -5,7 +5,7 @@ thus a vector along the lanes, sums over keys run down the sublanes, and statist
 
 A term by distance is a vector per head. A block meets 2·size - 1 of its entries, within two neighbouring pieces of the
 vector, which a rotation by one more lane per sublane turns into the term of the block; its gradient is rotated back
-and summed. A term by positions is computed in strips.
+and summed. A term of pairs is computed in strips.
 
 Blocks in which no query sees a key are neither fetched nor computed.
 

@@ -3,6 +3,8 @@
 Shapes as in `pallas`, with q = k.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -12,10 +14,11 @@ from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
 from nope_jax.attention.backends.pallas.decoding import FewQueries, Options
 from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.backends.pallas.pairwise import features_of
 from nope_jax.attention.backends.pallas.served import LANES, is_decoding
 from nope_jax.attention.backends.pallas.tpu.decoding import few_queries_attention
 from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens
-from nope_jax.attention.backends.pallas.tpu.terms import table_of
+from nope_jax.attention.backends.pallas.tpu.terms import Totals, table_of
 from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, along_queries, of_keys, of_queries, run
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
@@ -68,12 +71,15 @@ def pallas_tpu_attention(
     def of_rows(x: Array, fill: float = 0) -> Array:
         return filled(x[:, :, None], 3, block_size, fill)
 
+    query_features, key_features = features_of(logit, batch, num_heads)
     operands = Operands(
         query=heads_first(query),
         factor=of_rows(jnp.broadcast_to(factor, (batch, num_heads, query_length))),
         key=heads_first(key),
         value=heads_first(value),
         table=table_of(call, logit, tokens, num_heads),
+        query_features=tuple(map(of_rows, query_features)),
+        key_features=tuple(map(of_rows, key_features)),
     )
     if final_rows is None:
         out, entropy, logsumexp = _attend(call, operands, tokens)
@@ -138,7 +144,7 @@ def _backward(call: Call, operands: Operands, tokens: Tokens, results, cotangent
     projected = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)[:, :, None]
     row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, call.with_entropy)
     rows = d_output, row_term, logsumexp, d_entropy
-    d_scaled, d_table = _query_gradient(call, operands, tokens, rows)
+    d_scaled, d_table, d_query_features, d_key_features = _query_gradient(call, operands, tokens, rows)
     d_key, d_value = _key_gradients(call, operands, tokens, rows)
     return Operands(
         query=(d_scaled * operands.factor.swapaxes(2, 3)).astype(operands.query.dtype),
@@ -146,56 +152,72 @@ def _backward(call: Call, operands: Operands, tokens: Tokens, results, cotangent
         key=d_key,
         value=d_value,
         table=d_table,
+        query_features=d_query_features,
+        key_features=d_key_features,
     )
 
 
 _attend, _attend_part = differentiable(_forward, _backward)
 
 
-def _query_gradient(
-    call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
-) -> tuple[Float[Array, "B N T H"], Float[Array, "#N rows columns"] | None]:
-    """Gradients of the queries times their factor, and of the table."""
+def _query_gradient(call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> tuple[Any, ...]:
+    """Gradients of the queries times their factor, of the table, and of the features."""
     (batch, heads, _, dim), value_dim = operands.query.shape, operands.value.shape[-1]
     table, product_dtype = operands.table, jnp.promote_types(operands.query.dtype, operands.key.dtype)
 
-    def begin(indices, results, sums):
-        if table is not None:
+    def whole_head(*shape: int) -> Output:  # which stays in memory for all queries, and a table for all batch rows
+        if len(shape) == 3:
+            return Output(shape, jnp.float32, (1, *shape[1:]), lambda b, n, i, j: (n, 0, 0))
+        return Output(shape, jnp.float32, (1, 1, *shape[2:]), lambda b, n, i, j: (b, n, 0, 0))
 
-            @pl.when((indices[1] == 0) & (indices[2] == 0))
-            def _():
-                results[1][...] = jnp.zeros(results[1].shape, jnp.float32)
+    gradients = Totals(
+        table=None if table is None else whole_head(heads, *table.shape[1:]),
+        query_features=tuple(of_queries(call, x.shape, x.dtype) for x in operands.query_features),
+        key_features=tuple(whole_head(*x.shape) for x in operands.key_features),
+    )
+    outputs, structure = jax.tree.flatten(gradients)
+
+    def begin(indices, results, sums):
+        totals = jax.tree.unflatten(structure, results[1:])
+        first_query = indices[2] == 0
+        for of_term, first in (
+            (totals.table, first_query & (indices[1] == 0)),
+            (totals.key_features, first_query),
+            (totals.query_features, True),
+        ):
+
+            @pl.when(first)
+            def _(of_term=of_term):
+                for reference in jax.tree.leaves(of_term):
+                    reference[...] = jnp.zeros(reference.shape, jnp.float32)
 
     def visit(block: Block, term, results, sums):
         _, d_logits, d_product = block.gradients()
         sums[0][...] += block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
-        if table is not None:
-            term.add_gradient(d_logits, results[1])
+        if term is not None:
+            term.add_gradient(d_logits, jax.tree.unflatten(structure, results[1:]))
 
     def end(results, sums):
         results[0][0, 0] = sums[0][...].T
 
-    outputs = [of_queries(call, operands.query.shape, jnp.float32)]
-    if table is not None:  # all of a head at once, which stays in memory for all batch rows
-        of_head = table.shape[1:]
-        outputs.append(Output((heads, *of_head), jnp.float32, (1, *of_head), lambda b, n, i, j: (n, 0, 0)))
-    d_scaled, *d_table = run(
+    d_scaled, *found = run(
         "attention_query_gradient",
         call,
-        along_keys(call, batch, heads, heads_first=table is not None),
+        along_keys(call, batch, heads, heads_first=bool(outputs)),
         operands,
         tokens,
         rows,
-        tuple(outputs),
+        (of_queries(call, operands.query.shape, jnp.float32), *outputs),
         ((dim, call.query_size),),
         begin=begin,
         visit=visit,
         end=end,
         products=2 * dim + value_dim + call.logit_products(gradient=True),
     )
-    if table is None:
-        return d_scaled, None
-    return d_scaled, d_table[0].sum(0, keepdims=True) if len(table) == 1 else d_table[0]
+    totals = jax.tree.unflatten(structure, found)
+    if table is not None and len(table) == 1:
+        totals = totals._replace(table=totals.table.sum(0, keepdims=True))
+    return d_scaled, *totals
 
 
 def _key_gradients(

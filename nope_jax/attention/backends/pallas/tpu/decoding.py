@@ -83,7 +83,7 @@ def _forward(options: Options, operands: FewQueries) -> tuple[Array, Array, Arra
             for reference, x in zip(out, (total / normaliser, entropy, logsumexp), strict=True):
                 reference[0, 0] = x
 
-    operations, moved = cost(operands, call)
+    operations, moved = cost(operands)
     output, entropy, logsumexp = pl.pallas_call(
         attention_decoding,
         out_shape=results,
@@ -109,14 +109,11 @@ few_queries_attention = differentiable(_forward)
 
 def _laid_out(call: Call, inputs: Inputs) -> Inputs:
     """Keys and values [L, B, K, S, H]; what belongs to rows as columns, [B, K, R, 1] and [#B, R, 1], what to keys as
-    rows, [#B, 1, S]; the logit by distance [#B, K, R, S], or the parameters of one by positions [1, K, R, P]."""
+    rows, [#B, 1, S]; the logit of each pair [#B, K, R, S]."""
     _, kv_heads, rows, _ = inputs.query.shape
     table = inputs.table
-    if call.positional is not None:
-        table = table.repeat(call.query_length, 0)[None]
-    elif table is not None:
-        table = jnp.broadcast_to(table, (kv_heads * call.groups, *table.shape[1:])).swapaxes(0, 1)
     if table is not None:
+        table = jnp.broadcast_to(table, (len(table), kv_heads * call.groups, *table.shape[2:]))
         table = table.reshape(len(table), kv_heads, -1, table.shape[-1])
         table = jnp.pad(table, [(0, 0), (0, 0), (0, rows - table.shape[2]), (0, 0)])
     return inputs._replace(
@@ -151,13 +148,11 @@ def _specs(call: Call, arrays: Inputs) -> Inputs:
 
         return pl.BlockSpec((1, 1, call.key_size), place)
 
-    def of_table(x: Array) -> pl.BlockSpec:  # [#B, K, R, S] or [1, K, R, P]
-        by_distance = call.positional is None
-
+    def of_table(x: Array) -> pl.BlockSpec:  # [#B, K, R, S]
         def place(b, c, step, layer, reach):
-            return row_of(x, b), c, 0, _block_of(b, step, reach)[0] if by_distance else 0
+            return row_of(x, b), c, 0, _block_of(b, step, reach)[0]
 
-        return pl.BlockSpec((1, 1, x.shape[2], call.key_size if by_distance else x.shape[3]), place)
+        return pl.BlockSpec((1, 1, x.shape[2], call.key_size), place)
 
     return Inputs(
         query=_of_rows(arrays.query),
@@ -181,12 +176,6 @@ def _block(call: Call, operands: FewQueries, own: Inputs, j: Any) -> Block:
     rows = own.query.shape[2]
     index = j * call.key_size + lax.broadcasted_iota(jnp.int32, (1, call.key_size), 1)
     of_queries, of_keys = (tuple(x[0] for x in tokens) for tokens in (own.of_queries, own.of_keys))
-    term = None
-    if call.positional is not None:
-        numbers = [own.table[0, 0, :, p : p + 1] for p in range(call.positional.size)]
-        term = call.positional(numbers, of_queries[0], of_keys[0])
-    elif own.table is not None:
-        term = own.table[0, 0]
 
     def tokens(reference: Any, x: Any) -> Any:
         found = reference[0, 0, 0]
@@ -201,7 +190,7 @@ def _block(call: Call, operands: FewQueries, own: Inputs, j: Any) -> Block:
         factor=own.factor[0, 0],
         visible=call.visible(jnp.zeros((rows, 1), jnp.int32), index, 0, of_queries, of_keys),
         careful=True,
-        term=term,
+        term=None if own.table is None else own.table[0, 0],
     )
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Shaped
 
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Tokens
-from nope_jax.attention.backends.pallas.served import SUBLANES
+from nope_jax.attention.backends.pallas.served import LANES, SUBLANES
 
 
 class Inputs(NamedTuple):
@@ -28,7 +28,11 @@ class Inputs(NamedTuple):
     table: tuple[Any, ...]
     """What the logit is computed from. By distance: [#N, 1, distances], in pieces of q entries, of which number
     i - j + (blocks of keys) begins with the distance of the first query of block i from the first key of block j; of
-    these that piece, and the one before it. By positions: [N, P, q], the parameters, each as a row of equal numbers."""
+    these that piece, and the one before it. Pair by pair: [N, P, q], the parameters, each as a row of equal numbers."""
+    query_features: Any
+    """[B, N, 1, T] each."""
+    key_features: Any
+    """[B, N, 1, S] each."""
     of_queries: Any
     """[#B, 1, T] each."""
     of_keys: Any
@@ -76,5 +80,9 @@ def block_at(call: Call, inputs: Inputs, term: Any, offset: Any, i: Any, j: Any,
     )
 
 
-def column(row: Int[Array, "1 k"]) -> Int[Array, "k 1"]:
+def column(row: Shaped[Array, "1 k"]) -> Shaped[Array, "k 1"]:
     return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
+
+
+def row(column: Shaped[Array, "k 1"]) -> Shaped[Array, "1 k"]:
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]

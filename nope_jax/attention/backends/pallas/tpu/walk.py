@@ -121,7 +121,7 @@ def run(
         end: Called with outputs and sums at the end of the last axis.
         begin: Called with the indices of the grid, outputs and sums at its start.
         products: Those of a pair, each with an addition, for estimates of cost: head dims of all matrix products, and
-            what a logit by positions takes.
+            what a logit of pairs takes.
     """
     size = call.key_size
 
@@ -139,26 +139,31 @@ def run(
         shared = x.shape[0] == 1
         return spec((1, 1, size), lambda b, n, i, j: (0 if shared else b, 0, i if is_query else j))
 
-    query, factor, key, value, table = operands
-    of_table = table_blocks(call, table, spec)
-    inputs = Inputs(query, factor, key, value, (table,) * len(of_table), tokens.of_queries, tokens.of_keys, rows)
+    of_table = table_blocks(call, operands.table, spec)
+    query, factor, key, value, table, query_features, key_features = operands
+    features = query_features, key_features
+    tables = (table,) * len(of_table)
+    inputs = Inputs(query, factor, key, value, tables, *features, tokens.of_queries, tokens.of_keys, rows)
     specs = Inputs(
         query=like(of_queries(call, query.shape, query.dtype)),
         factor=like(of_queries(call, factor.shape, factor.dtype)),
         key=like(of_keys(call, key.shape, key.dtype)),
         value=like(of_keys(call, value.shape, value.dtype)),
         table=of_table,
+        query_features=tuple(like(of_queries(call, x.shape, x.dtype)) for x in inputs.query_features),
+        key_features=(spec((1, 1, 1, size), lambda b, n, i, j: (b, n, 0, j)),) * len(inputs.key_features),
         of_queries=tuple(of_token(x, True) for x in tokens.of_queries),
         of_keys=tuple(of_token(x, False) for x in tokens.of_keys),
         rows=tuple(like(of_queries(call, x.shape, x.dtype)) for x in rows),
     )
     arrays, structure = jax.tree.flatten(inputs)
+    own_memory, of_memory = jax.tree.flatten(memory_of(call, inputs))
 
     def kernel(offset, *references):
         own = jax.tree.unflatten(structure, references[: len(arrays)])
         rest = references[len(arrays) :]
         results, rest = rest[: len(outputs)], rest[len(outputs) :]
-        own_sums, memory = rest[: len(sums)], rest[len(sums) :]
+        own_sums, memory = rest[: len(sums)], jax.tree.unflatten(of_memory, rest[len(sums) :])
         indices = [pl.program_id(axis) for axis in range(len(walk.grid))]
         _, _, i, j, meet = walk.at(*indices, offset[0])
 
@@ -196,7 +201,7 @@ def run(
             grid=walk.grid,
             in_specs=jax.tree.leaves(specs),
             out_specs=[like(output) for output in outputs],
-            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *memory_of(call)],
+            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *own_memory],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         cost_estimate=_cost(call, walk, inputs, outputs, products),
@@ -208,7 +213,8 @@ def run(
 
 def _cost(call: Call, walk: Walk, inputs: Inputs, outputs: tuple[Output, ...], products: int) -> pl.CostEstimate:
     """What a kernel does, for the compiler's schedule and for `nope_jax.compile`."""
-    of_queries, of_keys = (inputs.query, inputs.factor, *inputs.rows), (inputs.key, inputs.value)
+    of_queries = inputs.query, inputs.factor, *inputs.query_features, *inputs.rows
+    of_keys = inputs.key, inputs.value, *inputs.key_features
     changing, fixed = (of_keys, of_queries) if walk.keys_change else (of_queries, of_keys)
     pairs = inputs.query.shape[0] * inputs.query.shape[1] * call.pairs
     once = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in (*fixed, *outputs))
