@@ -94,6 +94,20 @@ def test_a_table_of_distances_grouped_queries_and_a_soft_cap_are_the_reference_s
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_with_64_bits_it_computes_in_32(kernel):
+    def gradient(implementation):
+        return jax.jit(jax.grad(lambda *operands: alibi_attention(*operands, implementation=implementation).sum()))
+
+    operands = arrays()
+    with jax.enable_x64(True):
+        found = gradient(kernel)(*operands)
+    wanted = gradient("reference")(*operands)
+    assert found.dtype == jnp.float32
+    assert_close(found, wanted, tolerance=5e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them(kernel):
     attend, reference = (program(name, window=6) for name in (kernel, "reference"))
     query, key, value = arrays()
@@ -445,6 +459,15 @@ def test_it_compiles_for_a_chip_in_memory_that_grows_with_length(slice_name):
     assert kernels(program) == GRADIENT
     assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
     assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * 128
+
+
+@pytest.mark.parametrize(
+    "machine", [pytest.param("v5e:1x1", marks=pytest.mark.tpu), pytest.param("h100:1", marks=pytest.mark.cuda)]
+)
+def test_it_compiles_where_jax_has_64_bits(machine):
+    with jax.enable_x64(True):
+        program = compiled_for(machine, gradient_of(alibi_attention), [(1024, heads, 64) for heads in (4, 2, 2)])
+    assert set(GRADIENT) <= set(kernels(program))
 
 
 @pytest.mark.tpu

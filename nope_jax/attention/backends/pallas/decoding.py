@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention.backends.pallas.call import Call, tokens_of
+from nope_jax.attention.backends.pallas.gradient import in_32_bits
 from nope_jax.attention.backends.pallas.pairwise import Member, features_of
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import CachedLayer
@@ -51,6 +52,7 @@ class Options(NamedTuple):
 
 def differentiable(forward: Callable) -> Callable[[Options, FewQueries], tuple[Array, Array, Array]]:
     """The `attend` of a backend, for a few queries: a kernel, and the gradient."""
+    forward = in_32_bits(forward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attend(options: Options, operands: FewQueries) -> tuple[Array, Array, Array]:

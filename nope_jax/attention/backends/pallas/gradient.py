@@ -15,6 +15,17 @@ from nope_jax.attention.softmax_state import named
 from nope_jax.encodings.encoding import MASKED
 
 
+def in_32_bits(function: Callable) -> Callable:
+    """The function, traced as without `jax_enable_x64`: with it, indices in kernels would be of both sizes."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*arguments)
+
+    return traced
+
+
 def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
     """Attention over all keys, and over a part of them whose results over all keys are given; with a gradient.
 
@@ -26,6 +37,7 @@ def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Cal
     Returns:
         Two functions of static arguments, operands and tokens; the second also takes the results, and returns them.
     """
+    forward, backward = in_32_bits(forward), in_32_bits(backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attend(static: Any, operands: Any, tokens: Any):

@@ -31,7 +31,7 @@ from nope_jax.attention.backends.pallas.decoding import (
     results_of,
     row_of,
 )
-from nope_jax.attention.backends.pallas.gpu.tiles import SMALLEST_DIM, all_masks, padded_dim
+from nope_jax.attention.backends.pallas.gpu.tiles import SMALLEST_DIM, all_masks, of_dim, padded_dim
 from nope_jax.attention.blocks import CachedLayer, from_storage
 from nope_jax.attention.softmax_state import Rows, SoftmaxState, merged_parts
 from nope_jax.encodings.encoding import MASKED
@@ -116,7 +116,7 @@ class _Program:
         state = state._replace(largest=jnp.where(unknown, state.normaliser, state.largest))
         normaliser, entropy, logsumexp = state.end()
         mask = all_masks([_within(self.operands.value.shape[-1])], total.shape)
-        plgpu.store(results[0].at[part, b, c, at, pl.ds(0, total.shape[1])], total / normaliser, mask=mask)
+        plgpu.store(results[0].at[part, b, c, at, of_dim(total.shape[1])], total / normaliser, mask=mask)
         results[1][part, b, c, at], results[2][part, b, c, at] = entropy[:, 0], logsumexp[:, 0]
 
     def _block(self, b: Any, c: Any, j: Any, query: Any, factor: Any, rows: Any) -> Block:
@@ -159,7 +159,7 @@ def _load(reference: Any, place: tuple[Any, ...], tokens: Any, dim: int) -> Shap
     """Some tokens of a matrix, with the head dim filled up; zero where there is nothing."""
     (size,) = (int(index.size) for index in place if isinstance(index, pl.Slice))
     mask = all_masks([None if tokens is None else tokens[:, None], _within(dim)], (size, padded_dim(dim)))
-    return plgpu.load(reference[*place, pl.ds(0, padded_dim(dim))], mask=mask, other=None if mask is None else 0)
+    return plgpu.load(reference[*place, of_dim(padded_dim(dim))], mask=mask, other=None if mask is None else 0)
 
 
 def _within(dim: int) -> Any:

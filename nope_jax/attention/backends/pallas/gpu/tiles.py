@@ -34,6 +34,11 @@ def padded_dim(dim: int) -> int:
     return max(SMALLEST_DIM, pl.next_power_of_2(dim))
 
 
+def of_dim(padded: int) -> pl.Slice:
+    """All of a row. (The interpreter has other indices of 32 bits, too, but would take a Python number for 64.)"""
+    return pl.ds(jnp.int32(0), padded)
+
+
 def padded_length(length: int) -> int:
     """The number of distances to one side in the table."""
     return -(-length // DISTANCES) * DISTANCES
@@ -238,9 +243,7 @@ class Program:
         """Write what `Span.matrix` reads; of careful sums, those of some rows."""
         padded = padded_dim(array.shape[-1])
         masks = [at.mask(array.shape[-1], padded), None if rows is None else rows[:, None], self._written]
-        plgpu.store(
-            reference.at[b, at.slice, n, pl.ds(0, padded)], x.astype(array.dtype), mask=all_masks(masks, x.shape)
-        )
+        plgpu.store(reference.at[b, at.slice, n, of_dim(padded)], x.astype(array.dtype), mask=all_masks(masks, x.shape))
 
     def store_vector(self, at: "Span", reference: Any, b: Any, n: Any, x: Any) -> None:
         """Write what `Span.vector` reads."""
@@ -281,7 +284,7 @@ class Span:
     def matrix(self, array: Any, reference: Any, b: Any, n: Any) -> Any:
         """The block of head n, zero past its end."""
         padded = padded_dim(array.shape[-1])
-        return self._load(reference.at[b, self.slice, n, pl.ds(0, padded)], self.mask(array.shape[-1], padded))
+        return self._load(reference.at[b, self.slice, n, of_dim(padded)], self.mask(array.shape[-1], padded))
 
     def vector(self, reference: Any, b: Any, n: Any) -> Any:
         """The block of head n, zero past its end."""

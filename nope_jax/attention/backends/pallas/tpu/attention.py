@@ -17,7 +17,7 @@ from nope_jax.attention.backends.pallas.gradient import differentiable, row_term
 from nope_jax.attention.backends.pallas.pairwise import features_of
 from nope_jax.attention.backends.pallas.served import LANES, is_decoding
 from nope_jax.attention.backends.pallas.tpu.decoding import few_queries_attention
-from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens
+from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens, not_all_finite
 from nope_jax.attention.backends.pallas.tpu.terms import Totals, table_of
 from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, along_queries, of_keys, of_queries, run
 from nope_jax.attention.blocks import CachedLayer, whole
@@ -110,7 +110,7 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
         output[...] = kept + added
         if block.careful:
 
-            @pl.when(jnp.logical_not(jnp.isfinite(added).all()))
+            @pl.when(not_all_finite(added))
             def _():
                 output[...] = kept + block.with_care(added, weights)
 

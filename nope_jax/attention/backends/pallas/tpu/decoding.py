@@ -28,6 +28,7 @@ from nope_jax.attention.backends.pallas.decoding import (
     row_of,
 )
 from nope_jax.attention.backends.pallas.served import LANES, SUBLANES
+from nope_jax.attention.backends.pallas.tpu.inputs import not_all_finite
 from nope_jax.attention.blocks import CachedLayer, from_storage
 from nope_jax.attention.softmax_state import SoftmaxState
 from nope_jax.encodings.encoding import MASKED
@@ -206,6 +207,6 @@ def _visit(call: Call, block: Block, sums: Any) -> None:
     kept, added = decay * total[...], block.over_keys(block.value, weights)
     total[...] = kept + added
 
-    @pl.when(jnp.logical_not(jnp.isfinite(added).all()))
+    @pl.when(not_all_finite(added))
     def _():
         total[...] = kept + block.with_care(added, weights)

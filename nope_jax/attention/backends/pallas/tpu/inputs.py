@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Tokens
@@ -78,6 +78,11 @@ def block_at(call: Call, inputs: Inputs, term: Any, offset: Any, i: Any, j: Any,
         term=None if term is None else term.logits(),
         rows=tuple(reference[0, 0] for reference in inputs.rows),
     )
+
+
+def not_all_finite(x: Float[Array, "*shape"]) -> Bool[Array, ""]:
+    """Not by `all`, which Mosaic lowers to 64 bits where JAX has them."""
+    return jnp.where(jnp.isfinite(x), 0.0, 1.0).max() > 0
 
 
 def column(row: Shaped[Array, "1 k"]) -> Shaped[Array, "k 1"]:
