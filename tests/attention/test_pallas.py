@@ -374,11 +374,10 @@ def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(
             '"streaming" for queries (2, 512, 4, 8) and keys (2, 512, 2, 8); "pallas_tpu" cannot serve this call: '
             "the logit must have at most 256 parameters per head and features, not 303"
         )
-        flags = jnp.ones((2, 256, N), bool)
-        logit = BlockLogit(rising_block, None, flags, flags, by_pair=rising, heads=(2, 2))
+        parameters, flags = (jnp.ones((2, N)), jnp.float32(0)), jnp.ones((2, 256, N), bool)
+        logit = BlockLogit(rising_block, parameters, flags, flags, by_pair=rising, heads=(1, None, 2, 2))
         why = "features must be floats [B, T], or [B, T, N] with 2 in heads, not bool (2, 256, 4) with 2"
         assert why in chosen(caplog, dot_product_attention, *long, logit=logit)
-        parameters = jnp.ones((2, N)), jnp.float32(0)
         for keywords in ({"heads": (1, None)}, {"by_pair": rising}):
             logit = BlockLogit(rising_block, parameters, **keywords)
             why = "None, a DistanceLogit, or a BlockLogit with by_pair and heads, not a BlockLogit without"
