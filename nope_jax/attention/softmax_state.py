@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from nope_jax.encodings.encoding import MASKED
 
@@ -43,18 +43,14 @@ class SoftmaxState(NamedTuple):
         return cls(jnp.full(shape, MASKED / 2, jnp.float32), zeros, zeros if with_entropy else None)
 
     def over_more(
-        self, logits: Float[Array, "*rows k"], visible: Bool[Array, "..."] | None = None
+        self, logits: Float[Array, "*rows k"]
     ) -> tuple["SoftmaxState", Float[Array, "*rows k"], Float[Array, "*rows"]]:
         """Update with k more keys; return the new state, the keys' weights, and the decay of earlier weighted sums.
 
-        Args:
-            logits: Logits of the keys; MASKED for hidden keys.
-            visible: Mask of visible keys, needed under JAX's automatic differentiation to give hidden keys no gradient.
+        The logits of hidden keys are MASKED.
         """
-        largest = jnp.maximum(self.largest, lax.stop_gradient(logits).max(-1))
+        largest = jnp.maximum(self.largest, logits.max(-1))
         weights = jnp.exp(logits - largest[..., None])
-        if visible is not None:
-            weights = jnp.where(visible, weights, 0.0)
         moved = self.largest - largest
         decay = jnp.exp(moved)
         weighted = self.weighted
@@ -74,6 +70,29 @@ class SoftmaxState(NamedTuple):
         if self.weighted is None:
             return normaliser, jnp.zeros_like(normaliser), logsumexp
         return normaliser, jnp.where(seen, jnp.log(normaliser) - self.weighted / normaliser, 0.0), logsumexp
+
+
+def row_terms(
+    projected: Float[Array, "*rows"],
+    entropy: Float[Array, "*rows"],
+    logsumexp: Float[Array, "*rows"],
+    d_entropy: Float[Array, "*rows"],
+    d_logsumexp: Float[Array, "*rows"],
+    with_entropy: bool,
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """What a row adds to the gradient of each of its logits, over its weight; and a finite logsumexp.
+
+    The gradient of a logit s of weight p is p·(d_output·v - d_entropy·s + one number per row).
+
+    Args:
+        projected: output·d_output, summed over the head dim.
+    """
+    seen = logsumexp != -jnp.inf
+    row_term = d_logsumexp - projected
+    if with_entropy:
+        row_term -= d_entropy * (entropy - logsumexp)
+    # With a logsumexp of -MASKED, the weights of a row that sees no key are e^(s + MASKED) = 0.
+    return jnp.where(seen, row_term, 0.0), jnp.where(seen, logsumexp, -MASKED)
 
 
 def with_sink(

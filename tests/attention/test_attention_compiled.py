@@ -1,5 +1,6 @@
 """Attention as users run it: optimised by the compiler, in full blocks; accuracy, block boundaries and memory."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nope_jax.attention import dot_product_attention, encoded_attention
+from nope_jax.attention import cope_attention, dot_product_attention, encoded_attention
 from nope_jax.attention.blocks import BLOCK_SIZE
-from nope_jax.encodings import ENCODINGS, BlockLogit, Encoding, ModelDims, Wrapper
+from nope_jax.encodings import ENCODINGS, BlockLogit, Encoding, ModelDims, ScanLogit, Wrapper
 from tests.support.attention_cases import (
     ATTENTION,
     assert_close,
@@ -162,22 +163,45 @@ def test_memory_of_every_kind_of_logit_grows_with_length(name):
     assert large < 32 * 2**20  # one head's weights would be 64 MiB
 
 
+def test_memory_under_a_scan_over_layers_grows_with_length():
+    # What follows from positions alone, such as a mask of all pairs, must not be kept for the backward pass.
+    attend = functools.partial(cope_attention, embeddings=np.ones((5, 8), np.float32), implementation="streaming")
+
+    def size(length):
+        def loss(x):
+            return jax.lax.scan(lambda x, _: (x + attend(x, x, x), None), x, length=2)[0].sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = size(1024), size(4096)
+    assert large < GROWTH**2 * small
+
+
 def _marked(scale, block):
     """A term with one sine: it tells in the compiled program how often the term is computed."""
     return jnp.sin(scale * (block.query @ block.key.mT))
 
 
-def test_the_backward_pass_computes_a_term_once_per_block():
+def _marked_and_counted(scale, block, content, visible, carry):
+    return _marked(scale, block) + carry[..., None], carry + jnp.where(visible, content, 0.0).sum(-1)
+
+
+TERMS = [(BlockLogit(_marked), 2), (ScanLogit(_marked_and_counted), 1)]
+"""And the number of loops over blocks in a backward pass: the blocks of a diagonal, with and without a mask, or all."""
+
+
+@pytest.mark.parametrize(("logit", "loops"), TERMS, ids=["block", "scan"])
+def test_the_backward_pass_computes_a_term_once_per_block(logit, loops):
     # Not once for the logits and once more for its gradient.
     array = jax.ShapeDtypeStruct((1, BLOCK_SIZE + 20, 2, 16), jnp.float32)
 
     def loss(scale, query, key, value):
-        logit = BlockLogit(_marked, scale, heads=(None,))
-        return dot_product_attention(query, key, value, logit=logit, implementation="streaming").sum()
+        term = dataclasses.replace(logit, parameters=scale, heads=(None,))
+        return dot_product_attention(query, key, value, logit=term, implementation="streaming").sum()
 
     def sines(function):
         compiled = jax.jit(function).lower(jnp.float32(1), array, array, array).compile()
         return len(re.findall(r" sine\(", compiled.as_text()))
 
-    loops = 2  # over the blocks of a diagonal, with and without a mask
     assert sines(jax.grad(loss, argnums=(0, 1, 2, 3))) == sines(loss) + loops

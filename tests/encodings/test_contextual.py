@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from nope_jax.attention import cope_attention, dot_product, encoded_attention, forgetting_attention
-from nope_jax.encodings import ENCODINGS, CoPE, Forgetting, ModelDims, RunningSum, ScanLogit, Tile, forget_sums
+from nope_jax.encodings import (
+    ENCODINGS,
+    BlockValue,
+    CoPE,
+    Forgetting,
+    ModelDims,
+    RunningSum,
+    ScanLogit,
+    Tile,
+    forget_sums,
+)
 from tests.support import oracles
 from tests.support.attention_cases import (
     LENGTH,
@@ -184,6 +194,44 @@ def test_scanning_has_the_gradients_of_the_definition(shape, rule):
     )
     jax.tree.map(assert_close, streamed, reference)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(streamed))
+
+
+def _drifting(parameters, block, content, visible, carry):
+    """A sum over later keys of something that depends on every array of a term, one of integers among them."""
+    rate, order = parameters
+    of_query, of_key = block.query_features[:, None, :, None], block.key_features[:, None, None, :]
+    apart = jnp.sin(rate[:, None, None] * of_query * of_key + order[0] * block.factor[..., None])
+    step = jnp.where(visible, apart * jnp.tanh(content + block.query @ block.key.mT), 0.0)
+    sums = jnp.cumsum(step[..., ::-1], axis=-1)[..., ::-1] + carry[..., None]
+    return sums, sums[..., 0]
+
+
+def _leaning(scale, weights, block):
+    return scale * (weights @ jnp.sin(block.key)) * block.query_features[:, None, :, None]
+
+
+def test_scanning_differentiates_every_array_of_its_terms():
+    query, key, value = inputs(K=2)
+    arrays = {"query": query, "key": key, "value": value, "logit_scale": np.linspace(0.5, 1.5, 4, dtype=np.float32)}
+    terms = {"rate": random(4, seed=11), "scale": random(seed=12), "features": random(2, LENGTH, seed=13)}
+
+    def attend(implementation, rate, scale, features, **arrays):
+        return dot_product.dot_product_attention(
+            **arrays,
+            logit=ScanLogit(_drifting, (rate, jnp.array([2, 3])), features, features),
+            value_term=BlockValue(_leaning, scale),
+            mask=RULES["mask per head and row"]["mask"],
+            softcap=2.0,
+            implementation=implementation,
+            return_stats=True,
+        )
+
+    streamed, reference = (
+        gradients(lambda return_stats, name=name, **arrays: attend(name, **arrays), arrays | terms)
+        for name in ("streaming", "reference")
+    )
+    jax.tree.map(assert_close, streamed, reference)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(streamed))
 
 
 def test_scanning_visits_blocks_from_the_last_key_and_skips_what_is_not_seen():

@@ -39,7 +39,7 @@ from nope_jax.attention.blocks import (
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
-from nope_jax.attention.softmax_state import SoftmaxState, named
+from nope_jax.attention.softmax_state import SoftmaxState, named, row_terms
 from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED, Logit
 
@@ -368,13 +368,8 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
     # Transposed in memory once, outside the loop.
     queries_t, d_output_t, keys_t, low_scaled = lax.optimization_barrier((queries_t, d_output_t, keys_t, low_scaled))
 
-    seen = logsumexp != -jnp.inf
-    logsumexp = jnp.where(seen, logsumexp, -MASKED)  # makes e^(s - logsumexp) 0 in rows that see no key
-    # The part of ds/p that is one number per row: -(output·d_output) + d_logsumexp - d_entropy·(entropy - logsumexp).
-    row_term = d_logsumexp - (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
-    if tiling.with_entropy:
-        row_term -= d_entropy * (entropy - logsumexp)
-    row_term = jnp.where(seen, row_term, 0.0)
+    projected = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
+    row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, tiling.with_entropy)
 
     def update(tile, i, j, visible, sums: _Gradients) -> _Gradients:
         pair = _Pair(tiling, operands, mask_spec, scaled, i, j, visible)

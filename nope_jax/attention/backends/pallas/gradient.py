@@ -8,11 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from nope_jax.attention.softmax_state import named
-from nope_jax.encodings.encoding import MASKED
 
 
 def in_32_bits(function: Callable) -> Callable:
@@ -61,26 +58,3 @@ def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Cal
         lambda static, residuals, cotangents: (*gradients(static, residuals, cotangents), None),
     )
     return attend, attend_part
-
-
-def row_terms(
-    projected: Float[Array, "*rows"],
-    entropy: Float[Array, "*rows"],
-    logsumexp: Float[Array, "*rows"],
-    d_entropy: Float[Array, "*rows"],
-    d_logsumexp: Float[Array, "*rows"],
-    with_entropy: bool,
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """What a row adds to the gradient of each of its logits, over its weight; and a finite logsumexp.
-
-    As in `streaming.py`, ds/p is d_output·v - d_entropy·s, which `Block.gradients` computes, and one number per row.
-
-    Args:
-        projected: output·d_output, summed over the head dim.
-    """
-    seen = logsumexp != -jnp.inf
-    row_term = d_logsumexp - projected
-    if with_entropy:
-        row_term -= d_entropy * (entropy - logsumexp)
-    # With a logsumexp of -MASKED, the weights of a row that sees no key are e^(s + MASKED) = 0.
-    return jnp.where(seen, row_term, 0.0), jnp.where(seen, logsumexp, -MASKED)

@@ -23,13 +23,13 @@ from nope_jax.attention.backends.pallas.gpu.tiles import (
     padded_length,
     run,
 )
-from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.backends.pallas.gradient import differentiable
 from nope_jax.attention.backends.pallas.pairwise import Pairwise, features_of
 from nope_jax.attention.backends.pallas.served import is_decoding
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
-from nope_jax.attention.softmax_state import SoftmaxState
+from nope_jax.attention.softmax_state import SoftmaxState, row_terms
 from nope_jax.encodings import BlockValue, DistanceLogit
 from nope_jax.encodings.encoding import MASKED, Logit
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, tokens_of
 from nope_jax.attention.backends.pallas.decoding import FewQueries, Options
-from nope_jax.attention.backends.pallas.gradient import differentiable, row_terms
+from nope_jax.attention.backends.pallas.gradient import differentiable
 from nope_jax.attention.backends.pallas.pairwise import features_of
 from nope_jax.attention.backends.pallas.served import LANES, is_decoding
 from nope_jax.attention.backends.pallas.tpu.decoding import few_queries_attention
@@ -23,7 +23,7 @@ from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, alon
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
-from nope_jax.attention.softmax_state import SoftmaxState
+from nope_jax.attention.softmax_state import SoftmaxState, row_terms
 from nope_jax.encodings import BlockValue
 from nope_jax.encodings.encoding import MASKED, Logit
 
