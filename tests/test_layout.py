@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 # What each part may import of the project.
 MAY_IMPORT = {
-    "encodings": set(),
-    "attention": {"encodings", "explicit_axes"},
+    "encodings": {"jax_settings"},
+    "attention": {"encodings", "explicit_axes", "jax_settings"},
     "explicit_axes": set(),
+    "jax_settings": set(),
     "errors": set(),
     "paths": set(),
     "locks": {"paths"},

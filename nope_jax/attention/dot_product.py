@@ -25,6 +25,7 @@ from nope_jax.attention.softmax_state import with_sink
 from nope_jax.encodings import BlockValue, DistanceLogit
 from nope_jax.encodings.checks import positive
 from nope_jax.encodings.encoding import Logit
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 class AttentionStats(NamedTuple):
@@ -36,6 +37,7 @@ class AttentionStats(NamedTuple):
     """ln Σ e^logit; -inf for a query that sees no key."""
 
 
+@with_implicit_promotion
 @with_auto_axes
 @for_flax_layers
 def dot_product_attention(

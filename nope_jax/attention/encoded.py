@@ -20,6 +20,7 @@ from nope_jax.attention.mask_spec import make_mask_spec
 from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.encodings import Encoding, Params
 from nope_jax.encodings.logit_scale import logit_scale_product
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 class Encoded(NamedTuple):
@@ -33,6 +34,7 @@ class Encoded(NamedTuple):
     """Whether queries and keys are already those after the query/key place."""
 
 
+@with_implicit_promotion
 @with_auto_axes
 @functools.partial(for_flax_layers, common=dot_product_attention)
 def encoded_attention(
@@ -68,6 +70,7 @@ def encoded_attention(
     return attend_encoded(Encoded(encoding, params, query_features, key_features), query, key, value, **common)
 
 
+@with_implicit_promotion
 @functools.partial(with_auto_axes, heads_first=True)
 @functools.partial(for_flax_layers, common=dot_product_attention)
 def attention_weights(

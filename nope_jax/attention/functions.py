@@ -46,6 +46,7 @@ from nope_jax.encodings import (
 )
 from nope_jax.encodings.checks import known_values
 from nope_jax.encodings.encoding import Logit
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _attention_function(encoded: Callable[..., Encoded]) -> Callable[..., Any]:
     summary, _, own_args = text.partition("Args:\n")
     own_args = own_args.strip("\n") + "\n" if own_args else ""
     attention.__doc__ = f"{summary}Args:\n{_ARRAYS}{own_args}{_COMMON}\nReferences:{references}"
-    return with_auto_axes(for_flax_layers(attention, common=dot_product_attention))
+    return with_implicit_promotion(with_auto_axes(for_flax_layers(attention, common=dot_product_attention)))
 
 
 @_attention_function

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
+from nope_jax.jax_settings import with_implicit_promotion
+
 
 def finite(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Replace non-finite entries by 0."""
@@ -30,6 +32,7 @@ def content_logits(
 
 
 @content_logits.defjvp
+@with_implicit_promotion
 def _content_logits_jvp(subscripts, precision, primals, tangents):
     (query, key), (d_query, d_key) = primals, tangents
     product = functools.partial(_product, subscripts, precision)
@@ -55,6 +58,7 @@ def weighted_sum(
 
 
 @weighted_sum.defjvp
+@with_implicit_promotion
 def _weighted_sum_jvp(subscripts, precision, primals, tangents):
     (weights, value), (d_weights, d_value) = primals, tangents
     product = functools.partial(_product, subscripts, precision)

@@ -33,6 +33,7 @@ from nope_jax.attention.mesh import LENGTH
 from nope_jax.attention.softmax_state import Rows, named
 from nope_jax.encodings import BlockValue, DistanceLogit, ScanLogit
 from nope_jax.encodings.encoding import Logit
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 class _Queries(NamedTuple):
@@ -259,6 +260,7 @@ def _attend_pair(
     return Rows(output, entropy, logsumexp), *rest
 
 
+@with_implicit_promotion
 def _forward(plan: _Plan, queries: _Queries, keys: _Keys, terms: _Terms, query_tokens: _Tokens, key_tokens: _Tokens):
     dtype, empty = keys.value.dtype, Rows.over_no_keys(queries.query.shape[:3], keys.value.shape[-1])
     queries, keys, query_tokens, key_tokens, empty = _in_parts(plan, (queries, keys, query_tokens, key_tokens, empty))
@@ -284,6 +286,7 @@ def _ring_forward(plan: _Plan, *operands):
     return rows, (operands, rows)
 
 
+@with_implicit_promotion
 def _ring_backward(plan: _Plan, residuals, d_rows: Rows):
     operands, rows = residuals
     terms: _Terms = operands[2]
@@ -316,6 +319,7 @@ _ring.defvjp(_ring_forward, _ring_backward)
 # --- A ring with a carry from step to step
 
 
+@with_implicit_promotion
 def _scan_forward(
     plan: _Plan, queries: _Queries, keys: _Keys, terms: _Terms, query_tokens: _Tokens, key_tokens: _Tokens
 ):
@@ -345,6 +349,7 @@ def _scanning_ring_forward(plan: _Plan, *operands):
     return rows, (operands, rows, handed)
 
 
+@with_implicit_promotion
 def _scanning_ring_backward(plan: _Plan, residuals, d_rows: Rows):
     (queries, keys, terms, query_tokens, key_tokens), rows, handed = residuals
 

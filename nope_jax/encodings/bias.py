@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from nope_jax.encodings.checks import at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew, tokenwise
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
@@ -299,6 +300,7 @@ def _fire_by_pair(parameters, query_position: Int[Array, "..."], key_position: I
     return _sum_of_units(x, tuple(zip(hidden_weights, hidden_bias, weights, strict=True))) + bias
 
 
+@with_implicit_promotion
 def _units(x, units):
     return sum(_unit(x, *unit) for unit in units)
 
@@ -312,6 +314,7 @@ def _unit(x, hidden_weight, hidden_bias, weight):
     return jnp.where(hidden > 0, weight * hidden, 0.0)
 
 
+@with_implicit_promotion
 def _sum_of_units_gradient(kept, d_sum):
     x, units = kept
     d_x, *d_units = zip(*(jax.vjp(_unit, x, *unit)[1](d_sum) for unit in units), strict=True)

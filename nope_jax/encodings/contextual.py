@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import MASKED, BlockLogit, Encoding, ModelDims, Params, ScanLogit, Tile
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,7 @@ def running_sum(x: Float[Array, "B T N"], start: RunningSum) -> RunningSum:
 
 
 @running_sum.defjvp
+@with_implicit_promotion
 def _running_sum_jvp(primals, tangents):
     # Rounding has no derivative: the tangent is that of the plain sum.
     x, start = tangents

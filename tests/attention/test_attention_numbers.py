@@ -165,6 +165,15 @@ def test_all_can_be_traced_with_64_bits(dtype, cases, name):
             assert all(x.dtype == dtype for x in gradient)
 
 
+@every_function
+@pytest.mark.parametrize("implementation", ["streaming", pytest.param("reference", marks=pytest.mark.slow)])
+def test_all_can_be_traced_where_jax_promotes_nothing(implementation, name):
+    function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
+    operands = [jax.ShapeDtypeStruct(x.shape, F32) for x in arrays()]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(value_and_gradient(function, operands, implementation=implementation, **own), *operands)
+
+
 def _in_64_bits(table, weights, block):
     return weights @ (table * block.key.astype(jnp.float64))
 

@@ -25,6 +25,7 @@ from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
 from nope_jax.attention.softmax_state import SoftmaxState, named, row_terms
 from nope_jax.encodings import BlockValue, ScanLogit, Tile
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 def scanning_attention(
@@ -177,6 +178,7 @@ def _counted(x: Any) -> tuple[Array, Any]:
     return jnp.arange(len(jax.tree.leaves(x)[0]), dtype=jnp.int32), x
 
 
+@with_implicit_promotion
 def _forward(call: _Call, operands: _Operands, mask_spec: MaskSpec):
     # Under a differentiated scan over layers, JAX computes once, and keeps, what follows from constants: visibility.
     # The barrier makes it follow from the operands.
@@ -226,6 +228,7 @@ def _attend_forward(call: _Call, operands: _Operands, mask_spec: MaskSpec):
     return results, (operands, mask_spec, results[:-1])
 
 
+@with_implicit_promotion
 def _attend_backward(call: _Call, residuals, cotangents):
     operands, mask_spec, (output, entropy, logsumexp) = residuals
     d_output, d_entropy, d_logsumexp, d_handed_on = cotangents

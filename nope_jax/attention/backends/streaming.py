@@ -42,6 +42,7 @@ from nope_jax.attention.softcap import softcapped
 from nope_jax.attention.softmax_state import SoftmaxState, named, row_terms
 from nope_jax.encodings import BlockLogit, BlockValue, DistanceLogit, ScanLogit, Tile
 from nope_jax.encodings.encoding import MASKED, Logit
+from nope_jax.jax_settings import with_implicit_promotion
 
 
 def streaming_attention(
@@ -288,6 +289,7 @@ class _Pair:
         )
 
 
+@with_implicit_promotion
 def _forward(tiling: Tiling, operands: _Operands, mask_spec: MaskSpec):
     scaled = operands.scaled()
     queries = scaled if operands.scaled_first else operands.query
@@ -358,6 +360,7 @@ class _Gradients(NamedTuple):
     value_term: Any
 
 
+@with_implicit_promotion
 def _attend_backward(tiling: Tiling, residuals, cotangents):
     operands, mask_spec, (output, entropy, logsumexp) = residuals
     d_output, d_entropy, d_logsumexp = cotangents

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from nope_jax.attention.backends.pallas.call import Call, tokens_of
-from nope_jax.attention.backends.pallas.gradient import in_32_bits
 from nope_jax.attention.backends.pallas.pairwise import Member, features_of
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import CachedLayer
@@ -27,6 +26,7 @@ from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.softmax_state import named
 from nope_jax.encodings import DistanceLogit
 from nope_jax.encodings.encoding import Logit
+from nope_jax.jax_settings import in_32_bits, with_implicit_promotion
 
 
 class FewQueries(NamedTuple):
@@ -52,7 +52,7 @@ class Options(NamedTuple):
 
 def differentiable(forward: Callable) -> Callable[[Options, FewQueries], tuple[Array, Array, Array]]:
     """The `attend` of a backend, for a few queries: a kernel, and the gradient."""
-    forward = in_32_bits(forward)
+    forward = in_32_bits(with_implicit_promotion(forward))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attend(options: Options, operands: FewQueries) -> tuple[Array, Array, Array]:
@@ -62,6 +62,7 @@ def differentiable(forward: Callable) -> Callable[[Options, FewQueries], tuple[A
         results = named(forward(options, operands))
         return results, (operands, results)
 
+    @with_implicit_promotion
     def gradient(options: Options, residuals, cotangents):
         operands, results = residuals
 

@@ -10,17 +10,7 @@ from typing import Any
 import jax
 
 from nope_jax.attention.softmax_state import named
-
-
-def in_32_bits(function: Callable) -> Callable:
-    """The function, traced as without `jax_enable_x64`: with it, indices in kernels would be of both sizes."""
-
-    @functools.wraps(function)
-    def traced(*arguments: Any) -> Any:
-        with jax.enable_x64(False):
-            return function(*arguments)
-
-    return traced
+from nope_jax.jax_settings import in_32_bits, with_implicit_promotion
 
 
 def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
@@ -34,7 +24,7 @@ def differentiable(forward: Callable, backward: Callable) -> tuple[Callable, Cal
     Returns:
         Two functions of static arguments, operands and tokens; the second also takes the results, and returns them.
     """
-    forward, backward = in_32_bits(forward), in_32_bits(backward)
+    forward, backward = (in_32_bits(with_implicit_promotion(rule)) for rule in (forward, backward))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attend(static: Any, operands: Any, tokens: Any):
