@@ -1,6 +1,6 @@
 """The study of Kazemnejad et al. 2023: tasks x scratchpads x encodings x seeds, trained, asked and ranked.
 
-    make length-study                  # SIZE=small: decoders of 0.1 million parameters, overnight on two cores
+    make length-study                  # SIZE=small: decoders of 0.2 million parameters, overnight on two cores
     make length-study SIZE=paper       # the paper's decoder of 85 million parameters, for one GPU
     python -m benchmarks.length_study.study --tasks copy addition --encodings nope rope
 
@@ -64,8 +64,6 @@ class Part(NamedTuple):
     vocab: int = 128
     formats: tuple[str, ...] = ("none",)
     """Of their scratchpads."""
-    steps: int | None = None
-    """Of training. None: those of the config of the size."""
 
     def cases(self, encodings: Sequence[str]) -> list["Case"]:
         """All models of these tasks."""
@@ -137,7 +135,6 @@ class Case(NamedTuple):
         """Its config, given that of its size; with other `steps`, the warm-up is the same share of them."""
         context, packed = self.part.context, base.data.document_mask
         tokens = base.data.batch_size * base.data.context_length
-        steps = self.part.steps if steps is None else steps
         head_dim = base.model.head_dim or base.model.model_dim // base.model.num_heads
         encoding: EncodingSpec = self.encoding
         if encoding == "rope":
@@ -268,14 +265,10 @@ def seconds_asked(workdir: Path, case: Case, examples: int) -> float:
 
 
 SIZES = {
-    # All but copying one symbol needs more steps to be learned, and most scratchpads more time than a night has.
+    # Most scratchpads need more time than a night has.
     "small": Size(
         ROOT / "benchmarks/length_study/decoder.py",
-        (
-            WITHOUT_SCRATCHPAD[0],
-            *(part._replace(steps=2400) for part in WITHOUT_SCRATCHPAD[1:]),
-            *SCRATCHPADS[:3],
-        ),
+        (*WITHOUT_SCRATCHPAD, *SCRATCHPADS[:3]),
         together=42,
         examples=20,
     ),

@@ -310,13 +310,13 @@ def test_the_page_says_when_and_on_what_all_have_answered(tmp_path):
 
 def test_the_page_has_the_recipes_of_all_cases(tmp_path):
     merge(tmp_path / "copy-none", config_of(), [row(), row(length=9, distribution="out")])
-    config = config_of("copy_replaced", steps=2400)
+    config = config_of("copy_replaced", steps=800)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3))
     merge(tmp_path / "copy_replaced-none", config, [row(), row(length=9, distribution="out", examples=5)])
     page.write(tmp_path / "page.md", tmp_path, "make it", [("copy", "none"), ("copy_replaced", "none")], ["nope"])
     text = " ".join((tmp_path / "page.md").read_text().split())
-    assert "The decoder has 2 layers of 4 heads and width 64, the" in text
-    assert "a learning rate of 0.005 or 0.001 (the paper's: 3e-05), 6% of warm-up, linear decay to 0 (as" in text
+    assert "The decoder has 4 layers of 4 heads and width 64, the" in text
+    assert "a learning rate of 0.001 or 0.002 (the paper's: 3e-05), 6% of warm-up, linear decay to 0 (as" in text
     assert "800 or 2,400 steps (40,000) of 1,024 tokens of packed examples (64 examples), 3 seeds" in text
     assert "up to 5 questions" in text
 
