@@ -34,7 +34,7 @@ def padded_dim(dim: int) -> int:
     return max(SMALLEST_DIM, pl.next_power_of_2(dim))
 
 
-def of_dim(padded: int) -> pl.Slice:
+def of_dim(padded: int) -> Any:
     """All of a row. (The interpreter has other indices of 32 bits, too, but would take a Python number for 64.)"""
     return pl.ds(jnp.int32(0), padded)
 
