@@ -109,7 +109,8 @@ def test_a_ring_is_one_device(name):
 
 @pytest.mark.parametrize("name", ["t5", *(pytest.param(name, marks=slow) for name in ("shaw", "cope"))])
 def test_scale_soft_cap_and_sink_in_a_ring(name):
-    assert_mesh_changes_nothing(AttentionSink(ENCODINGS[name]().bind(SIZES)), RING, qk_scale=0.6, softcap=0.7)
+    # With a qk_scale of 0.6, one of CoPE's counts is an integer but for rounding, where its gradient jumps.
+    assert_mesh_changes_nothing(AttentionSink(ENCODINGS[name]().bind(SIZES)), RING, qk_scale=0.5, softcap=0.7)
 
 
 @slow
