@@ -91,7 +91,7 @@ def dot_product_attention(
         softcap: Cap of the scaled content logits: softcap · tanh(logit / softcap), before `logit` is added (Gemma 2).
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
             T·S (differentiable once, in reverse mode). "pallas_tpu" and "pallas_gpu" do the same in kernels for TPUs
-            and for NVIDIA GPUs, for terms by distance, of both positions or none, without a mask; "cudnn" is NVIDIA's
+            and for NVIDIA GPUs, for terms by distance, of pairs, or none, without a mask; "cudnn" is NVIDIA's
             own, without terms and statistics. Of several names, the first that supports the call is used. None: on a
             TPU or GPU its kernels, where they serve; otherwise streaming, unless all weights of a head fit in one block
             on one device. docs/performance.md says more.

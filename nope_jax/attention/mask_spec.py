@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
 
-from nope_jax.attention.blocks import CachedLayer, Leaf
+from nope_jax.attention.blocks import CachedLayer, Leaf, cut, cut_mask
 from nope_jax.encodings.checks import known_values
 
 
@@ -67,6 +67,18 @@ class MaskSpec:
         if self.window is not None:
             visible &= jnp.abs(distance) < self.window
         return visible
+
+    def in_blocks(self, query_length: int, key_length: int, query_size: int, key_size: int) -> "MaskSpec":
+        """The same with all positions, segments and the mask split into blocks of these sizes, see `cut`."""
+        query_positions, key_positions = self.positions(query_length, key_length)
+        return dataclasses.replace(
+            self,
+            query_positions=cut(query_positions, query_size, 1),
+            key_positions=cut(key_positions, key_size, 1),
+            query_segments=None if self.query_segments is None else cut(self.query_segments, query_size, 1),
+            key_segments=None if self.key_segments is None else cut(self.key_segments, key_size, 1),
+            mask=None if self.mask is None else cut_mask(self.mask, query_size, key_size),
+        )
 
     def matrix(self, query_length: int, key_length: int) -> Bool[Array, "#B #N T S"]:
         """The whole rule as a boolean mask."""

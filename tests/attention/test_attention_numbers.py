@@ -171,7 +171,9 @@ def test_all_can_be_traced_where_jax_promotes_nothing(implementation, name):
     function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
     operands = [jax.ShapeDtypeStruct(x.shape, F32) for x in arrays()]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(value_and_gradient(function, operands, implementation=implementation, **own), *operands)
+        compute = value_and_gradient(function, operands, implementation=implementation, **own)
+        _, gradient = jax.eval_shape(compute, *operands)
+    assert [(x.shape, x.dtype) for x in gradient] == [(x.shape, F32) for x in operands]
 
 
 def _in_64_bits(table, weights, block):

@@ -2,6 +2,8 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -123,3 +125,13 @@ def others_slow(names, but=()):
     """Parameters of which only one of each way of working is quick, but for some that another test stands for."""
     quick = set(ONE_OF_EACH) - set(but)
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def mapped(attend, *operands):
+    """Gradient of several calls at once, recomputed in the backward pass."""
+
+    def loss(*operands):
+        out, stats = attend(*operands, return_stats=True)
+        return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
+
+    return jax.vmap(jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2)))(*operands)

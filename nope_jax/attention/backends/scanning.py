@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
-from nope_jax.attention.blocks import BLOCK_SIZE, CachedLayer, at, cut, cut_mask, mask_at, summed, whole, zero_sums
+from nope_jax.attention.blocks import BLOCK_SIZE, CachedLayer, at, cut, mask_at, summed, whole, zero_sums
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import content_logits, finite, weighted_sum
 from nope_jax.attention.softcap import softcapped
@@ -50,15 +50,7 @@ def scanning_attention(
     per_query, per_key = (
         functools.partial(jax.tree.map, lambda x, size=size: cut(x, size, 1)) for size in (query_size, key_size)
     )
-    query_positions, key_positions = mask_spec.positions(query_length, key_length)
-    mask_spec = dataclasses.replace(
-        mask_spec,
-        query_positions=per_query(query_positions),
-        key_positions=per_key(key_positions),
-        query_segments=per_query(mask_spec.query_segments),
-        key_segments=per_key(mask_spec.key_segments),
-        mask=None if mask_spec.mask is None else cut_mask(mask_spec.mask, query_size, key_size),
-    )
+    mask_spec = mask_spec.in_blocks(query_length, key_length, query_size, key_size)
     start = jnp.zeros((batch, num_heads, query_length), jnp.float32) if carry is None else carry
     operands = _Operands(
         queries=_Queries(

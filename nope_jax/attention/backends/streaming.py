@@ -29,7 +29,6 @@ from nope_jax.attention.blocks import (
     CachedLayer,
     at,
     cut,
-    cut_mask,
     few_queries,
     put,
     summed,
@@ -106,16 +105,8 @@ def streaming_attention(
     elif logit is not None and logit.by_distance is not None and contiguous:
         by_distance = logit.by_distance(logit.parameters, tiling.distances(mask_spec))
 
-    query_positions, key_positions = mask_spec.positions(query_length, key_length)
     per_token = functools.partial(jax.tree.map, lambda x: cut(x, size, 1))
-    mask_spec = dataclasses.replace(
-        mask_spec,
-        query_positions=per_token(query_positions),
-        key_positions=per_token(key_positions),
-        query_segments=per_token(mask_spec.query_segments),
-        key_segments=per_token(mask_spec.key_segments),
-        mask=None if mask_spec.mask is None else cut_mask(mask_spec.mask, size, size),
-    )
+    mask_spec = mask_spec.in_blocks(query_length, key_length, size, size)
     if logit is not None:
         features = {"query_features": per_token(logit.query_features), "key_features": per_token(logit.key_features)}
         logit = dataclasses.replace(logit, **features)

@@ -132,6 +132,7 @@ def inputs_of(options: Options, operands: FewQueries, query_size: int, key_size:
 def _table(
     call: Call, logit: Logit | None, query_positions: Array, key_positions: Array, batch: int, heads: int
 ) -> Float[Array, "#B #N T S"] | None:
+    """The logit of each pair, by distance or pair by pair."""
     if isinstance(logit, DistanceLogit):
         return logit.values(query_positions[:, :, None] - key_positions[:, None, :]).swapaxes(0, 1)
     if call.pairwise is None:
@@ -140,9 +141,8 @@ def _table(
     numbers = [] if parameters is None else [parameters[:, p, None, None] for p in range(call.pairwise.size)]
     of_queries, of_keys = features_of(logit, batch, heads)
     queries = Member(query_positions[:, None, :, None], tuple(x[..., :, None] for x in of_queries))
-    return call.pairwise(
-        numbers, queries, Member(key_positions[:, None, None], tuple(x[..., None, :] for x in of_keys))
-    )
+    keys = Member(key_positions[:, None, None], tuple(x[..., None, :] for x in of_keys))
+    return call.pairwise(numbers, queries, keys)
 
 
 def _reach(mask_spec: MaskSpec, length: int, key_length: int, key_size: int) -> Int[Array, "#B 2"]:
