@@ -283,7 +283,23 @@ def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
     # once for all heads, and each head looks up its slope and offset instead of summing its units for every x.
     edges, slopes, offsets = _pieces(*mlp)
     piece = (x[..., None] > edges).sum(-1)
-    return jnp.moveaxis(slopes[piece] * x[..., None] + offsets[piece], -1, 1)
+    return jnp.moveaxis(_on_line(jnp.stack([slopes, offsets]), x, piece), 0, 1)
+
+
+@jax.custom_jvp
+def _on_line(lines: Float[Array, "2 pieces N"], x: Float[Array, "*shape"], piece: Int[Array, "*shape"]):
+    """What the line of a piece is at each x, [N, *shape]."""
+    slopes, offsets = lines.mT[:, :, piece]
+    return slopes * x + offsets
+
+
+@_on_line.defjvp
+@with_implicit_promotion
+def _on_line_jvp(primals, tangents):
+    # Whose transpose adds all numbers of a line at once.
+    (lines, x, piece), (d_lines, d_x, _) = primals, tangents
+    d_slopes, d_offsets = jnp.moveaxis(jnp.moveaxis(d_lines, 0, -1)[piece], (-1, -2), (0, 1))
+    return _on_line(lines, x, piece), d_slopes * x + d_offsets + lines[0].T[:, piece] * d_x
 
 
 def _log_longest(query_position: Int[Array, "*shape"], c, threshold) -> Float[Array, "..."]:
