@@ -156,6 +156,14 @@ class DistanceLogit(_Term):
         return jnp.moveaxis(self.values(block.distance), 0, 1)
 
 
+class DistanceVectors(NamedTuple):
+    """What a logit factor · (q·query[d] + k·key[d] + constant[d]) consists of at each distance d; None is nothing."""
+
+    query: Float[Array, "d #N H"] | None = None
+    key: Float[Array, "d #N H"] | None = None
+    constant: Float[Array, "d #N"] | None = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockLogit(_Term):
@@ -164,7 +172,8 @@ class BlockLogit(_Term):
     -inf masks a key, which must be finite. `query_features` and `key_features` are arrays [B, T, ...] and [B, S, ...]
     (or pytrees of them); the function gets the slices for its block. `by_distance` is for work that is too expensive to
     repeat in every block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive
-    positions and sliced to each block's distances.
+    positions and sliced to each block's distances. If the logit then consists of nothing but one vector per distance,
+    `by_distance` returns these as `DistanceVectors`, from which the kernel for TPUs computes it.
 
     `by_pair` is for kernels, which compile few operations. Where a logit depends on nothing but both positions and
     numbers of both tokens, it is the same function once more, `by_pair(parameters, query_position, key_position) ->
@@ -189,10 +198,15 @@ class BlockLogit(_Term):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockValue(_Term):
-    """A term of the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights."""
+    """A term of the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights.
+
+    `by_distance` is for the kernel for TPUs. If the term is Σ weights · vector[d], for consecutive positions, it gives
+    the vectors: `by_distance(parameters, distances [d], H) -> [d, N or 1, H]`.
+    """
 
     function: Callable = dataclasses.field(metadata={"static": True})
     parameters: Any = None
+    by_distance: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, weights: Float[Array, "B N q k"], block: Tile) -> Float[Array, "B N q H"]:

@@ -22,6 +22,7 @@ from nope_jax.encodings.checks import integer_at_least
 from nope_jax.encodings.encoding import (
     BlockLogit,
     BlockValue,
+    DistanceVectors,
     Encoding,
     ModelDims,
     Params,
@@ -74,10 +75,16 @@ class Shaw(Encoding):
         return {name: init(k, shape) for name, k in zip(("keys", "values"), jax.random.split(key), strict=True)}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
-        return BlockLogit(self._logit, params["keys"], heads=(None,))
+        return BlockLogit(self._logit, params["keys"], by_distance=self._key_vectors, heads=(None,))
 
     def value(self, params: Params):
-        return BlockValue(self._value, params["values"], heads=(None,))
+        return BlockValue(self._value, params["values"], by_distance=self._vectors, heads=(None,))
+
+    def _vectors(self, table: Float[Array, "R H"], distances: Int[Array, "d"], _: int) -> Float[Array, "d 1 H"]:
+        return table[self._rows(distances)][:, None]
+
+    def _key_vectors(self, table: Float[Array, "R H"], distances: Int[Array, "d"]) -> DistanceVectors:
+        return DistanceVectors(query=self._vectors(table, distances, table.shape[1]))
 
     def _rows(self, distance: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         return self.clip - jnp.clip(distance, -self.clip, self.clip)
@@ -114,19 +121,19 @@ class NEZHA(Shaw):
         return {}
 
     def logit(self, params: Params, query, key, query_features=None, key_features=None):
-        return BlockLogit(self._sinusoid_logit, heads=())
+        return BlockLogit(self._logit, self._table(query.shape[-1]), by_distance=self._key_vectors, heads=(None,))
 
     def value(self, params: Params):
-        return BlockValue(self._sinusoid_value, heads=())
+        return BlockValue(self._sinusoid_value, by_distance=self._sinusoids, heads=())
 
-    def _table(self, block: Tile) -> Float[Array, "R H"]:
-        return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), block.key.shape[-1])
+    def _table(self, head_dim: int) -> Float[Array, "R H"]:
+        return sinusoidal_positions(jnp.arange(-self.clip, self.clip + 1), head_dim)
 
-    def _sinusoid_logit(self, _, block: Tile):
-        return self._logit(self._table(block), block)
+    def _sinusoids(self, _, distances: Int[Array, "d"], head_dim: int) -> Float[Array, "d 1 H"]:
+        return self._vectors(self._table(head_dim), distances, head_dim)
 
     def _sinusoid_value(self, _, weights, block: Tile):
-        return self._value(self._table(block), weights, block)
+        return self._value(self._table(block.key.shape[-1]), weights, block)
 
 
 # --- Transformer-XL
@@ -158,20 +165,21 @@ class TransformerXL(Encoding):
             params[name].astype(jnp.float32) for name in ("position_bias", "content_bias", "position_kernel")
         )
         parameters = bias - content, kernel
-        return BlockLogit(_transformer_xl_logit, parameters, by_distance=_transformer_xl_rows, heads=(0, 1))
+        return BlockLogit(_transformer_xl_logit, parameters, by_distance=_transformer_xl_vectors, heads=(0, 1))
 
 
-def _transformer_xl_rows(parameters, distances: Int[Array, "d"]) -> Float[Array, "d N H"]:
-    """W r of each distance."""
-    _, kernel = parameters
-    return jnp.einsum("df,fnh->dnh", sinusoidal_positions(distances, len(kernel), layout="halves"), kernel)
+def _transformer_xl_vectors(parameters, distances: Int[Array, "d"]) -> DistanceVectors:
+    """W r of each distance, and what the bias adds."""
+    bias, kernel = parameters
+    rows = jnp.einsum("df,fnh->dnh", sinusoidal_positions(distances, len(kernel), layout="halves"), kernel)
+    return DistanceVectors(query=rows, constant=(rows * bias).sum(-1))
 
 
 def _transformer_xl_logit(parameters, block: Tile) -> Float[Array, "B N q k"]:
     bias, kernel = parameters
     query = block.query + block.factor[..., None] * bias[:, None]
     if block.by_distance is not None:
-        return skew(query @ jnp.moveaxis(block.by_distance, 0, -1), block.key.shape[2])
+        return skew(query @ jnp.moveaxis(block.by_distance.query, 0, -1), block.key.shape[2])
     # The sinusoids of i - j are sums of products of those of i and of j.
     width = len(kernel)
     of_query, of_key = (
@@ -372,16 +380,16 @@ class DeBERTa(Encoding):
         )
         return keys, queries
 
-    def _by_distance(self, tables, distances: Int[Array, "d"]) -> tuple[Float[Array, "d N H"], Float[Array, "d N H"]]:
+    def _by_distance(self, tables, distances: Int[Array, "d"]) -> DistanceVectors:
         keys, queries = (
             jnp.moveaxis(table, 0, 1)[rows] for table, rows in zip(tables, self._rows(distances), strict=True)
         )
-        return keys, queries
+        return DistanceVectors(query=keys, key=queries)
 
     def _logit(self, tables, block: Tile) -> Float[Array, "B N q k"]:
         key, (num_queries, num_keys) = block.key.astype(jnp.float32), (block.query.shape[2], block.key.shape[2])
         if block.by_distance is not None:
-            keys, queries = block.by_distance
+            keys, queries, _ = block.by_distance
             to_keys = skew(block.query @ jnp.moveaxis(keys, 0, -1), num_keys)
             # From the keys' side, distances ascend in the other direction.
             to_queries = skew(key @ jnp.moveaxis(queries[::-1], 0, -1), num_queries)

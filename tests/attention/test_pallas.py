@@ -17,7 +17,16 @@ from nope_jax.attention.backends.pallas.call import Call
 from nope_jax.attention.backends.pallas.pairwise import Pairwise
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.config.schema import Implementation
-from nope_jax.encodings import ENCODINGS, FIRE, AttentionSink, BlockLogit, DistanceLogit, ModelDims
+from nope_jax.encodings import (
+    ENCODINGS,
+    FIRE,
+    AttentionSink,
+    BlockLogit,
+    BlockValue,
+    DistanceLogit,
+    DistanceVectors,
+    ModelDims,
+)
 from tests.support.attention_cases import IN_ATTENTION, assert_close, mapped, random
 
 B, T, N, K, H, H2 = 2, 21, 4, 2, 8, 12
@@ -152,13 +161,9 @@ def test_every_rule_is_the_reference_s(keys, static, traced, dtype, kernel):
 
 
 DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=T, num_kv_heads=K, vocab_size=32)
-NOT_SERVED = {
-    "cope": "ScanLogit",
-    "deberta": "BlockLogit",
-    "nezha": "BlockLogit",
-    "shaw": "BlockLogit",
-    "transformer_xl": "BlockLogit",
-}
+OF_VECTORS = "deberta", "nezha", "shaw", "transformer_xl"
+NOT_SERVED = {("cope", kernel): "the logit must be .* ScanLogit" for kernel in KERNELS}
+NOT_SERVED |= {(name, "pallas_gpu"): "terms of one vector per distance are served on a TPU" for name in OF_VECTORS}
 
 
 @pytest.mark.slow
@@ -194,9 +199,9 @@ def test_every_encoding_is_the_reference_s_or_is_refused(name, kernel):
         (_, values), gradient = compute(params, operands)
         return values, gradient
 
-    kind = NOT_SERVED.get(name)
-    if kind is not None:
-        with pytest.raises(ValueError, match=f'implementation "{kernel}" cannot serve this call: the logit .* {kind}'):
+    reason = NOT_SERVED.get((name, kernel))
+    if reason is not None:
+        with pytest.raises(ValueError, match=f'implementation "{kernel}" cannot serve this call: {reason}'):
             run(kernel)
         return
     found, wanted = run(kernel), run("reference")
@@ -243,6 +248,64 @@ def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
 
     found, wanted = (run(arrays(keys), parameters, traced, name) for name in (kernel, "reference"))
     assert_same(found, wanted)
+
+
+def vectors_at(tables, distances):
+    return DistanceVectors(*(jnp.moveaxis(table[:, distances + 2 * T], 0, 1) for table in tables))
+
+
+def vectors_block(tables, block):
+    """The definition, with a vector for every pair."""
+    query, key, constant = (table[:, block.distance + 2 * T] for table in tables)
+    of_queries = jnp.einsum("bnqh,nbqkh->bnqk", block.query, query)
+    of_keys = jnp.einsum("bnkh,nbqkh->bnqk", block.key, key)
+    return of_queries + block.factor[..., None] * (of_keys + jnp.moveaxis(constant, 0, 1))
+
+
+def value_vectors(table, distances, head_dim):
+    assert table.shape[2] == head_dim
+    return jnp.moveaxis(table[:, distances + 2 * T], 0, 1)
+
+
+def value_block(table, weights, block):
+    return jnp.einsum("bnqk,bqkh->bnqh", weights, table[0, block.distance + 2 * T])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("keys", [pytest.param(T, marks=pytest.mark.slow), T + 9])
+def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
+    """Of heads, and of all heads; and what is not finite reaches those who see it."""
+    shapes = (N, 4 * T, H), (N, 4 * T, H), (1, 4 * T), (1, 4 * T, H2)
+    tables = tuple(jnp.asarray(random(*shape, seed=9 + i)) for i, shape in enumerate(shapes))
+    query, key, value = arrays(keys)
+    of_nan = key.at[0, keys - 1].set(jnp.nan)
+
+    @functools.partial(jax.jit, static_argnames=("implementation", "by_distance"))
+    def run(operands, tables, scale, implementation, by_distance):
+        def loss(operands, tables, scale):
+            by_value = None if by_distance is None else value_vectors
+            out, stats = dot_product_attention(
+                *operands,
+                logit=BlockLogit(vectors_block, tables[:3], by_distance=by_distance, heads=(0, 0, None)),
+                value_term=BlockValue(value_block, tables[3], by_distance=by_value, heads=(None,)),
+                logit_scale=scale,
+                window=2 * T - 11,
+                softcap=3.0,
+                implementation=implementation,
+                return_stats=True,
+            )
+            seen = jnp.where(jnp.isfinite(out), out, 0.0), jnp.nan_to_num(stats.entropy)
+            return sum((x**2).sum() for x in seen), (out, *stats)
+
+        (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(operands, tables, scale)
+        return values, gradient
+
+    for key_ in (key, of_nan):
+        found = run((query, key_, value), tables, SCALE, "pallas_tpu", vectors_at)
+        wanted = run((query, key_, value), tables, SCALE, "reference", None)
+        for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
+        assert_same(*(jax.tree.map(jnp.nan_to_num, results) for results in (found, wanted)))
 
 
 def test_what_a_logit_of_both_positions_takes_is_counted():

@@ -1,7 +1,7 @@
 """Attention as Pallas kernels: output, entropy and logsumexp in one pass over blocks, differentiable.
 
 The recurrences are those of `streaming.py`. A kernel visits only the blocks in which some query sees a key, and masks
-only those in which something is hidden. Of a term by distance it reads one vector per head.
+only those in which something is hidden. Of a term by distance it reads one number, or one vector, per distance.
 
     call.py        a call: its static arguments, and which blocks meet
     block.py       one block of queries and keys within a kernel: logits, weights, and their gradients

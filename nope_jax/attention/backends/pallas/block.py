@@ -33,7 +33,9 @@ class Block:
     careful: bool
     """Whether a key that is not finite may be hidden from a query."""
     term: Float[Array, "..."] | None = None
-    """[block]: the logit by distance."""
+    """[block]: the logit of the encoding."""
+    value_term: Any = None
+    """What the encoding adds to the output, as a `ValueTerm` of the kernels for TPUs; None: nothing."""
     rows: tuple[Any, ...] = ()
     """For gradients: d_output [q, H2], and of each row [row] the term, the logsumexp and d_entropy."""
 
@@ -69,6 +71,8 @@ class Block:
         logits, slope = self.logits()
         weights = self._hidden_is_zero(jnp.exp(logits - logsumexp))
         d_logits = self._pairs(d_output, self.finite(self.value)) + row_term
+        if self.value_term is not None:
+            d_logits += self.value_term.weight_gradient(d_output)
         if self.call.with_entropy:
             d_logits -= d_entropy * logits
         d_logits = self._hidden_is_zero(d_logits * weights)
@@ -94,10 +98,7 @@ class Block:
 
     def finite(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
         """`finite` of `nonfinite.py`, if it matters."""
-        if not self.careful:
-            return x
-        wide = x.astype(jnp.float32)  # in which a TPU has the test
-        return jnp.where(jnp.isfinite(wide), wide, 0.0).astype(x.dtype)
+        return only_finite(x) if self.careful else x
 
     def _hidden_is_zero(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Replace entries of hidden keys by 0, whatever they are."""
@@ -108,12 +109,24 @@ class Block:
         return self._product(*((of_keys, of_queries) if self.keys_first else (of_queries, of_keys)), (1, 1))
 
     def _product(self, x: Shaped[Array, "a b"], y: Shaped[Array, "c d"], axes: tuple[int, int]) -> Float[Array, "e f"]:
-        """The product of two matrices over one axis of each, in float32."""
-        dtype = jnp.promote_types(x.dtype, y.dtype)
-        return lax.dot_general(
-            x.astype(dtype),
-            y.astype(dtype),
-            (((axes[0],), (axes[1],)), ((), ())),
-            precision=self.call.precision,
-            preferred_element_type=jnp.float32,
-        )
+        return product(x, y, axes, self.call.precision)
+
+
+def only_finite(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """`finite` of `nonfinite.py`, within a kernel."""
+    wide = x.astype(jnp.float32)  # in which a TPU has the test
+    return jnp.where(jnp.isfinite(wide), wide, 0.0).astype(x.dtype)
+
+
+def product(
+    x: Shaped[Array, "a b"], y: Shaped[Array, "c d"], axes: tuple[int, int], precision: Any
+) -> Float[Array, "e f"]:
+    """The product of two matrices over one axis of each, in float32."""
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    return lax.dot_general(
+        x.astype(dtype),
+        y.astype(dtype),
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

@@ -195,6 +195,8 @@ class Operands(NamedTuple):
     query_features: tuple[Float[Array, "..."], ...] = ()
     """Of a logit of pairs."""
     key_features: tuple[Float[Array, "..."], ...] = ()
+    vectors: Any = None
+    """Of terms of one vector per distance: `Vectors` of the kernels for TPUs."""
 
 
 class Tokens(NamedTuple):

@@ -9,7 +9,7 @@ from jax import lax
 from nope_jax.attention.backends.pallas.pairwise import MAX_NUMBERS, Pairwise
 from nope_jax.attention.blocks import CachedLayer, few_queries
 from nope_jax.attention.mesh import compute_capability, platform, unused_axes
-from nope_jax.encodings import DistanceLogit
+from nope_jax.encodings import BlockLogit, DistanceLogit, DistanceVectors
 
 DTYPES: dict[str, tuple[Any, ...]] = {
     "tpu": (jnp.float32, jnp.bfloat16),
@@ -35,6 +35,9 @@ def is_decoding(query_length: int, key_length: int) -> bool:
     return query_length <= DECODING_QUERIES and few_queries(query_length, key_length)
 
 
+VECTORS = "terms of one vector per distance are served on a TPU, for consecutive positions, and not in decoding"
+
+
 def supports(chip, query, factor, key, value, logit, value_term, mask_spec, precision, *_: Any) -> str | None:
     """Why the kernels for a platform, "tpu" or "gpu", cannot serve a call; None if they can."""
     decoding = is_decoding(query.shape[1], key.shape[1])
@@ -51,11 +54,12 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
             return f"{name} must be {', '.join(others)} or {last}, not {x.dtype}"
         if chip == "gpu" and x.shape[-1] > MAX_HEAD_DIM:
             return f"head dims must be at most {MAX_HEAD_DIM}, not {x.shape[-1]} of {name}"
-    reason = _unserved_logit(logit, mask_spec.contiguous or decoding)
+    vectors = chip == "tpu" and mask_spec.contiguous and not decoding
+    reason = _unserved_logit(logit, mask_spec.contiguous or decoding, vectors)
     if reason is not None:
         return reason
-    if value_term is not None:
-        return "the encoding has a value place"
+    if value_term is not None and not (vectors and value_term.by_distance is not None):
+        return "the encoding has a value place without by_distance" if value_term.by_distance is None else VECTORS
     if mask_spec.mask is not None:
         return "there is a mask; is_causal, window, chunk_size and segment_ids are served"
     if kernel_precision(precision) is None:
@@ -69,8 +73,22 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
     return None
 
 
-def _unserved_logit(logit: Any, any_by_distance: bool) -> str | None:
+def vectors_of(logit: Any, distances: Any) -> DistanceVectors | None:
+    """What a logit consists of at each distance, if that is one vector per distance."""
+    if not isinstance(logit, BlockLogit) or logit.by_distance is None:
+        return None
+    found = logit.by_distance(logit.parameters, distances)
+    return found if isinstance(found, DistanceVectors) else None
+
+
+def has_vectors(logit: Any) -> bool:
+    return jax.eval_shape(vectors_of, logit, jax.ShapeDtypeStruct((1,), jnp.int32)) is not None
+
+
+def _unserved_logit(logit: Any, any_by_distance: bool, vectors: bool) -> str | None:
     """Why the kernels cannot compute a logit; None if they can."""
+    if has_vectors(logit):
+        return None if vectors else VECTORS
     if isinstance(logit, DistanceLogit) and not any_by_distance:
         return "with a DistanceLogit, positions must be consecutive (no query_positions or key_positions)"
     if logit is None or isinstance(logit, DistanceLogit):

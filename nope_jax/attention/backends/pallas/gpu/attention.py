@@ -165,7 +165,7 @@ def _backward(kernels: Kernels, operands: Operands, tokens: Tokens, results, cot
 
 def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
     """Gradients of the queries, of their factor and of their features."""
-    call, (query, factor, key, value, _, features, _) = kernel.call, operands
+    call, (query, factor, key, value, _, features, _, _) = kernel.call, operands
     (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
     product_dtype = jnp.promote_types(query.dtype, key.dtype)
 
@@ -201,7 +201,7 @@ def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tu
 
 def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
     """Gradients of keys and values, and of the features of keys."""
-    call, (query, _, key, value, _, _, features) = kernel.call, operands
+    call, (query, _, key, value, _, _, features, _) = kernel.call, operands
     (batch, _, kv_heads, dim), value_dim = key.shape, value.shape[-1]
     product_dtype = jnp.promote_types(query.dtype, key.dtype)
 

@@ -318,7 +318,7 @@ def run(
             what a logit of pairs takes.
         checked: Whether the body checks its sums.
     """
-    query, factor, key, value, table, of_queries, of_keys = operands
+    query, factor, key, value, table, of_queries, of_keys, _ = operands
     inputs = Inputs(query, key, value, factor, table, of_queries, of_keys, *tokens, rows)
 
     def compute(careful: bool, *others: Array, results: tuple[Any, ...]) -> list[Array]:

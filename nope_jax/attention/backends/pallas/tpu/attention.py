@@ -15,11 +15,27 @@ from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, toke
 from nope_jax.attention.backends.pallas.decoding import FewQueries, Options
 from nope_jax.attention.backends.pallas.gradient import differentiable
 from nope_jax.attention.backends.pallas.pairwise import features_of
-from nope_jax.attention.backends.pallas.served import LANES, is_decoding
+from nope_jax.attention.backends.pallas.served import LANES, has_vectors, is_decoding
 from nope_jax.attention.backends.pallas.tpu.decoding import few_queries_attention
 from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens, not_all_finite
 from nope_jax.attention.backends.pallas.tpu.terms import Totals, table_of
-from nope_jax.attention.backends.pallas.tpu.walk import Output, along_keys, along_queries, of_keys, of_queries, run
+from nope_jax.attention.backends.pallas.tpu.vectors import (
+    ASCENDING,
+    Vectors,
+    VectorTerm,
+    of_tables,
+    tables_of,
+    vector_products,
+)
+from nope_jax.attention.backends.pallas.tpu.walk import (
+    Output,
+    along_diagonals,
+    along_keys,
+    along_queries,
+    of_keys,
+    of_queries,
+    run,
+)
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
@@ -29,6 +45,9 @@ from nope_jax.encodings.encoding import MASKED, Logit
 
 BLOCK_SIZE = 512
 """Queries and keys per block, fewer for short sequences. From the compiler's memory limits: not yet tuned on a TPU."""
+
+WIDE_VECTORS = 128
+"""The head dim above which blocks are half as large, for terms of one vector per distance."""
 
 
 def pallas_tpu_attention(
@@ -51,7 +70,8 @@ def pallas_tpu_attention(
     Args:
         key, value: Arrays or, where `is_decoding`, layers of a KV cache.
         block_size: Queries and keys per block: a power of two, on a TPU at least 128. None: `BLOCK_SIZE`, or the
-            smallest that holds the whole sequence; in decoding, as many keys as fit.
+            smallest that holds the whole sequence, and half of it at most for wide vectors per distance; in decoding,
+            as many keys as fit.
     """
     if final_rows is None and is_decoding(query.shape[1], key.shape[1]):
         options = Options(precision, with_entropy, softcap, block_size)
@@ -59,8 +79,9 @@ def pallas_tpu_attention(
     key, value = whole(key), whole(value)
     (batch, query_length, num_heads, _), key_length = query.shape, key.shape[1]
     if block_size is None:
-        longest = max(query_length, key_length)
-        block_size = min(BLOCK_SIZE, max(LANES, 1 << (longest - 1).bit_length()))
+        longest, vectors = max(query_length, key_length), has_vectors(logit) or value_term is not None
+        largest = BLOCK_SIZE // 2 if vectors and max(query.shape[3], value.shape[3]) > WIDE_VECTORS else BLOCK_SIZE
+        block_size = min(largest, max(LANES, 1 << (longest - 1).bit_length()))
     sizes = {"query_size": block_size, "key_size": block_size}
     call = Call.of(query, key, mask_spec, precision, with_entropy, softcap, logit, **sizes)
     tokens = filled_tokens(call, tokens_of(call, mask_spec))
@@ -80,6 +101,7 @@ def pallas_tpu_attention(
         table=table_of(call, logit, tokens, num_heads),
         query_features=tuple(map(of_rows, query_features)),
         key_features=tuple(map(of_rows, key_features)),
+        vectors=tables_of(call, logit, value_term, tokens, value.shape[3]),
     )
     if final_rows is None:
         out, entropy, logsumexp = _attend(call, operands, tokens)
@@ -105,8 +127,11 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
         largest[...], normaliser[...] = state.largest, state.normaliser
         if state.weighted is not None:
             weighted[...] = state.weighted
+        kept = decay * output[...]
+        if block.value_term is not None:
+            kept += block.value_term.output(weights)
         weights = weights.astype(block.value.dtype)
-        kept, added = decay * output[...], block.over_keys(block.value, weights)
+        added = block.over_keys(block.value, weights)
         output[...] = kept + added
         if block.careful:
 
@@ -134,7 +159,7 @@ def _forward(call: Call, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
         begin=begin,
         visit=visit,
         end=end,
-        products=dim + value_dim + call.logit_products(),
+        products=dim + value_dim + call.logit_products() + vector_products(operands.vectors),
     )
     return output, entropy, logsumexp
 
@@ -144,16 +169,17 @@ def _backward(call: Call, operands: Operands, tokens: Tokens, results, cotangent
     projected = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)[:, :, None]
     row_term, logsumexp = row_terms(projected, entropy, logsumexp, d_entropy, d_logsumexp, call.with_entropy)
     rows = d_output, row_term, logsumexp, d_entropy
-    d_scaled, d_table, d_query_features, d_key_features = _query_gradient(call, operands, tokens, rows)
+    d_scaled, d_factor, d_table, d_query_features, d_key_features = _query_gradient(call, operands, tokens, rows)
     d_key, d_value = _key_gradients(call, operands, tokens, rows)
     return Operands(
         query=(d_scaled * operands.factor.swapaxes(2, 3)).astype(operands.query.dtype),
-        factor=(d_scaled * finite(operands.query)).sum(-1)[:, :, None],
+        factor=d_factor + (d_scaled * finite(operands.query)).sum(-1)[:, :, None],
         key=d_key,
         value=d_value,
         table=d_table,
         query_features=d_query_features,
         key_features=d_key_features,
+        vectors=None if operands.vectors is None else _vector_gradients(call, operands, tokens, rows),
     )
 
 
@@ -161,7 +187,7 @@ _attend, _attend_part = differentiable(_forward, _backward)
 
 
 def _query_gradient(call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> tuple[Any, ...]:
-    """Gradients of the queries times their factor, of the table, and of the features."""
+    """Gradients of the queries times their factor, of a factor of more than queries, of the table and the features."""
     (batch, heads, _, dim), value_dim = operands.query.shape, operands.value.shape[-1]
     table, product_dtype = operands.table, jnp.promote_types(operands.query.dtype, operands.key.dtype)
 
@@ -176,9 +202,11 @@ def _query_gradient(call: Call, operands: Operands, tokens: Tokens, rows: tuple[
         key_features=tuple(whole_head(*x.shape) for x in operands.key_features),
     )
     outputs, structure = jax.tree.flatten(gradients)
+    has_factor = operands.vectors is not None and operands.vectors.has_factor
+    own = 1 + has_factor
 
     def begin(indices, results, sums):
-        totals = jax.tree.unflatten(structure, results[1:])
+        totals = jax.tree.unflatten(structure, results[own:])
         first_query = indices[2] == 0
         for of_term, first in (
             (totals.table, first_query & (indices[1] == 0)),
@@ -194,12 +222,19 @@ def _query_gradient(call: Call, operands: Operands, tokens: Tokens, rows: tuple[
     def visit(block: Block, term, results, sums):
         _, d_logits, d_product = block.gradients()
         sums[0][...] += block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
-        if term is not None:
-            term.add_gradient(d_logits, jax.tree.unflatten(structure, results[1:]))
+        if isinstance(term, VectorTerm):
+            sums[0][...] += term.query_gradient(d_logits)
+            if has_factor:
+                sums[1][...] += term.factor_gradient(d_logits)
+        elif term is not None:
+            term.add_gradient(d_logits, jax.tree.unflatten(structure, results[own:]))
 
     def end(results, sums):
         results[0][0, 0] = sums[0][...].T
+        if has_factor:
+            results[1][0, 0] = sums[1][...]
 
+    d_factor = (of_queries(call, operands.factor.shape, jnp.float32),) * has_factor
     d_scaled, *found = run(
         "attention_query_gradient",
         call,
@@ -207,17 +242,17 @@ def _query_gradient(call: Call, operands: Operands, tokens: Tokens, rows: tuple[
         operands,
         tokens,
         rows,
-        (of_queries(call, operands.query.shape, jnp.float32), *outputs),
-        ((dim, call.query_size),),
+        (of_queries(call, operands.query.shape, jnp.float32), *d_factor, *outputs),
+        ((dim, call.query_size), *((1, call.query_size),) * has_factor),
         begin=begin,
         visit=visit,
         end=end,
-        products=2 * dim + value_dim + call.logit_products(gradient=True),
+        products=2 * dim + value_dim + call.logit_products(gradient=True) + vector_products(operands.vectors, "query"),
     )
-    totals = jax.tree.unflatten(structure, found)
+    totals = jax.tree.unflatten(structure, found[has_factor:])
     if table is not None and len(table) == 1:
         totals = totals._replace(table=totals.table.sum(0, keepdims=True))
-    return d_scaled, *totals
+    return d_scaled, found[0] if has_factor else 0.0, *totals
 
 
 def _key_gradients(
@@ -228,11 +263,13 @@ def _key_gradients(
     product_dtype = jnp.promote_types(operands.query.dtype, operands.key.dtype)
 
     def visit(block: Block, term, results, sums):
-        weights, _, d_product = block.gradients()
+        weights, d_logits, d_product = block.gradients()
         d_output = block.rows[0]
         d_product = (d_product * block.factor).astype(product_dtype)
         sums[0][...] += block.over_queries(block.finite(block.query), d_product)
         sums[1][...] += block.over_queries(d_output, weights.astype(d_output.dtype))
+        if isinstance(term, VectorTerm) and term.vectors.key is not None:
+            sums[0][...] += term.key_gradient(d_logits)
 
     def end(results, sums):
         for result, total in zip(results, sums, strict=True):
@@ -249,6 +286,51 @@ def _key_gradients(
         ((call.key_size, dim), (call.key_size, value_dim)),
         visit=visit,
         end=end,
-        products=2 * dim + 2 * value_dim + call.logit_products(),
+        products=2 * dim + 2 * value_dim + call.logit_products() + vector_products(operands.vectors, "key"),
     )
     return d_key, d_value
+
+
+def _vector_gradients(call: Call, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> Vectors:
+    """Gradients of the tables of vectors."""
+    (batch, heads, _, dim), value_dim, size = operands.query.shape, operands.value.shape[-1], 2 * call.key_size
+    tables, shared = operands.vectors, all(len(x) == 1 for x in jax.tree.leaves(operands.vectors))
+    diagonals = call.query_blocks + call.key_blocks - 1
+
+    def output(table: Array, ascending: bool) -> Output:
+        block = (1, size) if table.shape[1] == 1 else (size, table.shape[2])
+
+        def place(b, n, i, j):
+            return 0 if shared else n, i - j + call.key_blocks - 1 if ascending else call.query_blocks - 1 - i + j, 0, 0
+
+        return Output((1 if shared else heads, diagonals, *block), jnp.float32, (1, 1, *block), place)
+
+    outputs = Vectors(*(None if x is None else output(x, up) for x, up in zip(tables, ASCENDING, strict=True)))
+    wanted, structure = jax.tree.flatten(outputs)
+
+    def visit(block: Block, term, results, sums):
+        weights, d_logits, _ = block.gradients()
+        found = term.vector_gradients(d_logits) if isinstance(term, VectorTerm) else Vectors()
+        if block.value_term is not None:
+            found = found._replace(value=block.value_term.vector_gradient(weights, block.rows[0]))
+        for total, gradient in zip(sums, jax.tree.leaves(found), strict=True):
+            total[...] += gradient
+
+    def end(results, sums):
+        for result, total in zip(results, sums, strict=True):
+            result[0, 0] = total[...]
+
+    found = run(
+        "attention_vector_gradients",
+        call,
+        along_diagonals(call, batch, heads, add_heads=shared),
+        operands,
+        tokens,
+        rows,
+        tuple(wanted),
+        tuple(x.block[2:] for x in wanted),
+        visit=visit,
+        end=end,
+        products=dim + value_dim + vector_products(tables, "query", "key", "value"),
+    )
+    return of_tables(jax.tree.unflatten(structure, found), tables)

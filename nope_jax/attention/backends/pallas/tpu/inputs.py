@@ -33,6 +33,8 @@ class Inputs(NamedTuple):
     """[B, N, 1, T] each."""
     key_features: Any
     """[B, N, 1, S] each."""
+    vectors: Any
+    """See `Vectors`; None: no term has vectors."""
     of_queries: Any
     """[#B, 1, T] each."""
     of_keys: Any
@@ -54,8 +56,10 @@ def filled_tokens(call: Call, tokens: Tokens) -> Tokens:
     return Tokens(tokens.offset, of_queries, tuple(filled(x[:, None], 2, call.key_size) for x in tokens.of_keys))
 
 
-def block_at(call: Call, inputs: Inputs, term: Any, offset: Any, i: Any, j: Any, masked: bool) -> Block:
-    """Query block i and key block j, from references to their arrays, and the term of the logit."""
+def block_at(
+    call: Call, inputs: Inputs, term: Any, value_term: Any, offset: Any, i: Any, j: Any, masked: bool
+) -> Block:
+    """Query block i and key block j, from references to their arrays, and the terms of the logit and the output."""
     visible = None
     if masked:
         shape = call.key_size, call.query_size
@@ -76,6 +80,7 @@ def block_at(call: Call, inputs: Inputs, term: Any, offset: Any, i: Any, j: Any,
         visible=visible,
         careful=masked,
         term=None if term is None else term.logits(),
+        value_term=value_term,
         rows=tuple(reference[0, 0] for reference in inputs.rows),
     )
 

@@ -1,8 +1,9 @@
 """The logit of an encoding within a kernel: the term of one block, and what the block adds to its gradient.
 
-A term by distance is sheared from a vector. One of pairs is computed in strips of a few keys, whose numbers fit in
-registers: as one block, every operation of its function would go through memory. Each of its parameters is a row of
-equal numbers, so its gradient is summed over keys within the kernel, and over queries after it.
+A term by distance is sheared from a vector; for one of vectors per distance see `vectors.py`. One of pairs is computed
+in strips of a few keys, whose numbers fit in registers: as one block, every operation of its function would go through
+memory. Each of its parameters is a row of equal numbers, so its gradient is summed over keys within the kernel, and
+over queries after it.
 
 Shapes as in `pallas`, with q = k.
 """
@@ -16,10 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from nope_jax.attention.backends.pallas.block import only_finite
 from nope_jax.attention.backends.pallas.call import Call, Tokens
 from nope_jax.attention.backends.pallas.pairwise import Member, Pairwise
-from nope_jax.attention.backends.pallas.served import SUBLANES
 from nope_jax.attention.backends.pallas.tpu.inputs import Inputs, column, row
+from nope_jax.attention.backends.pallas.tpu.shear import diagonal_sums, sheared
+from nope_jax.attention.backends.pallas.tpu.vectors import ValueTerm, VectorTerm
 from nope_jax.encodings import DistanceLogit
 from nope_jax.encodings.encoding import Logit
 
@@ -88,9 +91,13 @@ def memory_of(call: Call, inputs: Inputs) -> Memory | None:
     return Memory(block, pltpu.VMEM((call.key_size, 1), jnp.int32), columns, columns)
 
 
-def term_at(call: Call, inputs: Inputs, memory: Any, offset: Any, i: Any, j: Any) -> Any:
+def term_at(call: Call, inputs: Inputs, memory: Any, offset: Any, i: Any, j: Any, masked: bool) -> Any:
     """The term of query block i and key block j, from references to inputs, memory and offset, or None."""
     if call.pairwise is None:
+        if inputs.vectors is not None and inputs.vectors.in_logit:
+            query, key = (reference[0, 0] for reference in (inputs.query, inputs.key))
+            query, key = (only_finite(x) if masked else x for x in (query, key))
+            return VectorTerm(inputs.vectors, query, key, inputs.factor[0, 0], call.precision)
         if not inputs.table:
             return None
         near, far = inputs.table
@@ -107,6 +114,13 @@ def term_at(call: Call, inputs: Inputs, memory: Any, offset: Any, i: Any, j: Any
     return PairwiseTerm(call.pairwise, inputs.table, queries, keys, at, memory)
 
 
+def value_term_at(call: Call, inputs: Inputs) -> ValueTerm | None:
+    """What is added to the output of a block, likewise."""
+    if inputs.vectors is None or inputs.vectors.value is None:
+        return None
+    return ValueTerm(inputs.vectors.value, call.precision)
+
+
 @dataclasses.dataclass(frozen=True)
 class DistanceTerm:
     """That of a `DistanceLogit`."""
@@ -119,11 +133,12 @@ class DistanceTerm:
     """Index in the vector of the first distance of the piece before."""
 
     def logits(self) -> Float[Array, "k q"]:
-        return sheared(self.near[0], self.far[0])
+        values = jnp.concatenate([self.near[0], self.far[0]], axis=1)
+        return sheared(jnp.broadcast_to(values, (self.near.shape[2], values.shape[1])))
 
     def add_gradient(self, d_logits: Float[Array, "k q"], totals: Totals) -> None:
         """Add to the gradient of the table of a head."""
-        totals.table[0, :, pl.ds(self.start, 2 * len(d_logits))] += unsheared(d_logits)
+        totals.table[0, :, pl.ds(self.start, 2 * len(d_logits))] += diagonal_sums(d_logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,28 +196,3 @@ class PairwiseTerm:
             visit(strip, rows, Member(memory.key_positions[strip, :], features))
 
         lax.fori_loop(0, memory.block.shape[0] // size, at, None)
-
-
-def sheared(near: Float[Array, "1 q"], far: Float[Array, "1 q"]) -> Float[Array, "k q"]:
-    """The term of a block, entry (a, b) being that of distance b - a from its first query and key.
-
-    Args:
-        near: The terms of distances 0..q-1.
-        far: Those of -q..-1.
-    """
-    size = near.shape[1]
-    rows = jnp.broadcast_to(jnp.concatenate([near, far], axis=1), (size, 2 * size))
-    return pltpu.roll(rows, 0, 1, stride=1, stride_axis=0)[:, :size]
-
-
-def unsheared(block: Float[Array, "k q"]) -> Float[Array, "1 2*q"]:
-    """The transpose of `sheared`: the sums of a block along its diagonals, for the distances -q..q-1."""
-    size = block.shape[0]
-    sums = jnp.zeros((SUBLANES, 2 * size), jnp.float32)
-    for a in range(0, size, SUBLANES):  # entry (a, b) moves to column size + b - a; first by the eights in a
-        rows = jnp.concatenate([jnp.zeros((SUBLANES, size), jnp.float32), block[a : a + SUBLANES]], axis=1)
-        sums += pltpu.roll(rows, (2 * size - a) % (2 * size), 1)
-    sublane = lax.broadcasted_iota(jnp.int32, sums.shape, 0)
-    for bit in (1, 2, 4):
-        sums = jnp.where(sublane & bit != 0, pltpu.roll(sums, 2 * size - bit, 1), sums)
-    return sums.sum(0, keepdims=True)

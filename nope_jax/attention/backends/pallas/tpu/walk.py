@@ -21,7 +21,8 @@ from jaxtyping import Array
 from nope_jax.attention.backends.pallas.block import Block
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens
 from nope_jax.attention.backends.pallas.tpu.inputs import Inputs, block_at
-from nope_jax.attention.backends.pallas.tpu.terms import memory_of, table_blocks, term_at
+from nope_jax.attention.backends.pallas.tpu.terms import memory_of, table_blocks, term_at, value_term_at
+from nope_jax.attention.backends.pallas.tpu.vectors import pieces_of
 
 
 class Walk(NamedTuple):
@@ -61,6 +62,26 @@ def along_queries(call: Call, batch: int, kv_heads: int) -> Walk:
         return b, n, jnp.clip(i, 0, last), j, i <= high
 
     return Walk((batch, kv_heads, call.key_blocks, call.groups * steps), at, 3, keys_change=False)
+
+
+def along_diagonals(call: Call, batch: int, heads: int, *, add_heads: bool = False) -> Walk:
+    """All blocks of a diagonal, of all batch rows and with `add_heads` of all heads, then the next diagonal."""
+    steps = min(call.query_blocks, call.key_blocks)
+    outer, added = (1, heads * batch) if add_heads else (heads, batch)
+
+    def at(head, diagonal, step, offset):
+        row, step = lax.div(step, steps), lax.rem(step, steps)
+        b, n = (lax.rem(row, batch), lax.div(row, batch)) if add_heads else (row, head)
+        diagonal = diagonal - (call.key_blocks - 1)
+        last = jnp.minimum(call.query_blocks, call.key_blocks + diagonal) - 1
+        i = jnp.maximum(diagonal, 0) + step
+        low, high = call.keys_of(i, offset)
+        j = i - diagonal
+        meet = (i <= last) & (low <= j) & (j <= high)
+        i = jnp.minimum(i, last)
+        return b, n, i, i - diagonal, meet
+
+    return Walk((outer, call.query_blocks + call.key_blocks - 1, added * steps), at, 2, keys_change=True)
 
 
 def _steps(call: Call, blocks: int) -> int:
@@ -140,10 +161,21 @@ def run(
         return spec((1, 1, size), lambda b, n, i, j: (0 if shared else b, 0, i if is_query else j))
 
     of_table = table_blocks(call, operands.table, spec)
-    query, factor, key, value, table, query_features, key_features = operands
-    features = query_features, key_features
-    tables = (table,) * len(of_table)
-    inputs = Inputs(query, factor, key, value, tables, *features, tokens.of_queries, tokens.of_keys, rows)
+    of_vectors = pieces_of(call, operands.vectors, spec)
+    query, factor, key, value, table, query_features, key_features, vectors = operands
+    inputs = Inputs(
+        query=query,
+        factor=factor,
+        key=key,
+        value=value,
+        table=(table,) * len(of_table),
+        query_features=query_features,
+        key_features=key_features,
+        vectors=jax.tree.map(lambda x: (x, x), vectors),
+        of_queries=tokens.of_queries,
+        of_keys=tokens.of_keys,
+        rows=rows,
+    )
     specs = Inputs(
         query=like(of_queries(call, query.shape, query.dtype)),
         factor=like(of_queries(call, factor.shape, factor.dtype)),
@@ -152,6 +184,7 @@ def run(
         table=of_table,
         query_features=tuple(like(of_queries(call, x.shape, x.dtype)) for x in inputs.query_features),
         key_features=(spec((1, 1, 1, size), lambda b, n, i, j: (b, n, 0, j)),) * len(inputs.key_features),
+        vectors=of_vectors,
         of_queries=tuple(of_token(x, True) for x in tokens.of_queries),
         of_keys=tuple(of_token(x, False) for x in tokens.of_keys),
         rows=tuple(like(of_queries(call, x.shape, x.dtype)) for x in rows),
@@ -177,8 +210,8 @@ def run(
         def visit_if(condition, masked):
             @pl.when(condition)
             def _():
-                term = term_at(call, own, memory, offset, i, j)
-                visit(block_at(call, own, term, offset[0], i, j, masked), term, results, own_sums)
+                term, value_term = term_at(call, own, memory, offset, i, j, masked), value_term_at(call, own)
+                visit(block_at(call, own, term, value_term, offset[0], i, j, masked), term, results, own_sums)
 
         if tokens.of_queries:
             visit_if(meet, masked=True)
