@@ -118,6 +118,29 @@ def test_a_logit_of_pairs_compiles_for_chips(machine, head_dim, rule, name):
 
 
 @pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("shaw", 128), ("nezha", 80), ("transformer_xl", 64), ("deberta", 128), ("deberta", 256)]
+)
+def test_terms_of_vectors_per_distance_compile_for_chips(machine, name, head_dim):
+    """Memory is that of two tables, of 2·T distances in float32, of their gradients, and of what they are made of."""
+    encoding, dims = ENCODINGS[name](), ModelDims(num_heads=8, head_dim=head_dim, model_dim=8 * head_dim)
+    params = encoding.init_shared(jax.random.key(0), dims) | encoding.init_layer(jax.random.key(1), dims)
+
+    def loss(query, key, value, scale):
+        scaled = {name: x * scale[0, 0] for name, x in params.items()}
+        out, stats = encoded_attention(encoding, scaled, query, key, value, return_stats=True)
+        return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
+
+    sizes = [*((LONG, heads, head_dim) for heads in (8, 2, 2)), (1,)]
+    program = compiled_for(machine, jax.grad(loss, argnums=(0, 1, 2, 3)), sizes)
+    assert kernels(program) == [*GRADIENT, *["attention_vector_gradients"] * (name != "nezha")]
+    assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < (10 + 2 * 4 * 8) * 2 * 8 * LONG * max(head_dim, 128)
+
+
+@pytest.mark.tpu
 def test_a_training_step_on_data_tensor_and_sequence_axes_compiles():
     config = override(
         load_file(Path(__file__).parents[2] / "configs/tiny.py"),
