@@ -271,6 +271,16 @@ def value_block(table, weights, block):
     return jnp.einsum("bnqk,bqkh->bnqh", weights, table[0, block.distance + 2 * T])
 
 
+@pytest.mark.parametrize("name", ["query", "constant"])
+def test_vectors_of_another_shape_are_refused(name):
+    def by_distance(_, distances):
+        return DistanceVectors(**{name: jnp.zeros((len(distances), N + 1))})
+
+    logit = BlockLogit(vectors_block, by_distance=by_distance)
+    with pytest.raises(ValueError, match=rf"by_distance must return {name} vectors .* not \(\d+, {N + 1}\)"):
+        dot_product_attention(*arrays(), logit=logit, implementation="pallas_tpu")
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("keys", [pytest.param(T, marks=pytest.mark.slow), T + 9])
 def test_terms_of_vectors_per_distance_are_the_reference_s(keys):

@@ -35,9 +35,6 @@ def is_decoding(query_length: int, key_length: int) -> bool:
     return query_length <= DECODING_QUERIES and few_queries(query_length, key_length)
 
 
-VECTORS = "terms of one vector per distance are served on a TPU, for consecutive positions, and not in decoding"
-
-
 def supports(chip, query, factor, key, value, logit, value_term, mask_spec, precision, *_: Any) -> str | None:
     """Why the kernels for a platform, "tpu" or "gpu", cannot serve a call; None if they can."""
     decoding = is_decoding(query.shape[1], key.shape[1])
@@ -71,6 +68,9 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
     if platform() == chip and unused_axes():
         return f"XLA cannot shard it over the mesh axes {', '.join(unused_axes())}; call it within jax.shard_map"
     return None
+
+
+VECTORS = "terms of one vector per distance are served on a TPU, for consecutive positions, and not in decoding"
 
 
 def vectors_of(logit: Any, distances: Any) -> DistanceVectors | None:

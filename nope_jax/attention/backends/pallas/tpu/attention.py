@@ -101,7 +101,7 @@ def pallas_tpu_attention(
         table=table_of(call, logit, tokens, num_heads),
         query_features=tuple(map(of_rows, query_features)),
         key_features=tuple(map(of_rows, key_features)),
-        vectors=tables_of(call, logit, value_term, tokens, value.shape[3]),
+        vectors=tables_of(call, query, value, logit, value_term, tokens),
     )
     if final_rows is None:
         out, entropy, logsumexp = _attend(call, operands, tokens)

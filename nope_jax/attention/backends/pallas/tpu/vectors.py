@@ -44,7 +44,7 @@ class Vectors(NamedTuple):
     @property
     def in_logit(self) -> bool:
         """Whether a logit has some."""
-        return self[:3] != (None, None, None)
+        return self.query is not None or self.has_factor
 
     @property
     def has_factor(self) -> bool:
@@ -56,9 +56,18 @@ ASCENDING = Vectors(query=False, key=True, constant=True, value=False)
 
 
 def tables_of(
-    call: Call, logit: Logit | None, value_term: BlockValue | None, tokens: Tokens, value_dim: int
+    call: Call,
+    query: Shaped[Array, "B T N H"],
+    value: Shaped[Array, "B S K H2"],
+    logit: Logit | None,
+    value_term: BlockValue | None,
+    tokens: Tokens,
 ) -> Vectors | None:
-    """The tables of a call; None if neither term has vectors."""
+    """The tables of a call; None if neither term has vectors.
+
+    Raises:
+        ValueError: `by_distance` returned arrays of other shapes.
+    """
     size = call.key_size
     distances = tokens.offset[0] + jnp.arange(-call.key_blocks * size, call.query_blocks * size + 1, dtype=jnp.int32)
     found = Vectors()
@@ -67,9 +76,14 @@ def tables_of(
         found = Vectors(*of_logit)
     if value_term is not None:
         assert value_term.by_distance is not None  # or it were not served
-        found = found._replace(value=value_term.by_distance(value_term.parameters, distances, value_dim))
-    if found == Vectors():
+        found = found._replace(value=value_term.by_distance(value_term.parameters, distances, value.shape[3]))
+    if all(x is None for x in found):
         return None
+    dims = Vectors((query.shape[3],), (query.shape[3],), (), (value.shape[3],))
+    for name, x, dim in zip(Vectors._fields, found, dims, strict=True):
+        per_head, shared = ((len(distances), heads, *dim) for heads in (query.shape[2], 1))
+        if x is not None and x.shape not in (per_head, shared):
+            raise ValueError(f"by_distance must return {name} vectors {per_head} or {shared}, not {x.shape}")
 
     def table(x: Float[Array, "distances n *W"], ascending: bool) -> Float[Array, "n _ _"]:
         x = (x[:-1] if ascending else x[:0:-1]).astype(jnp.float32)
