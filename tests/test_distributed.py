@@ -1,6 +1,7 @@
 """Several processes of one run: that they find each other, compute what one would, and end together."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -508,7 +509,8 @@ def assert_goes_on(command: list[str], workdir: Path, expected: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "number"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGHUP, 1)])
 def test_a_signal_to_one_stops_all_at_one_step(command, never_stopped, tmp_path, signum, number):
-    run = Started([*command, str(tmp_path), *LONG], processes=2, devices=1)
+    heed = functools.partial(signal.signal, signum, signal.SIG_DFL)  # also where the tests themselves run under nohup
+    run = Started([*command, str(tmp_path), *LONG], processes=2, devices=1, prepare={number: heed})
     wait_for_step(tmp_path, 30, run)
     run.processes[number].send_signal(signum)
     ended = run.wait()
