@@ -524,5 +524,7 @@ def deberta_attention(
     if max_distance is None:
         encoding = DeBERTa(max_distance=rows // 2, released=released)
     else:
+        if rows < 8 or rows % 4:
+            raise ValueError(f"with max_distance, relative must have a multiple of 4 rows, at least 8, not {rows}")
         encoding = DeBERTa(max_distance=max_distance, buckets=rows // 2, released=released)
     return Encoded(encoding, params)

@@ -81,7 +81,7 @@ class Shaw(Encoding):
         return BlockValue(self._value, params["values"], by_distance=self._vectors, heads=(None,))
 
     def _vectors(self, table: Float[Array, "R H"], distances: Int[Array, "d"], _: int) -> Float[Array, "d 1 H"]:
-        return table[self._rows(distances)][:, None]
+        return table.astype(jnp.float32)[self._rows(distances)][:, None]
 
     def _key_vectors(self, table: Float[Array, "R H"], distances: Int[Array, "d"]) -> DistanceVectors:
         return DistanceVectors(query=self._vectors(table, distances, table.shape[1]))

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from nope_jax.config import Config
@@ -181,7 +182,8 @@ class MetricWriter:
         self._workdir = workdir
         self._quiet = quiet
         self._clock = clock
-        self._learning_rate = jax.jit(learning_rate_schedule(config.optimizer, config.train.steps))
+        self._schedule = jax.jit(jax.vmap(learning_rate_schedule(config.optimizer, config.train.steps)))
+        self._learning_rates = -1, np.zeros(0)  # which thousand steps, and theirs
         self._tokens_per_step = tokens_per_step
         self._logged = start, clock.read()
         self._judged: dict[Activity, float] | None = clock.read() if is_main and not quiet else None
@@ -261,7 +263,7 @@ class MetricWriter:
             rate = self._rate(step, seconds)
             line = {
                 "loss": values["loss"],
-                "learning_rate": float(self._learning_rate(step - 1 - skipped + was_skipped)),
+                "learning_rate": self._learning_rate(step - 1 - skipped + was_skipped),
                 "grad_norm": values["grad_norm"],
                 "param_norm": values["param_norm"],
             }
@@ -281,6 +283,14 @@ class MetricWriter:
             else:
                 self._bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:,.0f} tokens/s")
             self._warn_of_input(seconds)
+
+    def _learning_rate(self, updates: int) -> float:
+        """That of the update after so many. Of many at once: the devices are busy with the next step, and answer
+        after it."""
+        block, index = divmod(updates, 1000)
+        if block != self._learning_rates[0]:
+            self._learning_rates = block, np.asarray(self._schedule(1000 * block + np.arange(1000)))
+        return float(self._learning_rates[1][index])
 
     def flush(self) -> None:
         """Make the lines logged so far persistent; call it before the checkpoint of a later step."""

@@ -163,7 +163,9 @@ def test_every_rule_is_the_reference_s(keys, static, traced, dtype, kernel):
 DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=T, num_kv_heads=K, vocab_size=32)
 OF_VECTORS = "deberta", "nezha", "shaw", "transformer_xl"
 NOT_SERVED = {("cope", kernel): "the logit must be .* ScanLogit" for kernel in KERNELS}
-NOT_SERVED |= {(name, "pallas_gpu"): "terms of one vector per distance are served on a TPU" for name in OF_VECTORS}
+NOT_SERVED |= {
+    (name, "pallas_gpu"): "terms of one vector per distance are served by pallas_tpu alone" for name in OF_VECTORS
+}
 
 
 @pytest.mark.slow
@@ -279,6 +281,31 @@ def test_vectors_of_another_shape_are_refused(name):
     logit = BlockLogit(vectors_block, by_distance=by_distance)
     with pytest.raises(ValueError, match=rf"by_distance must return {name} vectors .* not \(\d+, {N + 1}\)"):
         dot_product_attention(*arrays(), logit=logit, implementation="pallas_tpu")
+
+
+def falling_block(slope, block):
+    distance = block.distance[:, None]
+    return jnp.where(distance < 9, block.factor[..., None] * slope * distance, -jnp.inf)
+
+
+def falling_at(slope, distances):
+    """Not a number where no query sees a key: in the future, past the window and the end."""
+    found = jnp.where(distances < 9, slope * distances, -jnp.inf)
+    return DistanceVectors(constant=jnp.where((distances >= 0) & (distances < 12), found, jnp.nan)[:, None])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_constant_of_minus_infinity_hides_keys_and_what_does_not_occur_may_be_anything():
+    @functools.partial(jax.jit, static_argnames=("implementation", "by_distance"))
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def run(operands, slope, implementation, by_distance=None):
+        logit = BlockLogit(falling_block, slope, by_distance=by_distance)
+        keywords = {"logit_scale": 20.0, "window": 12, "return_stats": True, "implementation": implementation}
+        out, stats = dot_product_attention(*operands, logit=logit, **keywords)
+        return (out**2).sum() + stats.entropy.sum() + stats.logsumexp.sum()
+
+    arguments = arrays(), jnp.float32(-0.3)
+    assert_same(run(*arguments, "pallas_tpu", falling_at), run(*arguments, "reference"))
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -417,3 +417,15 @@ def test_nezha_refuses_heads_without_sinusoids_and_values_of_another_width():
     query, key, value = inputs()
     with pytest.raises(ValueError, match=r"\Avalue .*\Z"):
         nezha_attention(query, key, value[..., :6])
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_distance", "reason"),
+    [(5, None, "a positive even number of rows, not 5"), (6, 30, "a multiple of 4 rows, at least 8, not 6")],
+)
+def test_a_table_of_other_rows_is_refused(rows, max_distance, reason):
+    kernels = {name: jnp.ones((6, 2, 8)) for name in ("key_kernel", "query_kernel")}
+    with pytest.raises(ValueError, match=f"relative must have {reason}"):
+        deberta_attention(
+            *[jnp.ones((1, 4, 2, 8))] * 3, relative=jnp.ones((rows, 6)), max_distance=max_distance, **kernels
+        )

@@ -27,6 +27,7 @@ from nope_jax.models import abstract_decoder
 from nope_jax.training import metrics
 from nope_jax.training.flops import CHIPS, Chip, chip_of, model_flops_per_token
 from nope_jax.training.metrics import GoodputTimer, MetricWriter
+from nope_jax.training.schedules import learning_rate_schedule
 from nope_jax.training.step import total_nll
 
 
@@ -80,6 +81,21 @@ def lines(workdir: Path) -> list[dict]:
 
 
 VALUES = {"loss": 2.0, "grad_norm": 1.0, "param_norm": 3.0}
+
+
+def test_a_line_asks_nothing_of_the_devices(tmp_path, monkeypatch):
+    """They are busy with the next step, for which it would wait: learning rates come a thousand at a time."""
+    config = override(CONFIG, {"train.steps": 1200, "train.log_every": 1, "optimizer.schedule": "linear"})
+    record, _ = open_record(config, tmp_path)
+    asked, schedule = [], record._schedule
+    monkeypatch.setattr(record, "_schedule", lambda updates: asked.append(len(updates)) or schedule(updates))
+    with record:
+        for step in (1, 2, 999, 1000, 1001, 1200):
+            record.step(step, VALUES)
+    assert asked == [1000, 1000]
+    rates = learning_rate_schedule(config.optimizer, 1200)
+    wanted = [float(rates(step - 1)) for step in (1, 2, 999, 1000, 1001, 1200)]
+    np.testing.assert_allclose([line["learning_rate"] for line in lines(tmp_path)], wanted, rtol=1e-6)
 
 
 # Floating-point operations

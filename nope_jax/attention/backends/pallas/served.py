@@ -51,12 +51,15 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
             return f"{name} must be {', '.join(others)} or {last}, not {x.dtype}"
         if chip == "gpu" and x.shape[-1] > MAX_HEAD_DIM:
             return f"head dims must be at most {MAX_HEAD_DIM}, not {x.shape[-1]} of {name}"
-    vectors = chip == "tpu" and mask_spec.contiguous and not decoding
-    reason = _unserved_logit(logit, mask_spec.contiguous or decoding, vectors)
+    if value_term is not None and value_term.by_distance is None:
+        return "the encoding has a value place, without by_distance"
+    if value_term is not None or has_vectors(logit):
+        reason = _unserved_vectors(chip, decoding, mask_spec.contiguous)
+        if reason is not None:
+            return f"{reason} (name another implementation after this one)"
+    reason = _unserved_logit(logit, mask_spec.contiguous or decoding)
     if reason is not None:
         return reason
-    if value_term is not None and not (vectors and value_term.by_distance is not None):
-        return "the encoding has a value place without by_distance" if value_term.by_distance is None else VECTORS
     if mask_spec.mask is not None:
         return "there is a mask; is_causal, window, chunk_size and segment_ids are served"
     if kernel_precision(precision) is None:
@@ -70,14 +73,11 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
     return None
 
 
-VECTORS = "terms of one vector per distance are served on a TPU, for consecutive positions, and not in decoding"
-
-
 def vectors_of(logit: Any, distances: Any) -> DistanceVectors | None:
     """What a logit consists of at each distance, if that is one vector per distance."""
     if not isinstance(logit, BlockLogit) or logit.by_distance is None:
         return None
-    found = logit.by_distance(logit.parameters, distances)
+    found = logit.by_distance(wide(logit.parameters), distances)
     return found if isinstance(found, DistanceVectors) else None
 
 
@@ -85,10 +85,25 @@ def has_vectors(logit: Any) -> bool:
     return jax.eval_shape(vectors_of, logit, jax.ShapeDtypeStruct((1,), jnp.int32)) is not None
 
 
-def _unserved_logit(logit: Any, any_by_distance: bool, vectors: bool) -> str | None:
+def wide(parameters: Any) -> Any:
+    """The parameters in float32, in which the gradients of one row for many distances add up."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, parameters)
+
+
+def _unserved_vectors(chip: str, decoding: bool, contiguous: bool) -> str | None:
+    if chip != "tpu":
+        return "terms of one vector per distance are served by pallas_tpu alone"
+    if decoding:
+        return "terms of one vector per distance are not served in decoding"
+    if not contiguous:
+        return "with one vector per distance, positions must be consecutive, without query_positions or key_positions"
+    return None
+
+
+def _unserved_logit(logit: Any, any_by_distance: bool) -> str | None:
     """Why the kernels cannot compute a logit; None if they can."""
     if has_vectors(logit):
-        return None if vectors else VECTORS
+        return None
     if isinstance(logit, DistanceLogit) and not any_by_distance:
         return "with a DistanceLogit, positions must be consecutive (no query_positions or key_positions)"
     if logit is None or isinstance(logit, DistanceLogit):

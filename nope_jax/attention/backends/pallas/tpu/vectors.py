@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Shaped
 
 from nope_jax.attention.backends.pallas.block import product
 from nope_jax.attention.backends.pallas.call import Call, Tokens
-from nope_jax.attention.backends.pallas.served import vectors_of
+from nope_jax.attention.backends.pallas.served import vectors_of, wide
 from nope_jax.attention.backends.pallas.tpu.shear import sheared, unsheared
 from nope_jax.encodings import BlockValue
-from nope_jax.encodings.encoding import Logit
+from nope_jax.encodings.encoding import MASKED, Logit
 
 
 class Vectors(NamedTuple):
@@ -76,7 +76,8 @@ def tables_of(
         found = Vectors(*of_logit)
     if value_term is not None:
         assert value_term.by_distance is not None  # or it were not served
-        found = found._replace(value=value_term.by_distance(value_term.parameters, distances, value.shape[3]))
+        of_value = value_term.by_distance(wide(value_term.parameters), distances, value.shape[3])
+        found = found._replace(value=of_value)
     if all(x is None for x in found):
         return None
     dims = Vectors((query.shape[3],), (query.shape[3],), (), (value.shape[3],))
@@ -85,9 +86,16 @@ def tables_of(
         if x is not None and x.shape not in (per_head, shared):
             raise ValueError(f"by_distance must return {name} vectors {per_head} or {shared}, not {x.shape}")
 
+    # Those of padding, and those at which every key is hidden, may be anything.
+    after_first = distances - (tokens.offset[0] - call.key_length)
+    occurs = (after_first > 0) & (after_first < call.key_length + call.query_length) & call.rule.by_distance(distances)
+    if call.reach is not None:
+        occurs &= jnp.abs(distances) < call.reach
+
     def table(x: Float[Array, "distances n *W"], ascending: bool) -> Float[Array, "n _ _"]:
-        x = (x[:-1] if ascending else x[:0:-1]).astype(jnp.float32)
-        return jnp.moveaxis(x, 0, 1) if x.ndim == 3 else x.T[:, None]
+        x = jnp.where(occurs.reshape(-1, *[1] * (x.ndim - 1)), x.astype(jnp.float32), 0.0)
+        x = x[:-1] if ascending else x[:0:-1]
+        return jnp.moveaxis(x, 0, 1) if x.ndim == 3 else jnp.maximum(x, MASKED).T[:, None]
 
     return Vectors(*(None if x is None else table(x, up) for x, up in zip(found, ASCENDING, strict=True)))
 
@@ -139,7 +147,7 @@ class VectorTerm:
     precision: Any
 
     def logits(self) -> Float[Array, "k q"]:
-        return self.factor * (self._of_queries() + self._of_keys())
+        return jnp.maximum(self.factor * (self._of_queries() + self._of_keys()), MASKED)
 
     def _of_queries(self) -> Float[Array, "k q"] | float:
         if self.vectors.query is None:
