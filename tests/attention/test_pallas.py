@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 
 from nope_jax.attention import alibi_attention, dot_product_attention, encoded_attention, fire_attention, nope_attention
@@ -15,6 +16,7 @@ from nope_jax.attention.backends import BACKENDS
 from nope_jax.attention.backends.pallas import served
 from nope_jax.attention.backends.pallas.call import Call
 from nope_jax.attention.backends.pallas.pairwise import Pairwise
+from nope_jax.attention.backends.pallas.tpu import shear
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.config.schema import Implementation
 from nope_jax.encodings import (
@@ -271,6 +273,23 @@ def value_vectors(table, distances, head_dim):
 
 def value_block(table, weights, block):
     return jnp.einsum("bnqk,bqkh->bnqh", weights, table[0, block.distance + 2 * T])
+
+
+def test_what_a_tpu_does_to_rows_is_what_interpret_mode_does(monkeypatch):
+    rows = jnp.asarray(random(16, 32))
+
+    @functools.partial(pl.pallas_call, out_shape=[rows[:, :16], rows], interpret=True)
+    def both(rows, block, back):
+        block[...] = shear.sheared(rows[...])
+        back[...] = shear.unsheared(block[...])
+
+    here = both(rows)
+    wanted = [[rows[x, (y - x) % 32] for y in range(16)] for x in range(16)]
+    np.testing.assert_array_equal(here[0], np.array(wanted))
+    np.testing.assert_array_equal(np.array([[here[1][x, (y - x) % 32] for y in range(16)] for x in range(16)]), here[0])
+    monkeypatch.setattr(shear, "platform", lambda: "tpu")
+    for x, y in zip(here, both(rows), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("name", ["query", "constant"])
