@@ -12,7 +12,6 @@ from nope_jax import Decoder, ModelConfig
 from nope_jax.checkpoint import load_model
 from nope_jax.data import load_corpus
 from nope_jax.evaluation import probe
-from nope_jax.evaluation.common import runs
 from nope_jax.evaluation.common.activations import Activations, walk
 from nope_jax.evaluation.probe import Moments, Probe, Score, fit_probes, score_probes
 from tests.support.tiny_runs import call_eval, write_documents, write_run
@@ -233,7 +232,7 @@ def test_what_was_measured_is_kept_when_interrupted(workdirs, tmp_path, monkeypa
             raise KeyboardInterrupt
         return load_model(workdir, mesh)
 
-    monkeypatch.setattr(runs, "load_model", stop)
+    monkeypatch.setattr("nope_jax.trained.load_model", stop)
     words = f"probe --workdirs {workdirs}/alibi {workdirs}/learned --lengths 16 --out {tmp_path} --probe.documents 2"
     assert call_eval(monkeypatch, words) == 130
     assert {row["run"] for row in read(tmp_path)} == {"alibi"} and (tmp_path / "report.html").exists()
