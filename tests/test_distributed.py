@@ -362,10 +362,10 @@ def run():
             if process == "1":  # its part of one checkpoint cannot be read, which process 0 cannot see
                 restore = checkpointer._reader.restore
 
-                def broken(step, **arguments):
-                    if step == 30:
+                def broken(folder, **arguments):
+                    if folder.name == "30":
                         raise ValueError("truncated")
-                    return restore(step, **arguments)
+                    return restore(folder, **arguments)
 
                 checkpointer._reader.restore = broken
             abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), trees(0))
