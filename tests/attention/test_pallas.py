@@ -11,7 +11,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 
-from nope_jax.attention import alibi_attention, dot_product_attention, encoded_attention, fire_attention, nope_attention
+from nope_jax.attention import (
+    alibi_attention,
+    dot_product_attention,
+    encoded_attention,
+    fire_attention,
+    nope_attention,
+    shaw_attention,
+)
 from nope_jax.attention.backends import BACKENDS
 from nope_jax.attention.backends.pallas import served
 from nope_jax.attention.backends.pallas.call import Call
@@ -273,6 +280,23 @@ def value_vectors(table, distances, head_dim):
 
 def value_block(table, weights, block):
     return jnp.einsum("bnqk,bqkh->bnqh", weights, table[0, block.distance + 2 * T])
+
+
+def test_a_row_of_many_distances_adds_up_in_float32():
+    """The gradient of a bfloat16 table, rounded once."""
+    query, key, value = (jnp.asarray(random(1, 256, 1, H, seed=i)) for i in range(3))
+    tables = jnp.asarray(random(2, 11, H, seed=3)).astype("bfloat16")
+
+    def gradient(tables, implementation):
+        def loss(tables):
+            by_name = {"key_table": tables[0], "value_table": tables[1]}
+            return shaw_attention(query, key, value, **by_name, implementation=implementation).sum()
+
+        return jax.grad(loss)(tables).astype(jnp.float32)
+
+    found, wanted = gradient(tables, "pallas_tpu"), gradient(tables.astype(jnp.float32), "reference")
+    for x, y in zip(found, wanted, strict=True):
+        assert_close(x, y, tolerance=2**-8)
 
 
 def test_what_a_tpu_does_to_rows_is_what_interpret_mode_does(monkeypatch):
