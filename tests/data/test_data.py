@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax.config import DataConfig
 from nope_jax.data import formats, load_corpus, load_tokenizer, python_stdlib, train_batches, validation_batches
 from nope_jax.data.formats import scan
 from nope_jax.data.splits import is_validation
 from nope_jax.data.tokenizers import JsonTokenizer
 from nope_jax.data.windows import Windows, epoch_windows, permute
+from tests.support.untrained import untrained
 
 
 def contents(corpus):
@@ -136,9 +137,8 @@ def test_a_masked_row_has_the_logits_of_its_documents_alone(config):
     row = int(np.argmax(batch.segment_ids[:, -1]))
     tokens, segments = batch.tokens[row], batch.segment_ids[row]
     assert segments[-1] > 2
-    model = Decoder(
-        ModelConfig(num_layers=1, num_heads=2, model_dim=16, mlp_dim=16, encoding="rope", train_length=48),
-        rngs=nnx.Rngs(0),
+    model = untrained(
+        ModelConfig(num_layers=1, num_heads=2, model_dim=16, mlp_dim=16, encoding="rope", train_length=48)
     )
     run = nnx.jit(lambda model, tokens, **inputs: model(tokens, **inputs))
     packed = run(model, tokens[None], positions=batch.positions[row][None], segment_ids=segments[None])[0]

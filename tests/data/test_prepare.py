@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.cli import parse_prepare
@@ -29,6 +29,7 @@ from nope_jax.config import Config, DataConfig
 from nope_jax.data import corpora, load_corpus, load_tokenizer, prepare, train_batches
 from nope_jax.data.windows import Windows
 from tests.support.evaluation_cases import compare
+from tests.support.untrained import untrained
 
 ROOT = Path(__file__).parents[2]
 BOOKS = {
@@ -205,7 +206,7 @@ def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_part
         data = dataclasses.replace(data, tokenizer="bytes") if workdir.name == "of_bytes" else data
         configs.save(Config(model, data), workdir)
         with Checkpointer(workdir) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(Decoder(model, rngs=nnx.Rngs(0)))})
+            checkpointer.save(0, {"params": nnx.state(untrained(model))})
     found = {}
     for folder in (copy, config):  # the text that comes later is not passed over for what was measured without it
         compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir})

@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, cli
+from nope_jax import ModelConfig, cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, EvalConfig
@@ -43,6 +43,7 @@ from tests.support.evaluation_cases import (
     synthetic_run,
     write,
 )
+from tests.support.untrained import untrained
 
 
 def test_buckets_are_single_then_eight_per_octave():
@@ -278,7 +279,7 @@ def workdirs(tmp_path_factory):
         (folder / encoding).mkdir()
         configs.save(config, folder / encoding)
         with Checkpointer(folder / encoding) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(0)))})
+            checkpointer.save(0, {"params": nnx.state(untrained(config.model))})
     return folder
 
 
@@ -419,7 +420,7 @@ def own_run(folder: Path, source: Path, edits: tuple[str, str] = ("", "")) -> Pa
     configs.save(config, folder / "own")
     if not (folder / "own" / "checkpoints").exists():
         with Checkpointer(folder / "own") as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(0)))})
+            checkpointer.save(0, {"params": nnx.state(untrained(config.model))})
     return folder / "own"
 
 
@@ -467,7 +468,7 @@ def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypa
     def load_late(workdir, mesh, **_):
         # Since it was looked which step is the newest, the run has gone on, and keeps that one no more.
         with Checkpointer(run, keep=Retention(1)) as training:
-            training.save(5, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(5)))})
+            training.save(5, {"params": nnx.state(untrained(config.model, 5))})
         return load_model(workdir, mesh)
 
     compare([run], (8,), tmp_path / "out", {})

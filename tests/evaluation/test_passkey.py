@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, trained
+from nope_jax import ModelConfig, trained
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig
@@ -27,6 +27,7 @@ from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.passkey import COLUMNS, draw, draw_keys, measure, notes, rows
 from nope_jax.evaluation.registry import Options, PasskeyConfig
 from tests.support.tiny_runs import call_eval
+from tests.support.untrained import untrained
 
 ROOT = Path(__file__).parents[2]
 BYTES = Passkey(ByteTokenizer())
@@ -378,7 +379,7 @@ def workdirs(tmp_path_factory):
         (folder / encoding).mkdir()
         configs.save(config, folder / encoding)
         with Checkpointer(folder / encoding) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(seed)))})
+            checkpointer.save(0, {"params": nnx.state(untrained(config.model, seed))})
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, trained
+from nope_jax import ModelConfig, trained
 from nope_jax.data import load_tokenizer
 from nope_jax.data.ruler import RULER
 from nope_jax.evaluation import ruler
@@ -19,6 +19,7 @@ from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.ruler import Scores, average, effective_length, rows
 from tests.support.ruler_files import write_files
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
+from tests.support.untrained import untrained
 
 SMALL = "--ruler.examples 3 --ruler.batch_size 2"
 
@@ -139,7 +140,7 @@ def test_an_untrained_run_answers_every_task(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("bos", [False, True])
 def test_continuations_are_those_of_greedy_decoding_and_end_with_the_document(bos):
     config = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, encoding="alibi", vocab_size=300)
-    model = Decoder(config, rngs=nnx.Rngs(3))
+    model = untrained(config, 3)
     tokenizer, task = load_tokenizer("bytes"), RULER["vt"]
 
     @nnx.jit

@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 from matplotlib.figure import Figure
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig
@@ -46,6 +46,7 @@ from nope_jax.evaluation.tune.search import best_factor
 from nope_jax.evaluation.tune.state import read_updates
 from nope_jax.locks import held
 from tests.support.tiny_runs import call_eval
+from tests.support.untrained import untrained
 
 LONG, SHORT, TRAINED = 48, 24, 12
 UNIFORM = np.full((3, 2), 1.6, np.float32)
@@ -59,7 +60,7 @@ EVERY = TuneConfig(documents=1000)
 @functools.cache
 def teacher():
     """A decoder whose predictions depend much on where it attends, which is not to be changed."""
-    model = Decoder(MODEL, rngs=nnx.Rngs(1))
+    model = untrained(MODEL, 1)
     for block in model.blocks:
         block.attention.query[...] *= 4
         block.attention.out[...] *= 3
@@ -69,7 +70,7 @@ def teacher():
 
 def write_run(folder, factors=UNIFORM, source="", model=MODEL, head=1.0):
     """A run whose best factors are these, as train.py would leave it."""
-    decoder = nnx.clone(teacher()) if model is MODEL else Decoder(model, rngs=nnx.Rngs(1))
+    decoder = nnx.clone(teacher()) if model is MODEL else untrained(model, 1)
     for slot, block in enumerate(decoder.blocks):
         block.attention.query[...] /= factors[slot :: len(decoder.blocks), None, :, None]
     decoder.head[...] *= head

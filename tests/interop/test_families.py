@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax.encodings import T5, ALiBi, HeadScale, NoPE, NTKScaling, RoPE, UniformScale, Windowed, YaRNScaling
 from nope_jax.interop import FAMILIES, huggingface, load_pretrained, published, save_pretrained
 from nope_jax.interop.parameters import published_tensors
@@ -17,6 +17,7 @@ from nope_jax.interop.safetensors import read_header
 from nope_jax.interop.settings import Settings
 from tests.goldens import regenerate
 from tests.support.published import CONFIGS, POSITIONS, VOCABULARY, golden_tokens, tokens, weight, write_folder
+from tests.support.untrained import untrained
 
 GOLDENS = regenerate.load("published")
 
@@ -367,7 +368,7 @@ TINY = ModelConfig(vocab_size=48, num_layers=2, num_heads=4, model_dim=32, embed
 
 
 def tiny(**fields):
-    return Decoder(dataclasses.replace(TINY, **fields), rngs=nnx.Rngs(0))
+    return untrained(dataclasses.replace(TINY, **fields))
 
 
 def saved(model, folder, **keywords):

@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from nope_jax.interop import published, save_pretrained
+from tests.support.untrained import untrained
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(ModelConfig(encoding="rope", num_layers=1, num_heads=2, model_dim=16), rngs=nnx.Rngs(0))
+    return untrained(ModelConfig(encoding="rope", num_layers=1, num_heads=2, model_dim=16))
 
 
 def test_the_size_of_the_vocabulary_is_written_out(model, tmp_path):

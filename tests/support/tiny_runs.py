@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.cli import run
 from nope_jax.config import Config, DataConfig, EvalConfig
 from nope_jax.evaluation.common import evaluation
+from tests.support.untrained import untrained
 
 
 def write_documents(folder: Path, count: int = 60) -> Path:
@@ -38,7 +39,7 @@ def write_run(folder: Path, name: str, *, seed: int = 0, **model) -> None:
     workdir.mkdir()
     configs.save(config, workdir)
     with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(0, {"params": nnx.state(Decoder(config.model, rngs=nnx.Rngs(seed)))})
+        checkpointer.save(0, {"params": nnx.state(untrained(config.model, seed))})
 
 
 def copy_run(run: Path, workdir: Path, changes: dict | None = None) -> None:
