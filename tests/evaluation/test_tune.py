@@ -49,6 +49,7 @@ from tests.support.tiny_runs import call_eval
 from tests.support.untrained import untrained
 
 LONG, SHORT, TRAINED = 48, 24, 12
+DOCUMENTS = 48
 UNIFORM = np.full((3, 2), 1.6, np.float32)
 HEADS = np.array([[1.4, 2.2], [1.8, 1.2], [0.6, 1.5]], np.float32)
 MODEL = ModelConfig(
@@ -86,7 +87,7 @@ def folder(tmp_path_factory):
     """Documents of the teacher, and runs whose best factors are known."""
     folder = tmp_path_factory.mktemp("tuning")
     random = np.random.default_rng(0)
-    texts = random.integers(0, 256, (48, LONG + 1))
+    texts = random.integers(0, 256, (DOCUMENTS, LONG + 1))
     model = nnx.clone(teacher())
     for i in range(1, LONG + 1):
         scores = np.asarray(logits_of(model, texts), np.float64)[:, i - 1]
@@ -122,8 +123,10 @@ def apply(graphdef, state, tokens, logit_scale):
 
 
 def logits_of(model, rows, logit_scale=1.0):
-    """The logits of all tokens of rows but the last."""
-    return apply(*nnx.split(model), jnp.asarray(rows[:, :-1]), jnp.asarray(logit_scale, jnp.float32))
+    """The logits of all tokens of rows but the last. Padded to one shape, which changes nothing before."""
+    tokens = np.pad(rows[:, :-1], [(0, DOCUMENTS - len(rows)), (0, LONG + 1 - rows.shape[1])])
+    logits = apply(*nnx.split(model), tokens, np.asarray(logit_scale, np.float32))
+    return np.asarray(logits)[: len(rows), : rows.shape[1] - 1]
 
 
 def row_losses(model, rows, logit_scale=1.0):
@@ -510,12 +513,12 @@ def command(monkeypatch, *words):
 
 def test_the_command_writes_a_run(folder, tmp_path, monkeypatch, capsys):
     words = ["--workdirs", folder / "uniform", "--method", "uniform", "--lengths", SHORT, "--out", tmp_path / "out"]
-    assert command(monkeypatch, "tune", *words, "--tune.documents", 3) == 0
+    assert command(monkeypatch, "tune", *words, "--tune.documents", 8) == 0
     files = {"tune.json", "tune.csv", "tune.png", "report.html", "sections"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoints", "config.json"} | files
     found = json.loads((tmp_path / "out" / "tune.json").read_text())
     assert found["command"].startswith("python eval.py tune --workdirs") and found["source"] == str(folder / "uniform")
-    assert (found["method"], found["step"], found["settings"]["documents"]) == ("uniform", 7, 3)
+    assert (found["method"], found["step"], found["settings"]["documents"]) == ("uniform", 7, 8)
     assert f"Written to {tmp_path / 'out'}" in capsys.readouterr().out.replace("\n", "")
     assert command(monkeypatch, "tune", *words) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -587,6 +590,7 @@ def test_no_batch_has_more_rows_than_there_are_documents(folder, tmp_path, monke
     rows = set()
     put = Placement.put
     monkeypatch.setattr(Placement, "put", lambda self, batch: rows.add(len(batch[0])) or put(self, batch))
+    monkeypatch.setattr(search, "_judge", lambda graphdef, state, batch, factor: batch.weights[:, 0])
     words = ["--workdirs", folder / "uniform", "--method", "log-n", "--lengths", 24, "--tune.documents", 2]
     assert command(monkeypatch, "tune", *words, "--out", tmp_path / "out") == 0
     assert rows == {2}
