@@ -40,7 +40,12 @@ def run(command) -> int:
     ("command", "status", "said"),
     [
         ("lambda: print('x' * 10**6)", 141, ""),
-        ("lambda: open('/nowhere/else')", 2, "error: /nowhere/else: No such file or directory\n"),
+        pytest.param(
+            "lambda: open('/nowhere/else')",
+            2,
+            "error: /nowhere/else: No such file or directory\n",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_reader_that_has_seen_enough_is_no_error(command, status, said):
@@ -50,6 +55,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(command, status, said):
     ) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (said, status)
+
+
+def test_a_file_that_is_not_there_is_named(capsys):
+    assert run(lambda: open("/nowhere/else")) == 2
+    assert capsys.readouterr().err == "error: /nowhere/else: No such file or directory\n"
 
 
 def test_any_other_broken_pipe_is_an_error(capsys):

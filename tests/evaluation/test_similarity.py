@@ -73,7 +73,14 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 # Inside
 
 
-@pytest.mark.parametrize("encoding", [("sinusoidal", "shaw", "cope"), ("randomized", "rope", "forgetting")], ids=str)
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        ("randomized", "shaw", "forgetting"),  # positions, terms of logit and value, features
+        pytest.param(("sinusoidal", "rope", "cope"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_walk_ends_where_the_decoder_does_and_its_weights_have_the_entropy_of_the_statistics(encoding):
     model = decoder(encoding=encoding)
     hidden, stats = jax.jit(lambda tokens: model.hidden(tokens, return_stats=True))(TOKENS)

@@ -279,7 +279,13 @@ REAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL)
+OF_FAMILY = {settings["model_type"]: name for name, (settings, _) in reversed(REAL.items())}
+"""The first of each family; the rest are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OF_FAMILY.values() else pytest.param(name, marks=pytest.mark.slow) for name in REAL]
+)
 def test_published_models_have_as_many_parameters_as_they_should(name):
     settings, count = REAL[name]
     family = FAMILIES[settings["model_type"]]

@@ -128,21 +128,21 @@ def in_context(
 
 
 def loaded(folder: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
-    """Logits of a published model on a mesh, and the shapes of its parameters' shards."""
+    """The parameters of a published model on a mesh, and the shapes of the shards of two of them."""
     import jax
     import numpy as np
+    from flax import nnx
 
     from nope_jax.config import MeshConfig
     from nope_jax.interop import load_pretrained
     from nope_jax.sharding import make_mesh
-    from tests.support.published import tokens
 
     mesh = make_mesh(MeshConfig(**mesh_sizes))
     with jax.set_mesh(mesh):
         model, _ = load_pretrained(folder, mesh=mesh)
-        logits = np.asarray(model(tokens(8, 16)))
+    parameters = {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
     query, embedding = model.blocks[0].attention.query[...], model.embedding[...]
-    return {"logits": logits, "shards": [x.addressable_shards[0].data.shape for x in (query, embedding)]}
+    return {"parameters": parameters, "shards": [x.addressable_shards[0].data.shape for x in (query, embedding)]}
 
 
 def evaluated(lines: list[str]) -> list[int]:
