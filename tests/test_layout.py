@@ -185,9 +185,9 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 PAGES = [p.name for p in (ROOT / "docs").glob("*.md") if ">>> " in p.read_text("utf-8")]
-LONG = "theorems.md"  # whose theorems test_theorems.py proves
+TESTED = ("theorems.md", "models.md")  # by test_theorems.py, and by test_families.py
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p == LONG else p for p in PAGES])
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in TESTED else p for p in PAGES])
 def test_code_of_the_pages_runs(page):
     assert doctest.testfile(str(ROOT / "docs" / page), module_relative=False).failed == 0
