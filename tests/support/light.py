@@ -1,11 +1,10 @@
 """Every attention function where no package is installed but jax, numpy and jaxtyping, which `test_layout.py` runs.
 
-Each is traced twice: what it calls that is compiled, by the first call alone. One is run.
+Each is traced twice, and what it calls is compiled for the first call alone. One is run.
 """
 
 # ruff: noqa: E402
 
-import functools
 import sys
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions
@@ -72,15 +71,20 @@ PARAMETERS = {
 names = {name.removesuffix("_attention") for name in nope_jax.attention.__all__ if name.endswith("_attention")}
 assert names - {"dot_product", "encoded"} == PARAMETERS.keys(), names ^ PARAMETERS.keys()
 
-traced = []
-jax.monitoring.register_event_duration_secs_listener(lambda event, *_, fun_name="", **__: traced.append(fun_name))
 query, key, value = map(jnp.asarray, np.random.default_rng(0).normal(size=(3, 1, T, N, H)).astype(np.float32))
+
+
+def programs(attend, parameters):
+    """What it calls that is compiled, and the shape of its result."""
+    jaxpr, out = jax.make_jaxpr(lambda *arrays: attend(*arrays, **parameters), return_shape=True)(query, key, value)
+    return [eqn.params["jaxpr"] for eqn in jaxpr.eqns if "jaxpr" in eqn.params], out.shape
+
+
 for name, parameters in PARAMETERS.items():
-    attend = functools.partial(getattr(nope_jax.attention, f"{name}_attention"), **parameters)
-    assert jax.eval_shape(lambda *arrays, attend=attend: attend(*arrays), query, key, value).shape == query.shape, name
-    traced.clear()
-    jax.eval_shape(lambda *arrays, attend=attend: attend(*arrays), query, key, value)
-    assert traced == ["<lambda>"], (name, traced)
+    attend = getattr(nope_jax.attention, f"{name}_attention")
+    (first, shape), (second, _) = programs(attend, parameters), programs(attend, parameters)
+    assert shape == query.shape, name
+    assert first and all(one is other for one, other in zip(first, second, strict=True)), name
 assert np.isfinite(nope_jax.attention.alibi_attention(query, key, value)).all()
 
 for name in nope_jax.__all__:
