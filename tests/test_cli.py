@@ -58,7 +58,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(command, status, said):
 
 
 def test_a_file_that_is_not_there_is_named(capsys):
-    assert run(lambda: Path("/nowhere/else").open()) == 2
+    assert run(lambda: Path("/nowhere/else").read_text()) == 2
     assert capsys.readouterr().err == "error: /nowhere/else: No such file or directory\n"
 
 

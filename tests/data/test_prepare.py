@@ -27,6 +27,9 @@ from nope_jax.checkpoint import Checkpointer
 from nope_jax.cli import parse_prepare
 from nope_jax.config import Config, DataConfig
 from nope_jax.data import corpora, load_corpus, load_tokenizer, prepare, train_batches
+from nope_jax.data import tokenizers as tokenizers_module
+from nope_jax.data.formats import files
+from nope_jax.data.tokenizers import JsonTokenizer
 from nope_jax.data.windows import Windows
 from tests.support.evaluation_cases import compare
 from tests.support.untrained import untrained
@@ -327,6 +330,24 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     assert peak < len(corpus.tokens) / 4
 
 
+def test_a_large_document_is_tokenised_in_blocks(config, tmp_path, monkeypatch):
+    (tmp_path / "large.txt").write_text("".join(f"The one says so {i} the other, naïve\n" for i in range(2000)))
+    monkeypatch.setattr(files, "PIECE", 2**11)
+    monkeypatch.setattr(tokenizers_module, "BLOCK", 2**12)
+    pieces, texts = [], []
+    encode_pieces, encode = JsonTokenizer.encode_pieces, JsonTokenizer._encode
+
+    def in_pieces(self, given):
+        return encode_pieces(self, (pieces.append(len(piece)) or piece for piece in given))
+
+    monkeypatch.setattr(JsonTokenizer, "encode_pieces", in_pieces)
+    monkeypatch.setattr(JsonTokenizer, "_encode", lambda self, text: texts.append(len(text)) or encode(self, text))
+    config = dataclasses.replace(config, source=f"text:{tmp_path}/large.txt")
+    assert load_corpus(config, "train").lengths.sum() > 15_000
+    assert max(pieces) <= 2**11 and max(texts) <= 2 * 2**12 and sum(pieces) > 75_000
+
+
+@pytest.mark.slow
 def test_a_large_document_is_never_whole_in_memory(config, tmp_path):
     (tmp_path / "large.txt").write_text("".join(f"The one says so {i} the other, naïve\n" for i in range(80_000)))
     code = (

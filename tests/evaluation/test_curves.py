@@ -224,9 +224,9 @@ def step_memory(implementation, length):
 
 def test_memory_of_the_evaluation_grows_linearly(monkeypatch):
     monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 2**18)
-    memory = [step_memory("streaming", length) for length in (1024, 2048, 4096)]
-    assert memory[1] < 2.05 * memory[0] and memory[2] < 2.05 * memory[1], memory
-    assert memory[2] < 4 * 4096 * 1024 / 2, memory  # half of what the logits of all positions would take
+    short, long = (step_memory("streaming", length) for length in (1024, 4096))
+    assert long < 4.1 * short
+    assert long < 4 * 4096 * 1024 / 2  # half of what the logits of all positions would take
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.config import Config, DataConfig, EvalConfig
 from nope_jax.data import load_corpus, load_tokenizer
+from nope_jax.data.tasks import passkey
 from nope_jax.encodings import NoPE, RoPE, UniformScale, Windowed, YaRNScaling
 from nope_jax.evaluation.common.documents import Window, choose_documents, plan_windows
 from nope_jax.evaluation.common.files import replace_file, store
@@ -349,7 +350,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_bad_input_is_refused_in_one_line_before_anything_is_written(workdirs, tmp_path, message):
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(workdirs, tmp_path, monkeypatch, message):
+    monkeypatch.setitem(passkey.DOCUMENTS, "validation", 20)
     runs, lengths, overrides = REFUSED[message]
     changed = {
         "other": {"eval.documents": 7},

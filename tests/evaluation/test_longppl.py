@@ -128,13 +128,14 @@ def test_a_judge_decides_for_all_runs(folder, tmp_path, monkeypatch, capsys):
     words = f"longppl --workdirs {folder}/alibi {folder}/learned --lengths 12 20 {SMALL} --longppl.gain 0.001"
     words += " --longppl.loss 9"
     write_run(folder, "short", encoding="learned")  # 16 positions
-    command = words.replace("learned", "short") + f" --longppl.judge {folder}/nope --out {tmp_path}"
+    write_run(folder, "judge", encoding="alibi", seed=1)
+    command = words.replace("learned", "short") + f" --longppl.judge {folder}/judge --out {tmp_path}"
     assert call_eval(monkeypatch, command) == 0
     lines = table(tmp_path / "longppl.csv")
     assert [(row["run"], row["length"]) for row in lines] == [("alibi", "12"), ("alibi", "20"), ("short", "12")]
-    assert lines[0]["key_tokens"] == lines[2]["key_tokens"] and {row["judge"] for row in lines} == {"nope"}
+    assert lines[0]["key_tokens"] == lines[2]["key_tokens"] and {row["judge"] for row in lines} == {"judge"}
     said = " ".join(capsys.readouterr().out.split())
-    assert "The judge is nope at step 0" in said and "short cannot read 20 tokens" in said
+    assert "The judge is judge at step 0" in said and "short cannot read 20 tokens" in said
 
 
 @pytest.mark.parametrize(

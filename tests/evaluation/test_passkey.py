@@ -184,7 +184,8 @@ def test_only_the_answer_can_tell_a_model_that_the_document_ends(monkeypatch):
 
 
 def test_the_corpus_is_a_function_of_its_seed(monkeypatch):
-    monkeypatch.setitem(DOCUMENTS, "train", 500)
+    for split, count in {"train": 100, "validation": 50}.items():
+        monkeypatch.setitem(DOCUMENTS, split, count)
 
     def documents(split, seed=0):
         return load_corpus(config(seed=seed), split).tokens.tobytes()
@@ -193,10 +194,11 @@ def test_the_corpus_is_a_function_of_its_seed(monkeypatch):
     # Validation is the same whatever the seed, so that runs of several seeds are comparable.
     assert documents("validation") == documents("validation", seed=1)
     train, validation = (set(map(bytes, load_corpus(config(), split))) for split in ("train", "validation"))
-    assert len(train) == 500 and len(validation) == DOCUMENTS["validation"] and not train & validation
+    assert (len(train), len(validation)) == (100, 50) and not train & validation
 
 
-def test_the_corpus_comes_in_the_tokens_of_any_tokenizer(tokenizer_json):
+def test_the_corpus_comes_in_the_tokens_of_any_tokenizer(tokenizer_json, monkeypatch):
+    monkeypatch.setitem(DOCUMENTS, "validation", 20)
     corpus = load_corpus(config(tokenizer=str(tokenizer_json)), "validation")
     tokenizer = load_tokenizer(str(tokenizer_json))
     assert (corpus.lengths == SHORTEST + 59).all() and corpus.tokens.dtype == np.uint16
@@ -432,8 +434,10 @@ def test_what_was_measured_before_it_stopped_is_kept(workdirs, tmp_path, monkeyp
     monkeypatch.setattr(trained, "load_model", load)
     folders = workdirs / "alibi", workdirs / "learned"
     with pytest.raises(stop):
-        evaluation.evaluate("passkey", Options(folders, (260,), tmp_path / "out", {}, PasskeyConfig(2, 2)))
-    assert "alibi,alibi,260,260,0,0,2,0" in (tmp_path / "out" / "passkey.csv").read_text()
+        evaluation.evaluate(
+            "passkey", Options(folders, (260,), tmp_path / "out", {}, PasskeyConfig(2, 3, batch_size=4))
+        )
+    assert "alibi,alibi,260,260,0,0,3,0" in (tmp_path / "out" / "passkey.csv").read_text()
     assert "alibi" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -23,8 +23,7 @@ def runs(tmp_path_factory):
     write_documents(folder, 3)
     for name, changes in {
         "nope": {"encoding": "nope"},
-        "alibi": {"encoding": "alibi", "num_heads": 4, "num_layers": 3, "seed": 1},
-        "learned": {"encoding": "learned", "train_length": 40},
+        "learned": {"encoding": "learned", "train_length": 40, "num_heads": 4, "num_layers": 3, "seed": 1},
     }.items():
         write_run(folder, f"{name}-on-text", **changes)
         copy_run(folder / f"{name}-on-text", folder / name, ON_TASK)
@@ -40,25 +39,25 @@ def table(out):
 
 
 def test_the_attention_of_a_run_is_compared_with_others_example_by_example(runs, tmp_path, monkeypatch, capsys):
-    words = f"similarity --workdirs {runs}/nope {runs}/same {runs}/alibi {runs}/learned --out {tmp_path}"
+    words = f"similarity --workdirs {runs}/nope {runs}/same {runs}/learned --out {tmp_path}"
     assert call_eval(monkeypatch, f"{words} --similarity.documents 2", pictures=True) == 0
     rows = table(tmp_path)
     assert list(rows[0]) == COLUMNS.split() and {row["layer"] for row in rows} == {"0", "1"}
     assert {(row["run"], row["other"], row["task"]) for row in rows} == {
-        ("nope", other, "parity") for other in ("same", "alibi", "learned")
+        ("nope", other, "parity") for other in ("same", "learned")
     }
     assert all((row["distribution"] == "in") == (int(row["length"]) <= 8) for row in rows)
     assert {row["distance"] for row in rows if row["other"] == "same"} == {"0"}
 
     # The numbers are those of each example read alone.
     config, nope, _ = load_model(runs / "nope")
-    alibi = load_model(runs / "alibi")[1]
+    learned = load_model(runs / "learned")[1]
     texts = read_examples(config.data, 0, 2)
     apart = []
     for tokens in texts[9]:
-        layers = [[step.weights for step in walk(model, tokens[None], weights=True)][1:3] for model in (nope, alibi)]
+        layers = [[step.weights for step in walk(model, tokens[None], weights=True)][1:3] for model in (nope, learned)]
         apart.append([head_distances(a[0], b[0]).min() for a, b in zip(*layers, strict=True)])
-    found = [row for row in rows if (row["other"], row["length"]) == ("alibi", "9")]
+    found = [row for row in rows if (row["other"], row["length"]) == ("learned", "9")]
     np.testing.assert_allclose([float(row["distance"]) for row in found], np.mean(apart, 0), rtol=1e-4)
     assert {int(row["examples"]) for row in found} == {len(apart)}
 
@@ -87,7 +86,7 @@ def test_examples_are_those_of_the_test_split_whole_and_with_a_bos(runs):
 BAD = {
     "data.lengths differs between the runs": "{0}/nope {0}/short",
     "data.bos differs between the runs": "{0}/nope {0}/bos",
-    "data.source differs between the runs": "{0}/nope {0}/alibi-on-text",
+    "data.source differs between the runs": "{0}/nope {0}/nope-on-text",
     "--workdirs must be the two runs to compare, not 1": "{0}/nope",
     "--similarity.length has no meaning for data.source task:parity: its examples are read whole": (
         "{0}/nope {0}/same --similarity.length 8"

@@ -276,6 +276,10 @@ def test_what_cannot_be_asked_is_one_line(runs, tmp_path, monkeypatch, capsys, w
 
 
 def test_a_run_on_text_is_asked_a_task(runs, tmp_path, monkeypatch):
+    def silent(model, prompts, new, **_):
+        return np.pad(prompts, [(0, 0), (0, new)])
+
+    monkeypatch.setattr(answers_module, "generate", silent)
     words = f"tasks --workdirs {runs}/on_text --tasks.task addition --lengths 2 9 --tasks.examples 3 --out {tmp_path}"
     assert call_eval(monkeypatch, words) == 0
     assert [(row["task"], row["distribution"]) for row in table(tmp_path / "tasks.csv")] == [
