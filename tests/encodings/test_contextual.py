@@ -25,6 +25,7 @@ from tests.support.attention_cases import (
     LENGTH,
     TOLERANCE,
     assert_close,
+    compiled,
     inputs,
     random,
     streaming_and_some_reference,
@@ -53,7 +54,7 @@ def cope_oracle(query, key, value, embeddings, *, logit_scale=1.0, scaled=False,
 
 
 def assert_agrees(attend, wanted, query, key, value, tolerance=TOLERANCE, **keywords):
-    out, stats = attend(query, key, value, return_stats=True, **keywords)
+    out, stats = compiled(attend, query, key, value, **keywords)
     assert_close(out, wanted.output, tolerance)
     assert_close(stats.entropy, wanted.entropy, tolerance)
     assert_close(stats.logsumexp, wanted.logsumexp, tolerance)
@@ -61,14 +62,16 @@ def assert_agrees(attend, wanted, query, key, value, tolerance=TOLERANCE, **keyw
 
 RULES = {
     "causal": {},
-    "not causal": {"is_causal": False},
     "window": {"window": 5},
     "segments": {"segment_ids": draw().integers(0, 3, (2, LENGTH))},
     "mask of keys": {"mask": INDEX % 3 != 1},
     "mask per head and row": {"mask": draw().random((2, 4, LENGTH, LENGTH)) < 0.6, "is_causal": False},
     "rows that see nothing": {"mask": (INDEX % 3 > 0)[:, None]},
     "no key before the last block": {"mask": INDEX > 15},
-    "logit scale per head": {"logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32)},
+    "logit scale per head, both ways": {
+        "logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32),
+        "is_causal": False,
+    },
     "positions with gaps, per row": {
         "query_positions": np.stack([np.cumsum(draw().integers(1, 9, LENGTH)), INDEX]),
         "key_positions": np.stack([np.cumsum(draw().integers(1, 9, LENGTH)), INDEX]),
@@ -79,10 +82,24 @@ RULES = {
         "key_positions": draw(2).permutation(LENGTH),
     },
 }
+RULES["any mask, positions out of order"] = RULES["positions out of order"] | {
+    "mask": RULES["mask per head and row"]["mask"] & RULES["rows that see nothing"]["mask"]
+}
 
 
+# The gradients below have any mask by streaming, and with it what else is slow here.
 @streaming_and_some_reference(
-    "rule", RULES, ["mask per head and row", "positions out of order"], slow=["causal", "window", "mask of keys"]
+    "rule",
+    RULES,
+    ["any mask, positions out of order"],
+    slow=[
+        "causal",
+        "window",
+        "mask of keys",
+        "mask per head and row",
+        "rows that see nothing",
+        "positions out of order",
+    ],
 )
 def test_cope_counts_the_keys_each_query_sees(rule, implementation):
     attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
@@ -90,7 +107,15 @@ def test_cope_counts_the_keys_each_query_sees(rule, implementation):
 
 
 @streaming_only
-@pytest.mark.parametrize(("queries", "keys", "where"), [(3, 21, None), (1, 17, None), (2, 21, [9, 10]), (20, 9, None)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "where"),
+    [
+        pytest.param(3, 21, None, marks=pytest.mark.slow),
+        (1, 17, None),
+        pytest.param(2, 21, [9, 10], marks=pytest.mark.slow),  # three of them are in the gradients below
+        (20, 9, None),
+    ],
+)
 def test_cope_of_queries_against_a_cache(queries, keys, where, implementation):
     rule = {} if where is None else {"query_positions": np.array(where)}
     arrays = inputs(T=queries, S=keys)
@@ -98,7 +123,7 @@ def test_cope_of_queries_against_a_cache(queries, keys, where, implementation):
     assert_agrees(attend, cope_oracle(*arrays, EMBEDDINGS, **rule), *arrays, **rule)
 
 
-@streaming_and_some_reference("kv_heads", [1, 4], [4], slow=[1])
+@streaming_and_some_reference("kv_heads", [1, 4], [], slow=[1])
 def test_cope_with_embeddings_per_head_and_the_division_of_its_code(kv_heads, implementation):
     embeddings, arrays = random(4, 7, 8, seed=5), inputs(K=kv_heads)
     attend = functools.partial(cope_attention, embeddings=embeddings, scaled=True, implementation=implementation)
@@ -146,22 +171,27 @@ def mix(results):
     return sum((x * random(*x.shape, seed=20 + i)).sum() for i, x in enumerate((out, entropy, logsumexp)))
 
 
-def gradients(attend, arrays):
-    """Of `mix` in every array."""
+def with_gradients(attend):
+    """Compiled, of arrays: output, entropy and logsumexp; and the gradient of `mix` of them in every array."""
 
     def loss(arrays):
         out, stats = attend(**arrays, return_stats=True)
-        return mix((out, *stats))
+        return mix((out, *stats)), (out, *stats)
 
-    return jax.jit(jax.grad(loss))(arrays)
+    @jax.jit
+    def run(arrays):
+        (_, results), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return results, gradient
+
+    return run
 
 
 def assert_slope(gradient, exact, arrays, h=1e-5):
-    """The gradient along a random direction against finite differences of fourth order in float64."""
+    """The gradient along a random direction against finite differences in float64."""
     for seed, name in enumerate(arrays):
         direction = random(*arrays[name].shape, seed=40 + seed).astype(np.float64)
-        moved = [mix(exact(**arrays | {name: arrays[name] + s * h * direction})[:3]) for s in (1, -1, 2, -2)]
-        wanted = (8 * (moved[0] - moved[1]) - (moved[2] - moved[3])) / (12 * h)
+        ahead, behind = (mix(exact(**arrays | {name: arrays[name] + step * direction})[:3]) for step in (h, -h))
+        wanted = (ahead - behind) / (2 * h)
         scale = math.sqrt((np.float64(gradient[name]) ** 2).sum() + 1e-4)
         assert abs((np.float64(gradient[name]) * direction).sum() - wanted) < 2 * TOLERANCE * scale, name
 
@@ -171,29 +201,35 @@ def cope_arrays(**shape):
     return arrays | {"embeddings": EMBEDDINGS, "logit_scale": np.linspace(0.5, 1.5, 4, dtype=np.float32)}
 
 
-@pytest.mark.parametrize("rule", [pytest.param("causal", marks=pytest.mark.slow), "mask per head and row"])
+@pytest.mark.parametrize("rule", [pytest.param("causal", marks=pytest.mark.slow), "any mask, positions out of order"])
 def test_gradients_of_cope_agree_with_finite_differences_in_float64(rule):
-    arrays = cope_arrays()
-    gradient = gradients(functools.partial(cope_attention, **RULES[rule], implementation="streaming"), arrays)
+    arrays, exact = cope_arrays(), functools.partial(cope_oracle, **RULES[rule])
+    attend = functools.partial(cope_attention, **RULES[rule], implementation="streaming")
+    results, gradient = with_gradients(attend)(arrays)
+    jax.tree.map(assert_close, results, tuple(exact(**arrays)[:3]))
     assert set(gradient) == {"query", "key", "value", "embeddings", "logit_scale"}
-    assert_slope(gradient, functools.partial(cope_oracle, **RULES[rule]), arrays)
+    assert_slope(gradient, exact, arrays)
 
 
 @pytest.mark.parametrize(
     ("shape", "rule"),
     [
         pytest.param({}, {"segment_ids": DOCUMENTS, "window": 6}, marks=pytest.mark.slow),
-        ({}, RULES["rows that see nothing"] | RULES["positions out of order"]),
+        pytest.param({}, RULES["any mask, positions out of order"], marks=pytest.mark.slow),
         ({"T": 3, "S": 21}, {"query_positions": np.array([7, 8, 9])}),
     ],
 )
-def test_scanning_has_the_gradients_of_the_definition(shape, rule):
+def test_scanning_has_the_values_of_the_oracle_and_the_gradients_of_the_definition(shape, rule):
+    arrays = cope_arrays(**shape)
     streamed, reference = (
-        gradients(functools.partial(cope_attention, **rule, implementation=name), cope_arrays(**shape))
+        with_gradients(functools.partial(cope_attention, **rule, implementation=name))(arrays)
         for name in ("streaming", "reference")
     )
-    jax.tree.map(assert_close, streamed, reference)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(streamed))
+    wanted = tuple(cope_oracle(**arrays, **rule)[:3])
+    for results, _ in (streamed, reference):
+        jax.tree.map(assert_close, results, wanted)
+    jax.tree.map(assert_close, streamed[1], reference[1])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(streamed[1]))
 
 
 def _drifting(parameters, block, content, visible, carry):
@@ -227,11 +263,11 @@ def test_scanning_differentiates_every_array_of_its_terms():
         )
 
     streamed, reference = (
-        gradients(lambda return_stats, name=name, **arrays: attend(name, **arrays), arrays | terms)
+        with_gradients(lambda return_stats, name=name, **arrays: attend(name, **arrays))(arrays | terms)
         for name in ("streaming", "reference")
     )
     jax.tree.map(assert_close, streamed, reference)
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(streamed))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(streamed[1]))
 
 
 def test_scanning_visits_blocks_from_the_last_key_and_skips_what_is_not_seen():
@@ -252,7 +288,7 @@ def test_scanning_visits_blocks_from_the_last_key_and_skips_what_is_not_seen():
 
 
 def log_forget(B=2, S=LENGTH, N=4, seed=3):
-    return np.asarray(jax.nn.log_sigmoid(random(B, S, N, seed=seed) + 1.0))
+    return -np.log1p(np.exp(-1.0 - random(B, S, N, seed=seed)))
 
 
 def forget_oracle(query, key, value, log_forget, query_start=None, **common):
@@ -260,12 +296,13 @@ def forget_oracle(query, key, value, log_forget, query_start=None, **common):
     return oracles.attention(query, key, value, bias=bias, **common)
 
 
+# What is visible is not its own to say: test_every_encoding.py has segments and masks.
 @streaming_and_some_reference(
     "rule",
-    ["causal", "not causal", "window", "segments", "mask per head and row", "logit scale per head",
+    ["causal", "window", "segments", "mask per head and row", "logit scale per head, both ways",
      "positions with gaps, per row"],
     ["positions with gaps, per row"],
-    slow=["causal", "window"],
+    slow=["causal", "window", "segments", "mask per head and row"],
 )  # fmt: skip
 def test_forgetting_is_that_of_the_paper(rule, implementation):
     attend = functools.partial(forgetting_attention, log_forget=log_forget(), implementation=implementation)
@@ -282,27 +319,28 @@ def test_forgetting_of_queries_against_a_cache(start, where, implementation):
 
 
 def test_gradients_of_forgetting_agree_with_finite_differences_in_float64():
-    arrays = dict(zip(("query", "key", "value"), inputs(), strict=True)) | {"log_forget": log_forget()}
-    gradient = gradients(functools.partial(forgetting_attention, implementation="streaming"), arrays)
-    assert_slope(gradient, forget_oracle, arrays)
-
-
-def test_open_gates_forget_nothing_and_still_learn():
-    query, key, value = inputs()
-    gates = np.zeros((2, LENGTH, 4), np.float32)
-    assert_close(forgetting_attention(query, key, value, log_forget=gates), oracles.attention(query, key, value).output)
-    arrays = {"query": query, "key": key, "value": value, "log_forget": gates}
-    assert_slope(gradients(forgetting_attention, arrays), forget_oracle, arrays)
+    attend = with_gradients(functools.partial(forgetting_attention, implementation="streaming"))
+    arrays = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    for gates in (log_forget(), np.zeros((2, LENGTH, 4), np.float32)):  # open gates forget nothing and still learn
+        arrays["log_forget"] = gates
+        results, gradient = attend(arrays)
+        jax.tree.map(assert_close, results, tuple(forget_oracle(**arrays)[:3]))
+        assert_slope(gradient, forget_oracle, arrays)
 
 
 def test_a_gate_of_zero_forgets_all_tokens_before():
     query, key, value = inputs()
     gates = log_forget().copy()
     gates[:, 9] = -np.inf
-    out, later = (
-        forgetting_attention(*(x[:, start:] for x in (query, key, value)), log_forget=gates[:, start:])
-        for start in (0, 9)
-    )
+
+    @jax.jit
+    def attend(*arrays):
+        return [
+            forgetting_attention(*(x[:, start:] for x in arrays[:3]), log_forget=arrays[3][:, start:])
+            for start in (0, 9)
+        ]
+
+    out, later = attend(query, key, value, gates)
     assert np.isfinite(out).all()
     assert_close(out[:, 9:], later)
 
@@ -310,27 +348,40 @@ def test_a_gate_of_zero_forgets_all_tokens_before():
 def test_bfloat16_inputs_have_their_gates_in_float32():
     params = Forgetting().init_layer(jax.random.key(0), SIZES)
     x = jnp.array(random(2, LENGTH, 32), jnp.bfloat16)
-    sums = Forgetting().features(params, x, None)
+
+    @jax.jit
+    def attend(x, *arrays):
+        sums = Forgetting().features(params, x, None)
+        return sums, encoded_attention(Forgetting(), params, *arrays, query_features=sums, key_features=sums)
+
+    sums, out = attend(x, *(jnp.array(x, jnp.bfloat16) for x in inputs()))
     assert sums.high.dtype == sums.low.dtype == jnp.float32
     gate = np.asarray(x, np.float64) @ np.asarray(params["weights"], np.float64) + np.asarray(params["bias"])
     assert_close(sums.high, np.cumsum(-np.log1p(np.exp(-gate)), axis=1))
-    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
-    out = encoded_attention(Forgetting(), params, query, key, value, query_features=sums, key_features=sums)
     assert out.dtype == jnp.bfloat16
 
 
 def test_sums_run_on_from_token_to_token():
     gates = log_forget().copy()
-    whole, sums, previous = forget_sums(gates), [], None
-    for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
-        sums.append(forget_sums(gates[:, start:stop], previous))
-        previous = jax.tree.map(lambda x: x[:, -1], sums[-1])
-    parts = RunningSum(*(np.concatenate(x, axis=1) for x in zip(*sums, strict=True)))
+
+    @jax.jit
+    def sums(gates):
+        whole, parts, previous = forget_sums(gates), [], None
+        for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
+            parts.append(forget_sums(gates[:, start:stop], previous))
+            previous = jax.tree.map(lambda x: x[:, -1], parts[-1])
+        none = jax.tree.map(jnp.zeros_like, previous)
+        return (
+            whole,
+            RunningSum(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))),
+            forget_sums(gates, none),
+        )
+
+    whole, parts, from_none = sums(gates)
     exact = np.cumsum(np.asarray(gates, np.float64), axis=1)
     for run in (whole, parts):
         np.testing.assert_allclose(np.float64(run.high) + np.float64(run.low), exact, rtol=1e-12)
-    none = jax.tree.map(jnp.zeros_like, previous)
-    jax.tree.map(np.testing.assert_array_equal, forget_sums(gates, none), whole)
+    jax.tree.map(np.testing.assert_array_equal, from_none, whole)
 
 
 @pytest.mark.parametrize("strength", [1e-4, 0.3, 20.0])

@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import encoded_attention
-from nope_jax.encodings import ENCODINGS, FIRE, SCHEDULES, DynamicNTKScaling, ModelDims, RoPE, Wrapper
+from nope_jax.encodings import (
+    ENCODINGS,
+    SCHEDULES,
+    AttentionSink,
+    Convolution,
+    LogN,
+    LongRoPEScaling,
+    ModelDims,
+    Randomized,
+    RoPE,
+    Wrapper,
+)
 from tests.support.attention_cases import IN_ATTENTION, ONE_OF_EACH, assert_close, others_slow
+from tests.support.drawn_decoder import drawn_decoder
 
 B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
 TRAINED = 24
@@ -25,8 +36,9 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 # What only one of these tests would see is quick; of the others another test stands for the names that are left out.
 PLAIN = {"nope", "rope", "t5", "head_scale"}
 # Their values and gradients at positions that run on are held by test_relative.py and test_contextual.py, and behind a
-# cache by the decoding below; at positions that do not, a table by distance is test_bias.py's.
-HELD, BIASES = {"shaw", "transformer_xl", "cope"}, {"fire", "transformer_xl"}
+# cache by the decoding below; at positions that do not, a table by distance is test_bias.py's, and CoPE is
+# test_contextual.py's.
+HELD, ANYWHERE = {"shaw", "transformer_xl", "cope", "forgetting"}, {"fire", "transformer_xl", "cope"}
 
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -36,19 +48,23 @@ def encoding_of(name):
     return ENCODINGS[name]().bind(SIZES)
 
 
+def shapes_of_parameters(encoding):
+    return jax.eval_shape(
+        lambda key: {**encoding.init_shared(key, SIZES), **encoding.init_layer(key, SIZES)}, jax.random.key(0)
+    )
+
+
 def parameters(encoding, seed=0):
-    """Initial parameters, each moved a little, so that none is where it has no effect."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    params = {**encoding.init_shared(keys[0], SIZES), **encoding.init_layer(keys[1], SIZES)}
-    leaves, structure = jax.tree.flatten(params)
-    moved = [x + 0.3 * jax.random.normal(jax.random.fold_in(keys[2], i), x.shape) for i, x in enumerate(leaves)]
-    return jax.tree.unflatten(structure, moved)
+    """Numbers for all parameters, none of which is where it has no effect."""
+    draws = np.random.default_rng(seed)
+    shapes = shapes_of_parameters(encoding)
+    return jax.device_put(jax.tree.map(lambda x: draws.normal(0, 0.5, x.shape).astype(x.dtype), shapes))
 
 
 def operands(seed=0, queries=T, keys=S):
     draws = np.random.default_rng(seed)
     shapes = (B, queries, N, H), (B, keys, K, H), (B, keys, K, H), (B, keys, D)
-    return [jnp.asarray(draws.standard_normal(shape), jnp.float32) for shape in shapes]
+    return [jax.device_put(draws.standard_normal(shape).astype(np.float32)) for shape in shapes]
 
 
 def attend(encoding, params, query, key, value, inputs, **common):
@@ -76,7 +92,7 @@ def value_and_gradient(encoding, implementation, params, arrays, logit_scale, co
 
 
 def assert_streaming_is_reference(encoding, arrays, common, seed=0):
-    params, logit_scale = parameters(encoding, seed), jnp.linspace(0.5, 1.5, N)
+    params, logit_scale = parameters(encoding, seed), np.linspace(0.5, 1.5, N, dtype=np.float32)
     (values, gradient), (wanted, wanted_gradient) = (
         value_and_gradient(encoding, name, params, arrays, logit_scale, common) for name in ("streaming", "reference")
     )
@@ -91,7 +107,7 @@ def test_streaming_is_reference_behind_a_cache(name):
     assert_streaming_is_reference(encoding_of(name), operands(), {})
 
 
-@pytest.mark.parametrize("name", others_slow([*KINDS, "head_scale"], but=PLAIN | BIASES))
+@pytest.mark.parametrize("name", others_slow([*KINDS, "head_scale"], but=PLAIN | ANYWHERE))
 @hypothesis.given(seed=st.integers(0, 2**16))
 @hypothesis.settings(max_examples=4, derandomize=True, deadline=None)
 def test_streaming_is_reference_for_any_positions_segments_and_mask(name, seed):
@@ -138,7 +154,7 @@ def test_streaming_is_reference_for_any_shapes(name, data):
     jax.clear_caches()  # the system lets a process map a number of programs, and these are many
 
 
-@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN | {"fire", "shaw"}))
+@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN | {"fire", "shaw", "transformer_xl"}))
 def test_the_gradient_from_the_future_is_zero(name):
     encoding, row, common = encoding_of(name), 9, {"implementation": "streaming"}
     params = parameters(encoding)
@@ -147,11 +163,11 @@ def test_the_gradient_from_the_future_is_zero(name):
     def gradient(arrays):
         return jax.grad(lambda a: (attend(encoding, params, *a, **common)[:, row] ** 2).sum())(arrays)
 
-    query, *of_keys = gradient(operands(queries=S))
+    query, *of_keys = map(np.asarray, gradient(operands(queries=S)))
     for array in of_keys:
         assert (array[:, row + 1 :] == 0).all()
         assert array.shape[-1] == D or (array[:, : row + 1] != 0).any()  # not every encoding looks at the inputs
-    assert (query[:, row] != 0).any() and (jnp.delete(query, row, axis=1) == 0).all()
+    assert (query[:, row] != 0).any() and (np.delete(query, row, axis=1) == 0).all()
 
 
 SHIFTED = 5
@@ -165,9 +181,8 @@ ELSEWHERE = ["nope", "rope", "alibi", "t5"]  # test_attention.py has them
     "name", [pytest.param(x, marks=pytest.mark.slow) if x in ELSEWHERE else x for x in INVARIANT + NOT_INVARIANT]
 )
 def test_a_shift_of_all_positions_changes_nothing_exactly_where_it_should_not(name):
-    # Up to its learned threshold FIRE is invariant, too.
-    encoding = FIRE(threshold=4.0) if name == "fire" else encoding_of(name)
-    params, arrays, positions = parameters(encoding), operands(queries=S), jnp.arange(S)
+    encoding = encoding_of(name)
+    params, arrays, positions = parameters(encoding), operands(queries=S), np.arange(S)
 
     @jax.jit
     def at(positions):
@@ -182,19 +197,17 @@ def test_a_shift_of_all_positions_changes_nothing_exactly_where_it_should_not(na
 
 def decoder(encoding, **changes):
     settings = {"num_heads": N, "num_kv_heads": K, "model_dim": D, "mlp_dim": 24, "train_length": TRAINED}
-    settings |= {"vocab_size": V, "num_layers": 2, "encoding": encoding} | changes
-    return Decoder(ModelConfig(**settings), rngs=nnx.Rngs(0))
+    return drawn_decoder(**settings | {"vocab_size": V, "num_layers": 2, "encoding": encoding} | changes)
 
 
 TOKENS = np.random.default_rng(1).integers(0, V, (B, TRAINED))
 
-
-DYNAMIC = RoPE(scaling=DynamicNTKScaling(factor=2.0, original_length=8))
-
-
+# Frequencies and samples that depend on how much room there is, and a wrapper in each place that can be one.
+LONG_ROPE = RoPE(scaling=LongRoPEScaling((1.0, 1.5), (1.0, 3.0), 8, factor=2.0))
+RANDOMIZED = Randomized(Convolution(), maximum=2 * TRAINED)
 # Each in a layer of its own: what holds of the decoder holds of all of them, and one alone is a slow test. NoPE decodes
 # in test_model_fields.py; terms by distance know nothing of a cache but the positions that all have.
-TOGETHER = ("learned", "fire", "convolution", "cope"), ("recursive", "rope", "forgetting", "log_n", DYNAMIC)
+TOGETHER = ("learned", "fire", RANDOMIZED, "cope"), ("recursive", LONG_ROPE, "forgetting", AttentionSink(LogN()))
 
 
 @pytest.mark.parametrize("encoding", [*TOGETHER, *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
@@ -207,13 +220,14 @@ def test_token_by_token_gives_the_logits_of_one_pass(encoding):
         return nnx.merge(graph, state).decode_step(tokens, cache, return_stats=True)
 
     logits, stats = jax.jit(lambda state: nnx.merge(graph, state)(TOKENS, return_stats=True))(state)
+    logits, entropy = np.asarray(logits), np.asarray(stats.entropy)
     cache = model.init_cache(B, TRAINED)
     first, _, cache = step(state, TOKENS[:, :5], cache)  # a prompt at once
     assert_close(first, logits[:, :5], tolerance=1e-5)
     for t in range(5, TRAINED):
         got, got_stats, cache = step(state, TOKENS[:, t : t + 1], cache)
-        assert_close(got[:, 0], logits[:, t], tolerance=1e-5)
-        assert_close(got_stats.entropy[..., 0], stats.entropy[..., t], tolerance=1e-5)
+        assert_close(np.asarray(got)[:, 0], logits[:, t], tolerance=1e-5)
+        assert_close(np.asarray(got_stats.entropy)[..., 0], entropy[..., t], tolerance=1e-5)
     assert cache.length == TRAINED
     with pytest.raises(ValueError, match="room for 24 and holds 24"):
         model.decode_step(TOKENS[:, :1], cache)
@@ -229,19 +243,18 @@ def test_schedules_decode_too(name):
     assert_close(jnp.concatenate([first, last], axis=1), logits, tolerance=1e-5)
 
 
-# Those whose formula divides by, or takes a logarithm of, a length, a position or a sum; the gradients of the others at
-# a common length are finite by the tests above. Together as above, where there is no table of positions.
-@pytest.mark.parametrize(
-    "name", [("recursive", "fire", "cope", "forgetting", "log_n"), *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str
-)
+# Those whose formula divides by, or takes a logarithm of, a length, a position or a gate. The gradients of the others at
+# a common length are finite by the tests above, and recurrences past training by test_absolute.py.
+@pytest.mark.parametrize("name", [("fire", "forgetting", "log_n"), *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
 def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
-    model = decoder(name, num_layers=len(name) if isinstance(name, tuple) else 1)
+    trained = 4
+    model = decoder(name, num_layers=len(name) if isinstance(name, tuple) else 1, train_length=trained)
     graph, state = nnx.split(model)
-    longest = 2 * TRAINED
+    longest = 2 * trained
     if model.max_length is not None and model.max_length < longest:
         with pytest.raises(ValueError, match=f"between 0 and {model.max_length - 1}"):
-            model(np.tile(TOKENS, 2))
-        longest = TRAINED
+            model(TOKENS[:, :longest])
+        longest = trained
 
     def loss(state, tokens):
         logits, stats = nnx.merge(graph, state)(tokens, return_stats=True)
@@ -249,9 +262,8 @@ def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
 
     @jax.jit
     def losses_and_gradient(state):
-        return [loss(state, TOKENS[:, :length]) for length in (1, 2)], jax.value_and_grad(loss)(
-            state, np.tile(TOKENS, 2)[:, :longest]
-        )
+        shorter = [loss(state, TOKENS[:, :length]) for length in (1, 2)]
+        return shorter, jax.value_and_grad(loss)(state, TOKENS[:, :longest])
 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(losses_and_gradient(state)))
 
@@ -265,13 +277,11 @@ def largest_array(jaxpr):
 
 
 # The memory of NoPE, T5, Shaw and CoPE is measured in test_attention_compiled.py.
-@pytest.mark.parametrize("name", others_slow(KINDS, but={"nope", "rope", "t5", "shaw", "cope", "transformer_xl"}))
+@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN | {"fire", "shaw", "cope", "transformer_xl"}))
 def test_no_array_of_queries_times_keys_exists(name):
     """In the program of value and gradient, whatever the compiler makes of it, for positions given or not."""
     encoding = ENCODINGS[name]().bind(ModelDims(N, H, D, 4096, K, V))
-    params = jax.eval_shape(
-        lambda k: {**encoding.init_shared(k, SIZES), **encoding.init_layer(k, SIZES)}, jax.random.key(0)
-    )
+    params = shapes_of_parameters(encoding)
 
     def largest(length, explicit):
         shapes = (1, length, N, H), (1, length, K, H), (1, length, K, H), (1, length, D)

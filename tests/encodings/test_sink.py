@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import alibi_attention, attention_weights, encoded_attention
 from nope_jax.encodings import ALiBi, AttentionSink, HeadScale, ModelDims, NoPE, Windowed, resolve
 from tests.support import oracles
@@ -18,6 +16,7 @@ from tests.support.attention_cases import (
     streaming_and_some_reference,
     streaming_only,
 )
+from tests.support.drawn_decoder import drawn_decoder
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 SINK = np.array([-1.0, 0.0, 1.5, 30.0], np.float32)
@@ -90,13 +89,13 @@ def test_it_wraps_an_encoding_and_its_wrappers():
     ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.05, marks=pytest.mark.slow)]
 )
 def test_a_decoder_with_sinks_decodes_as_in_one_pass(dtype, tolerance):
-    config = ModelConfig(vocab_size=32, num_layers=3, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48)
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
     encoding = (*resolve("attention_sink:rope"), AttentionSink(Windowed(ALiBi(), 5), start=1.0))
-    model = Decoder(ModelConfig(**{**vars(config), "encoding": encoding, "dtype": dtype}), rngs=nnx.Rngs(0))
+    model = drawn_decoder(num_layers=2, encoding=encoding, dtype=dtype)
+    tokens = np.random.default_rng(1).integers(0, 32, (2, 12))
     logits = model(tokens)
     first, cache = model.decode_step(tokens[:, :7], model.init_cache(2, 12))
     rest, _ = model.decode_step(tokens[:, 7:8], cache)
-    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), logits[:, :8], atol=tolerance)
-    without = Decoder(ModelConfig(**{**vars(config), "encoding": ("rope", Windowed(ALiBi(), 5))}), rngs=nnx.Rngs(0))
-    assert np.abs(without(tokens) - logits).max() > 1e-2
+    np.testing.assert_allclose(np.concatenate([first, rest], 1), logits[:, :8], atol=tolerance)
+    for block in model.blocks:
+        block.attention.position["sink"][...] -= 100.0
+    assert np.abs(model(tokens) - logits).max() > 1e-2  # nothing goes to such sinks

@@ -67,6 +67,11 @@ def inputs(B=2, T=LENGTH, S=None, N=4, K=2, H=8, seed=0):
     return random(B, T, N, H, seed=seed), random(B, S, K, H, seed=seed + 1), random(B, S, K, H, seed=seed + 2)
 
 
+def compiled(attend, *arrays, **keywords):
+    """Output and statistics, by one program: outside jit each operation of an encoding is compiled by itself."""
+    return jax.jit(lambda *arrays: attend(*arrays, **keywords, return_stats=True))(*arrays)
+
+
 def parameters(encoding, N=4):
     """Settings away from the defaults, so that none can be lost on the way."""
     return {
