@@ -23,6 +23,7 @@ from tests.support.attention_cases import (
     LENGTH,
     TOLERANCE,
     assert_close,
+    compiled,
     inputs,
     random,
     streaming_and_some_reference,
@@ -76,8 +77,10 @@ def oracle(case, parameters, query, key, value, *, query_positions=None, key_pos
 
 COMMON = {
     "defaults": {},
-    "not causal": {"is_causal": False},
-    "logit scale per head": {"logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32)},
+    "logit scale per head, both ways": {
+        "logit_scale": np.array([0.5, 1.0, 2.0, 0.0], np.float32),
+        "is_causal": False,
+    },
     "positions with gaps, per row": {
         "query_positions": np.stack([3 * INDEX, INDEX]),
         "key_positions": np.stack([3 * INDEX, INDEX]),
@@ -89,27 +92,32 @@ COMMON = {
 @every_case
 def test_attention_is_that_of_the_paper(case, common, implementation):
     attend, parameters = CASES[case]
-    out, stats = attend(*inputs(), **parameters, **COMMON[common], implementation=implementation, return_stats=True)
+    out, stats = compiled(attend, *inputs(), **parameters, **COMMON[common], implementation=implementation)
     wanted = oracle(case, parameters, *inputs(), **COMMON[common])
     assert_close(out, wanted.output)
     assert_close(stats.entropy, wanted.entropy)
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@streaming_and_some_reference("case", CASES, ["fire"])
+@streaming_and_some_reference("case", CASES, ["fire"], slow=["kerple power"])
 def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, implementation):
     attend, parameters = CASES[case]
     arrays = inputs(T=3, S=LENGTH)
-    for where in ({}, {"query_positions": np.array([9, 10, 11])}):
-        out = attend(*arrays, **parameters, **where, implementation=implementation)
+    places = {}, {"query_positions": np.array([9, 10, 11])}
+
+    @jax.jit
+    def outputs(*arrays):
+        return [attend(*arrays, **parameters, **where, implementation=implementation) for where in places]
+
+    for where, out in zip(places, outputs(*arrays), strict=True):
         assert_close(out, oracle(case, parameters, *arrays, **where).output)
 
 
-@streaming_and_some_reference("case", CASES, ["fire"], slow=["kerple power"])
+@streaming_and_some_reference("case", CASES, [], slow=["kerple power"])
 def test_bfloat16_in_is_bfloat16_out_and_the_bias_is_float32(case, implementation):
     attend, parameters = CASES[case]
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
-    out, stats = attend(query, key, value, **parameters, implementation=implementation, return_stats=True)
+    out, stats = compiled(attend, query, key, value, **parameters, implementation=implementation)
     wanted = oracle(case, parameters, *(np.asarray(x, np.float64) for x in (query, key, value)))
     assert out.dtype == jnp.bfloat16
     assert_close(out, wanted.output, tolerance=2**-8)
@@ -129,25 +137,24 @@ def mix(out, logsumexp):
         pytest.param("fire", False, marks=pytest.mark.slow),
     ],
 )
-def test_gradients_of_every_parameter_agree_with_finite_differences_in_float64(case, explicit):
+def test_values_agree_with_float64_and_gradients_of_every_parameter_with_its_differences(case, explicit):
     attend, parameters = CASES[case]
     where = {"query_positions": 2 * INDEX, "key_positions": 2 * INDEX} if explicit else {}
 
     def loss(parameters):
         out, stats = attend(*inputs(B=1), **parameters, **where, implementation="streaming", return_stats=True)
-        return mix(out, stats.logsumexp)
-
-    gradient = jax.jit(jax.grad(loss))(parameters)
+        return mix(out, stats.logsumexp), (out, *stats)
 
     def exact(parameters):
-        wanted = oracle(case, parameters, *inputs(B=1), **where)
-        return mix(wanted.output, wanted.logsumexp)
+        return oracle(case, parameters, *inputs(B=1), **where)
 
-    h = 1e-4
+    gradient, results = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+    jax.tree.map(assert_close, results, tuple(exact(parameters)[:3]))
+    h = 1e-5
     for name, x in parameters.items():
         direction = np.asarray(random(*x.shape, seed=30), np.float64)
-        moved = [exact(parameters | {name: x + step * direction}) for step in (h, -h, 2 * h, -2 * h)]
-        wanted = (8 * (moved[0] - moved[1]) - (moved[2] - moved[3])) / (12 * h)
+        ahead, behind = (exact(parameters | {name: x + step * direction}) for step in (h, -h))
+        wanted = (mix(ahead.output, ahead.logsumexp) - mix(behind.output, behind.logsumexp)) / (2 * h)
         # The bias of all keys together is forgotten by the output, and moves every logsumexp by itself.
         size = max(float(np.abs(gradient[name]).sum()), 1.0)
         assert abs((np.float64(gradient[name]) * direction).sum() - wanted) < TOLERANCE * size, name
@@ -160,7 +167,7 @@ def test_gradients_of_every_parameter_agree_with_finite_differences_in_float64(c
 def test_alibi_is_that_of_mpt(implementation):
     golden = {name: np.array(x, np.float32) for name, x in GOLDEN["mpt"].items()}
     arrays = golden["query"], golden["key"], golden["value"]
-    out, stats = alibi_attention(*arrays, implementation=implementation, return_stats=True)
+    out, stats = compiled(alibi_attention, *arrays, implementation=implementation)
     assert_close(out, golden["out"])
     assert_close(stats.entropy, golden["entropy"])
 
@@ -169,13 +176,19 @@ def test_alibi_is_that_of_mpt(implementation):
 def test_falcon_divides_its_slopes_by_the_root_of_the_head_dim_too(implementation):
     golden = {name: np.array(x, np.float32) for name, x in GOLDEN["falcon"].items()}
     arrays = golden["query"], golden["key"], golden["value"]
-    attend = functools.partial(alibi_attention, *arrays, implementation=implementation, return_stats=True)
-    out, stats = attend(slopes=alibi_slopes(4) / math.sqrt(8))
+    slopes = alibi_slopes(4) / math.sqrt(8)
+    given = ALiBi(slopes=slopes.tolist())
+
+    @jax.jit
+    def outputs(*arrays):
+        attend = functools.partial(alibi_attention, *arrays, implementation=implementation, return_stats=True)
+        return attend(slopes=slopes), encoded_attention(given, {}, *arrays, implementation=implementation), attend()
+
+    (out, stats), of_encoding, (plain, _) = outputs(*arrays)
     assert_close(out, golden["out"])
     assert_close(stats.entropy, golden["entropy"])
-    assert np.abs(attend()[0] - golden["out"]).max() > 1e-2
-    given = ALiBi(slopes=(alibi_slopes(4) / math.sqrt(8)).tolist())
-    assert_close(encoded_attention(given, {}, *arrays, implementation=implementation), golden["out"])
+    assert_close(of_encoding, golden["out"])
+    assert np.abs(plain - golden["out"]).max() > 1e-2
 
 
 def test_slopes_of_ones_own_are_one_per_head_and_may_be_learned_from_there():
@@ -211,9 +224,9 @@ def test_t5_without_the_root_is_the_published_model(name, implementation):
     golden = {key: np.array(x, np.float32) for key, x in T5_GOLDEN[name].items()}
     query = golden["query"] / math.sqrt(golden["query"].shape[-1])  # stored times √H; T5's own
     both = name == "t5_bidirectional"
-    out, stats = t5_attention(
-        query, golden["key"], golden["value"], table=golden["table"], max_distance=16, bidirectional=both, scaled=False,
-        is_causal=not both, implementation=implementation, return_stats=True,
+    out, stats = compiled(
+        t5_attention, query, golden["key"], golden["value"], table=golden["table"], max_distance=16, bidirectional=both,
+        scaled=False, is_causal=not both, implementation=implementation,
     )  # fmt: skip
     assert_close(out, golden["out"])
     assert_close(stats.entropy, golden["entropy"])
@@ -221,16 +234,19 @@ def test_t5_without_the_root_is_the_published_model(name, implementation):
 
 def test_t5_without_the_root_multiplies_the_queries_and_keeps_their_dtype():
     table = random(32, 4, seed=9)
-    query, key, value = inputs()
-    attend = functools.partial(t5_attention, key=key, value=value, table=table)
     logit_scale = np.array([0.5, 1.0, 2.0, 0.3], np.float32)
-    unscaled = attend(query, scaled=False, logit_scale=logit_scale)
-    assert_close(unscaled, attend(query, logit_scale=math.sqrt(8) * logit_scale), tolerance=2e-6)
+
+    @functools.partial(jax.jit, static_argnames="root")
+    def both(*arrays, logit_scale, root):
+        attend = functools.partial(t5_attention, *arrays, table=table)
+        return attend(scaled=False, logit_scale=logit_scale), attend(logit_scale=root * logit_scale)
+
+    unscaled, scaled = both(*inputs(), logit_scale=logit_scale, root=math.sqrt(8))
+    assert_close(unscaled, scaled, tolerance=2e-6)
     # √16 = 4 is exact in bfloat16.
-    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs(H=16))
-    out = t5_attention(query, key, value, table=table, scaled=False)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(out, t5_attention(query, key, value, table=table, logit_scale=4.0))
+    unscaled, scaled = both(*(jnp.array(x, jnp.bfloat16) for x in inputs(H=16)), logit_scale=1.0, root=4)
+    assert unscaled.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(unscaled, scaled)
 
 
 # --- KERPLE
@@ -239,8 +255,12 @@ def test_t5_without_the_root_multiplies_the_queries_and_keeps_their_dtype():
 @pytest.mark.parametrize("variant", ["log", "power"])
 def test_kerple_starts_as_its_authors_code(variant):
     dims = SIZES.__class__(num_heads=4096, head_dim=1, model_dim=1)
-    params = KERPLE(variant).init_layer(jax.random.key(0), dims)
-    r1, r2 = KERPLE(variant).logit(params, None, None).parameters
+
+    @jax.jit
+    def start(key):
+        return KERPLE(variant).logit(KERPLE(variant).init_layer(key, dims), None, None).parameters
+
+    r1, r2 = map(np.asarray, start(jax.random.key(0)))
     most = {"log": (2, 1), "power": (1, 2)}[variant]
     for r, high in zip((r1, r2), most, strict=True):
         np.testing.assert_allclose([r.min(), r.max()], [0.01, high], rtol=5e-3)
@@ -249,16 +269,26 @@ def test_kerple_starts_as_its_authors_code(variant):
 
 @pytest.mark.parametrize("variant", ["log", "power"])
 def test_kerple_stays_within_its_bounds_wherever_training_takes_it(variant):
+    names = jax.eval_shape(lambda key: KERPLE(variant).init_layer(key, SIZES), jax.random.key(0))
+
+    @jax.jit
+    def parameters(raw):
+        return KERPLE(variant).logit({name: jnp.full(4, raw) for name in names}, None, None).parameters
+
     for raw in (-40.0, 40.0):
-        names = KERPLE(variant).init_layer(jax.random.key(0), SIZES)
-        r1, r2 = KERPLE(variant).logit({name: jnp.full(4, raw) for name in names}, None, None).parameters
+        r1, r2 = map(np.asarray, parameters(raw))
         assert (r1 > 0).all() and (r2 > 0).all() and np.isfinite(r1).all()
         assert variant == "log" or (r2 <= 2).all()
 
 
 def test_the_power_kernel_has_a_finite_gradient_at_distance_0():
-    logit = KERPLE("power").bias(jnp.array([0.5]), jnp.array([0.3]))
-    value, gradient = jax.value_and_grad(lambda p: logit.function(p, jnp.arange(3)).sum())(logit.parameters)
+    @jax.jit
+    @jax.value_and_grad
+    def of(parameters):
+        logit = KERPLE("power").bias(*parameters)
+        return logit.function(logit.parameters, jnp.arange(3)).sum()
+
+    value, gradient = of((np.float32([0.5]), np.float32([0.3])))
     assert_close(value, -0.5 * (1 + 2**0.3))
     assert_close(gradient, [[-(1 + 2**0.3)], [-0.5 * 2**0.3 * math.log(2)]])
 
@@ -267,11 +297,11 @@ def test_the_power_kernel_has_a_finite_gradient_at_distance_0():
 
 
 def test_fire_starts_as_the_paper_says():
-    params = FIRE().init_layer(jax.random.key(0), SIZES)
+    params = jax.jit(FIRE().init_layer, static_argnums=1)(jax.random.key(0), SIZES)
     assert params["hidden_weights"].shape == params["hidden_bias"].shape == (32,)
     assert params["weights"].shape == (32, 4) and params["bias"].shape == (4,)
-    np.testing.assert_allclose(jnp.exp(params["log_c"]), 0.1, rtol=1e-6)
-    np.testing.assert_allclose(jnp.exp(params["log_threshold"]), 512, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(params["log_c"]), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(params["log_threshold"]), 512, rtol=1e-6)
     assert np.abs(params["hidden_weights"]).max() <= 1 and np.abs(params["weights"]).max() <= 32**-0.5
 
 
@@ -337,11 +367,13 @@ def test_the_registry_has_the_papers_settings():
     "encoding", [ALiBi(learned=True), KERPLE("log"), KERPLE("power"), FIRE(threshold=4.0)], ids=str
 )
 def test_every_parameter_of_a_layer_learns(encoding):
-    params = encoding.init_layer(jax.random.key(0), SIZES)
-
     def loss(params):
         return (encoded_attention(encoding, params, *inputs(B=1)) ** 2).sum()
 
-    for name, x in jax.jit(jax.grad(loss))(params).items():
+    @jax.jit
+    def gradient(key):
+        return jax.grad(loss)(encoding.init_layer(key, SIZES))
+
+    for name, x in gradient(jax.random.key(0)).items():
         # What all keys share the softmax forgets.
         assert np.isfinite(x).all() and (name == "bias" or np.abs(x).max() > 1e-6), name

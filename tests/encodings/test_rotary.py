@@ -1,6 +1,7 @@
 """RoPE's scalings, held to Hugging Face's models, and xPos, held to float64 NumPy."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -8,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, config
+from nope_jax import ModelConfig, config
 from nope_jax.attention import rope_attention, xpos_attention
 from nope_jax.encodings import (
     DynamicNTKScaling,
@@ -28,11 +28,13 @@ from nope_jax.encodings import (
 from tests.support import oracles
 from tests.support.attention_cases import (
     assert_close,
+    compiled,
     inputs,
     random,
     streaming_and_some_reference,
     streaming_only,
 )
+from tests.support.drawn_decoder import drawn_decoder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "rotary.json").read_text())
 
@@ -99,14 +101,8 @@ def test_a_query_before_the_last_key_turns_by_the_frequencies_of_all_keys(name):
 def test_attention_with_yarn_is_that_of_the_published_model(implementation):
     golden = GOLDEN["attention"]
     query, key, value = (np.array(golden[name], np.float32) for name in ("query", "key", "value"))
-    out, stats = rope_attention(
-        query,
-        key,
-        value,
-        scaling=YaRNScaling(**golden["settings"]),
-        implementation=implementation,
-        return_stats=True,
-    )
+    scaling = YaRNScaling(**golden["settings"])
+    out, stats = compiled(rope_attention, query, key, value, scaling=scaling, implementation=implementation)
     assert_close(out, golden["out"])
     assert_close(stats.entropy, golden["entropy"])
 
@@ -140,8 +136,9 @@ def test_proportional_scaling_turns_the_fastest_pairs_as_if_all_turned():
     out = rope_frequencies(12, base=50.0, scaling=ProportionalScaling(fraction=0.6, factor=8.0))
     expected = [50.0 ** (-2 * m / 12) / 8 for m in range(3)] + [0.0] * 3
     np.testing.assert_allclose(out, expected, rtol=1e-6)
-    x = jnp.array(random(1, 3, 1, 12))
-    turned = apply_rope(x, jnp.array([0, 7, 1001]), base=50.0, scaling=ProportionalScaling(0.6))
+    x = random(1, 3, 1, 12)
+    turn = functools.partial(apply_rope, base=50.0, scaling=ProportionalScaling(0.6))
+    turned = np.asarray(jax.jit(turn)(x, np.array([0, 7, 1001])))
     np.testing.assert_array_equal(turned[..., [3, 4, 5, 9, 10, 11]], x[..., [3, 4, 5, 9, 10, 11]])
     np.testing.assert_allclose(turned[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(7) - x[0, 1, 0, 6] * np.sin(7), rtol=1e-4)
 
@@ -163,11 +160,11 @@ def test_a_factor_of_one_changes_nothing():
 
 def test_scaled_rope_keeps_bfloat16_and_computes_in_float32():
     x = jnp.array(random(1, 3, 1, 16), jnp.bfloat16)
-    positions = jnp.array([256, 257, 1001])
-    scaling = YaRNScaling(factor=4.0, original_length=512)
-    out = apply_rope(x, positions, scaling=scaling)
+    turn = functools.partial(
+        apply_rope, positions=np.array([256, 257, 1001]), scaling=YaRNScaling(factor=4.0, original_length=512)
+    )
+    out, exact = jax.jit(lambda x: (turn(x), turn(x.astype(jnp.float32))))(x)
     assert out.dtype == jnp.bfloat16
-    exact = apply_rope(x.astype(jnp.float32), positions, scaling=scaling)
     np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
 
 
@@ -237,20 +234,6 @@ def test_scalings_compare_hash_and_survive_config_json(tmp_path):
     assert first["scaling"] == {"class": "nope_jax.encodings:NTKScaling", "factor": 2.0}
 
 
-@pytest.mark.parametrize("scaling", LENGTH_DEPENDENT[1:], ids=lambda x: type(x).__name__)  # generate has the first
-def test_a_cache_with_room_for_all_tokens_decodes_as_one_pass(scaling):
-    model = Decoder(
-        ModelConfig(vocab_size=16, num_layers=1, num_heads=2, model_dim=16, encoding=RoPE(scaling=scaling)),
-        rngs=nnx.Rngs(0),
-    )
-    tokens = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
-    cache, decoded = model.init_cache(1, 12), []
-    for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
-        logits, cache = model.decode_step(part, cache)
-        decoded.append(logits)
-    assert_close(jnp.concatenate(decoded, axis=1), model(tokens))
-
-
 # --- xPos
 
 
@@ -282,7 +265,7 @@ XPOS_CALLS = {
 @streaming_and_some_reference("case", XPOS_CALLS, [], slow=["the paper's settings"])
 def test_xpos_attention_agrees_with_float64(case, implementation):
     call = XPOS_CALLS[case]
-    out, stats = xpos_attention(*inputs(), implementation=implementation, return_stats=True, **call)
+    out, stats = compiled(xpos_attention, *inputs(), implementation=implementation, **call)
     wanted = expected(*inputs(), **call)
     assert_close(out, wanted.output)
     assert_close(stats.entropy, wanted.entropy)
@@ -294,13 +277,19 @@ def test_xpos_attention_agrees_with_float64(case, implementation):
 def test_xpos_queries_in_a_cache_agree_with_float64(positions, implementation):
     arrays = inputs(T=3, S=21)
     call = {"scale_base": 10.0, "query_positions": positions}
-    assert_close(xpos_attention(*arrays, implementation=implementation, **call), expected(*arrays, **call).output)
+    out, _ = compiled(xpos_attention, *arrays, implementation=implementation, **call)
+    assert_close(out, expected(*arrays, **call).output)
 
 
 def test_xpos_that_does_not_fade_is_rope():
-    rope = rope_attention(*inputs(), interleaved=True)
-    assert_close(xpos_attention(*inputs(), scale_base=1e8), rope)
-    assert not np.allclose(xpos_attention(*inputs(), scale_base=20.0), rope, atol=1e-2)
+    @jax.jit
+    def outputs(*arrays):
+        xpos = [xpos_attention(*arrays, scale_base=scale_base) for scale_base in (1e8, 20.0)]
+        return rope_attention(*arrays, interleaved=True), *xpos
+
+    rope, lasting, fading = outputs(*inputs())
+    assert_close(lasting, rope)
+    assert not np.allclose(fading, rope, atol=1e-2)
 
 
 @streaming_only
@@ -350,12 +339,11 @@ def test_xpos_refuses_a_span_that_float32_cannot_hold():
 
 def test_a_decoder_with_xpos_has_as_many_positions_as_float32_allows():
     encoding = XPos(scale_base=1.0)
-    settings = ModelConfig(vocab_size=16, num_layers=1, num_heads=2, model_dim=16, encoding=encoding)
-    model = Decoder(settings, rngs=nnx.Rngs(0))
+    model = drawn_decoder(encoding=encoding)
     assert model.max_length == encoding.max_length()
-    assert np.isfinite(model(jnp.zeros((1, model.max_length), int))).all()
+    assert np.isfinite(model(np.zeros((1, model.max_length), int))).all()
     with pytest.raises(ValueError, match=r"\Apositions .*XPos.*\Z"):
-        model(jnp.zeros((1, model.max_length + 1), int))
+        model(np.zeros((1, model.max_length + 1), int))
 
 
 def test_xpos_has_the_number_of_positions_its_docstring_says():
@@ -365,7 +353,7 @@ def test_xpos_has_the_number_of_positions_its_docstring_says():
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16])
 def test_xpos_keeps_the_dtype_and_does_not_overflow_in_it(dtype):
     query, key, value = (jnp.array(x, dtype) for x in inputs(B=1, T=150))
-    out = xpos_attention(query, key, value, scale_base=4.0)
+    out, _ = compiled(xpos_attention, query, key, value, scale_base=4.0)
     assert out.dtype == dtype
     wanted = expected(*(np.asarray(x, np.float64) for x in (query, key, value)), scale_base=4.0).output
     tolerance = 0.03 if dtype == jnp.bfloat16 else 0.003
