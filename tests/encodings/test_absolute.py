@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from scipy.integrate import solve_ivp
 
-from nope_jax import Decoder, ModelConfig
 from nope_jax.encodings import (
     FLOATER,
     ComplexOrder,
@@ -24,6 +22,7 @@ from nope_jax.encodings import (
 from tests.goldens import regenerate
 from tests.support import oracles
 from tests.support.attention_cases import assert_close, random
+from tests.support.drawn_decoder import drawn_decoder
 
 GOLDEN = regenerate.load("absolute")
 B, T, D, V = 2, 9, 6, 7
@@ -52,45 +51,50 @@ def tokens(positions=POSITIONS, ids=None, segments=None, length=None):
     return TokenInputs(ids, positions, segments, length)
 
 
-def parameters(encoding, dims=SIZES, seed=0):
+@functools.cache
+def started(encoding, dims=SIZES):
+    """Initial parameters."""
+    return jax.tree.map(np.asarray, jax.jit(lambda key: encoding.init_shared(key, dims))(jax.random.key(0)))
+
+
+def parameters(encoding, dims=SIZES):
     """Initial parameters, each moved a little, so that none is where it has no effect."""
-    params = encoding.init_shared(jax.random.key(seed), dims)
-    return {name: x + 0.2 * random(*x.shape, seed=seed + i + 1) for i, (name, x) in enumerate(params.items())}
+    return {name: x + 0.2 * random(*x.shape, seed=i) for i, (name, x) in enumerate(started(encoding, dims).items(), 1)}
+
+
+def run(encoding, params, x, told):
+    """The input place by one program: outside jit each operation is compiled by itself."""
+    return np.asarray(jax.jit(lambda params, x: encoding.input(params, x, told))(params, x))
 
 
 def arrays(golden, *names):
-    return [jnp.array(golden[name]) for name in names]
+    return [np.array(golden[name], np.int32 if name == "ids" else np.float32) for name in names]
 
 
 # --- What holds for all of them
 
 
 @every
-def test_it_keeps_dtype_and_shape_and_is_the_same_under_jit(encoding):
-    params, x = parameters(encoding), jnp.asarray(random(B, T, D))
-    out = encoding.input(params, x, tokens())
-    jitted = jax.jit(lambda params, x, at: encoding.input(params, x, tokens(at, length=16)))(params, x, POSITIONS)
-    np.testing.assert_allclose(jitted, out, rtol=1e-6, atol=1e-6)
-    half = jax.jit(lambda params, x: encoding.input(params, x, tokens()))(params, x.astype(jnp.bfloat16))
-    assert out.dtype == jnp.float32 and half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(half, np.float32), out, rtol=2**-6, atol=2**-6 * np.abs(out).max())
-
-
-@every
-def test_one_row_of_positions_serves_the_batch(encoding):
-    params, x = parameters(encoding), jnp.asarray(random(B, T, D))
+def test_it_keeps_dtype_and_shape_and_takes_positions_that_are_traced_or_one_row(encoding):
+    row = np.arange(T)
 
     @jax.jit
-    def both(params, x):
-        return [encoding.input(params, x, tokens(at)) for at in (np.arange(T), np.tile(np.arange(T), (B, 1)))]
+    def outputs(params, x, at):
+        half = encoding.input(params, x.astype(jnp.bfloat16), tokens())
+        rows = [encoding.input(params, x, tokens(at)) for at in (row, np.tile(row, (B, 1)))]
+        return encoding.input(params, x, tokens()), encoding.input(params, x, tokens(at, length=16)), half, rows
 
-    np.testing.assert_array_equal(*both(params, x))
+    out, traced, half, rows = outputs(parameters(encoding), random(B, T, D), POSITIONS)
+    np.testing.assert_allclose(traced, out, rtol=1e-6, atol=1e-6)
+    assert out.dtype == jnp.float32 and half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(half, np.float32), out, rtol=2**-6, atol=2**-6 * np.abs(out).max())
+    np.testing.assert_array_equal(*rows)
 
 
 @every
 def test_its_gradient_is_that_of_differences(encoding):
-    params, x = parameters(encoding), jnp.asarray(random(B, T, D))
-    direction = {name: jnp.asarray(random(*p.shape, seed=20 + i)) for i, (name, p) in enumerate(params.items())}
+    params, x = parameters(encoding), random(B, T, D)
+    direction = {name: random(*p.shape, seed=20 + i) for i, (name, p) in enumerate(params.items())}
     weights = random(B, T, D, seed=9)
 
     def loss(params):
@@ -98,14 +102,15 @@ def test_its_gradient_is_that_of_differences(encoding):
         return (weights * jnp.tanh(encoding.input(params, x, tokens(ids=ids)))).sum()
 
     gradient = jax.jit(jax.grad(loss))(params)
-    along = sum(float((gradient[name] * direction[name]).sum()) for name in params)
+    along = sum(float((np.asarray(gradient[name]) * direction[name]).sum()) for name in params)
     with jax.enable_x64(True):
         exact = jax.jit(loss)
-        moved = [
+        ahead, behind, twice_ahead, twice_behind = (
             float(exact({name: p.astype(np.float64) + step * direction[name] for name, p in params.items()}))
-            for step in (2**-10, -(2**-10))
-        ]
-    np.testing.assert_allclose(along, (moved[0] - moved[1]) * 2**9, rtol=1e-3, atol=1e-4)
+            for step in (2**-10, -(2**-10), 2**-9, -(2**-9))
+        )
+    wanted = (8 * (ahead - behind) - (twice_ahead - twice_behind)) / 12 * 2**10
+    np.testing.assert_allclose(along, wanted, rtol=1e-3, atol=1e-4)
 
 
 # --- Learned tables
@@ -114,61 +119,61 @@ def test_its_gradient_is_that_of_differences(encoding):
 def test_learned_positions_are_those_of_gpt2():
     table, x = arrays(GOLDEN["gpt2"], "table", "embeddings")
     for positions, name in ((np.arange(7), "out"), (GOLDEN["gpt2"]["positions"], "scattered")):
-        out = Learned(len(table)).input({"positions": table}, x, tokens(positions))
+        out = run(Learned(len(table)), {"positions": table}, x, tokens(positions))
         np.testing.assert_allclose(out, GOLDEN["gpt2"][name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("alpha", [0.4, 0.1, 0.8])
 def test_hierarchical_positions_are_those_of_its_author(alpha):
-    table = jnp.asarray(random(4, D))
-    out = Hierarchical(alpha=alpha).input({"positions": table}, jnp.zeros((B, 16, D)), tokens(np.arange(16)))
+    table, zeros = random(4, D), np.zeros((B, 16, D), np.float32)
+    out = run(Hierarchical(alpha=alpha), {"positions": table}, zeros, tokens(np.arange(16)))
     assert_close(out[0], [oracles.hierarchical(table, k, alpha) for k in range(16)])
-    assert len(np.unique(np.asarray(out[0]), axis=0)) == 16
+    assert len(np.unique(out[0], axis=0)) == 16
 
 
 def test_hierarchical_positions_are_the_table_to_the_bit_up_to_its_length():
-    params, x, within = {"positions": random(4, D)}, jnp.asarray(random(B, 4, D, seed=1)), tokens(np.arange(4))
+    params, x, within = {"positions": random(4, D)}, random(B, 4, D, seed=1), tokens(np.arange(4))
 
-    def run(encoding):
+    def output_and_gradient(encoding):
         def output(params):
             out = encoding.input(params, x, within)
             return (out**2).sum(), out
 
-        return jax.grad(output, has_aux=True)(params)
+        return jax.jit(jax.grad(output, has_aux=True))(params)
 
-    assert Hierarchical().init_shared(jax.random.key(0), SIZES)["positions"].shape == (4, D)
-    for ours, theirs in zip(jax.tree.leaves(run(Hierarchical())), jax.tree.leaves(run(Learned())), strict=True):
+    assert started(Hierarchical())["positions"].shape == (4, D)
+    both = [jax.tree.leaves(output_and_gradient(encoding)) for encoding in (Hierarchical(), Learned())]
+    for ours, theirs in zip(*both, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_hierarchical_table_reaches_its_square_and_no_further():
     encoding = Hierarchical()
     assert encoding.max_length(SIZES) == 16 and Hierarchical(5).max_length(SIZES) == 25
-    out = encoding.input(encoding.init_shared(jax.random.key(0), SIZES), jnp.zeros((1, 4, D)), tokens([15, 16, -1, 3]))
+    out = run(encoding, started(encoding), np.zeros((1, 4, D), np.float32), tokens([15, 16, -1, 3]))
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, True, False]])
-    config = ModelConfig(vocab_size=16, num_layers=1, num_heads=2, model_dim=8, encoding="hierarchical", train_length=3)
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    assert np.isfinite(model(jnp.zeros((1, 9), int))).all()
+    model = drawn_decoder(encoding="hierarchical", train_length=3)
+    assert np.isfinite(model(np.zeros((1, 9), int))).all()
     with pytest.raises(ValueError, match=r"\A.*\b9\b.*\Z"):
-        model(jnp.zeros((1, 10), int))
+        model(np.zeros((1, 10), int))
 
 
 def test_multiplicative_positions_are_factors():
     params, x = parameters(Multiplicative(16)), random(B, T, D)
-    out = Multiplicative(16).input(params, jnp.asarray(x), tokens())
+    out = run(Multiplicative(16), params, x, tokens())
     assert_close(out, x.astype(np.float64) * params["positions"][POSITIONS])
-    out = Multiplicative(sinusoidal=True).input({}, jnp.asarray(x), tokens())
+    out = run(Multiplicative(sinusoidal=True), {}, x, tokens())
     assert_close(out, x * oracles.sinusoidal(POSITIONS, D))
 
 
 def test_multiplicative_tables_start_near_ones_and_end_at_their_length():
     encoding = Multiplicative()
-    params = encoding.init_shared(jax.random.key(0), SIZES)
+    params = started(encoding)
     np.testing.assert_allclose(params["positions"], np.ones((4, D)), atol=0.1)
     assert encoding.max_length(SIZES) == 4
     assert Multiplicative(sinusoidal=True).max_length(SIZES) is None
     assert Multiplicative(sinusoidal=True).init_shared(jax.random.key(0), SIZES) == {}
-    out = encoding.input(params, jnp.ones((1, 3, D)), tokens([[3, 4, -1]]))
+    out = run(encoding, params, np.ones((1, 3, D), np.float32), tokens([[3, 4, -1]]))
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, True]])
 
 
@@ -178,7 +183,7 @@ def test_multiplicative_tables_start_near_ones_and_end_at_their_length():
 def test_complex_order_is_a_product_of_complex_numbers():
     golden = GOLDEN["phase"]
     frequencies, x, ids = arrays(golden, "frequencies", "x", "ids")
-    out = ComplexOrder().input({"frequencies": frequencies}, x, tokens(golden["positions"], ids=ids))
+    out = run(ComplexOrder(), {"frequencies": frequencies}, x, tokens(golden["positions"], ids=ids))
     assert_close(out, golden["out"])
 
 
@@ -188,7 +193,7 @@ def test_complex_order_has_amplitude_frequency_and_phase(per_token):
     ids = np.random.default_rng(0).integers(0, V, (B, T))
     params, x = parameters(encoding), random(B, T, D)
     assert params["frequencies"].shape == (V if per_token else 1, D // 2)
-    out = encoding.input(params, jnp.asarray(x), tokens(ids=ids))
+    out = run(encoding, params, x, tokens(ids=ids))
     for b, t in np.ndindex(B, T):
         frequencies = params["frequencies"][ids[b, t] if per_token else 0]
         assert_close(out[b, t], oracles.complex_order(x[b, t], frequencies, POSITIONS[b, t]))
@@ -196,9 +201,9 @@ def test_complex_order_has_amplitude_frequency_and_phase(per_token):
 
 def test_complex_order_starts_from_the_frequencies_of_the_sinusoids():
     dims = ModelDims(num_heads=1, head_dim=8, model_dim=8, vocab_size=3)
-    params = ComplexOrder(base=100.0).init_shared(jax.random.key(0), dims)
+    params = started(ComplexOrder(base=100.0), dims)
     np.testing.assert_allclose(params["frequencies"], [oracles.rope_frequencies(8, 100.0)] * 3, rtol=1e-6)
-    assert ComplexOrder(per_token=False).init_shared(jax.random.key(0), dims)["frequencies"].shape == (1, 4)
+    assert started(ComplexOrder(per_token=False), dims)["frequencies"].shape == (1, 4)
 
 
 # --- Recurrences
@@ -206,10 +211,8 @@ def test_complex_order_starts_from_the_frequencies_of_the_sinusoids():
 
 def table_of(encoding, params, length):
     """The positions that are added: the rows 0 .. length - 1."""
-    width = params["start"].shape[0]
-    return jax.jit(lambda params: encoding.input(params, jnp.zeros((1, length, width)), tokens(np.arange(length)))[0])(
-        params
-    )
+    zeros = np.zeros((1, length, params["start"].shape[0]), np.float32)
+    return run(encoding, params, zeros, tokens(np.arange(length)))[0]
 
 
 def test_recursive_positions_are_the_states_of_pytorchs_network():
@@ -221,7 +224,7 @@ def test_recursive_positions_are_the_states_of_pytorchs_network():
 
 
 def test_recursive_positions_agree_with_float64_past_training():
-    params = Recursive().init_shared(jax.random.key(3), SIZES)
+    params = parameters(Recursive())
     assert_close(table_of(Recursive(), params, 60), oracles.recursive(**params, length=60), floor=0)
 
 
@@ -249,14 +252,14 @@ def test_floater_solves_its_equation():
 @pytest.mark.parametrize("encoding", [Recursive(), FLOATER()], ids=str)
 def test_recurrences_have_no_answer_for_positions_that_they_were_not_told_of(encoding):
     params = parameters(encoding)
-    out = encoding.input(params, jnp.zeros((1, 4, D)), tokens([[0, 4, 5, -1]], length=5))
+    out = run(encoding, params, np.zeros((1, 4, D), np.float32), tokens([[0, 4, 5, -1]], length=5))
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, False, True, True]])
 
 
 @pytest.mark.parametrize("encoding", [Recursive(), FLOATER()], ids=str)
 def test_recurrences_start_with_positions_that_differ_and_stay_finite_far_past_training(encoding):
     dims = ModelDims(num_heads=1, head_dim=32, model_dim=32, train_length=64)
-    table = np.asarray(table_of(encoding, encoding.init_shared(jax.random.key(0), dims), 1000))
+    table = table_of(encoding, started(encoding, dims), 1000)
     assert np.isfinite(table).all() and np.abs(table).max() < 100
     neighbours = np.linalg.norm(np.diff(table[:64], axis=0), axis=-1)
     assert (neighbours > 1e-3 * np.linalg.norm(table[:64], axis=-1).mean()).all()
@@ -267,7 +270,7 @@ def test_recurrences_start_with_positions_that_differ_and_stay_finite_far_past_t
 
 def test_convolution_is_pytorchs_with_zeros_on_the_left():
     x, kernel = arrays(GOLDEN["convolution"], "x", "kernel")
-    out = Convolution().input({"kernel": kernel}, x, tokens(np.arange(x.shape[1])))
+    out = run(Convolution(), {"kernel": kernel}, x, tokens(np.arange(x.shape[1])))
     assert_close(out, GOLDEN["convolution"]["out"])
 
 
@@ -277,23 +280,24 @@ def test_convolution_agrees_with_float64_and_keeps_to_its_segment(kernel_size, s
     params, x = parameters(encoding), random(B, T, D)
     segments = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 0, 0, 0, 0, 0, 5, 5, 5]]) if segmented else None
     told = tokens(segments=None if segments is None else jnp.asarray(segments))
-    out = jax.jit(lambda params, x: encoding.input(params, x, told))(params, x)
+    out = run(encoding, params, x, told)
     assert_close(out, oracles.convolved(x, params["kernel"], segments))
     if segmented:
-        alone = encoding.input(params, jnp.asarray(x[:1, 5:]), tokens(np.arange(4)))
+        alone = run(encoding, params, x[:1, 5:], tokens(np.arange(4)))
         np.testing.assert_allclose(out[:1, 5:], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_convolution_of_the_tokens_before_is_that_of_the_whole():
     encoding = Convolution(3)
-    params, x = parameters(encoding), jnp.asarray(random(B, T, D))
+    params, x = parameters(encoding), random(B, T, D)
     back = encoding.input_context()
     assert back == 2
-    whole = encoding.input(params, x, tokens(np.arange(T)))
-    window = jnp.concatenate([jnp.zeros((B, back, D)), x], axis=1)
+    whole = run(encoding, params, x, tokens(np.arange(T)))
+    window = np.concatenate([np.zeros((B, back, D), np.float32), x], axis=1)
+    part = jax.jit(lambda window, at: encoding.input(params, window, tokens(at, length=T)))
     for t in range(T):
-        part = encoding.input(params, window[:, t : t + back + 1], tokens([[t - 2, t - 1, t]], length=T))
-        np.testing.assert_allclose(part[:, back:], whole[:, t : t + 1], rtol=1e-6, atol=1e-6)
+        out = part(window[:, t : t + back + 1], np.array([[t - 2, t - 1, t]]))
+        np.testing.assert_allclose(out[:, back:], whole[:, t : t + 1], rtol=1e-6, atol=1e-6)
 
 
 # --- Bad input

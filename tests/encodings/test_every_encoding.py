@@ -243,8 +243,8 @@ def test_schedules_decode_too(name):
     assert_close(jnp.concatenate([first, last], axis=1), logits, tolerance=1e-5)
 
 
-# Those whose formula divides by, or takes a logarithm of, a length, a position or a gate. The gradients of the others at
-# a common length are finite by the tests above, and recurrences past training by test_absolute.py.
+# Those whose formula divides by, or takes a logarithm of, a length, a position or a gate. Gradients of the others at a
+# common length are finite by the tests above, and recurrences past training by test_absolute.py.
 @pytest.mark.parametrize("name", [("fire", "forgetting", "log_n"), *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
 def test_nothing_is_nan_at_one_two_or_twice_the_training_length(name):
     trained = 4

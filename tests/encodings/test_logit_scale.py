@@ -1,15 +1,15 @@
 """The logit scale wrappers against their papers' formulas, alone, around other encodings and within attention."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
+from nope_jax import ModelConfig
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import (
     T5,
@@ -28,8 +28,9 @@ from nope_jax.encodings import (
     keys_seen,
     logit_scale_product,
 )
+from nope_jax.models.decoder import abstract_decoder
 from tests.support import oracles
-from tests.support.attention_cases import assert_close, inputs, random
+from tests.support.attention_cases import assert_close, compiled, inputs, random, streaming_only
 
 SIZES = ModelDims(num_heads=4, head_dim=8, model_dim=32, num_kv_heads=2, vocab_size=16)
 POSITIONS = np.array([[0, 1, 2, 7, 8, 15, 63, 511, 2047], [3, 0, 30, 31, 32, 100, 12, 4096, 9999]])
@@ -109,7 +110,7 @@ def test_learned_scales_are_one_per_layer_and_head(wrapper, name, start):
         assert params[name].dtype == jnp.float32
         np.testing.assert_array_equal(params[name], np.full(4, value, np.float32))
         assert encoding.init_shared(jax.random.key(0), SIZES) == {}
-    decoder = Decoder(ModelConfig(num_layers=3, encoding=wrapper(T5()), model_dim=16), rngs=nnx.Rngs(0))
+    decoder = abstract_decoder(ModelConfig(num_layers=3, encoding=wrapper(T5()), model_dim=16))
     assert decoder.blocks[0].attention.position[name].shape == (3, 4)
     assert decoder.positions[0]["table"].shape == (32, 4)
 
@@ -122,12 +123,13 @@ def test_head_scale_is_its_parameter():
     np.testing.assert_array_equal(factors(HeadScale()), LEARNED["head_scale"])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+@streaming_only
 def test_ssmax_is_a_power_of_the_number_of_keys(implementation):
     query, key, _ = inputs(T=9)
     identity = np.broadcast_to(np.eye(9, dtype=np.float32)[:, None], (2, 9, 2, 9))  # the output is the weights
     scale = LEARNED["ssmax"]
-    out = encoded_attention(SSMax(), {"ssmax": scale}, query, key, identity, implementation=implementation)
+    attend = functools.partial(encoded_attention, SSMax(), {"ssmax": scale}, implementation=implementation)
+    out, _ = compiled(attend, query, key, identity)
     wanted = np.zeros(out.shape)
     for b, t, n in np.ndindex(2, 9, 4):
         logits = key[b, : t + 1, n // 2].astype(np.float64) @ query[b, t, n] / math.sqrt(8)
@@ -174,16 +176,15 @@ def test_a_product_of_numbers_and_heads_does_not_take_heads_for_positions():
     np.testing.assert_array_equal(logit_scale_product(rows, heads)[0], np.outer(np.arange(4), np.arange(4)))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+@streaming_only
 def test_a_temperature_multiplies_the_content_logit_and_not_the_bias(implementation):
     """Grouped heads, a bias within, a logit scale given beside, and queries at the end of a cache."""
     query, key, value = inputs(T=5, S=21)
     table, scale = random(32, 4, seed=7), LEARNED["head_scale"]
     encoding = LogN(HeadScale(T5()), length=4)
     params = {"table": table, "head_scale": scale}
-    out, stats = encoded_attention(
-        encoding, params, query, key, value, logit_scale=0.7, implementation=implementation, return_stats=True
-    )
+    attend = functools.partial(encoded_attention, encoding, params, logit_scale=0.7, implementation=implementation)
+    out, stats = compiled(attend, query, key, value)
     at = oracles.positions(2, 5, 21)
     factor = 0.7 * scale[:, None] * oracles.log_n(at[0] + 1, 4)[:, None]
     wanted = oracles.attention(query, key, value, bias=oracles.t5_bias(table, *at), logit_scale=factor)
@@ -192,22 +193,20 @@ def test_a_temperature_multiplies_the_content_logit_and_not_the_bias(implementat
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+@streaming_only
 def test_explicit_positions_decide_the_factor(implementation):
     query, key, value = inputs(T=6, S=9)
     where = np.array([[3, 30, 31, 32, 90, 90], [8, 8, 9, 40, 41, 700]])
     keys = np.sort(np.random.default_rng(0).integers(0, 60, (2, 9)), axis=1)
     keys[:, 0] = 0
-    out = encoded_attention(
-        SwanScale(LogN(length=32), offset=40.0), {}, query, key, value,
-        query_positions=where, key_positions=keys, implementation=implementation,
-    )  # fmt: skip
-    factor = (oracles.swan(where, 40.0) * oracles.log_n(where + 1, 32))[:, None]
     at = {"query_positions": where, "key_positions": keys}
+    attend = functools.partial(encoded_attention, SwanScale(LogN(length=32), offset=40.0), {}, **at)
+    out, _ = compiled(attend, query, key, value, implementation=implementation)
+    factor = (oracles.swan(where, 40.0) * oracles.log_n(where + 1, 32))[:, None]
     assert_close(out, oracles.attention(query, key, value, logit_scale=factor, **at).output)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+@streaming_only
 @pytest.mark.parametrize("wrapper", [HeadScale(Tempered()), SSMax(RoPE())])
 def test_learned_scales_have_the_gradient_of_differences(wrapper, implementation):
     query, key, value = inputs(T=12)
@@ -228,14 +227,15 @@ def test_learned_scales_have_the_gradient_of_differences(wrapper, implementation
     scale = LEARNED[name].astype(np.float64)
     steps = 1e-5 * np.eye(4)
     wanted = [(oracle(scale + step) - oracle(scale - step)) / 2e-5 for step in steps]
-    assert_close(jax.grad(loss)(LEARNED[name]), wanted)
+    assert_close(jax.jit(jax.grad(loss))(LEARNED[name]), wanted)
 
 
 def test_a_factor_of_float32_scales_queries_of_bfloat16():
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
     for encoding in (LogN(length=4), SSMax(), HeadScale(), SwanScale(), Llama4Scale(), UniformScale()):
         params = encoding.init_layer(jax.random.key(0), SIZES)
-        assert encoded_attention(encoding, params, query, key, value).dtype == jnp.bfloat16
+        out = jax.eval_shape(functools.partial(encoded_attention, encoding, params), query, key, value)
+        assert out.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import rope_attention
 from nope_jax.encodings import (
-    Convolution,
     Encoding,
     Hierarchical,
     Learned,
@@ -25,16 +23,14 @@ from nope_jax.encodings import (
     resolve,
 )
 from tests.support.attention_cases import assert_close, random
+from tests.support.drawn_decoder import drawn_decoder
 
 SIZES = ModelDims(num_heads=2, head_dim=4, model_dim=8, train_length=10, vocab_size=16)
-IDS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 10)))
+IDS = np.random.default_rng(0).integers(0, 16, (2, 10))
 
 
-def model(encoding, seed=0, **settings):
-    config = ModelConfig(
-        vocab_size=16, num_layers=1, num_heads=2, model_dim=8, encoding=encoding, train_length=10, **settings
-    )
-    return Decoder(config, rngs=nnx.Rngs(seed))
+def model(encoding):
+    return drawn_decoder(encoding=encoding, train_length=10)
 
 
 # --- The sample
@@ -44,10 +40,9 @@ def model(encoding, seed=0, **settings):
 def test_a_sample_ascends_without_repetition_below_maximum(length, maximum):
     draw = jax.jit(randomized_positions, static_argnums=(1, 2))
     for seed in range(3):
-        sample = np.asarray(randomized_positions(jax.random.key(seed), length, maximum))
+        sample = np.asarray(draw(jax.random.key(seed), length, maximum))
         assert sample.shape == (length,) and np.issubdtype(sample.dtype, np.integer)
         assert (np.diff(sample) > 0).all() and ((sample >= 0) & (sample < maximum)).all()
-        np.testing.assert_array_equal(draw(jax.random.key(seed), length, maximum), sample)
 
 
 def test_every_set_of_positions_is_as_likely_as_any_other():
@@ -155,19 +150,16 @@ def test_keys_change_the_answer_of_a_decoder_and_their_absence_does_not():
     assert not np.allclose(randomized(IDS, key=jax.random.key(1)), randomized(IDS, key=jax.random.key(2)), atol=1e-4)
 
 
-def test_decoding_with_room_for_all_tokens_is_one_pass_where_it_looks_back():
-    randomized = model(Randomized(Convolution(), maximum=16))
-    cache, parts = randomized.init_cache(2, 10), []
-    for start, stop in ((0, 4), (4, 10)):
-        logits, cache = randomized.decode_step(IDS[:, start:stop], cache)
-        parts.append(logits)
-    assert_close(jnp.concatenate(parts, axis=1), randomized(IDS))
-
-
 def test_the_tables_of_a_randomized_decoder_are_trained():
     randomized = model(Randomized(Learned(), maximum=40))
     graph, state = nnx.split(randomized)
-    gradient = jax.grad(lambda state: (nnx.merge(graph, state)(IDS, key=jax.random.key(4)) ** 2).mean())(state)
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(state):
+        return (nnx.merge(graph, state)(IDS, key=jax.random.key(4)) ** 2).mean()
+
+    gradient = gradient_of(state)
     table = np.asarray(gradient["positions"][0]["positions"][...])
     used = np.zeros(40, bool)
     used[np.asarray(randomized_positions(jax.random.key(4), 10, 40))] = True
@@ -176,15 +168,20 @@ def test_the_tables_of_a_randomized_decoder_are_trained():
 
 def test_a_decoder_refuses_more_tokens_than_maximum():
     randomized = model(Randomized(maximum=12))
-    assert randomized.max_length == 12 and np.isfinite(randomized(jnp.zeros((1, 12), int))).all()
+    assert randomized.max_length == 12 and np.isfinite(randomized(np.zeros((1, 12), int))).all()
     with pytest.raises(ValueError, match=r"\A.*\b12\b.*\Z"):
-        randomized(jnp.zeros((1, 13), int))
+        randomized(np.zeros((1, 13), int))
 
 
 def test_samples_serve_as_positions_of_any_attention_function():
-    query, key, value = random(1, 6, 2, 8), random(1, 6, 2, 8, seed=1), random(1, 6, 2, 8, seed=2)
-    at = randomized_positions(jax.random.key(0), 6, 50)
-    turned = rope_attention(query, key, value, query_positions=at, key_positions=at)
-    shifted = rope_attention(query, key, value, query_positions=at + 7, key_positions=at + 7)
+    arrays = [random(1, 6, 2, 8, seed=seed) for seed in range(3)]
+
+    @jax.jit
+    def outputs(*arrays):
+        at = randomized_positions(jax.random.key(0), 6, 50)
+        moved = [rope_attention(*arrays, query_positions=x, key_positions=x) for x in (at, at + 7)]
+        return *moved, rope_attention(*arrays)
+
+    turned, shifted, plain = outputs(*arrays)
     assert_close(turned, shifted)
-    assert not np.allclose(turned, rope_attention(query, key, value), atol=1e-3)
+    assert not np.allclose(turned, plain, atol=1e-3)

@@ -1,14 +1,14 @@
 """Schedules over layers: against the released models' layers, and how names, windows and chunks resolve."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, config
+from nope_jax import ModelConfig, config
 from nope_jax.attention import encoded_attention
 from nope_jax.encodings import (
     SCHEDULES,
@@ -25,6 +25,7 @@ from nope_jax.encodings import (
 from tests.goldens import regenerate
 from tests.support import oracles
 from tests.support.attention_cases import assert_close, inputs, streaming_only
+from tests.support.drawn_decoder import drawn_decoder
 
 GOLDENS = regenerate.load("schedules")
 
@@ -43,7 +44,8 @@ def test_a_layer_attends_as_the_released_model_s_does(name, place, kind, impleme
     encoding = resized(SCHEDULES[name][place], golden)
     arrays = {key: np.array(x, np.float32) for key, x in golden[kind].items()}
     out = arrays.pop("out")
-    assert_close(encoded_attention(encoding, {}, **arrays, implementation=implementation), out)
+    attend = functools.partial(encoded_attention, encoding, {}, implementation=implementation)
+    assert_close(jax.jit(lambda arrays: attend(**arrays))(arrays), out)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -52,8 +54,8 @@ def test_the_layers_without_positions_are_the_released_model_s(name):
     period, layers = SCHEDULES[name], GOLDENS[name]["layers"]
     turns = []
     for encoding in period:
-        query, key = map(jnp.asarray, inputs(T=3)[:2])
-        turned, _ = encoding.query_key({}, query, key, jnp.arange(5, 8)[None], jnp.arange(3)[None])
+        query, key = inputs(T=3)[:2]
+        turned, _ = jax.jit(encoding.query_key)({}, query, key, np.arange(5, 8)[None], np.arange(3)[None])
         turns.append(int(not np.array_equal(turned, query)))
     assert [turns[layer % len(period)] for layer in range(len(layers))] == layers
 
@@ -158,9 +160,8 @@ def test_a_decoder_s_layers_see_as_far_as_their_places_in_the_schedule(name):
     """Five layers: a period and one more. Entropy stays below that of the keys that a layer sees."""
     dims = {"window": 3, "chunk_size": 3}
     period = tuple(resized(encoding, dims) for encoding in SCHEDULES[name])
-    decoder = Decoder(ModelConfig(num_layers=5, encoding=period, model_dim=16, vocab_size=16), rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(0), (1, 30), 0, 16)
-    _, stats = decoder(tokens, return_stats=True)
-    for layer, entropy in enumerate(stats.entropy):
+    tokens = np.random.default_rng(0).integers(0, 32, (1, 30))
+    _, stats = drawn_decoder(num_layers=5, encoding=period)(tokens, return_stats=True)
+    for layer, entropy in enumerate(np.asarray(stats.entropy)):
         near = period[layer % 4].span() != AttentionSpan()
         assert (entropy[0, :, 20:] <= np.log(3) + 1e-6).all() == near, layer
