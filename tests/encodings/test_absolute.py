@@ -59,7 +59,7 @@ def started(encoding, dims=SIZES):
 
 def parameters(encoding, dims=SIZES):
     """Initial parameters, each moved a little, so that none is where it has no effect."""
-    return {name: x + 0.2 * random(*x.shape, seed=i) for i, (name, x) in enumerate(started(encoding, dims).items(), 1)}
+    return {name: x + 0.1 * random(*x.shape, seed=i) for i, (name, x) in enumerate(started(encoding, dims).items(), 1)}
 
 
 def run(encoding, params, x, told):
@@ -105,12 +105,11 @@ def test_its_gradient_is_that_of_differences(encoding):
     along = sum(float((np.asarray(gradient[name]) * direction[name]).sum()) for name in params)
     with jax.enable_x64(True):
         exact = jax.jit(loss)
-        ahead, behind, twice_ahead, twice_behind = (
+        moved = [
             float(exact({name: p.astype(np.float64) + step * direction[name] for name, p in params.items()}))
-            for step in (2**-10, -(2**-10), 2**-9, -(2**-9))
-        )
-    wanted = (8 * (ahead - behind) - (twice_ahead - twice_behind)) / 12 * 2**10
-    np.testing.assert_allclose(along, wanted, rtol=1e-3, atol=1e-4)
+            for step in (2**-10, -(2**-10))
+        ]
+    np.testing.assert_allclose(along, (moved[0] - moved[1]) * 2**9, rtol=1e-3, atol=1e-4)
 
 
 # --- Learned tables
