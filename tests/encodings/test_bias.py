@@ -99,7 +99,8 @@ def test_attention_is_that_of_the_paper(case, common, implementation):
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@streaming_and_some_reference("case", CASES, ["fire"], slow=["kerple power"])
+# Of a bias by distance alone test_attention.py has this.
+@streaming_and_some_reference("case", CASES, ["fire"], slow=["kerple log", "kerple power"])
 def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, implementation):
     attend, parameters = CASES[case]
     arrays = inputs(T=3, S=LENGTH)
@@ -113,7 +114,7 @@ def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, i
         assert_close(out, oracle(case, parameters, *arrays, **where).output)
 
 
-@streaming_and_some_reference("case", CASES, [], slow=["kerple power"])
+@streaming_and_some_reference("case", CASES, [], slow=["kerple log", "kerple power"])
 def test_bfloat16_in_is_bfloat16_out_and_the_bias_is_float32(case, implementation):
     attend, parameters = CASES[case]
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
