@@ -31,7 +31,9 @@ from tests.support.attention_cases import (
     inputs,
     parameters,
     random,
+    reference_only,
     streaming_and_some_reference,
+    streaming_only,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "huggingface.json").read_text())["attention"]
@@ -43,7 +45,8 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 # --- Values
 
 
-@streaming_and_some_reference("name", GOLDEN, [])
+@reference_only
+@pytest.mark.parametrize("name", GOLDEN)
 def test_attention_is_that_of_published_models(name, implementation):
     golden = {key: np.array(x, np.float32) for key, x in GOLDEN[name].items()}
     query, key, value = golden["query"], golden["key"], golden["value"]
@@ -134,9 +137,11 @@ COMMON = {
 # Every kind of mask and factor once.
 OF_THE_REFERENCE = ["chunks on both sides", "window on both sides", "logit scale per row", "only query positions"]
 OF_THE_REFERENCE += ["soft cap of scaled logits in a mask", "all at once"]
-# Another case has these and more.
-INCLUDED = ["window", "window of a block", "chunks of a block, with a window", "segments", "mask of keys", "soft cap"]
-INCLUDED += ["scale", "scalar logit scale", "logit scale per head", "logit scale per position"]
+# Another case, or another test, has these and more.
+INCLUDED = ["not causal", "window", "window of a block", "chunks", "chunks of a block, with a window", "segments"]
+INCLUDED += ["mask of keys", "mask of the first keys", "soft cap", "scale", "scalar logit scale"]
+INCLUDED += ["logit scale per head", "logit scale per position", "positions of documents", "positions out of order"]
+INCLUDED += ["positions with gaps, per row"]
 
 
 @streaming_and_some_reference("case", COMMON, OF_THE_REFERENCE, slow=INCLUDED)
@@ -144,7 +149,8 @@ def test_every_common_keyword_agrees_with_float64(case, implementation):
     assert_agrees("t5", implementation, *inputs(), **parameters("t5"), **COMMON[case])
 
 
-@streaming_and_some_reference("encoding", ["rope", "alibi"], [])
+@reference_only
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
 def test_rope_and_alibi_follow_explicit_positions(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(), **parameters(encoding), **COMMON["positions with gaps, per row"])
 
@@ -155,18 +161,18 @@ def test_without_causality_alibi_and_bidirectional_t5_reach_both_ways(implementa
     assert_agrees("t5", implementation, *inputs(), **parameters("t5"), is_causal=False, bidirectional=True)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "rope", "alibi"])
 def test_fewer_queries_than_keys_stand_at_the_end_of_the_keys(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(T=10, S=LENGTH), **parameters(encoding))
 
 
-@every_implementation
+@streaming_only
 def test_segments_of_queries_and_keys_may_differ_in_length(implementation):
-    segments = np.array([[1, 1, 2]] * 2), np.array([[0] * 4 + [1] * 7 + [2, 2, 3]] * 2)
-    assert_agrees("alibi", implementation, *inputs(T=3, S=14), segment_ids=segments)
+    segments = np.array([[1] * 6 + [2] * 4] * 2), np.array([[0] * 4 + [1] * 11 + [2] * 5 + [3]] * 2)
+    assert_agrees("t5", implementation, *inputs(T=10, S=LENGTH), segment_ids=segments, **parameters("t5"))
 
 
-@streaming_and_some_reference("kv_heads", [1, 3, 6], [3])
+@streaming_and_some_reference("kv_heads", [1, 3, 6], [3], slow=[1, 6])
 def test_query_head_n_uses_key_value_head_n_over_group_size(kv_heads, implementation):
     assert_agrees("alibi", implementation, *inputs(N=6, K=kv_heads))
 
@@ -175,11 +181,9 @@ def test_query_head_n_uses_key_value_head_n_over_group_size(kv_heads, implementa
 def test_temperature_multiplies_the_content_and_not_the_bias(implementation):
     # At logit scale 0 only the bias is left, and at 3 the same as three times the queries.
     query, key, value = inputs()
-    keywords = parameters("t5")
-    cold = t5_attention(query, key, value, logit_scale=0.0, implementation=implementation, **keywords)
-    assert_close(cold, t5_attention(0 * query, key, value, implementation=implementation, **keywords))
-    hot = t5_attention(query, key, value, logit_scale=3.0, implementation=implementation, **keywords)
-    assert_close(hot, t5_attention(3 * query, key, value, implementation=implementation, **keywords))
+    attend = functools.partial(t5_attention, implementation=implementation, return_stats=True, **parameters("t5"))
+    for scale in 0.0, 3.0:
+        jax.tree.map(assert_close, attend(query, key, value, logit_scale=scale), attend(scale * query, key, value))
 
 
 @streaming_and_some_reference("encoding", ATTENTION, ["t5"])
@@ -213,7 +217,8 @@ def test_bfloat16_in_is_bfloat16_out_with_softmax_and_statistics_in_float32(enco
     assert_close(stats.logsumexp, wanted.logsumexp, tolerance=tolerance)
 
 
-@streaming_and_some_reference("encoding", ["rope", "t5"], [])
+@reference_only
+@pytest.mark.parametrize("encoding", ["rope", "t5"])
 def test_jit_changes_nothing(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], implementation=implementation, return_stats=True, **parameters(encoding)
@@ -251,35 +256,37 @@ def test_statistics_come_as_a_named_pair_and_only_when_asked_for():
 
 @every_implementation
 def test_nope_weighs_identical_tokens_equally(implementation):
-    query, key, value = (np.ones((1, 9, 2, 4), np.float32) * x for x in (0.3, 0.7, 1.0))
-    value = value * np.arange(9, dtype=np.float32)[None, :, None, None]
+    query, key, value = (np.full_like(x, number) for x, number in zip(inputs(), (0.3, 0.7, 1.0), strict=True))
+    value = value * INDEX.astype(np.float32)[:, None, None]
     out, stats = nope_attention(query, key, value, implementation=implementation, return_stats=True)
-    assert_close(stats.entropy[0, 0], [math.log(i + 1) for i in range(9)])
-    assert_close(out[0, :, 0, 0], [i / 2 for i in range(9)])
+    assert_close(stats.entropy, np.broadcast_to(np.log(INDEX + 1), stats.entropy.shape))
+    assert_close(out, np.broadcast_to(INDEX[:, None, None] / 2, out.shape))
 
 
 @every_implementation
 def test_nope_counts_tokens_by_a_value_that_only_the_first_carries(implementation):
     # Kazemnejad et al. 2023, theorem 1: constant keys give 1/t at position t = 1, 2, ..., from which t can be read.
-    query, key = random(1, 12, 1, 4), np.ones((1, 12, 1, 4), np.float32)
-    value = np.zeros((1, 12, 1, 4), np.float32)
+    query, key, value = inputs()
+    key, value = np.ones_like(key), np.zeros_like(value)
     value[:, 0] = 1.0
-    out = nope_attention(query, key, value, implementation=implementation)
-    assert_close(out[0, :, 0, 0], 1 / np.arange(1, 13))
+    out, _ = nope_attention(query, key, value, implementation=implementation, return_stats=True)
+    assert_close(out, np.broadcast_to(1 / (INDEX[:, None, None] + 1), out.shape))
 
 
 @every_implementation
 def test_nope_without_a_mask_is_permutation_equivariant_and_the_causal_mask_breaks_it(implementation):
     order = draw().permutation(LENGTH)
-    query, key, value = inputs()
-    attend = functools.partial(nope_attention, implementation=implementation)
-    permuted = attend(query[:, order], key[:, order], value[:, order], is_causal=False)
-    assert_close(permuted, np.asarray(attend(query, key, value, is_causal=False))[:, order])
-    causal = attend(query[:, order], key[:, order], value[:, order])
-    assert not np.allclose(causal, np.asarray(attend(query, key, value))[:, order], atol=1e-2)
+    arrays = inputs()
+    permuted = [x[:, order] for x in arrays]
+
+    def attend(arrays, **keywords):
+        return np.asarray(nope_attention(*arrays, implementation=implementation, return_stats=True, **keywords)[0])
+
+    assert_close(attend(permuted, is_causal=False), attend(arrays, is_causal=False)[:, order])
+    assert not np.allclose(attend(permuted), attend(arrays)[:, order], atol=1e-2)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope"])
 def test_a_shift_of_all_positions_changes_nothing(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], *inputs(), implementation=implementation, return_stats=True, **parameters(encoding)
@@ -300,21 +307,19 @@ def test_stretched_positions_matter_to_every_encoding_but_nope(encoding, impleme
 @every_implementation
 def test_alibi_is_a_bias_of_slope_times_key_position(implementation):
     # softmax forgets -m·i, which is constant in a row, so that slope · j alone says the same.
-    query, key, value = inputs(B=1)
     slopes = parameters("alibi")["slopes"]
-    bias = slopes[None, :, None, None] * INDEX
-    wanted = oracles.attention(query, key, value, bias=bias)
-    out = alibi_attention(query, key, value, slopes=slopes, implementation=implementation)
+    wanted = oracles.attention(*inputs(), bias=slopes[None, :, None, None] * INDEX)
+    out, _ = alibi_attention(*inputs(), slopes=slopes, implementation=implementation, return_stats=True)
     assert_close(out, wanted.output)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "alibi"])
 def test_the_last_query_alone_against_a_cache_is_the_last_row(encoding, implementation):
     query, key, value = inputs()
     attend = functools.partial(
         ATTENTION[encoding], implementation=implementation, return_stats=True, **parameters(encoding)
     )
-    out, stats = attend(query, key, value)
+    out, stats = jax.tree.map(np.asarray, attend(query, key, value))
     last, last_stats = attend(query[:, -1:], key, value)
     assert_close(last, out[:, -1:])
     assert_close(last_stats.entropy, stats.entropy[..., -1:])
@@ -336,7 +341,7 @@ def span(encoding, implementation, is_causal):
 PAST = np.tril(np.ones((LENGTH, LENGTH), bool))
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "rope", "alibi"])
 def test_no_gradient_reaches_the_past_from_the_future(encoding, implementation):
     by_query, by_key, by_value = span(encoding, implementation, is_causal=True)
     assert (by_query[~np.eye(LENGTH, dtype=bool)] == 0).all()
@@ -353,16 +358,18 @@ def test_without_causality_every_token_feels_every_other(implementation):
 
 # --- Rows that see nothing
 
-ROWS = np.zeros((2, 1, LENGTH, 1), bool)
+NONE = np.zeros((2, 4, LENGTH, LENGTH), bool)
+EVERY = {"mask": ~NONE, "segment_ids": (0 * DOCUMENTS, 0 * DOCUMENTS)}
+"""Hides nothing; with it, two programs serve all cases: one with positions, one without."""
 
 NOTHING = {
-    "masked rows": {"mask": ROWS | (INDEX % 3 > 0)[:, None]},
-    "masked rows of a block": {"mask": ROWS | (INDEX >= 8)[:, None]},
-    "everything masked": {"mask": ROWS},
-    "a batch row masked": {"mask": ROWS | np.array([True, False])[:, None, None, None]},
+    "masked rows": {"mask": NONE | (INDEX % 3 > 0)[:, None]},
+    "masked rows of a block": {"mask": NONE | (INDEX >= 8)[:, None]},
+    "everything masked": {"mask": NONE},
+    "a batch row masked": {"mask": NONE | np.array([True, False])[:, None, None, None]},
     "no key of the segment": {"segment_ids": (DOCUMENTS, np.minimum(DOCUMENTS, 1))},
-    "before all keys": {"query_positions": INDEX - 10, "key_positions": INDEX},
-    "outside the window": {"query_positions": 3 * INDEX, "key_positions": INDEX},
+    "before all keys": {"query_positions": np.stack([INDEX - 10] * 2), "key_positions": np.stack([INDEX] * 2)},
+    "outside the window": {"query_positions": np.stack([3 * INDEX] * 2), "key_positions": np.stack([INDEX] * 2)},
 }
 
 
@@ -382,10 +389,10 @@ def gradients_past_empty_rows(encoding, implementation):
 
 @streaming_and_some_reference("case", NOTHING, ["masked rows", "everything masked"])
 def test_rows_that_see_nothing_give_zeros_and_finite_gradients(case, implementation):
-    query, key, value = inputs()
-    found = gradients_past_empty_rows("t5", implementation)(query, key, value, NOTHING[case])
+    keywords = EVERY | NOTHING[case]
+    found = gradients_past_empty_rows("t5", implementation)(*inputs(), keywords)
     gradients, (out, stats) = jax.tree.map(np.asarray, found)
-    wanted = expected("t5", query, key, value, window=18, **parameters("t5"), **NOTHING[case])
+    wanted = expected("t5", *inputs(), window=18, **parameters("t5"), **keywords)
     empty = np.isneginf(wanted.logsumexp)
     assert empty.any()
     assert (np.swapaxes(out, 1, 2)[empty] == 0).all()
@@ -399,11 +406,13 @@ def test_rows_that_see_nothing_give_zeros_and_finite_gradients(case, implementat
 
 @every_implementation
 def test_queries_before_the_first_key_see_nothing(implementation):
-    # Twenty queries end at the last of nine keys: the first eleven stand at -11 to -1.
-    out, stats = nope_attention(*inputs(T=20, S=9), implementation=implementation, return_stats=True)
+    # The queries end at the last of ten keys: the first eleven stand at -11 to -1.
+    arrays, keywords = inputs(S=10), parameters("t5")
+    found = t5_attention(*arrays, **keywords, implementation=implementation, return_stats=True)
+    out, stats = jax.tree.map(np.asarray, found)
     assert (out[:, :11] == 0).all() and np.isneginf(stats.logsumexp[..., :11]).all()
     assert np.isfinite(stats.logsumexp[..., 11:]).all()
-    assert_agrees("alibi", implementation, *inputs(T=20, S=9))
+    assert_agrees("t5", implementation, *arrays, **keywords)
 
 
 # --- Gradients
@@ -434,7 +443,7 @@ def gradients_of(encoding, implementation, keywords, arrays, query, key, value):
 
 
 @pytest.mark.parametrize(
-    "encoding", ["rope", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nope", "alibi"))]
+    "encoding", ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nope", "rope", "alibi"))]
 )
 def test_gradients_agree_with_finite_differences_in_float64_and_streaming_with_reference(encoding):
     arrays, settings = differentiable(encoding)
@@ -497,6 +506,6 @@ def test_streaming_is_reference_for_any_positions_segments_and_mask(seed):
         "mask": draws.random((2, 4, LENGTH, LENGTH)) < draws.random(),
     }
     actual, wanted = (
-        gradients_past_empty_rows("alibi", name)(*inputs(seed=seed), keywords) for name in ("streaming", "reference")
+        gradients_past_empty_rows("t5", name)(*inputs(seed=seed), keywords) for name in ("streaming", "reference")
     )
     jax.tree.map(assert_close, actual, wanted)

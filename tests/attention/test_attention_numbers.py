@@ -18,6 +18,7 @@ from tests.support.attention_cases import (
     every_implementation,
     random,
     streaming_and_some_reference,
+    streaming_only,
 )
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -86,7 +87,7 @@ def results(attend, *operands, **keywords):
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 MIXES = [mix for mix in itertools.product([F32, BF16, F16], repeat=3) if len(set(mix)) > 1]
-FEW = [(F32, BF16, BF16), (BF16, F32, F32), (F16, BF16, F32)]
+QUICK = [("none", (F16, BF16, F32)), ("block", (F32, BF16, BF16)), ("scan", (F32, BF16, BF16))]
 
 
 def block_term(table, block):
@@ -112,9 +113,7 @@ TERMS = {
 @pytest.mark.parametrize(
     ("term", "mix"),
     [
-        (term, mix)
-        if (mix in FEW and term == "none") or (mix == FEW[0] and term in ("block", "scan"))
-        else pytest.param(term, mix, marks=pytest.mark.slow)
+        (term, mix) if (term, mix) in QUICK else pytest.param(term, mix, marks=pytest.mark.slow)
         for term, mix in itertools.product(TERMS, MIXES)
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(jnp.dtype(d).name for d in x),
@@ -191,22 +190,27 @@ def test_a_value_term_of_64_bits_is_added_in_32():
 
 
 def _steep(parameters, block):
-    return -parameters["slope"] * jnp.minimum(block.distance, parameters["last"])[:, None]
+    scalar, array = parameters["lasts"]
+    return -parameters["slope"] * jnp.minimum(jnp.minimum(block.distance, scalar), array)[:, None]
 
 
 def test_integers_among_the_parameters_of_a_term_are_no_obstacle_to_its_gradient():
     operands = arrays()
 
-    def loss(slope, last, implementation):
-        logit = BlockLogit(_steep, {"slope": slope, "last": last})
+    @functools.partial(jax.jit, static_argnums=2)
+    @jax.grad
+    def gradient(slope, lasts, implementation):
+        logit = BlockLogit(_steep, {"slope": slope, "lasts": lasts})
         return (dot_product_attention(*operands, logit=logit, implementation=implementation) ** 2).sum()
 
-    for last in (jnp.int32(3), jnp.array([3])):
-        got, wanted = (jax.grad(loss)(jnp.float32(0.3), last, name) for name in ("streaming", "reference"))
-        assert_close(got, wanted, tolerance=5e-5)
+    lasts = jnp.int32(3), jnp.array([4])
+    got, wanted = (gradient(jnp.float32(0.3), lasts, name) for name in ("streaming", "reference"))
+    assert_close(got, wanted, tolerance=5e-5)
 
 
-@pytest.mark.parametrize("name", ["t5", "cope", pytest.param("forgetting", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cope", "forgetting"))]
+)
 def test_float64_is_computed_in_float32(name):
     function, own, operands = getattr(attention, f"{name}_attention"), own_parameters(name), arrays()
     wanted, wanted_gradient = results(function, *operands, implementation="reference", **own)
@@ -220,17 +224,17 @@ def test_float64_is_computed_in_float32(name):
 # --- NaN and infinities
 
 
-# The reference has one path for all; of two terms at once, each is added as if it were alone.
-@streaming_and_some_reference("term", TERMS, ["value"], slow=[term for term in TERMS if " and " in term])
+# The reference has one path for all; a term of distances knows no query, key or value.
+@streaming_and_some_reference("term", TERMS, ["value"], slow=["distance", "soft cap", "block", "soft cap and scan"])
 def test_what_is_not_finite_does_not_reach_rows_that_do_not_see_it(term, implementation):
     query, key, value = arrays()
-    bad_key = key.at[:, 13, :, 3].set(np.nan), value
-    bad_value = key, value.at[:, 13, :, 3].set(np.inf)
+    bad_key, bad_value = (np.array(key), value), (key, np.array(value))
+    bad_key[0][:, 13, :, 3], bad_value[1][:, 13, :, 3] = np.nan, np.inf
     keywords = {"implementation": implementation, **TERMS[term]()}
     attend = jax.jit(functools.partial(dot_product_attention, **keywords))
-    wanted = attend(query, key, value)
+    wanted = np.asarray(attend(query, key, value))
     for damaged in bad_key, bad_value:
-        out = attend(query, *damaged)
+        out = np.asarray(attend(query, *damaged))
         assert_close(out[:, :13], wanted[:, :13])
         assert not np.isfinite(out[:, 13:, :, 3]).any()
 
@@ -257,18 +261,33 @@ def hide_all_from_two(_, block):
 
 
 @functools.cache
-def near_in_a_window(implementation):
+def near_in_a_window():
     near = DistanceLogit(lambda _, distance: -0.1 * distance)
-    return results(dot_product_attention, *arrays(), logit=near, window=6, implementation=implementation)
+    return results(dot_product_attention, *arrays(), logit=near, window=6, implementation="reference")
 
 
-@streaming_and_some_reference("positions", ["run on", "explicit"], ["explicit"])
-@pytest.mark.parametrize("logit", [DistanceLogit(hide_far), BlockLogit(hide_far_blocks)], ids=["distance", "block"])
-def test_a_bias_of_minus_infinity_hides_a_key_as_a_window_does(logit, positions, implementation):
+HIDING = {"distance": DistanceLogit(hide_far), "block": BlockLogit(hide_far_blocks)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "implementation"),
+    [
+        case
+        if case
+        in [
+            ("distance", "run on", "streaming"),
+            ("block", "explicit", "streaming"),
+            ("distance", "explicit", "reference"),
+        ]
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(HIDING, ["run on", "explicit"], IMPLEMENTATIONS)
+    ],
+)
+def test_a_bias_of_minus_infinity_hides_a_key_as_a_window_does(kind, positions, implementation):
     positions = np.arange(T) if positions == "explicit" else None
     keywords = {"implementation": implementation, "query_positions": positions, "key_positions": positions}
-    wanted = near_in_a_window(implementation)
-    found = results(dot_product_attention, *arrays(), logit=logit, **keywords)
+    wanted = near_in_a_window()
+    found = results(dot_product_attention, *arrays(), logit=HIDING[kind], **keywords)
     jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), found, wanted)
 
 
@@ -284,11 +303,25 @@ def test_a_row_whose_bias_hides_every_key_gives_zeros(implementation):
 # --- One row for all heads
 
 
-@streaming_and_some_reference("positions", ["run on", "explicit"], [], slow=["explicit"])
-def test_a_function_of_distance_may_give_one_row_for_all_heads(positions, implementation):
+ONE_ROW = {"no axis of heads": lambda rate, d: -rate * d, "an axis of one": lambda rate, d: -rate * d[None]}
+
+
+@streaming_only
+@pytest.mark.parametrize(
+    ("positions", "shape"),
+    [
+        ("run on", "no axis of heads"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(["run on", "explicit"], ONE_ROW)
+            if case != ("run on", "no axis of heads")
+        ),
+    ],
+)
+def test_a_function_of_distance_may_give_one_row_for_all_heads(shape, positions, implementation):
     rate, positions = jnp.float32(0.3), np.arange(T) if positions == "explicit" else None
 
-    def attend(function):
+    def attend(function, implementation):
         def of(query, key, value, rate, **keywords):
             logit = DistanceLogit(function, rate)
             return dot_product_attention(query, key, value, logit=logit, **keywords)
@@ -296,16 +329,15 @@ def test_a_function_of_distance_may_give_one_row_for_all_heads(positions, implem
         keywords = {"query_positions": positions, "key_positions": positions, "implementation": implementation}
         return results(of, *arrays(), rate, **keywords)
 
-    wanted = attend(lambda rate, d: jnp.broadcast_to(-rate * d, (N, *d.shape)))
-    for one in (lambda rate, d: -rate * d), (lambda rate, d: -rate * d[None]):
-        jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), attend(one), wanted)
+    wanted = attend(lambda rate, d: jnp.broadcast_to(-rate * d, (N, *d.shape)), "reference")
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), attend(ONE_ROW[shape], implementation), wanted)
 
 
 # --- No tokens
 
 
-# A bias and a table; of streaming, also a term per block, a scan and features of tokens.
-WITHOUT_KEYS = {"streaming": ("t5", "tupe", "cope", "forgetting"), "reference": ("tupe",)}
+# A table and a bias; of streaming, also a scan and features of tokens.
+WITHOUT_KEYS = {"streaming": ("tupe", "cope", "forgetting"), "reference": ("tupe",)}
 
 
 @pytest.mark.parametrize(
@@ -355,6 +387,6 @@ def test_other_windows_and_chunks_are_refused(name, bad):
 
 def test_sums_by_distance_are_the_transpose_of_a_block_by_distance():
     values, block = np.random.default_rng(0).normal(size=(3, 13)), np.random.default_rng(1).normal(size=(3, 7, 7))
-    _, pull = jax.vjp(shear, jnp.asarray(values, jnp.float32))
-    keys_first = jnp.asarray(block.swapaxes(1, 2), jnp.float32)
-    np.testing.assert_allclose(unshear(keys_first), pull(jnp.asarray(block, jnp.float32))[0], rtol=1e-5, atol=1e-6)
+    (wanted,) = jax.jit(lambda values, block: jax.vjp(shear, values)[1](block))(*map(np.float32, (values, block)))
+    found = jax.jit(unshear)(np.float32(block.swapaxes(1, 2)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -16,9 +16,12 @@ IMPLEMENTATIONS = ["reference", "streaming"]
 
 every_encoding = pytest.mark.parametrize("encoding", ATTENTION)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-streaming_only = pytest.mark.parametrize(  # but for the slow tests
-    "implementation",
-    [name if name == "streaming" else pytest.param(name, marks=pytest.mark.slow) for name in IMPLEMENTATIONS],
+streaming_only, reference_only = (  # but for the slow tests
+    pytest.mark.parametrize(
+        "implementation",
+        [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in IMPLEMENTATIONS],
+    )
+    for quick in ("streaming", "reference")
 )
 
 
