@@ -26,10 +26,14 @@ from tests.support.attention_cases import ATTENTION, LENGTH, assert_close, every
 
 # --- Inside Flax's own attention layers
 
-# One that turns queries and keys, and one that adds to their products.
-some_encodings = pytest.mark.parametrize(
-    "encoding", [name if name in ("rope", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
-)
+
+def but_for_slow(*quick):
+    return pytest.mark.parametrize(
+        "encoding", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
+    )
+
+
+some_encodings = but_for_slow("rope", "t5")  # one that turns queries and keys, and one that adds to their products
 
 
 def causal_layer_arguments(encoding):
@@ -37,7 +41,7 @@ def causal_layer_arguments(encoding):
     return x, nnx.make_causal_mask(np.ones((2, 12))), functools.partial(ATTENTION[encoding], **parameters(encoding))
 
 
-@some_encodings
+@but_for_slow("rope")
 def test_it_drops_into_nnx_multi_head_attention(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = nnx.MultiHeadAttention(
@@ -49,7 +53,7 @@ def test_it_drops_into_nnx_multi_head_attention(encoding):
     assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
 
 
-@some_encodings
+@but_for_slow("t5")
 def test_it_drops_into_linen_multi_head_attention(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=True)
@@ -84,10 +88,10 @@ LAYER_MASKS = {
 @pytest.mark.parametrize(
     ("mask", "jit"),
     [
-        *(("none", True), ("causal", False), ("padding", True), ("both", False)),
+        *(("none", False), ("causal", False), ("padding", False), ("both", True)),
         *(
             pytest.param(mask, jit, marks=pytest.mark.slow)
-            for mask, jit in (("none", False), ("causal", True), ("padding", False), ("both", True))
+            for mask, jit in (("none", True), ("causal", True), ("padding", True), ("both", False))
         ),
     ],
 )
@@ -399,11 +403,11 @@ def test_temperature_is_called_logit_scale_here():
         ATTENTION["alibi"](*inputs(), temperature=2.0)
 
 
-@pytest.mark.parametrize("length", [12, 300])
+@pytest.mark.parametrize("length", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_one_row_of_distances_may_serve_all_heads(length):
-    query, key, value = random(3, 1, length, 2, 8)
+    query, key, value = inputs(T=length)
     shared = DistanceLogit(lambda _, distance: -0.1 * distance)
-    each = DistanceLogit(lambda _, distance: jnp.stack([-0.1 * distance] * 2))
+    each = DistanceLogit(lambda _, distance: jnp.stack([-0.1 * distance] * 4))
     wanted = dot_product_attention(query, key, value, logit=each)
     assert_close(dot_product_attention(query, key, value, logit=shared), wanted, tolerance=1e-6)
 

@@ -47,13 +47,14 @@ KERNELS = ("pallas_tpu", "pallas_gpu")
 
 def arrays(keys=T):
     shapes = (B, T, N, H), (B, keys, K, H), (B, keys, K, H2)
-    return tuple(jnp.asarray(random(*shape, seed=i)) for i, shape in enumerate(shapes))
+    return tuple(random(*shape, seed=i) for i, shape in enumerate(shapes))
 
 
 def by_distance(table, distance):
     return table[:, jnp.clip(distance + T, 0, table.shape[1] - 1)]
 
 
+@functools.cache
 def program(implementation, **static):
     """A function of arrays: output, statistics and gradient, with keywords that are traced too."""
 
@@ -86,12 +87,12 @@ def assert_same(found, wanted, tolerance=1e-5):
         jax.tree.map(functools.partial(assert_close, tolerance=factor * tolerance), *results)
 
 
-SCALE = jnp.linspace(0.5, 1.5, B * N * T, dtype=jnp.float32).reshape(B, N, T)
-TABLE = jnp.asarray(random(N, 2 * T, seed=7))
+SCALE = np.linspace(0.5, 1.5, B * N * T, dtype=np.float32).reshape(B, N, T)
+TABLE = random(N, 2 * T, seed=7)
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 3, (B, T)), axis=1)
 POSITIONS = {
-    "query_positions": jnp.arange(T)[::-1] + 3,
-    "key_positions": jnp.arange(T + 5)[None] + jnp.array([[0], [2]]),
+    "query_positions": np.arange(T)[::-1] + 3,
+    "key_positions": np.arange(T + 5)[None] + np.array([[0], [2]]),
 }
 
 
@@ -107,6 +108,21 @@ def test_a_table_of_distances_grouped_queries_and_a_soft_cap_are_the_reference_s
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_with_64_bits_it_computes_in_32(kernel):
+    """What is traced of a call and its gradient, the kernels too, has no float of 64 bits."""
+
+    def loss(*operands):
+        out, stats = alibi_attention(*operands, implementation=kernel, return_stats=True)
+        return out.sum() + stats.entropy.sum()
+
+    with jax.enable_x64(True):
+        traced = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays()))
+    assert "pallas_call" in traced and "f32" in traced and "f64" not in traced
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_with_64_bits_the_gradient_is_the_reference_s(kernel):
     def gradient(implementation):
         return jax.jit(jax.grad(lambda *operands: alibi_attention(*operands, implementation=implementation).sum()))
 
@@ -243,7 +259,7 @@ def rising_block(parameters, block):
 )
 def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
     """Its gradient too, wherever the parameters have their axis of heads; -inf hides a key."""
-    parameters = jnp.asarray(random(2, N, seed=8)), jnp.float32(0.4)
+    parameters = random(2, N, seed=8), np.float32(0.4)
 
     @functools.partial(jax.jit, static_argnames="implementation")
     def run(operands, parameters, traced, implementation):
@@ -284,17 +300,16 @@ def value_block(table, weights, block):
 
 def test_a_row_of_many_distances_adds_up_in_float32():
     """The gradient of a bfloat16 table, rounded once."""
-    query, key, value = (jnp.asarray(random(1, 256, 1, H, seed=i)) for i in range(3))
-    tables = jnp.asarray(random(2, 11, H, seed=3)).astype("bfloat16")
+    query, key, value = (random(1, 256, 1, H, seed=i) for i in range(3))
+    tables = random(2, 11, H, seed=3).astype(jnp.bfloat16)
 
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
     def gradient(tables, implementation):
-        def loss(tables):
-            by_name = {"key_table": tables[0], "value_table": tables[1]}
-            return shaw_attention(query, key, value, **by_name, implementation=implementation).sum()
+        by_name = {"key_table": tables[0], "value_table": tables[1]}
+        return shaw_attention(query, key, value, **by_name, implementation=implementation).sum()
 
-        return jax.grad(loss)(tables).astype(jnp.float32)
-
-    found, wanted = gradient(tables, "pallas_tpu"), gradient(tables.astype(jnp.float32), "reference")
+    found, wanted = gradient(tables, "pallas_tpu"), gradient(tables.astype(np.float32), "reference")
     for x, y in zip(found, wanted, strict=True):
         assert_close(x, y, tolerance=2**-8)
 
@@ -356,9 +371,10 @@ def test_a_constant_of_minus_infinity_hides_keys_and_what_does_not_occur_may_be_
 def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
     """Of heads, and of all heads; and what is not finite reaches those who see it."""
     shapes = (N, 4 * T, H), (N, 4 * T, H), (1, 4 * T), (1, 4 * T, H2)
-    tables = tuple(jnp.asarray(random(*shape, seed=9 + i)) for i, shape in enumerate(shapes))
+    tables = tuple(random(*shape, seed=9 + i) for i, shape in enumerate(shapes))
     query, key, value = arrays(keys)
-    of_nan = key.at[0, keys - 1].set(jnp.nan)
+    of_nan = key.copy()
+    of_nan[0, keys - 1] = np.nan
 
     @functools.partial(jax.jit, static_argnames=("implementation", "by_distance"))
     def run(operands, tables, scale, implementation, by_distance):
@@ -381,11 +397,13 @@ def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
         return values, gradient
 
     for key_ in (key, of_nan):
-        found = run((query, key_, value), tables, SCALE, "pallas_tpu", vectors_at)
-        wanted = run((query, key_, value), tables, SCALE, "reference", None)
+        found, wanted = (
+            jax.tree.map(np.asarray, run((query, key_, value), tables, SCALE, name, by_distance))
+            for name, by_distance in (("pallas_tpu", vectors_at), ("reference", None))
+        )
         for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
             np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
-        assert_same(*(jax.tree.map(jnp.nan_to_num, results) for results in (found, wanted)))
+        assert_same(*(jax.tree.map(np.nan_to_num, results) for results in (found, wanted)))
 
 
 def test_what_a_logit_of_both_positions_takes_is_counted():
@@ -425,7 +443,7 @@ def test_the_blocks_that_meet_are_those_in_which_a_query_sees_a_key(queries, key
     assert some.any() and every.any() and not every.all()
 
     def between(of, own, others):
-        first, last = (np.broadcast_to(x, own)[:, None] for x in of(jnp.arange(own), offset))
+        first, last = (np.broadcast_to(x, own)[:, None] for x in jax.jit(of)(np.arange(own), offset))
         return (first <= np.arange(others)) & (np.arange(others) <= last)
 
     query_blocks, key_blocks = every.shape
