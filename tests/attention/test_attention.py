@@ -68,7 +68,7 @@ def test_values_and_statistics_agree_with_float64(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(), **parameters(encoding))
 
 
-@every_implementation
+@streaming_only
 def test_default_parameters_are_the_papers(implementation):
     assert_agrees("alibi", implementation, *inputs())
     assert_agrees("rope", implementation, *inputs())
@@ -161,7 +161,9 @@ def test_without_causality_alibi_and_bidirectional_t5_reach_both_ways(implementa
     assert_agrees("t5", implementation, *inputs(), **parameters("t5"), is_causal=False, bidirectional=True)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "rope", "alibi"])
+@pytest.mark.slow  # as segments do, whose queries are fewer than the keys
+@every_implementation
+@every_encoding
 def test_fewer_queries_than_keys_stand_at_the_end_of_the_keys(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(T=10, S=LENGTH), **parameters(encoding))
 
@@ -172,7 +174,9 @@ def test_segments_of_queries_and_keys_may_differ_in_length(implementation):
     assert_agrees("t5", implementation, *inputs(T=10, S=LENGTH), segment_ids=segments, **parameters("t5"))
 
 
-@streaming_and_some_reference("kv_heads", [1, 3, 6], [3], slow=[1, 6])
+@pytest.mark.slow  # elsewhere they are two, for four heads with slopes of their own
+@every_implementation
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
 def test_query_head_n_uses_key_value_head_n_over_group_size(kv_heads, implementation):
     assert_agrees("alibi", implementation, *inputs(N=6, K=kv_heads))
 
@@ -201,7 +205,7 @@ def test_large_logits_do_not_overflow(encoding, implementation):
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "alibi"])
 def test_bfloat16_in_is_bfloat16_out_with_softmax_and_statistics_in_float32(encoding, implementation):
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
     out, stats = ATTENTION[encoding](
@@ -286,7 +290,7 @@ def test_nope_without_a_mask_is_permutation_equivariant_and_the_causal_mask_brea
     assert not np.allclose(attend(permuted), attend(arrays)[:, order], atol=1e-2)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "alibi"])
 def test_a_shift_of_all_positions_changes_nothing(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], *inputs(), implementation=implementation, return_stats=True, **parameters(encoding)
@@ -295,7 +299,7 @@ def test_a_shift_of_all_positions_changes_nothing(encoding, implementation):
     jax.tree.map(assert_close, shifted, attend())
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["alibi"])
 def test_stretched_positions_matter_to_every_encoding_but_nope(encoding, implementation):
     attend = functools.partial(
         ATTENTION[encoding], *inputs(), implementation=implementation, return_stats=True, **parameters(encoding)
@@ -313,7 +317,7 @@ def test_alibi_is_a_bias_of_slope_times_key_position(implementation):
     assert_close(out, wanted.output)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "alibi"])
+@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "alibi"])
 def test_the_last_query_alone_against_a_cache_is_the_last_row(encoding, implementation):
     query, key, value = inputs()
     attend = functools.partial(
@@ -341,7 +345,7 @@ def span(encoding, implementation, is_causal):
 PAST = np.tril(np.ones((LENGTH, LENGTH), bool))
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "rope", "alibi"])
+@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "rope", "alibi"])
 def test_no_gradient_reaches_the_past_from_the_future(encoding, implementation):
     by_query, by_key, by_value = span(encoding, implementation, is_causal=True)
     assert (by_query[~np.eye(LENGTH, dtype=bool)] == 0).all()
@@ -350,7 +354,7 @@ def test_no_gradient_reaches_the_past_from_the_future(encoding, implementation):
     assert (by_value[PAST] > 0).all() and (by_key[1:][PAST[1:]] > 0).all()
 
 
-@every_implementation
+@reference_only
 def test_without_causality_every_token_feels_every_other(implementation):
     _, by_key, by_value = span("nope", implementation, is_causal=False)
     assert (by_key > 0).all() and (by_value > 0).all()
@@ -359,8 +363,14 @@ def test_without_causality_every_token_feels_every_other(implementation):
 # --- Rows that see nothing
 
 NONE = np.zeros((2, 4, LENGTH, LENGTH), bool)
-EVERY = {"mask": ~NONE, "segment_ids": (0 * DOCUMENTS, 0 * DOCUMENTS)}
-"""Hides nothing; with it, two programs serve all cases: one with positions, one without."""
+IN_ORDER = np.stack([INDEX] * 2)
+EVERY = {
+    "query_positions": IN_ORDER,
+    "key_positions": IN_ORDER,
+    "segment_ids": (0 * DOCUMENTS, 0 * DOCUMENTS),
+    "mask": ~NONE,
+}
+"""Hides nothing but the future; with it, one program serves all cases."""
 
 NOTHING = {
     "masked rows": {"mask": NONE | (INDEX % 3 > 0)[:, None]},
@@ -368,8 +378,8 @@ NOTHING = {
     "everything masked": {"mask": NONE},
     "a batch row masked": {"mask": NONE | np.array([True, False])[:, None, None, None]},
     "no key of the segment": {"segment_ids": (DOCUMENTS, np.minimum(DOCUMENTS, 1))},
-    "before all keys": {"query_positions": np.stack([INDEX - 10] * 2), "key_positions": np.stack([INDEX] * 2)},
-    "outside the window": {"query_positions": np.stack([3 * INDEX] * 2), "key_positions": np.stack([INDEX] * 2)},
+    "before all keys": {"query_positions": IN_ORDER - 10},
+    "outside the window": {"query_positions": 3 * IN_ORDER},
 }
 
 

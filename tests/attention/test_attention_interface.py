@@ -88,10 +88,10 @@ LAYER_MASKS = {
 @pytest.mark.parametrize(
     ("mask", "jit"),
     [
-        *(("none", False), ("causal", False), ("padding", False), ("both", True)),
+        *(("none", False), ("causal", True), ("padding", False), ("both", False)),
         *(
             pytest.param(mask, jit, marks=pytest.mark.slow)
-            for mask, jit in (("none", True), ("causal", True), ("padding", True), ("both", False))
+            for mask, jit in (("none", True), ("causal", False), ("padding", True), ("both", True))
         ),
     ],
 )

@@ -15,7 +15,7 @@ from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, CoPE, Distance
 from tests.support.attention_cases import (
     IMPLEMENTATIONS,
     assert_close,
-    every_implementation,
+    others_slow,
     random,
     streaming_and_some_reference,
     streaming_only,
@@ -60,7 +60,7 @@ def own_parameters(name, keys=T):
 
 FUNCTIONS = sorted(name.removesuffix("_attention") for name in attention.__all__ if name.endswith("_attention"))
 FUNCTIONS = [name for name in FUNCTIONS if name in ENCODINGS]
-every_function = pytest.mark.parametrize("name", FUNCTIONS)
+some_functions = pytest.mark.parametrize("name", others_slow(FUNCTIONS))
 
 
 def value_and_gradient(attend, operands, **keywords):
@@ -87,7 +87,7 @@ def results(attend, *operands, **keywords):
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 MIXES = [mix for mix in itertools.product([F32, BF16, F16], repeat=3) if len(set(mix)) > 1]
-QUICK = [("none", (F16, BF16, F32)), ("block", (F32, BF16, BF16)), ("scan", (F32, BF16, BF16))]
+QUICK = [("block", (F16, BF16, F32)), ("scan", (F32, BF16, BF16))]
 
 
 def block_term(table, block):
@@ -141,7 +141,7 @@ def test_narrow_keys_and_values_cost_a_float32_query_nothing():
     assert_close(gradient[0], wanted_gradient[0], tolerance=5e-5)
 
 
-@every_function
+@some_functions
 @pytest.mark.parametrize(
     ("dtype", "cases"),
     # Explicit positions are int64 then, which is what may not be carried through blocks.
@@ -164,8 +164,8 @@ def test_all_can_be_traced_with_64_bits(dtype, cases, name):
             assert all(x.dtype == dtype for x in gradient)
 
 
-@every_function
-@pytest.mark.parametrize("implementation", ["streaming", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", others_slow(FUNCTIONS, but={"nope", "rope", "transformer_xl"}))
+@streaming_only
 def test_all_can_be_traced_where_jax_promotes_nothing(implementation, name):
     function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
     operands = [jax.ShapeDtypeStruct(x.shape, F32) for x in arrays()]
@@ -225,7 +225,10 @@ def test_float64_is_computed_in_float32(name):
 
 
 # The reference has one path for all; a term of distances knows no query, key or value.
-@streaming_and_some_reference("term", TERMS, ["value"], slow=["distance", "soft cap", "block", "soft cap and scan"])
+ALIKE = ["none", "distance", "soft cap", "block", "soft cap and scan"]
+
+
+@streaming_and_some_reference("term", TERMS, ["value"], slow=ALIKE)
 def test_what_is_not_finite_does_not_reach_rows_that_do_not_see_it(term, implementation):
     query, key, value = arrays()
     bad_key, bad_value = (np.array(key), value), (key, np.array(value))
@@ -291,7 +294,7 @@ def test_a_bias_of_minus_infinity_hides_a_key_as_a_window_does(kind, positions, 
     jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), found, wanted)
 
 
-@every_implementation
+@streaming_only
 def test_a_row_whose_bias_hides_every_key_gives_zeros(implementation):
     (out, entropy, logsumexp), gradient = results(
         dot_product_attention, *arrays(), logit=BlockLogit(hide_all_from_two), implementation=implementation

@@ -312,7 +312,7 @@ def test_one_long_document_on_all_devices_scores_as_on_one(encoding):
 
 def test_a_model_is_shared_by_all_devices_and_scores_as_on_one():
     config = ModelConfig(vocab_size=32, num_layers=16, num_heads=8, model_dim=256, mlp_dim=512, train_length=16)
-    model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    model = Decoder(config, rngs=nnx.Rngs(0))
     documents = list(np.random.default_rng(0).integers(0, 32, (8, 17)))
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     curves = []
