@@ -310,6 +310,7 @@ def test_one_long_document_on_all_devices_scores_as_on_one(encoding):
         assert_close(getattr(found, name), getattr(wanted, name))
 
 
+@slow
 def test_a_model_is_shared_by_all_devices_and_scores_as_on_one():
     config = ModelConfig(vocab_size=32, num_layers=16, num_heads=8, model_dim=256, mlp_dim=512, train_length=16)
     model = Decoder(config, rngs=nnx.Rngs(0))
