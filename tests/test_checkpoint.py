@@ -17,8 +17,9 @@ from nope_jax.retention import Retention
 
 def trees(step: int) -> dict:
     # Random bits, so that no byte of the file is redundant to its compression.
-    values = jax.random.normal(jax.random.key(step), (64, 64))
-    return {"params": {"kernel": values}, "opt_state": {"mu": {"kernel": values**2}, "count": jnp.int32(step)}}
+    values = np.random.default_rng(step).normal(size=(64, 64)).astype(np.float32)
+    numbers = {"params": {"kernel": values}, "opt_state": {"mu": {"kernel": values**2}, "count": np.int32(step)}}
+    return jax.tree.map(jnp.asarray, numbers)
 
 
 ABSTRACT = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), trees(0))

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from nope_jax import Decoder, sharding
+from nope_jax import sharding
 from nope_jax.attention import mesh as attention_mesh
+from nope_jax.checkpoint import Checkpointer
 from nope_jax.compile.collectives import Collective, collectives
 from nope_jax.config import HINTS, MeshConfig, wanted
 from nope_jax.sharding import (
@@ -25,7 +27,10 @@ from nope_jax.sharding import (
     state_shardings,
     with_logical_constraint,
 )
-from tests.support.eight_devices import config, results
+from nope_jax.training.optimizer import make_optimizer
+from nope_jax.training.state import TrainState, abstract_state
+from tests.support.drawn_model import drawn_model
+from tests.support.eight_devices import config, results, train_steps
 
 
 def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -176,7 +181,7 @@ def test_what_is_constrained_keeps_its_numbers_and_needs_no_mesh():
 
 
 def test_the_caller_may_have_explicit_axes():
-    model, tokens = Decoder(config({}, {"num_layers": 1}, 1).model, rngs=nnx.Rngs(0)), np.arange(8).reshape(2, 4)
+    model, tokens = drawn_model(config({}, {"num_layers": 1}, 1).model), np.arange(8).reshape(2, 4)
     expected = jax.jit(lambda model: model(tokens))(model)
     mesh = jax.make_mesh((1, 1, 1, 1), AXES, devices=jax.devices()[:1])
     assert set(mesh.axis_types) == {AxisType.Explicit}
@@ -192,6 +197,7 @@ def test_the_caller_may_have_explicit_axes():
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """That two runs took the same steps, up to the order in which float32 numbers are added."""
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6)
+    np.testing.assert_allclose(found["validation"], expected["validation"], rtol=1e-6)
     assert found["state"].keys() == expected["state"].keys()
     for name, array in expected["state"].items():
         tolerance = 2e-6 * max(1e-3, np.abs(array).max())
@@ -233,8 +239,30 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
 GROUPED = {"num_kv_heads": 2, "num_layers": 2}
 
 
-def test_a_step_moves_what_fsdp_and_tensor_parallelism_mean():
-    (run,), complaints = results("train_steps", [(MESH, GROUPED, 1)], 0)
+@pytest.fixture(scope="module")
+def eight_and_one(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], Path, str]:
+    """Two steps on eight devices, the same on one, the workdir in which eight have saved, and what XLA wrote."""
+    workdir = tmp_path_factory.mktemp("eight")
+    (run,), complaints = results("train_steps", [(MESH, GROUPED, 1)], 2, None, str(workdir))
+    (one,) = train_steps([({"data": 1}, GROUPED, 1)], 2)
+    return run, one, workdir, complaints
+
+
+def test_eight_devices_take_the_steps_of_one_which_goes_on_from_what_they_save(eight_and_one):
+    run, one, workdir, _ = eight_and_one
+    assert_same(run, one)
+    settings = config({"data": 1}, GROUPED, 1)
+    _, abstract = abstract_state(settings, make_optimizer(settings.optimizer, 2), make_mesh(settings.mesh))
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        step, trees = checkpointer.restore(abstract.trees())
+    restored = jax.tree_util.tree_leaves_with_path(TrainState(**trees))
+    assert step == 2 and all(array.sharding.num_devices == 1 for _, array in restored)
+    for path, array in restored:
+        np.testing.assert_array_equal(array, run["state"][jax.tree_util.keystr(path)])
+
+
+def test_a_step_moves_what_fsdp_and_tensor_parallelism_mean(eight_and_one):
+    run, _, _, complaints = eight_and_one
     assert "Involuntary full rematerialization" not in complaints
     assert_split(run, parameters=4, moments=4)
     found = collectives(run["text"])

@@ -39,7 +39,7 @@ def data(folder):
 
 
 def test_it_is_evaluated_as_a_run_is(folder, tmp_path, monkeypatch, capsys):
-    words = f"--workdirs hf:{folder}/llama {folder}/run --lengths 16 48 {data(folder)} --eval.documents 4"
+    words = f"--workdirs hf:{folder}/llama {folder}/run --lengths 48 {data(folder)} --eval.documents 4"
     assert call_eval(monkeypatch, f"{words} --out {tmp_path}/report") == 0, capsys.readouterr().err
     with (tmp_path / "report" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -47,9 +47,7 @@ def test_it_is_evaluated_as_a_run_is(folder, tmp_path, monkeypatch, capsys):
         ("llama", "rope", "24"),
         ("run", "nope", "16"),
     }
-    model, _ = load_pretrained(f"{folder}/llama")
-    (document,) = {tuple(path.read_bytes()[:49]) for path in (folder / "text").glob("59.txt")}
-    assert np.isfinite(model(np.array([document[:48]]))).all()
+    assert all(np.isfinite(float(row["nll"])) for row in rows)
     # Run again, everything is kept; with other weights, nothing is.
     identity = find_trained(f"hf:{folder}/llama").identity(0)
     measured = [path.stat().st_mtime_ns for path in sorted((tmp_path / "report" / "measured").iterdir())]
@@ -94,9 +92,9 @@ def test_training_starts_from_it(folder, tmp_path):
 def test_it_is_loaded_in_a_dtype(folder, spec, dtype):
     model, _ = find_trained(spec.format(folder)).load(dtype=dtype)
     assert model.config.dtype == dtype and {x.dtype.name for x in jax.tree.leaves(nnx.state(model))} == {dtype}
-    tokens = np.arange(10)[None]
-    whole = find_trained(spec.format(folder)).load()[0](tokens)
-    np.testing.assert_allclose(model(tokens), whole, atol=0.3 if dtype == "bfloat16" else 0)
+    whole, _ = find_trained(spec.format(folder)).load()
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype), nnx.state(whole))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), rounded)
 
 
 def test_what_is_no_model_is_refused_in_one_line(folder, tmp_path, monkeypatch, capsys):

@@ -6,9 +6,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from nope_jax import Decoder, ModelConfig, generate
+from nope_jax import ModelConfig, generate
 from nope_jax.encodings import (
     ENCODINGS,
     SCHEDULES,
@@ -24,6 +23,7 @@ from nope_jax.encodings import (
     Windowed,
 )
 from tests.support.attention_cases import assert_close
+from tests.support.drawn_model import drawn_model
 
 LENGTH = 40
 TOKENS = np.random.default_rng(1).integers(0, 32, (2, LENGTH))
@@ -31,8 +31,7 @@ TOKENS = np.random.default_rng(1).integers(0, 32, (2, LENGTH))
 
 def decoder(encoding, **changes):
     settings = {"vocab_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "model_dim": 32, "mlp_dim": 24}
-    config = ModelConfig(**(settings | changes), encoding=encoding, train_length=LENGTH)
-    return Decoder(config, rngs=nnx.Rngs(0))
+    return drawn_model(ModelConfig(**(settings | changes), encoding=encoding, train_length=LENGTH))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,11 @@ class Counting(Encoding):
 
     def logit_scale(self, params, query_positions, key_positions):
         return 1.0 + 0.01 * key_positions.max()
+
+
+@dataclasses.dataclass(frozen=True)
+class CentredCounting(Centred, Counting):
+    """Both: no key is as it was, and all count."""
 
 
 DYNAMIC = RoPE(scaling=DynamicNTKScaling(2.0, 8))
@@ -91,7 +95,8 @@ PIECES = [17, 1, 1, 21]
 @pytest.mark.parametrize(
     ("encodings", "pieces"),
     [
-        ((*ROLLING, *WHOLE), PIECES),
+        # The first is the fourth at other positions.
+        ((*list(ROLLING)[1:], Windowed(CoPE(), 6), Windowed(CentredCounting(), 6)), PIECES),
         *(
             pytest.param(pair, PIECES, marks=pytest.mark.slow)
             for pair in itertools.zip_longest(ROLLING, WHOLE, fillvalue="nope")

@@ -15,6 +15,7 @@ from nope_jax.config import Config
 from nope_jax.evaluation.common.activations import walk
 from nope_jax.models import decoder as decoder_module
 from nope_jax.training.optimizer import layer_matrices, matrices
+from tests.support.drawn_model import drawn_model
 from tests.support.eight_devices import results
 
 PLAIN = ModelConfig(
@@ -79,16 +80,7 @@ names = pytest.mark.parametrize(
 
 
 def decoder(changes) -> Decoder:
-    """A decoder none of whose parameters has the value with which it is created."""
-    model = Decoder(dataclasses.replace(PLAIN, **changes), rngs=nnx.Rngs(0))
-    draw = np.random.default_rng(0)
-
-    def moved(x):
-        return jnp.asarray((x + 0.3 * draw.standard_normal(x.shape)).astype(x.dtype))
-
-    state = jax.tree.map(moved, jax.tree.map(np.asarray, nnx.state(model)))
-    nnx.update(model, state)
-    return model
+    return drawn_model(dataclasses.replace(PLAIN, **changes))
 
 
 def in_numpy(model: Decoder, tokens) -> np.ndarray:
@@ -182,13 +174,17 @@ def test_logits_are_those_of_a_decoder_in_numpy_and_decoding_gives_them_too(chan
     if changes and not any(field in DECODED or (field == "biases" and "qkv" in changes[field]) for field in changes):
         return  # no token meets another there
     cache, decoded = model.init_cache(2, 12), []
-    for part in np.split(TOKENS, [5, 6], axis=1):
+    for part in np.split(TOKENS, [6], axis=1):
         here, cache = model.decode_step(part, cache)
         decoded.append(here)
     np.testing.assert_allclose(jnp.concatenate(decoded, axis=1), logits, rtol=1e-5, atol=1e-5)
 
 
-@everything
+@pytest.mark.parametrize(
+    "changes",
+    [CASES[-3], *(pytest.param(changes, marks=pytest.mark.slow) for changes in CASES[-2:])],
+    ids=["sandwich", "post", "shared"],
+)
 def test_every_parameter_has_a_gradient_and_only_matrices_are_decayed_or_orthogonalized(changes):
     state = nnx.state(model := decoder(changes))
     graph = nnx.split(model)[0]
@@ -206,11 +202,8 @@ def test_every_parameter_has_a_gradient_and_only_matrices_are_decayed_or_orthogo
         )
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [CASES[-3], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES[-2:])],
-    ids=["sandwich", "post", "shared"],
-)
+@pytest.mark.slow  # by default without all the rest: test_models.py has remat and chunks, test_attention.py the softcap
+@pytest.mark.parametrize("changes", CASES[-3:], ids=["sandwich", "post", "shared"])
 def test_with_everything_on_implementations_remat_and_chunks_of_logits_agree(changes, monkeypatch, small_blocks):
     def run(chunked=False, **more):
         monkeypatch.setattr(decoder_module, "LOGITS_AT_ONCE", 32 * 8 if chunked else 2**26)
@@ -240,7 +233,11 @@ def test_with_everything_on_a_walk_ends_where_the_decoder_does(changes):
     np.testing.assert_allclose(entropy, stats.entropy, rtol=1e-4, atol=1e-4)
 
 
-@everything
+@pytest.mark.parametrize(
+    "changes",
+    [CASES[-3], *(pytest.param(changes, marks=pytest.mark.slow) for changes in CASES[-2:])],
+    ids=["sandwich", "post", "shared"],
+)
 def test_bfloat16_is_float32_rounded(changes):
     logits, rounded = (decoder({**changes, "dtype": dtype})(TOKENS) for dtype in ("float32", "bfloat16"))
     assert rounded.dtype == jnp.float32

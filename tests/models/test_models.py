@@ -22,6 +22,7 @@ from nope_jax.models import abstract_decoder, transfer_weights
 from nope_jax.models import decoder as decoder_module
 from nope_jax.models.layers import project
 from tests.support.attention_cases import ONE_OF_EACH, others_slow
+from tests.support.drawn_model import drawn_model
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -37,7 +38,7 @@ TOKENS = np.random.default_rng(1).integers(0, 32, (2, 24))
 
 
 def decoder(**changes) -> Decoder:
-    return Decoder(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(0))
+    return drawn_model(dataclasses.replace(TINY, **changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,21 +145,20 @@ def test_a_schedule_gives_each_layer_its_encoding():
     scheduled = decoder(encoding=("rope", "nope"), num_layers=3)
     params = nnx.state(scheduled)
     slots = params["blocks"]
-    plain = decoder(encoding="nope", num_layers=3)
-    graph, state = nnx.split(plain)
+    graph, state = nnx.split(decoder(encoding="nope", num_layers=3))
     order = [(0, 0), (1, 0), (0, 1)]
     state["blocks"][0] = jax.tree.map(
         lambda even, odd: jnp.asarray(np.stack([(even, odd)[slot][row] for slot, row in order])),
         *jax.tree.map(np.asarray, (slots[0], slots[1])),
     )
     state["embedding"], state["norm"] = params["embedding"], params["norm"]
+    plain = nnx.merge(graph, state)
     # At position 0 alone every rotation is the identity, so RoPE and NoPE in turn are NoPE with the same weights ...
-    zeros = np.zeros_like(TOKENS)
-    np.testing.assert_allclose(
-        scheduled(TOKENS, positions=zeros), nnx.merge(graph, state)(TOKENS, positions=zeros), rtol=1e-5, atol=1e-5
-    )
+    zeros, places = np.zeros(24, int), np.arange(24)
+    expected = plain(TOKENS, positions=zeros)
+    np.testing.assert_allclose(scheduled(TOKENS, positions=zeros), expected, rtol=1e-5, atol=1e-5)
     # ... and elsewhere it is not.
-    assert not np.allclose(scheduled(TOKENS), nnx.merge(graph, state)(TOKENS), atol=1e-3)
+    assert not np.allclose(scheduled(TOKENS, positions=places), plain(TOKENS, positions=places), atol=1e-3)
 
 
 def test_statistics_come_in_the_order_of_the_layers():
@@ -173,7 +173,7 @@ def test_statistics_come_in_the_order_of_the_layers():
 
 def traced_with(policy):
     """A loss and its gradient with a policy of rematerialization, and parameters for it."""
-    tokens, sizes = np.tile(TOKENS, (8, 2)), {"num_layers": 16, "attention": "streaming"}
+    tokens, sizes = np.tile(TOKENS, (8, 2)), {"num_layers": 8, "attention": "streaming"}
     graph = nnx.graphdef(nnx.eval_shape(lambda: decoder(**sizes, remat=policy)))
     state = nnx.state(decoder(**sizes))
 
@@ -233,7 +233,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     logits, stats = low(TOKENS, return_stats=True)
     assert logits.dtype == stats.entropy.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(low)))
-    assert low.hidden(TOKENS)[0].dtype == jnp.bfloat16
+    assert low.hidden(TOKENS, return_stats=True)[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(logits, model(TOKENS), atol=0.1)
 
 
@@ -310,30 +310,31 @@ def test_on_a_cpu_products_of_bfloat16_have_float32_results():
 
 
 def test_losses_in_chunks_are_the_losses(monkeypatch):
-    model = decoder(encoding="rope")
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(decoder(encoding="rope"))
+    hidden = np.random.default_rng(0).normal(size=(2, 24, 32)).astype(np.float32)
     targets = np.roll(TOKENS, -1, axis=1)
     monkeypatch.setattr(decoder_module, "LOGITS_AT_ONCE", 2 * 32 * 7)  # 7 positions: the last chunk is padded
 
-    def chunked(state):
-        model = nnx.merge(graph, state)
-        return model.nll(model.hidden(TOKENS)[0], targets)
+    def chunked(state, hidden):
+        nll = nnx.merge(graph, state).nll(hidden, targets)
+        return nll.sum(), nll
 
-    def whole(state):
-        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, state)(TOKENS), targets)
+    def whole(state, hidden):
+        logits = nnx.merge(graph, state).logits(hidden)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return nll.sum(), nll
 
-    def losses_and_gradient(losses):
-        return jax.jit(lambda state: (losses(state), jax.grad(lambda s: losses(s).sum())(state)))(state)
+    def total(state, hidden):
+        return nnx.merge(graph, state).total_loss(hidden, targets)
 
-    def total(state):
-        model = nnx.merge(graph, state)
-        return model.total_loss(model.hidden(TOKENS)[0], targets)[0]
+    def with_gradient(loss):
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, hidden)
 
-    (nll, gradient), (whole_nll, whole_gradient) = losses_and_gradient(chunked), losses_and_gradient(whole)
+    ((_, nll), gradient), ((whole_total, whole_nll), whole_gradient) = with_gradient(chunked), with_gradient(whole)
     np.testing.assert_allclose(nll, whole_nll, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
-    total, gradient = jax.jit(jax.value_and_grad(total))(state)
-    np.testing.assert_allclose(total, whole_nll.sum(), rtol=1e-5)
+    (loss, nll), gradient = with_gradient(total)
+    np.testing.assert_allclose([loss, nll], whole_total, rtol=1e-5)
     chex.assert_trees_all_close(gradient, whole_gradient, rtol=1e-4, atol=1e-5)
 
 
@@ -373,7 +374,7 @@ def test_what_is_called_again_outside_of_jit_is_not_compiled_again(name, compila
 
 
 def test_decoders_of_one_structure_share_what_is_compiled_which_keeps_none_of_them(compilations):
-    first, second = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    first, second = (drawn_model(TINY, seed) for seed in (0, 1))
     logits = first(TOKENS)
     before = compilations()
     assert not np.array_equal(second(TOKENS), logits)
@@ -389,7 +390,7 @@ def test_abstract_decoders_are_traced_once_for_what_an_encoding_is_and_are_the_c
     monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **kw: (traced.append(a), init(self, *a, **kw))[-1])
     first, second = abstract_decoder(config), abstract_decoder(config)
     assert len(traced) == 1 and nnx.graphdef(first) == nnx.graphdef(second)
-    transfer_weights(first, Decoder(config, rngs=nnx.Rngs(0)))
+    transfer_weights(first, drawn_model(config))
     assert isinstance(first.embedding.get_value(), jax.Array)
     for other in second, abstract_decoder(config):
         assert isinstance(other.embedding.get_value(), jax.ShapeDtypeStruct)

@@ -40,20 +40,23 @@ def config(mesh: dict[str, Any], model: dict[str, Any], accumulation: int, optim
     )
 
 
-def train_steps(cases: list[tuple], steps: int, logits_at_once: int | None = None) -> list[dict[str, Any]]:
+def train_steps(
+    cases: list[tuple], steps: int, logits_at_once: int | None = None, workdir: str | None = None
+) -> list[dict[str, Any]]:
     """For each case, the arguments of `config`: the compiled step, and the state after so many of them.
 
-    Batches are the same in all of them. Without steps there is no state, only the shapes of its arrays.
+    Batches are the same in all of them, and the last is validated. The last state is saved in `workdir`.
     """
     import jax
     import numpy as np
 
+    from nope_jax.checkpoint import Checkpointer
     from nope_jax.data import Batch
     from nope_jax.models import decoder
     from nope_jax.sharding import make_mesh, place_batch
     from nope_jax.training.optimizer import make_optimizer
     from nope_jax.training.state import abstract_state, init_state
-    from nope_jax.training.step import jit_train_step, step_settings
+    from nope_jax.training.step import jit_train_step, jit_validation, step_settings
 
     if logits_at_once is not None:
         decoder.LOGITS_AT_ONCE = logits_at_once
@@ -62,31 +65,35 @@ def train_steps(cases: list[tuple], steps: int, logits_at_once: int | None = Non
         return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     draw, found = np.random.default_rng(0), []
-    tokens = draw.integers(0, 64, (max(1, steps), 16, 33), np.int32)
+    tokens = draw.integers(0, 64, (steps, 16, 33), np.int32)
     for mesh_sizes, *others in cases:
         run = config(mesh_sizes, *others)
         sizes = [size for axis, size in mesh_sizes.items() if axis != "rules"]
         mesh = make_mesh(run.mesh, jax.devices()[: int(np.prod(sizes))])
-        optimizer = make_optimizer(run.optimizer, max(1, steps))
+        optimizer = make_optimizer(run.optimizer, steps)
         with jax.set_mesh(mesh):
             graphdef, abstract = abstract_state(run, optimizer, mesh)
             batches = [place_batch(Batch(rows[:, :-1], rows[:, 1:]), mesh) for rows in tokens]
             jitted = jit_train_step(graphdef, optimizer, abstract, **step_settings(run))
             step = jitted.lower(abstract, batches[0]).compile()
+            state, losses = init_state(run, optimizer, abstract), []
+            for batch in batches:
+                state, metrics = step(state, batch)
+                losses.append(float(metrics["loss"]))
+            own = {name: array.addressable_shards[0].data.shape for name, array in by_name(state).items()}
             case = {
                 "text": step.as_text(),
                 "shapes": {name: array.shape for name, array in by_name(abstract).items()},
                 "own_shapes": {name: a.sharding.shard_shape(a.shape) for name, a in by_name(abstract).items()},
+                "losses": losses,
+                "validation": float(jit_validation(graphdef, run.optimizer.accumulation)(state.params, batches[-1])),
+                "state": jax.tree.map(np.asarray, by_name(state)),
             }
-            if steps:
-                state, losses = init_state(run, optimizer, abstract), []
-                for batch in batches:
-                    state, metrics = step(state, batch)
-                    losses.append(float(metrics["loss"]))
-                case |= {"losses": losses, "state": jax.tree.map(np.asarray, by_name(state))}
-                own = {name: array.addressable_shards[0].data.shape for name, array in by_name(state).items()}
-                assert own == case["own_shapes"]
+            assert own == case["own_shapes"]
             found.append(case)
+    if workdir is not None:
+        with Checkpointer(workdir) as checkpointer:
+            checkpointer.save(steps, state.trees())
     return found
 
 

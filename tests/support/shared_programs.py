@@ -3,22 +3,42 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 
 from nope_jax.training import loop
 
 
 def share_programs(patch: pytest.MonkeyPatch) -> None:
-    """Gives runs that ask for the same step or validation the same jitted function, which JAX compiles only once."""
-    steps, jit_train_step = {}, loop.jit_train_step
+    """Gives runs that ask for the same step or validation the same jitted function, which JAX compiles only once.
 
-    def shared(graphdef, optimizer, abstract, *arguments, **keywords):
+    Runs of one shape have one abstract state, and those that begin alike one first state.
+    """
+    steps, abstracts, states = {}, {}, {}
+    jit_train_step, abstract_state, init_state = loop.jit_train_step, loop.abstract_state, loop.init_state
+
+    def shared_step(graphdef, optimizer, abstract, *arguments, **keywords):
         shardings = tuple(array.sharding for array in jax.tree.leaves(abstract))
         key = graphdef, optimizer, shardings, arguments, tuple(sorted(keywords.items()))
         if key not in steps:
             steps[key] = jit_train_step(graphdef, optimizer, abstract, *arguments, **keywords)
         return steps[key]
 
+    def shared_abstract_state(config, optimizer, mesh):
+        key = config.model, config.train.ema, config.mesh, optimizer, mesh
+        if key not in abstracts:
+            abstracts[key] = abstract_state(config, optimizer, mesh)
+        return abstracts[key]
+
+    def shared_init_state(config, optimizer, abstract):
+        key = config.model, config.train.ema, config.train.seed, config.mesh, optimizer
+        if key not in states:
+            states[key] = jax.tree.map(np.array, init_state(config, optimizer, abstract))
+        # In memory of its own, which the first step is given.
+        return jax.tree.map(lambda x, like: jax.device_put(x.copy(), like.sharding), states[key], abstract)
+
     patch.setattr(loop, "make_optimizer", functools.cache(loop.make_optimizer))
-    patch.setattr(loop, "jit_train_step", shared)
+    patch.setattr(loop, "jit_train_step", shared_step)
     patch.setattr(loop, "jit_validation", functools.cache(loop.jit_validation))
+    patch.setattr(loop, "abstract_state", shared_abstract_state)
+    patch.setattr(loop, "init_state", shared_init_state)

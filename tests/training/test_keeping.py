@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +24,15 @@ from nope_jax.text_generation import load
 from nope_jax.trained import find_trained
 from nope_jax.training import loop, train
 from nope_jax.training.step import total_nll
+from tests.support.shared_programs import share_programs
 from tests.support.tiny_runs import call_eval
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config: Config, tmp_path_factory: pytest.TempPathFactory, compile_once: None) -> Path:
     workdir = tmp_path_factory.mktemp("finished")
     train(config, workdir)
     return workdir
@@ -67,13 +76,12 @@ def test_the_average_is_what_is_validated_and_read_and_it_resumes_to_the_same_bi
     average, params = (weights(finished, name, 8) for name in ("ema", "params"))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_model(finished)[1]), average)
     for other in params, weights(finished, "ema", 4):
-        assert max(jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), average, other))) > 1e-3
+        apart = jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), average, other)
+        assert max(jax.tree.leaves(apart)) > 1e-3
     rows = validation_batches(config.data, 1)[0]
     graphdef = nnx.graphdef(abstract_decoder(config.model))
-    losses = [
-        float(jax.jit(total_nll, static_argnums=0)(graphdef, tree, rows)) / rows.targets.size
-        for tree in (average, params)
-    ]
+    nll = jax.jit(total_nll, static_argnums=0)
+    losses = [float(nll(graphdef, tree, rows)) / rows.targets.size for tree in (average, params)]
     assert validation_losses(finished)[8] == pytest.approx(losses[0], rel=1e-5) != pytest.approx(losses[1], rel=1e-4)
 
     resumed = Path(shutil.copytree(finished, tmp_path / "resumed"))

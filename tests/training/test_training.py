@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -25,7 +26,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from nope_jax import Decoder, cli
+from nope_jax import cli
 from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -37,7 +38,8 @@ from nope_jax.training import Interrupted, loop, resume, train
 from nope_jax.training.metrics import MetricsLog
 from nope_jax.training.optimizer import make_optimizer
 from nope_jax.training.state import abstract_state, init_state
-from nope_jax.training.step import jit_train_step, jit_validation, train_step
+from nope_jax.training.step import jit_train_step, jit_validation, reason_to_stop, train_step
+from tests.support.drawn_model import drawn_model
 from tests.support.shared_programs import share_programs
 
 ROOT = Path(__file__).parents[2]
@@ -189,8 +191,8 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(config, finished, tmp_
 def test_a_hang_up_that_nohup_ignores_stays_ignored(config, tmp_path, monkeypatch):
     stop_at(2, monkeypatch, signal.SIGHUP)
     with handled_by(signal.SIGHUP, signal.SIG_IGN):
-        train(changed(config, {"train.steps": 3}), tmp_path)
-    assert checkpoints(tmp_path) == {"3"}
+        train(config, tmp_path)
+    assert checkpoints(tmp_path) == {"8", "12"}
 
 
 @pytest.mark.slow  # test_checkpoint.py damages checkpoints as a kill would, and the tests around it stop runs
@@ -306,8 +308,10 @@ def test_of_every_field_it_is_decided_whether_a_run_may_change_it():
 
 @pytest.fixture
 def begun(finished, tmp_path) -> Path:
-    """A copy of the finished run, to go on with."""
-    return Path(shutil.copytree(finished, tmp_path / "begun"))
+    """The run as it was after step 8, to go on with."""
+    workdir = Path(shutil.copytree(finished, tmp_path / "begun"))
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    return workdir
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -319,21 +323,19 @@ def corpus_of(config: Config) -> Path:
     return Path(config.data.source.removeprefix("text:")).parent
 
 
-def test_what_leaves_the_trained_function_alone_may_change(config, begun, tmp_path):
-    unchanged = Path(shutil.copytree(begun, tmp_path / "unchanged"))
-    train(changed(config, {"train.steps": 13}), unchanged)
+def test_what_leaves_the_trained_function_alone_may_change(config, finished, begun, tmp_path):
     moved = shutil.copytree(corpus_of(config), tmp_path / "moved")  # new names, new times
     others = {"data.source": f"text:{moved}", "data.dir": str(tmp_path), "optimizer.accumulation": 2}
     others |= {"model.remat": "full", "model.attention": "streaming"}
-    train(changed(config, {"train.steps": 13, **others}), begun)
-    np.testing.assert_allclose(losses(begun), losses(unchanged), rtol=1e-5)
-    assert len(losses(begun)) == 13
+    train(changed(config, others), begun)
+    np.testing.assert_allclose(losses(begun), losses(finished), rtol=1e-5)
+    assert losses(begun) != losses(finished)  # it has taken the last steps itself
 
 
 def test_other_documents_are_refused_and_nothing_is_touched(config, begun, tmp_path):
     corpus = Path(shutil.copytree(corpus_of(config), tmp_path / "corpus"))
     (corpus / "one more.txt").write_text("of the training split " * 100)
-    other = changed(config, {"train.steps": 13, "data.source": f"text:{corpus}"})
+    other = changed(config, {"data.source": f"text:{corpus}"})
     before = contents(begun)
     with pytest.raises(ValueError, match=f"begun holds a run on other data: the train documents .*{corpus} are others"):
         train(other, begun)
@@ -348,12 +350,12 @@ def test_another_tokenizer_at_the_same_path_is_refused(config, tmp_path):
         tokenizer.save(str(tmp_path / "tokenizer.json"))
 
     write_tokenizer("aei")
-    values = {"data.tokenizer": str(tmp_path / "tokenizer.json"), "data.dir": str(tmp_path), "train.steps": 1}
-    train(changed(config, values), tmp_path / "run")
+    config = changed(config, {"data.tokenizer": str(tmp_path / "tokenizer.json"), "data.dir": str(tmp_path)})
+    train(config, tmp_path / "run")
     write_tokenizer("oua")
     before = contents(tmp_path / "run")
     with pytest.raises(ValueError, match="data: data.tokenizer .*tokenizer.json is another tokenizer"):
-        train(changed(config, values | {"train.steps": 2}), tmp_path / "run")
+        train(config, tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
 
@@ -362,26 +364,26 @@ def test_a_run_of_an_earlier_version_is_held_to_the_data_of_today(config, begun,
     digests.unlink()
     moved = shutil.copytree(corpus_of(config), tmp_path / "moved")
     with pytest.raises(ValueError, match=r"data.source was 'text:.*\.txt', not 'text:.*moved'"):
-        train(changed(config, {"train.steps": 13, "data.source": f"text:{moved}"}), begun)
+        train(changed(config, {"data.source": f"text:{moved}"}), begun)
     assert not digests.exists()
-    train(changed(config, {"train.steps": 13}), begun)
+    train(config, begun)
     assert "does not say what its data were" in capsys.readouterr().err
     assert set(json.loads(digests.read_text())) == {"tokenizer", "train", "validation"}
 
 
-def test_a_second_run_in_a_workdir_is_refused_and_a_killed_one_keeps_nobody_out(config, begun):
+def test_a_second_run_in_a_workdir_is_refused_and_a_killed_one_keeps_nobody_out(config, finished, begun):
     before = contents(begun)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(begun)], cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         try:
             whose = f"{begun} is being written by process {other.pid} on {socket.gethostname()}"
             with pytest.raises(ValueError, match=whose):
-                train(changed(config, {"train.steps": 13}), begun)
+                train(config, begun)
             assert contents(begun) == before
         finally:
             other.kill()
-    train(changed(config, {"train.steps": 13}), begun)
-    assert len(losses(begun)) == 13
+    train(config, begun)
+    assert_same_run(begun, finished)
 
 
 HOLD = """
@@ -396,15 +398,24 @@ with held(Path(sys.argv[1])):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, tmp_path, monkeypatch):
-    def exploding(*args):
-        grow = optax.scale_by_schedule(lambda count: jnp.where(count < 5, 1.0, jnp.inf))
-        return optax.chain(make_optimizer(*args), grow)
+    batches = loop.train_batches
 
-    monkeypatch.setattr(loop, "make_optimizer", exploding)
+    def with_a_token_that_does_not_exist(*args, **hosts):
+        for number, batch in enumerate(batches(*args, **hosts), 1):
+            yield batch._replace(tokens=np.full_like(batch.tokens, 256)) if number == 6 else batch
+
+    monkeypatch.setattr(loop, "train_batches", with_a_token_that_does_not_exist)
     with pytest.raises(FloatingPointError, match="at step 6; the checkpoint of step 4 is kept"):
         train(config, tmp_path)
     assert checkpoints(tmp_path) == {"4"}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(load_model(tmp_path)[1])))
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
+def test_no_number_of_a_step_may_be_infinite(config, name):
+    sound = {"loss": 1.0, "grad_norm": 2.0, "param_norm": 3.0}
+    assert reason_to_stop(sound, config.train) is None
+    assert reason_to_stop(sound | {name: math.inf}, config.train) == f"{name} is inf"
 
 
 def test_a_run_starts_from_the_weights_of_another_under_its_own_encoding(config, finished, tmp_path):
@@ -463,7 +474,9 @@ def test_accumulated_microbatches_make_the_update_of_the_whole_batch(config):
 
 def test_neither_step_nor_validation_holds_the_logits_of_a_batch(config, monkeypatch):
     """Rows come in microbatches, and of a microbatch the logits of a few tokens at a time."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=8192))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=8192, attention="reference")
+    )
     optimizer, rows = make_optimizer(config.optimizer, 1), jax.ShapeDtypeStruct((64, 64), jnp.int32)
     graphdef, abstract = abstract_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
     batch = Batch(rows, rows)
@@ -480,7 +493,7 @@ def test_neither_step_nor_validation_holds_the_logits_of_a_batch(config, monkeyp
 
 
 def test_validation_in_microbatches_is_that_of_the_whole_batch(config):
-    graphdef, params = nnx.split(Decoder(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(drawn_model(config.model))
     tokens = np.random.default_rng(0).integers(0, 256, (8, 17), np.int32)
     whole, parts = (jit_validation(graphdef, n)(params, Batch(tokens[:, :-1], tokens[:, 1:])) for n in (1, 4))
     np.testing.assert_allclose(whole, parts, rtol=1e-6)
@@ -499,6 +512,7 @@ def test_a_resumed_log_drops_later_and_half_written_lines(tmp_path):
     ]
 
 
+@pytest.mark.slow  # test_sharding.py has steps, validation and checkpoints of eight devices
 def test_eight_devices_train_as_one(config, finished, tmp_path):
     spread = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     configs.save(spread, tmp_path)
