@@ -140,7 +140,7 @@ def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None =
         Press et al. 2022, arXiv 2108.12409.
     """
     if slopes is not None:
-        slopes = jnp.asarray(slopes)
+        slopes = _array("slopes", slopes)
         if slopes.shape != (query.shape[2],):
             raise ValueError(f"slopes must have shape [{query.shape[2]}], one per query head, not {list(slopes.shape)}")
     return Encoded(ALiBi(), {} if slopes is None else {"slopes": slopes})
@@ -168,7 +168,7 @@ def t5_attention(
     References:
         Raffel et al. 2020, arXiv 1910.10683.
     """
-    table = jnp.asarray(table)
+    table = _array("table", table)
     if table.ndim != 2 or table.shape[1] != query.shape[2]:
         raise ValueError(f"table must have shape [num_buckets, {query.shape[2]}], not {list(table.shape)}")
     encoding = T5(table.shape[0], max_distance=max_distance, bidirectional=bidirectional, scaled=scaled)
@@ -277,16 +277,17 @@ def fire_attention(
         Li et al. 2024, arXiv 2310.04418.
     """
     heads = query.shape[2]
+    c, threshold = _shaped("c", c, ()), _shaped("threshold", threshold, ())
     known_values("positive", lambda x: x > 0, c=c, threshold=threshold)
-    hidden_weights = jnp.asarray(hidden_weights)
+    hidden_weights = _array("hidden_weights", hidden_weights)
     width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
     params = {
         "hidden_weights": _shaped("hidden_weights", hidden_weights, (width,)),
         "hidden_bias": _shaped("hidden_bias", hidden_bias, (width,)),
         "weights": _shaped("weights", weights, (width, heads)),
         "bias": jnp.zeros(heads) if bias is None else _shaped("bias", bias, (heads,)),
-        "c": _shaped("c", c, ()),
-        "threshold": _shaped("threshold", threshold, ()),
+        "c": c,
+        "threshold": threshold,
     }
     return Encoded(_Bias(FIRE()), params)
 
@@ -307,7 +308,7 @@ def cope_attention(
     References:
         Golovneva et al. 2024, arXiv 2405.18719.
     """
-    embeddings = jnp.asarray(embeddings)
+    embeddings = _array("embeddings", embeddings)
     heads, head_dim = query.shape[2:]
     positions = embeddings.shape[-2] if embeddings.ndim > 1 else "P"
     wanted = (positions, head_dim) if embeddings.ndim < 3 else (heads, positions, head_dim)
@@ -334,7 +335,7 @@ def forgetting_attention(
     length, total = query.shape[1], key.shape[1]
     if length > total:
         raise ValueError(f"query must have at most as many tokens as key, {total}, not {length}")
-    log_forget = jnp.asarray(log_forget)
+    log_forget = _array("log_forget", log_forget)
     known_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
     batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1
     sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
@@ -343,9 +344,17 @@ def forgetting_attention(
     return Encoded(Forgetting(), {}, last, sums)
 
 
+def _array(name: str, x) -> Array:
+    """Convert to an array, naming it in the error."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers, not {x!r}") from None
+
+
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
     """Convert to an array and check its shape, naming it in the error; a string stands for any size."""
-    x = jnp.asarray(x)
+    x = _array(name, x)
     if x.ndim != len(shape) or any(isinstance(n, int) and n != size for n, size in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], not {list(x.shape)}")
     return x
