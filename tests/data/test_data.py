@@ -19,7 +19,7 @@ from nope_jax.data.formats import scan
 from nope_jax.data.splits import is_validation
 from nope_jax.data.tokenizers import JsonTokenizer
 from nope_jax.data.windows import Windows, epoch_windows, permute
-from tests.support.untrained import untrained
+from tests.support.drawn_model import drawn_model
 
 
 def contents(corpus):
@@ -137,7 +137,7 @@ def test_a_masked_row_has_the_logits_of_its_documents_alone(config):
     row = int(np.argmax(batch.segment_ids[:, -1]))
     tokens, segments = batch.tokens[row], batch.segment_ids[row]
     assert segments[-1] > 2
-    model = untrained(
+    model = drawn_model(
         ModelConfig(num_layers=1, num_heads=2, model_dim=16, mlp_dim=16, encoding="rope", train_length=48)
     )
     run = nnx.jit(lambda model, tokens, **inputs: model(tokens, **inputs))

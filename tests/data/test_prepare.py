@@ -31,8 +31,8 @@ from nope_jax.data import tokenizers as tokenizers_module
 from nope_jax.data.formats import files
 from nope_jax.data.tokenizers import JsonTokenizer
 from nope_jax.data.windows import Windows
+from tests.support.drawn_model import drawn_model
 from tests.support.evaluation_cases import compare
-from tests.support.untrained import untrained
 
 ROOT = Path(__file__).parents[2]
 BOOKS = {
@@ -209,7 +209,7 @@ def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_part
         data = dataclasses.replace(data, tokenizer="bytes") if workdir.name == "of_bytes" else data
         configs.save(Config(model, data), workdir)
         with Checkpointer(workdir) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(untrained(model))})
+            checkpointer.save(0, {"params": nnx.state(drawn_model(model))})
     found = {}
     for folder in (copy, config):  # the text that comes later is not passed over for what was measured without it
         compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir})

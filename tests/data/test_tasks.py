@@ -29,8 +29,8 @@ from nope_jax.data.tasks.summation import Summation
 from nope_jax.data.tokenizers import WordTokenizer, tokenizer_digest
 from nope_jax.sharding import make_mesh, place_batch
 from nope_jax.training.step import num_targets, total_nll
+from tests.support.drawn_model import drawn_model
 from tests.support.task_solvers import SOLVERS, listed, solve_copy, solve_pcfg
-from tests.support.untrained import untrained
 
 NAMES = (
     "copy copy_2x copy_replaced copy_multi copy_multi_2x reverse reverse_2x reverse_mcrv addition summation parity "
@@ -445,7 +445,7 @@ def test_validation_is_held_out_and_the_same_for_every_seed():
 def test_the_loss_is_that_of_the_answers_alone_packed_or_not():
     config = data(document_mask=True, context_length=96)
     model = ModelConfig(vocab_size=48, num_layers=1, num_heads=2, model_dim=16, encoding="nope", train_length=96)
-    graphdef, params = nnx.split(untrained(model))
+    graphdef, params = nnx.split(drawn_model(model))
     (packed,) = validation_batches(config, 1)
     (alone,) = validation_batches(dataclasses.replace(config, document_mask=False, batch_size=40), 1)
     loss = jax.jit(lambda batch: total_nll(graphdef, params, batch))

@@ -22,7 +22,7 @@ from nope_jax.encodings import (
 from tests.goldens import regenerate
 from tests.support import oracles
 from tests.support.attention_cases import assert_close, random
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 GOLDEN = regenerate.load("absolute")
 B, T, D, V = 2, 9, 6, 7
@@ -151,7 +151,7 @@ def test_a_hierarchical_table_reaches_its_square_and_no_further():
     assert encoding.max_length(SIZES) == 16 and Hierarchical(5).max_length(SIZES) == 25
     out = run(encoding, started(encoding), np.zeros((1, 4, D), np.float32), tokens([15, 16, -1, 3]))
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, True, False]])
-    model = drawn_decoder(encoding="hierarchical", train_length=3)
+    model = small_model(encoding="hierarchical", train_length=3)
     assert np.isfinite(model(np.zeros((1, 9), int))).all()
     with pytest.raises(ValueError, match=r"\A.*\b9\b.*\Z"):
         model(np.zeros((1, 10), int))

@@ -21,7 +21,7 @@ from nope_jax.encodings import (
     t5_bucket,
 )
 from tests.support import oracles
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "huggingface.json").read_text())
 POSITIONS = np.array(GOLDEN["positions"])
@@ -273,7 +273,7 @@ def test_a_learned_table_never_answers_for_a_position_it_does_not_have(positions
 
 
 def test_a_decoder_with_a_learned_table_refuses_to_go_past_it():
-    model = drawn_decoder(encoding="learned", train_length=8)
+    model = small_model(encoding="learned", train_length=8)
     assert model.max_length == 8
     with pytest.raises(ValueError, match=r"\A.*\b8\b.*\Z"):
         model(np.zeros((1, 9), int))

@@ -24,7 +24,7 @@ from nope_jax.encodings import (
     Wrapper,
 )
 from tests.support.attention_cases import IN_ATTENTION, ONE_OF_EACH, assert_close, others_slow
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 B, T, S, N, K, H, D, V = 2, 13, 21, 4, 2, 8, 16, 32
 TRAINED = 24
@@ -197,7 +197,7 @@ def test_a_shift_of_all_positions_changes_nothing_exactly_where_it_should_not(na
 
 def decoder(encoding, **changes):
     settings = {"num_heads": N, "num_kv_heads": K, "model_dim": D, "mlp_dim": 24, "train_length": TRAINED}
-    return drawn_decoder(**settings | {"vocab_size": V, "num_layers": 2, "encoding": encoding} | changes)
+    return small_model(**settings | {"vocab_size": V, "num_layers": 2, "encoding": encoding} | changes)
 
 
 TOKENS = np.random.default_rng(1).integers(0, V, (B, TRAINED))

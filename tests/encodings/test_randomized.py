@@ -23,14 +23,14 @@ from nope_jax.encodings import (
     resolve,
 )
 from tests.support.attention_cases import assert_close, random
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 SIZES = ModelDims(num_heads=2, head_dim=4, model_dim=8, train_length=10, vocab_size=16)
 IDS = np.random.default_rng(0).integers(0, 16, (2, 10))
 
 
 def model(encoding):
-    return drawn_decoder(encoding=encoding, train_length=10)
+    return small_model(encoding=encoding, train_length=10)
 
 
 # --- The sample

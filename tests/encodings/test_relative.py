@@ -29,7 +29,7 @@ from tests.support.attention_cases import (
     random,
     streaming_and_some_reference,
 )
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 GOLDEN = regenerate.load("relative")
 
@@ -346,7 +346,7 @@ def test_absolute_deberta_adds_its_rows_to_the_queries():
 
 
 def test_absolute_layers_of_a_decoder_share_the_relative_table_and_bound_its_length():
-    model = drawn_decoder(num_layers=3, train_length=12, encoding=("deberta", "deberta", DeBERTa(absolute=True)))
+    model = small_model(num_layers=3, train_length=12, encoding=("deberta", "deberta", DeBERTa(absolute=True)))
     assert [encoding.unwrapped for encoding in model.encodings] == [DeBERTa()] * 3
     assert len(model.positions) == 1 and set(model.positions[0]) == {"relative"}
     assert ["absolute" in block.attention.position for block in model.blocks] == [False, False, True]

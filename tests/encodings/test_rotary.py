@@ -34,7 +34,7 @@ from tests.support.attention_cases import (
     streaming_and_some_reference,
     streaming_only,
 )
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "rotary.json").read_text())
 
@@ -337,7 +337,7 @@ def test_xpos_refuses_a_span_that_float32_cannot_hold():
 
 def test_a_decoder_with_xpos_has_as_many_positions_as_float32_allows():
     encoding = XPos(scale_base=1.0)
-    model = drawn_decoder(encoding=encoding)
+    model = small_model(encoding=encoding)
     assert model.max_length == encoding.max_length()
     assert np.isfinite(model(np.zeros((1, model.max_length), int))).all()
     with pytest.raises(ValueError, match=r"\Apositions .*XPos.*\Z"):

@@ -25,7 +25,7 @@ from nope_jax.encodings import (
 from tests.goldens import regenerate
 from tests.support import oracles
 from tests.support.attention_cases import assert_close, inputs, streaming_only
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 GOLDENS = regenerate.load("schedules")
 
@@ -161,7 +161,7 @@ def test_a_decoder_s_layers_see_as_far_as_their_places_in_the_schedule(name):
     dims = {"window": 3, "chunk_size": 3}
     period = tuple(resized(encoding, dims) for encoding in SCHEDULES[name])
     tokens = np.random.default_rng(0).integers(0, 32, (1, 30))
-    _, stats = drawn_decoder(num_layers=5, encoding=period)(tokens, return_stats=True)
+    _, stats = small_model(num_layers=5, encoding=period)(tokens, return_stats=True)
     for layer, entropy in enumerate(np.asarray(stats.entropy)):
         near = period[layer % 4].span() != AttentionSpan()
         assert (entropy[0, :, 20:] <= np.log(3) + 1e-6).all() == near, layer

@@ -16,7 +16,7 @@ from tests.support.attention_cases import (
     streaming_and_some_reference,
     streaming_only,
 )
-from tests.support.drawn_decoder import drawn_decoder
+from tests.support.drawn_model import small_model
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 SINK = np.array([-1.0, 0.0, 1.5, 30.0], np.float32)
@@ -90,7 +90,7 @@ def test_it_wraps_an_encoding_and_its_wrappers():
 
 
 def test_a_decoder_attends_to_its_sinks():
-    model = drawn_decoder(encoding="attention_sink:rope")
+    model = small_model(encoding="attention_sink:rope")
     tokens = np.arange(12)[None]
     logits = model(tokens)
     model.blocks[0].attention.position["sink"][...] -= 100.0
@@ -101,7 +101,7 @@ def test_a_decoder_attends_to_its_sinks():
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_a_decoder_with_sinks_decodes_as_in_one_pass(dtype, tolerance):
     encoding = (*resolve("attention_sink:rope"), AttentionSink(Windowed(ALiBi(), 5), start=1.0))
-    model = drawn_decoder(num_layers=3, encoding=encoding, dtype=dtype)
+    model = small_model(num_layers=3, encoding=encoding, dtype=dtype)
     tokens = np.random.default_rng(1).integers(0, 32, (2, 12))
     logits = model(tokens)
     first, cache = model.decode_step(tokens[:, :7], model.init_cache(2, 12))

@@ -33,6 +33,7 @@ from nope_jax.evaluation.perplexity import figures, table
 from nope_jax.evaluation.perplexity.measure import bucket_edges, measure
 from nope_jax.evaluation.perplexity.units import Units
 from nope_jax.retention import Retention
+from tests.support.drawn_model import drawn_model
 from tests.support.evaluation_cases import (
     HEADS,
     LAYERS,
@@ -44,7 +45,6 @@ from tests.support.evaluation_cases import (
     synthetic_run,
     write,
 )
-from tests.support.untrained import untrained
 
 
 def test_buckets_are_single_then_eight_per_octave():
@@ -280,7 +280,7 @@ def workdirs(tmp_path_factory):
         (folder / encoding).mkdir()
         configs.save(config, folder / encoding)
         with Checkpointer(folder / encoding) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(untrained(config.model))})
+            checkpointer.save(0, {"params": nnx.state(drawn_model(config.model))})
     return folder
 
 
@@ -422,7 +422,7 @@ def own_run(folder: Path, source: Path, edits: tuple[str, str] = ("", "")) -> Pa
     configs.save(config, folder / "own")
     if not (folder / "own" / "checkpoints").exists():
         with Checkpointer(folder / "own") as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(untrained(config.model))})
+            checkpointer.save(0, {"params": nnx.state(drawn_model(config.model))})
     return folder / "own"
 
 
@@ -470,7 +470,7 @@ def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypa
     def load_late(workdir, mesh, **_):
         # Since it was looked which step is the newest, the run has gone on, and keeps that one no more.
         with Checkpointer(run, keep=Retention(1)) as training:
-            training.save(5, {"params": nnx.state(untrained(config.model, 5))})
+            training.save(5, {"params": nnx.state(drawn_model(config.model, 5))})
         return load_model(workdir, mesh)
 
     compare([run], (8,), tmp_path / "out", {})

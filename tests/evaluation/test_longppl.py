@@ -12,8 +12,8 @@ from nope_jax import ModelConfig, trained
 from nope_jax.evaluation import longppl
 from nope_jax.evaluation.longppl import key_tokens, losses, short_windows
 from nope_jax.evaluation.registry import LongpplConfig
+from tests.support.drawn_model import drawn_model
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
-from tests.support.untrained import untrained
 
 SMALL = "--longppl.short 8 --longppl.step 4 --eval.documents 3"
 
@@ -63,7 +63,7 @@ def test_key_tokens_of_a_model_that_copies_are_those_last_read_before_the_short_
 
 
 def test_key_tokens_of_a_decoder_are_those_of_the_definition():
-    model = untrained(ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=16))
+    model = drawn_model(ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=16))
     tokens = np.random.default_rng(1).integers(0, 16, (2, 24)).astype(np.int32)
     settings = LongpplConfig(short=8, step=3, gain=0.02, loss=2.8)
 

@@ -26,8 +26,8 @@ from nope_jax.evaluation.common.runs import Run
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.passkey import COLUMNS, draw, draw_keys, measure, notes, rows
 from nope_jax.evaluation.registry import Options, PasskeyConfig
+from tests.support.drawn_model import drawn_model
 from tests.support.tiny_runs import call_eval
-from tests.support.untrained import untrained
 
 ROOT = Path(__file__).parents[2]
 BYTES = Passkey(ByteTokenizer())
@@ -381,7 +381,7 @@ def workdirs(tmp_path_factory):
         (folder / encoding).mkdir()
         configs.save(config, folder / encoding)
         with Checkpointer(folder / encoding) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(untrained(config.model, seed))})
+            checkpointer.save(0, {"params": nnx.state(drawn_model(config.model, seed))})
     return folder
 
 

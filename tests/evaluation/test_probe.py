@@ -13,8 +13,8 @@ from nope_jax.data import load_corpus
 from nope_jax.evaluation import probe
 from nope_jax.evaluation.common.activations import Activations, walk
 from nope_jax.evaluation.probe import Moments, Probe, Score, fit_probes, score_probes
+from tests.support.drawn_model import drawn_model
 from tests.support.tiny_runs import call_eval, write_documents, write_run
-from tests.support.untrained import untrained
 
 
 def samples(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +152,7 @@ def test_positions_enter_with_the_encodings_that_add_them(encoding, low, high):
     config = ModelConfig(
         vocab_size=8, num_layers=1, num_heads=2, model_dim=32, mlp_dim=16, encoding=encoding, train_length=16
     )
-    model = untrained(config)
+    model = drawn_model(config)
     documents = list(np.random.default_rng(0).integers(0, 8, (64, 16)))
     probes = fit_probes(model, documents[::2], 16, ridge=1e-6, batch_size=32)
     (scores,) = score_probes(model, documents[1::2], 16, [(probes, 16)], batch_size=32)

@@ -17,9 +17,9 @@ from nope_jax.evaluation.common import continuations
 from nope_jax.evaluation.common.continuations import encode, write
 from nope_jax.evaluation.common.uncertainty import wilson_interval
 from nope_jax.evaluation.ruler import Scores, average, effective_length, rows
+from tests.support.drawn_model import drawn_model
 from tests.support.ruler_files import write_files
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
-from tests.support.untrained import untrained
 
 SMALL = "--ruler.examples 3 --ruler.batch_size 2"
 
@@ -140,7 +140,7 @@ def test_an_untrained_run_answers_every_task(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("bos", [False, True])
 def test_continuations_are_those_of_greedy_decoding_and_end_with_the_document(bos):
     config = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, encoding="alibi", vocab_size=300)
-    model = untrained(config, 3)
+    model = drawn_model(config, 3)
     tokenizer, task = load_tokenizer("bytes"), RULER["vt"]
 
     @nnx.jit

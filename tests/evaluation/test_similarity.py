@@ -27,15 +27,15 @@ from nope_jax.evaluation.similarity import (
     weight_by_distance,
 )
 from nope_jax.models.layers import norm
+from tests.support.drawn_model import drawn_model
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
-from tests.support.untrained import untrained
 
 TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=48, train_length=24)
 TOKENS = np.random.default_rng(1).integers(0, 32, (2, 24)).astype(np.int32)
 
 
 def decoder(**changes) -> Decoder:
-    return untrained(dataclasses.replace(TINY, **changes))
+    return drawn_model(dataclasses.replace(TINY, **changes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from nope_jax.evaluation.tasks import answers as answers_module
 from nope_jax.evaluation.tasks.answers import ask, measure
 from nope_jax.evaluation.tasks.ranks import mean_reciprocal_ranks
 from nope_jax.training import train
+from tests.support.drawn_model import drawn_model
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
-from tests.support.untrained import untrained
 
 LETTERS = [chr(97 + i) for i in range(26)]
 
@@ -153,7 +153,7 @@ def one_who_says_it(config):
     seen, following = np.zeros_like(tokens), np.zeros_like(tokens)
     seen[letters, letters] = following[letters, letters] = following[question, it] = following[it, verb] = 1
     following[verb, letters], following[letters, tokenizer.separator] = 1, 2
-    model = untrained(config)
+    model = drawn_model(config)
     attention, mlp = model.blocks[0].attention, model.blocks[0].mlp
     made = [(model.embedding, tokens), (attention.value, seen), (attention.out, 0.1 * tokens), (model.head, following)]
     for parameter, values in [*made, (attention.query, np.float32(0)), (mlp.down, np.float32(0))]:

@@ -45,8 +45,8 @@ from nope_jax.evaluation.tune import report, search
 from nope_jax.evaluation.tune.search import best_factor
 from nope_jax.evaluation.tune.state import read_updates
 from nope_jax.locks import held
+from tests.support.drawn_model import drawn_model
 from tests.support.tiny_runs import call_eval
-from tests.support.untrained import untrained
 
 LONG, SHORT, TRAINED = 48, 24, 12
 DOCUMENTS = 48
@@ -61,7 +61,7 @@ EVERY = TuneConfig(documents=1000)
 @functools.cache
 def teacher():
     """A decoder whose predictions depend much on where it attends, which is not to be changed."""
-    model = untrained(MODEL, 1)
+    model = drawn_model(MODEL, 1)
     for block in model.blocks:
         block.attention.query[...] *= 4
         block.attention.out[...] *= 3
@@ -71,7 +71,7 @@ def teacher():
 
 def write_run(folder, factors=UNIFORM, source="", model=MODEL, head=1.0):
     """A run whose best factors are these, as train.py would leave it."""
-    decoder = nnx.clone(teacher()) if model is MODEL else untrained(model, 1)
+    decoder = nnx.clone(teacher()) if model is MODEL else drawn_model(model, 1)
     for slot, block in enumerate(decoder.blocks):
         block.attention.query[...] /= factors[slot :: len(decoder.blocks), None, :, None]
     decoder.head[...] *= head

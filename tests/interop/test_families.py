@@ -16,8 +16,8 @@ from nope_jax.interop.parameters import published_tensors
 from nope_jax.interop.safetensors import read_header
 from nope_jax.interop.settings import Settings
 from tests.goldens import regenerate
+from tests.support.drawn_model import drawn_model
 from tests.support.published import CONFIGS, POSITIONS, VOCABULARY, golden_tokens, tokens, weight, write_folder
-from tests.support.untrained import untrained
 
 GOLDENS = regenerate.load("published")
 
@@ -374,7 +374,7 @@ TINY = ModelConfig(vocab_size=48, num_layers=2, num_heads=4, model_dim=32, embed
 
 
 def tiny(**fields):
-    return untrained(dataclasses.replace(TINY, **fields))
+    return drawn_model(dataclasses.replace(TINY, **fields))
 
 
 def saved(model, folder, **keywords):
@@ -412,9 +412,11 @@ def test_factors_per_head_are_folded_into_the_queries(tmp_path, qk_norm):
 
 def test_factors_that_differ_do_not_fit_a_norm_that_the_heads_share(tmp_path):
     model = tiny(encoding=HeadScale(RoPE()), qk_norm="head")
+    scale = model.blocks[0].attention.position["head_scale"]
+    scale[...] = np.full(scale.shape, 1.5, np.float32)
     _, again = saved(model, tmp_path / "equal")
     assert again.config.qk_norm == "head"
-    model.blocks[0].attention.position["head_scale"][0, 1] = 2.0
+    scale[0, 1] = 2.0
     with pytest.raises(ValueError, match="HeadScale of layer 0 cannot be saved"):
         save_pretrained(model, tmp_path / "different")
 

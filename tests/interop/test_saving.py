@@ -10,12 +10,12 @@ from nope_jax import ModelConfig
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from nope_jax.interop import published, save_pretrained
-from tests.support.untrained import untrained
+from tests.support.drawn_model import drawn_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return untrained(ModelConfig(encoding="rope", num_layers=1, num_heads=2, model_dim=16))
+    return drawn_model(ModelConfig(encoding="rope", num_layers=1, num_heads=2, model_dim=16))
 
 
 def test_the_size_of_the_vocabulary_is_written_out(model, tmp_path):

@@ -16,7 +16,7 @@ from nope_jax.checkpoint import Checkpointer
 from nope_jax.cli import run
 from nope_jax.config import Config, DataConfig, EvalConfig
 from nope_jax.evaluation.common import evaluation
-from tests.support.untrained import untrained
+from tests.support.drawn_model import drawn_model
 
 
 def write_documents(folder: Path, count: int = 60) -> Path:
@@ -39,7 +39,7 @@ def write_run(folder: Path, name: str, *, seed: int = 0, **model) -> None:
     workdir.mkdir()
     configs.save(config, workdir)
     with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(0, {"params": nnx.state(untrained(config.model, seed))})
+        checkpointer.save(0, {"params": nnx.state(drawn_model(config.model, seed))})
 
 
 def copy_run(run: Path, workdir: Path, changes: dict | None = None) -> None:
