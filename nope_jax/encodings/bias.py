@@ -282,7 +282,8 @@ def _fire(parameters, block: Tile) -> Float[Array, "#B N q k"]:
     # An MLP of one number is linear between the edges where a unit turns on or off. The piece that contains x is found
     # once for all heads, and each head looks up its slope and offset instead of summing its units for every x.
     edges, slopes, offsets = _pieces(*mlp)
-    piece = (x[..., None] > edges).sum(-1)
+    x = jax.lax.optimization_barrier(x)  # or XLA would compute it for every edge, and the piece for every head
+    piece = jax.lax.optimization_barrier((x[..., None] > edges).sum(-1))
     return jnp.moveaxis(_on_line(jnp.stack([slopes, offsets]), x, piece), 0, 1)
 
 
