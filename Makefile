@@ -59,8 +59,8 @@ lint: $(BIN)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each process takes a run of files, so that a module's runs are made once, and what others have left at the end.
-PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
+# A process takes whole files, so that what the tests of a module share, runs and compiled programs, is made once.
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile
 
 test: lint
 	$(PYTEST)
