@@ -420,6 +420,10 @@ def test_one_row_of_distances_may_serve_all_heads(length):
         (lambda q: dot_product_attention(q, q, q, segment_ids=(q[..., 0, 0],)), "segment_ids must be an array or a"),
         (lambda q: nope_attention(q.tolist(), q, q), "query must be an array, not a list"),
         (lambda q: encoded_attention("rope", {}, q, q, q), "encoding must be an Encoding, such as"),
+        (lambda q: attention.alibi_attention(q, q, q, slopes="x"), "slopes must be an array of numbers, not 'x'"),
+        (lambda q: attention.shaw_attention(q, q, q, key_table=None, value_table=q), "key_table must be .* not None"),
+        (lambda q: attention.fire_attention(q, q, q, hidden_weights=[1], hidden_bias=[1], weights=[[1] * 2], c=None),
+         "c must be an array of numbers, not None"),
     ],
 )  # fmt: skip
 def test_what_is_no_term_array_or_encoding_is_named(call, complaint):
