@@ -14,6 +14,8 @@ import pytest
 from nope_jax.checkpoint import Checkpointer, load_model
 from nope_jax.retention import Retention
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 def trees(step: int) -> dict:
     # Random bits, so that no byte of the file is redundant to its compression.

@@ -108,7 +108,7 @@ late_complaints = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExc
         for run, evaluation in itertools.product(RUNS, EVALUATIONS)
     ],
 )
-def test_a_run_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, evaluation, run):
+def test_a_run_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, few_objects, evaluation, run):
     message, at_once = RUNS[run]
     words = EVALUATIONS[evaluation].format(run=folder / run, other=folder / "nope")
     assert message in refusal(monkeypatch, capsys, words, tmp_path / "out")

@@ -373,7 +373,7 @@ def test_what_is_called_again_outside_of_jit_is_not_compiled_again(name, compila
     assert compilations() == before
 
 
-def test_decoders_of_one_structure_share_what_is_compiled_which_keeps_none_of_them(compilations):
+def test_decoders_of_one_structure_share_what_is_compiled_which_keeps_none_of_them(compilations, few_objects):
     first, second = (drawn_model(TINY, seed) for seed in (0, 1))
     logits = first(TOKENS)
     before = compilations()

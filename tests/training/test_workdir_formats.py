@@ -52,7 +52,7 @@ def test_it_is_evaluated(workdir, tmp_path, monkeypatch):
     assert 5 < sum(nll) / len(nll) < 5.7  # the validation loss of step 3 is 5.35
 
 
-def test_what_a_later_version_wrote_is_refused_by_its_name_and_left_alone(tmp_path):
+def test_what_a_later_version_wrote_is_refused_by_its_name_and_left_alone(tmp_path, few_objects):
     workdir = Path(shutil.copytree(GOLDENS / "format-1", tmp_path / "run"))
     config, metadata = configs.load(workdir), workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
     message = rf"written by nope_jax 9.9 in format {FORMAT + 1}; this is nope_jax {VERSION}, which reads formats 1 to"
