@@ -50,11 +50,12 @@ def ours(name: str, config: Config, what: str = "") -> Contestant:
     with jax.set_mesh(mesh):
         graphdef, abstract = abstract_state(config, optimizer, mesh)
         batch = jax.device_put(batch_of(config))
-        step = jit_train_step(graphdef, optimizer, abstract, **step_settings(config)).lower(abstract, batch).compile()
+        jitted = jit_train_step(graphdef, optimizer, abstract, **step_settings(config))
+        step = jitted.lower(abstract, batch, 0).compile()
         kept = [init_state(config, optimizer, abstract)]
 
     def call() -> Any:
-        kept[0], metrics = step(kept[0], batch)
+        kept[0], metrics = step(kept[0], batch, 0)
         return metrics
 
     flops = model_flops_per_token(config) * config.data.batch_size * config.data.context_length

@@ -102,7 +102,7 @@ def estimate_run(config: Config, name: str) -> Estimate:
         kept = kept_memory(abstract)
         step = jit_train_step(graphdef, optimizer, abstract, **step_settings(config))
         loss = jit_validation(graphdef, config.optimizer.accumulation)
-        program, training = compiled("the training step", step.lower(abstract, batch), kept, machine)
+        program, training = compiled("the training step", step.lower(abstract, batch, 0), kept, machine)
         kept = kept._replace(optimizer=0)
         lowered = loss.lower(abstract.weights, batch)
         _, validation = compiled("the validation loss", lowered, kept, machine)

@@ -108,8 +108,9 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
         tokens_per_step = batch.targets.size
         record = stack.enter_context(MetricWriter(config, workdir, clock, start=start, tokens_per_step=tokens_per_step))
         with clock.during("compile"):
-            jitted = jit_train_step(graphdef, optimizer, abstract, config.train.seed, **step_settings(config))
-            take_step = jitted.lower(state, batch).compile()
+            seed = np.int64(config.train.seed)
+            jitted = jit_train_step(graphdef, optimizer, abstract, **step_settings(config))
+            take_step = jitted.lower(state, batch, seed).compile()
             # Compile validation before the first step too: if it does not fit, the run fails now and not after a day.
             jitted = jit_validation(graphdef, config.optimizer.accumulation)
             validate = jitted.lower(state.weights, batch).compile()
@@ -128,7 +129,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> None:
             evaluate(start, state.weights)
         for step in range(start + 1, steps + 1):
             with record.dispatching(step):
-                state, metrics = take_step(state, batch)
+                state, metrics = take_step(state, batch, seed)
             unread.append((step, metrics))
             if step < steps:
                 with record.fetching(metrics["loss"]):

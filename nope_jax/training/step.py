@@ -206,13 +206,12 @@ def jit_train_step(
     graphdef: nnx.GraphDef[Decoder],
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
-    seed: int = 0,
     **settings: Any,
 ) -> jax.stages.Wrapped:
-    """Jit `seeded_step` for the shardings of `abstract`, donating the state it is given."""
+    """Jit `seeded_step` for the shardings of `abstract`, donating the state it is given: one program for all seeds."""
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     step = seeded_step(graphdef, optimizer, **settings)
-    return jax.jit(lambda state, batch: step(state, batch, seed), donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def total_loss(graphdef: nnx.GraphDef[Decoder], accumulation: int = 1) -> Callable[[nnx.State, Batch], jax.Array]:

@@ -75,10 +75,10 @@ def train_steps(
             graphdef, abstract = abstract_state(run, optimizer, mesh)
             batches = [place_batch(Batch(rows[:, :-1], rows[:, 1:]), mesh) for rows in tokens]
             jitted = jit_train_step(graphdef, optimizer, abstract, **step_settings(run))
-            step = jitted.lower(abstract, batches[0]).compile()
+            step = jitted.lower(abstract, batches[0], 0).compile()
             state, losses = init_state(run, optimizer, abstract), []
             for batch in batches:
-                state, metrics = step(state, batch)
+                state, metrics = step(state, batch, 0)
                 losses.append(float(metrics["loss"]))
             own = {name: array.addressable_shards[0].data.shape for name, array in by_name(state).items()}
             case = {
@@ -132,24 +132,6 @@ def in_context(
             arrays["generated"] = generate(model_, batch.tokens, 3)
             found.append(jax.tree.map(np.asarray, arrays | {"gradient": dict(enumerate(jax.tree.leaves(gradient)))}))
     return found
-
-
-def loaded(folder: str, mesh_sizes: dict[str, int]) -> dict[str, Any]:
-    """The parameters of a published model on a mesh, and the shapes of the shards of two of them."""
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from nope_jax.config import MeshConfig
-    from nope_jax.interop import load_pretrained
-    from nope_jax.sharding import make_mesh
-
-    mesh = make_mesh(MeshConfig(**mesh_sizes))
-    with jax.set_mesh(mesh):
-        model, _ = load_pretrained(folder, mesh=mesh)
-    parameters = {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
-    query, embedding = model.blocks[0].attention.query[...], model.embedding[...]
-    return {"parameters": parameters, "shards": [x.addressable_shards[0].data.shape for x in (query, embedding)]}
 
 
 def evaluated(lines: list[str]) -> list[int]:

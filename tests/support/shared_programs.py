@@ -3,19 +3,19 @@
 import functools
 
 import jax
-import numpy as np
 import pytest
 
 from nope_jax.training import loop
+from nope_jax.training.state import new_state
 
 
 def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Gives runs that ask for the same step or validation the same jitted function, which JAX compiles only once.
 
-    Runs of one shape have one abstract state, and those that begin alike one first state.
+    Runs of one shape have one abstract state, and one program that makes the first state of each.
     """
-    steps, abstracts, states = {}, {}, {}
-    jit_train_step, abstract_state, init_state = loop.jit_train_step, loop.abstract_state, loop.init_state
+    steps, abstracts, inits = {}, {}, {}
+    jit_train_step, abstract_state = loop.jit_train_step, loop.abstract_state
 
     def shared_step(graphdef, optimizer, abstract, *arguments, **keywords):
         shardings = tuple(array.sharding for array in jax.tree.leaves(abstract))
@@ -31,11 +31,11 @@ def share_programs(patch: pytest.MonkeyPatch) -> None:
         return abstracts[key]
 
     def shared_init_state(config, optimizer, abstract):
-        key = config.model, config.train.ema, config.train.seed, config.mesh, optimizer
-        if key not in states:
-            states[key] = jax.tree.map(np.array, init_state(config, optimizer, abstract))
-        # In memory of its own, which the first step is given.
-        return jax.tree.map(lambda x, like: jax.device_put(x.copy(), like.sharding), states[key], abstract)
+        key = config.model, config.train.ema, config.mesh, optimizer
+        if key not in inits:
+            shardings = jax.tree.map(lambda array: array.sharding, abstract)
+            inits[key] = jax.jit(functools.partial(new_state, config, optimizer), out_shardings=shardings)
+        return inits[key](jax.random.key(config.train.seed))
 
     patch.setattr(loop, "make_optimizer", functools.cache(loop.make_optimizer))
     patch.setattr(loop, "jit_train_step", shared_step)

@@ -482,7 +482,7 @@ def test_neither_step_nor_validation_holds_the_logits_of_a_batch(config, monkeyp
     batch = Batch(rows, rows)
 
     def temporaries(accumulation: int) -> list[int]:
-        step = jit_train_step(graphdef, optimizer, abstract, accumulation=accumulation).lower(abstract, batch)
+        step = jit_train_step(graphdef, optimizer, abstract, accumulation=accumulation).lower(abstract, batch, 0)
         validation = jit_validation(graphdef, accumulation).lower(abstract.params, batch)
         return [program.compile().memory_analysis().temp_size_in_bytes for program in (step, validation)]
 
