@@ -21,6 +21,7 @@ from nope_jax.trained import find_trained
 from nope_jax.training import train
 from tests.interop.test_families import folder_of
 from tests.support.published import CONFIGS
+from tests.support.shared_programs import share_programs
 from tests.support.tiny_runs import call_eval, write_documents, write_run
 
 
@@ -73,7 +74,8 @@ def test_it_is_tuned_and_given_back(folder, tmp_path, monkeypatch, capsys):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
 
 
-def test_training_starts_from_it(folder, tmp_path):
+def test_training_starts_from_it(folder, tmp_path, monkeypatch):
+    share_programs(monkeypatch)
     source, _ = load_pretrained(f"{folder}/llama")
     config = Config(
         find_trained(f"hf:{folder}/llama").config.model,

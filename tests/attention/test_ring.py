@@ -1,9 +1,4 @@
-"""Attention over several devices: what can be seen without them, and the tests that need eight of them."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Attention over several devices: what can be seen without them. ring_on_eight_devices.py has the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +6,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from nope_jax.attention import alibi_attention
-
-ROOT = Path(__file__).parents[2]
-FILE = ROOT / "tests/support/ring_on_eight_devices.py"
-
-
-def on_eight_devices(which: str) -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/support/ring_on_eight_devices.py",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        which,
-    ]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-
-
-def test_eight_devices():
-    on_eight_devices("not slow")
-
-
-@pytest.mark.slow
-def test_eight_devices_with_everything():
-    on_eight_devices("slow")
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
 
 from nope_jax.data.tokenizers import load_tokenizer, tokenizer_digest
 from nope_jax.interop import load_pretrained, published, save_pretrained, saving
 from nope_jax.paths import is_published
-from tests.interop.test_families import arrays, folder_of, same
-from tests.support.eight_devices import results
+from tests.interop.test_families import folder_of, same
 from tests.support.published import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -44,17 +42,6 @@ def test_the_host_holds_one_tensor_besides_the_parameters(tmp_path):
     size = (large / "model.safetensors").stat().st_size - (small / "model.safetensors").stat().st_size
     largest = 4 * 512 * 2048
     assert int(done.stdout) < size + 3 * largest < 1.2 * size
-
-
-def test_a_mesh_gets_its_parts(tmp_path):
-    config = CONFIGS["smollm3"] | {"num_hidden_layers": 6}  # a period of four, and half of another
-    folder = folder_of(tmp_path / "model", config)
-    found, _ = results("loaded", str(folder), {"data": 1, "fsdp": 4, "tensor": 2})
-    expected = arrays(load_pretrained(str(folder))[0])
-    assert found["parameters"].keys() == expected.keys()
-    for path, values in expected.items():
-        np.testing.assert_array_equal(found["parameters"][path], values)
-    assert found["shards"] == [(2, 8, 2, 8), (24, 8)]
 
 
 def test_shards_go_out_and_in(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Attention over a mesh is the attention of one device: run by test_ring.py, in a process with eight CPU devices."""
+"""Attention over a mesh is the attention of one device: run by test_eight_devices.py."""
 
 import contextlib
 import functools
