@@ -23,7 +23,7 @@ from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.attention.sharded import spread_attention
 from nope_jax.attention.softmax_state import with_sink
 from nope_jax.encodings import BlockValue, DistanceLogit
-from nope_jax.encodings.checks import positive
+from nope_jax.encodings.checks import as_array, positive
 from nope_jax.encodings.encoding import Logit
 from nope_jax.jax_settings import with_implicit_promotion
 
@@ -273,7 +273,7 @@ def check_arrays(query, key, value) -> None:
 def _logit_scale(logit_scale, batch: int, num_heads: int, length: int) -> Float[Array, "#B #N T"]:
     if logit_scale is None:
         return jnp.ones((1, 1, length), jnp.float32)
-    logit_scale = jnp.asarray(logit_scale, jnp.float32)
+    logit_scale = as_array("logit_scale", logit_scale).astype(jnp.float32)
     shape = logit_scale.shape
     if shape in ((), (num_heads,)):
         logit_scale = logit_scale.reshape(1, -1, 1)

@@ -44,7 +44,7 @@ from nope_jax.encodings import (
     XPos,
     forget_sums,
 )
-from nope_jax.encodings.checks import known_values
+from nope_jax.encodings.checks import as_array, known_values
 from nope_jax.encodings.encoding import Logit
 from nope_jax.jax_settings import with_implicit_promotion
 
@@ -140,7 +140,7 @@ def alibi_attention(query, key, value, *, slopes: Float[ArrayLike, "N"] | None =
         Press et al. 2022, arXiv 2108.12409.
     """
     if slopes is not None:
-        slopes = _array("slopes", slopes)
+        slopes = as_array("slopes", slopes)
         if slopes.shape != (query.shape[2],):
             raise ValueError(f"slopes must have shape [{query.shape[2]}], one per query head, not {list(slopes.shape)}")
     return Encoded(ALiBi(), {} if slopes is None else {"slopes": slopes})
@@ -168,7 +168,7 @@ def t5_attention(
     References:
         Raffel et al. 2020, arXiv 1910.10683.
     """
-    table = _array("table", table)
+    table = as_array("table", table)
     if table.ndim != 2 or table.shape[1] != query.shape[2]:
         raise ValueError(f"table must have shape [num_buckets, {query.shape[2]}], not {list(table.shape)}")
     encoding = T5(table.shape[0], max_distance=max_distance, bidirectional=bidirectional, scaled=scaled)
@@ -279,7 +279,7 @@ def fire_attention(
     heads = query.shape[2]
     c, threshold = _shaped("c", c, ()), _shaped("threshold", threshold, ())
     known_values("positive", lambda x: x > 0, c=c, threshold=threshold)
-    hidden_weights = _array("hidden_weights", hidden_weights)
+    hidden_weights = as_array("hidden_weights", hidden_weights)
     width = hidden_weights.shape[0] if hidden_weights.ndim == 1 else "W"
     params = {
         "hidden_weights": _shaped("hidden_weights", hidden_weights, (width,)),
@@ -308,7 +308,7 @@ def cope_attention(
     References:
         Golovneva et al. 2024, arXiv 2405.18719.
     """
-    embeddings = _array("embeddings", embeddings)
+    embeddings = as_array("embeddings", embeddings)
     heads, head_dim = query.shape[2:]
     positions = embeddings.shape[-2] if embeddings.ndim > 1 else "P"
     wanted = (positions, head_dim) if embeddings.ndim < 3 else (heads, positions, head_dim)
@@ -335,7 +335,7 @@ def forgetting_attention(
     length, total = query.shape[1], key.shape[1]
     if length > total:
         raise ValueError(f"query must have at most as many tokens as key, {total}, not {length}")
-    log_forget = _array("log_forget", log_forget)
+    log_forget = as_array("log_forget", log_forget)
     known_values("at most 0, logarithms of gates", lambda x: x <= 0, log_forget=log_forget)
     batch = key.shape[0] if log_forget.shape[:1] != (1,) else 1
     sums = forget_sums(_shaped("log_forget", log_forget, (batch, total, query.shape[2])))
@@ -344,17 +344,9 @@ def forgetting_attention(
     return Encoded(Forgetting(), {}, last, sums)
 
 
-def _array(name: str, x) -> Array:
-    """Convert to an array, naming it in the error."""
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers, not {x!r}") from None
-
-
 def _shaped(name: str, x, shape: tuple[int | str, ...]) -> Array:
     """Convert to an array and check its shape, naming it in the error; a string stands for any size."""
-    x = _array(name, x)
+    x = as_array(name, x)
     if x.ndim != len(shape) or any(isinstance(n, int) and n != size for n, size in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], not {list(x.shape)}")
     return x

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
 
 from nope_jax.attention.blocks import CachedLayer, Leaf, cut, cut_mask
-from nope_jax.encodings.checks import known_values
+from nope_jax.encodings.checks import as_array, known_values
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +148,7 @@ def per_token(name: str, x, batch: int, length: int) -> Array | None:
     """Reshape integers [T] or [B, T] to [1, T] or [B, T]."""
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = as_array(name, x)
     if x.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -179,7 +179,7 @@ def _mask(mask, shape: tuple[int, ...]) -> Array | None:
     if mask is None:
         return None
     if not hasattr(mask, "dtype"):
-        mask = np.asarray(mask)
+        mask = as_array("mask", mask)
     if jnp.issubdtype(mask.dtype, jnp.inexact):
         raise ValueError(
             f"mask must be boolean, True where a query may attend, not {mask.dtype}: convert zeros and ones with "

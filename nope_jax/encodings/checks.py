@@ -1,4 +1,4 @@
-"""Checks of encoding settings; each error names the setting and its bound."""
+"""Checks of encoding settings and of arrays; each error names the argument and what it should be."""
 
 import math
 import numbers
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -69,6 +70,18 @@ def known_values(what: str, holds: Callable[[np.ndarray], np.ndarray], **arrays:
         x = np.asarray(x)
         if not np.all(holds(x)):
             raise ValueError(f"{name} must be {what}, not {x[~holds(x)].flat[0]}")
+
+
+def as_array(name: str, x: Any) -> jax.Array:
+    """Convert to an array.
+
+    Raises:
+        ValueError: `x` is no array of numbers; the message names it.
+    """
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers, not {x!r}") from None
 
 
 def _is_number(number: object) -> bool:
