@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import operator
@@ -436,7 +437,11 @@ def _parse(
         (name, Annotated[hint, tyro.conf.arg(help=text)], *[dataclasses.field(default=None)] * _may_be_none(hint))
         for name, (hint, text) in options.items()
     ]
-    fields += [(group, type(default), default) for group, default in groups.items()]
+    fields += [
+        # tyro would look for the same text itself, and before that for the source of the class made here, in vain.
+        (name, Annotated[type(default), tyro.conf.arg(help=inspect.getdoc(type(default)))], default)
+        for name, default in groups.items()
+    ]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
