@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import ArrayLike
 
 from nope_jax.config import ModelConfig
 from nope_jax.encodings import resolve
@@ -118,7 +119,7 @@ def fill(
                 continue
             if path not in filled:
                 filled[path] = _compiled_zeros(parameters[path].shape, dtype, sharding)()
-            filled[path] = _set_row(filled[path], _place(view, dtype, _of_row(sharding)), jnp.asarray(row))
+            filled[path] = _set_row(filled[path], _place(view, dtype, _of_row(sharding)), np.int32(row))
         jax.block_until_ready([filled[path] for path, _ in tensor.slices])  # bounds what is under way
         del views
     state = {path: variable.replace(filled[path]) for path, variable in parameters.items()}
@@ -134,7 +135,7 @@ def published_values(
         values = []
         for part in tensor.slices:
             array = parameters[part.path][...]
-            value = to_host(array if part.row is None else array[part.row])
+            value = to_host(array if part.row is None else _row(array, np.int32(part.row)))
             values.append((value * factors[part]).astype(value.dtype) if part in factors else value)
         yield tensor.weight.pack(values, axes)
 
@@ -169,6 +170,12 @@ def _compiled_zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> C
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
+# One program for all rows, where indexing takes two.
+@jax.jit
+def _row(stack: jax.Array, index: ArrayLike) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_row(stack: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+def _set_row(stack: jax.Array, row: jax.Array, index: ArrayLike) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)
