@@ -235,16 +235,18 @@ def test_every_encoding_is_the_reference_s_or_is_refused(name, kernel):
     assert_same(found, wanted)
 
 
-def rising(parameters, query_position, key_position):
-    """Of two numbers per head, which the other axis of an array may come after, and one for all heads."""
+def rising(parameters, query_position, key_position, of_query=0.0, of_key=0.0):
+    """Of two numbers per head, which the other axis of an array may come after, one for all heads, and features."""
     (slope, tilt), least = parameters
     distance = jnp.abs(query_position - key_position).astype(jnp.float32)
-    return jnp.where(distance < 12, slope * jnp.log(distance + jnp.exp(least)) + tilt * query_position, -jnp.inf)
+    found = slope * jnp.log(distance + jnp.exp(least)) + tilt * query_position + of_query * of_key
+    return jnp.where(distance < 12, found, -jnp.inf)
 
 
 def rising_block(parameters, block):
     (per_head, least), pairs = parameters, (block.query_positions[:, None, :, None], block.key_positions[:, None, None])
-    return rising((tuple(per_head[:, :, None, None]), least), *pairs)
+    of_query, of_key = block.query_features[:, None, :, None], jnp.moveaxis(block.key_features, -1, 1)[:, :, None]
+    return rising((tuple(per_head[:, :, None, None]), least), *pairs, of_query, of_key)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -258,13 +260,14 @@ def rising_block(parameters, block):
     ],
 )
 def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
-    """Its gradient too, wherever the parameters have their axis of heads; -inf hides a key."""
-    parameters = random(2, N, seed=8), np.float32(0.4)
+    """Its gradient too, wherever parameters and features of tokens have their axis of heads; -inf hides a key."""
+    parameters, features = (random(2, N, seed=8), np.float32(0.4)), (random(B, T, seed=9), random(B, keys, N, seed=10))
 
     @functools.partial(jax.jit, static_argnames="implementation")
     def run(operands, parameters, traced, implementation):
         def loss(operands, parameters):
-            logit = BlockLogit(rising_block, parameters, by_pair=rising, heads=(1, None))
+            (parameters, features) = parameters
+            logit = BlockLogit(rising_block, parameters, *features, by_pair=rising, heads=(1, None, None, 2))
             out, stats = dot_product_attention(
                 *operands, logit=logit, implementation=implementation, return_stats=True, **traced
             )
@@ -273,12 +276,19 @@ def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
         (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(operands, parameters)
         return values, gradient
 
-    found, wanted = (run(arrays(keys), parameters, traced, name) for name in (kernel, "reference"))
+    learned = parameters, features
+    found, wanted = (run(arrays(keys), learned, traced, name) for name in (kernel, "reference"))
     assert_same(found, wanted)
 
 
+WINDOW = 2 * T - 11
+
+
 def vectors_at(tables, distances):
-    return DistanceVectors(*(jnp.moveaxis(table[:, distances + 2 * T], 0, 1) for table in tables))
+    """Not a number where no query sees a key: in the future and past the window."""
+    seen = (distances >= 0) & (distances < WINDOW)
+    found = (jnp.moveaxis(table[:, distances + 2 * T], 0, 1) for table in tables)
+    return DistanceVectors(*(jnp.where(seen.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan) for x in found))
 
 
 def vectors_block(tables, block):
@@ -286,7 +296,13 @@ def vectors_block(tables, block):
     query, key, constant = (table[:, block.distance + 2 * T] for table in tables)
     of_queries = jnp.einsum("bnqh,nbqkh->bnqk", block.query, query)
     of_keys = jnp.einsum("bnkh,nbqkh->bnqk", block.key, key)
-    return of_queries + block.factor[..., None] * (of_keys + jnp.moveaxis(constant, 0, 1))
+    constant = jnp.moveaxis(constant, 0, 1)
+    finite = jnp.isfinite(constant)  # of a factor times -inf, the gradient would be no number
+    return (
+        of_queries
+        + block.factor[..., None] * (of_keys + jnp.where(finite, constant, 0.0))
+        + jnp.where(finite, 0.0, -jnp.inf)
+    )
 
 
 def value_vectors(table, distances, head_dim):
@@ -341,37 +357,13 @@ def test_vectors_of_another_shape_are_refused(name):
         dot_product_attention(*arrays(), logit=logit, implementation="pallas_tpu")
 
 
-def falling_block(slope, block):
-    distance = block.distance[:, None]
-    return jnp.where(distance < 9, block.factor[..., None] * slope * distance, -jnp.inf)
-
-
-def falling_at(slope, distances):
-    """Not a number where no query sees a key: in the future, past the window and the end."""
-    found = jnp.where(distances < 9, slope * distances, -jnp.inf)
-    return DistanceVectors(constant=jnp.where((distances >= 0) & (distances < 12), found, jnp.nan)[:, None])
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_a_constant_of_minus_infinity_hides_keys_and_what_does_not_occur_may_be_anything():
-    @functools.partial(jax.jit, static_argnames=("implementation", "by_distance"))
-    @functools.partial(jax.value_and_grad, argnums=(0, 1))
-    def run(operands, slope, implementation, by_distance=None):
-        logit = BlockLogit(falling_block, slope, by_distance=by_distance)
-        keywords = {"logit_scale": 20.0, "window": 12, "return_stats": True, "implementation": implementation}
-        out, stats = dot_product_attention(*operands, logit=logit, **keywords)
-        return (out**2).sum() + stats.entropy.sum() + stats.logsumexp.sum()
-
-    arguments = arrays(), jnp.float32(-0.3)
-    assert_same(run(*arguments, "pallas_tpu", falling_at), run(*arguments, "reference"))
-
-
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("keys", [pytest.param(T, marks=pytest.mark.slow), T + 9])
 def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
-    """Of heads, and of all heads; and what is not finite reaches those who see it."""
+    """Of heads, and of all heads; a constant of -inf hides keys, and what is not finite reaches those who see it."""
     shapes = (N, 4 * T, H), (N, 4 * T, H), (1, 4 * T), (1, 4 * T, H2)
     tables = tuple(random(*shape, seed=9 + i) for i, shape in enumerate(shapes))
+    hiding = np.where(np.arange(4 * T) % 5, tables[2], -np.inf)
     query, key, value = arrays(keys)
     of_nan = key.copy()
     of_nan[0, keys - 1] = np.nan
@@ -385,7 +377,7 @@ def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
                 logit=BlockLogit(vectors_block, tables[:3], by_distance=by_distance, heads=(0, 0, None)),
                 value_term=BlockValue(value_block, tables[3], by_distance=by_value, heads=(None,)),
                 logit_scale=scale,
-                window=2 * T - 11,
+                window=WINDOW,
                 softcap=3.0,
                 implementation=implementation,
                 return_stats=True,
@@ -396,9 +388,10 @@ def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
         (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(operands, tables, scale)
         return values, gradient
 
-    for key_ in (key, of_nan):
+    for key_, constant in ((key, hiding), (of_nan, tables[2])):
+        tables_ = (*tables[:2], constant, tables[3])
         found, wanted = (
-            jax.tree.map(np.asarray, run((query, key_, value), tables, SCALE, name, by_distance))
+            jax.tree.map(np.asarray, run((query, key_, value), tables_, SCALE, name, by_distance))
             for name, by_distance in (("pallas_tpu", vectors_at), ("reference", None))
         )
         for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
@@ -408,8 +401,10 @@ def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
 
 def test_what_a_logit_of_both_positions_takes_is_counted():
     """For the estimates of `--compile_for`: at least an addition and two products for a unit of FIRE's MLP."""
-    units = [FIRE(width=width).init_layer(jax.random.key(0), DIMS) for width in (4, 8)]
-    small, large = (Pairwise.of(FIRE().logit(params, None, None)) for params in units)
+    encodings = [FIRE(width=width) for width in (4, 8)]
+    units = (jax.eval_shape(lambda key, fire=fire: fire.init_layer(key, DIMS), jax.random.key(0)) for fire in encodings)
+    zeros = (jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), params) for params in units)
+    small, large = (Pairwise.of(FIRE().logit(params, None, None)) for params in zeros)
     assert large.operations() - small.operations() >= 4 * 3
     assert large.operations(gradient=True) > 2 * large.operations() > 2 * 8 * 3
 
@@ -500,6 +495,10 @@ def chosen(caplog, function, *operands, **keywords):
     return caplog.messages[-1]
 
 
+def nothing(parameters, block):
+    return jnp.zeros_like(block.distance, jnp.float32)[:, None]
+
+
 def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(caplog):
     def fire(*operands, width=6):
         return fire_attention(
@@ -520,11 +519,11 @@ def test_on_a_tpu_the_kernel_is_chosen_where_it_serves_and_the_log_says_why_not(
             "the logit must have at most 256 parameters per head and features, not 303"
         )
         parameters, flags = (jnp.ones((2, N)), jnp.float32(0)), jnp.ones((2, 256, N), bool)
-        logit = BlockLogit(rising_block, parameters, flags, flags, by_pair=rising, heads=(1, None, 2, 2))
+        logit = BlockLogit(nothing, parameters, flags, flags, by_pair=rising, heads=(1, None, 2, 2))
         why = "features must be floats [B, T], or [B, T, N] with 2 in heads, not bool (2, 256, 4) with 2"
         assert why in chosen(caplog, dot_product_attention, *long, logit=logit)
         for keywords in ({"heads": (1, None)}, {"by_pair": rising}):
-            logit = BlockLogit(rising_block, parameters, **keywords)
+            logit = BlockLogit(nothing, parameters, **keywords)
             why = "None, a DistanceLogit, or a BlockLogit with by_pair and heads, not a BlockLogit without"
             assert why in chosen(caplog, dot_product_attention, *long, logit=logit)
     with mesh_of("tpu", "model"):  # a mesh of somebody else's

@@ -1,6 +1,7 @@
 """Every attention function where no package is installed but jax, numpy and jaxtyping, which `test_layout.py` runs.
 
-Each is traced twice, and what it calls is compiled for the first call alone. One is run.
+Each is traced twice, and what it calls is compiled for the first call alone. One is run. Then, with all packages, what
+a command line imports before it knows what to do.
 """
 
 # ruff: noqa: E402
@@ -94,3 +95,8 @@ for name in nope_jax.__all__:
         assert "pip install 'nope_jax[train]'" in str(error), error
     else:
         raise AssertionError(f"{name} did without the packages of nope_jax[train]")
+
+sys.meta_path[sys.meta_path.index(Others) :] = [PathFinder]
+import nope_jax.cli
+
+assert not {"flax", "matplotlib", "orbax"} & sys.modules.keys()
