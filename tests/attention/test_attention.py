@@ -68,7 +68,7 @@ def test_values_and_statistics_agree_with_float64(encoding, implementation):
     assert_agrees(encoding, implementation, *inputs(), **parameters(encoding))
 
 
-@streaming_only
+@reference_only
 def test_default_parameters_are_the_papers(implementation):
     assert_agrees("alibi", implementation, *inputs())
     assert_agrees("rope", implementation, *inputs())
@@ -190,7 +190,7 @@ def test_temperature_multiplies_the_content_and_not_the_bias(implementation):
         jax.tree.map(assert_close, attend(query, key, value, logit_scale=scale), attend(scale * query, key, value))
 
 
-@streaming_and_some_reference("encoding", ATTENTION, ["t5"])
+@streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "alibi"])
 def test_large_logits_do_not_overflow(encoding, implementation):
     query, key, value = inputs()
     query, key = 30 * query, 30 * key
@@ -317,7 +317,7 @@ def test_alibi_is_a_bias_of_slope_times_key_position(implementation):
     assert_close(out, wanted.output)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "alibi"])
+@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "rope", "alibi"])
 def test_the_last_query_alone_against_a_cache_is_the_last_row(encoding, implementation):
     query, key, value = inputs()
     attend = functools.partial(

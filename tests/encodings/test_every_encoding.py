@@ -35,10 +35,10 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 # Of RoPE and T5, the plainest in a kernel, test_attention.py proves the same; the logit scale has its gradient in all.
 # What only one of these tests would see is quick; of the others another test stands for the names that are left out.
 PLAIN = {"nope", "rope", "t5", "head_scale"}
-# Their values and gradients at positions that run on are held by test_relative.py and test_contextual.py, and behind a
-# cache by the decoding below; at positions that do not, a table by distance is test_bias.py's, and CoPE is
+# Their values and gradients at positions that run on are held by test_relative.py, test_contextual.py and test_bias.py,
+# and behind a cache by the decoding below; at positions that do not, a table by distance is test_bias.py's, and CoPE is
 # test_contextual.py's.
-HELD, ANYWHERE = {"shaw", "transformer_xl", "cope", "forgetting"}, {"fire", "transformer_xl", "cope"}
+HELD, ANYWHERE = {"shaw", "transformer_xl", "cope", "forgetting", "fire"}, {"fire", "transformer_xl", "cope"}
 
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -154,7 +154,7 @@ def test_streaming_is_reference_for_any_shapes(name, data):
     jax.clear_caches()  # the system lets a process map a number of programs, and these are many
 
 
-@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN | {"fire", "shaw", "transformer_xl"}))
+@pytest.mark.parametrize("name", others_slow(KINDS, but=PLAIN | {"fire", "shaw", "transformer_xl", "forgetting"}))
 def test_the_gradient_from_the_future_is_zero(name):
     encoding, row, common = encoding_of(name), 9, {"implementation": "streaming"}
     params = parameters(encoding)

@@ -29,8 +29,8 @@ SIZES = ModelDims(num_heads=2, head_dim=4, model_dim=8, train_length=10, vocab_s
 IDS = np.random.default_rng(0).integers(0, 16, (2, 10))
 
 
-def model(encoding):
-    return small_model(encoding=encoding, train_length=10)
+def model(encoding, num_layers=1):
+    return small_model(encoding=encoding, num_layers=num_layers, train_length=10)
 
 
 # --- The sample
@@ -133,11 +133,11 @@ def test_what_cannot_work_is_refused_by_name():
 # --- In a decoder
 
 
-@pytest.mark.parametrize("encoding", [RoPE(), Learned()], ids=str)
-def test_a_decoder_sees_the_sample_as_if_it_were_given_those_positions(encoding):
+def test_a_decoder_sees_the_sample_as_if_it_were_given_those_positions():
+    """At the input and in the layers."""
     # The plain model's table is as long as the randomized one's, and drawn from the same key.
-    randomized = model(Randomized(encoding, maximum=40))
-    plain = model(dataclasses.replace(encoding, length=40) if encoding == Learned() else encoding)
+    randomized = model((Randomized(Learned(), maximum=40), Randomized(RoPE(), maximum=40)), num_layers=2)
+    plain = model((Learned(length=40), RoPE()), num_layers=2)
     for key in (None, jax.random.key(3)):
         sample = randomized_positions(jax.random.key(0) if key is None else key, 10, 40)
         assert_close(randomized(IDS, key=key), plain(IDS, positions=sample), tolerance=1e-6)

@@ -153,9 +153,7 @@ def test_a_schedule_survives_in_config_json(name, tmp_path):
     assert config.load(tmp_path) == written
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("llama4", "swan_gpt") else pytest.param(n, marks=pytest.mark.slow) for n in SCHEDULES]
-)
+@pytest.mark.parametrize("name", [n if n == "llama4" else pytest.param(n, marks=pytest.mark.slow) for n in SCHEDULES])
 def test_a_decoder_s_layers_see_as_far_as_their_places_in_the_schedule(name):
     """Five layers: a period and one more. Entropy stays below that of the keys that a layer sees."""
     dims = {"window": 3, "chunk_size": 3}
