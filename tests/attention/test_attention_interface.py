@@ -54,7 +54,7 @@ def test_it_drops_into_nnx_multi_head_attention(encoding):
     assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
 
 
-@but_for_slow("t5")
+@but_for_slow()  # what decodes below is the same layer
 def test_it_drops_into_linen_multi_head_attention(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, dropout_rate=0.1, deterministic=True)

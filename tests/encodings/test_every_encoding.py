@@ -206,11 +206,17 @@ TOKENS = np.random.default_rng(1).integers(0, V, (B, TRAINED))
 LONG_ROPE = RoPE(scaling=LongRoPEScaling((1.0, 1.5), (1.0, 3.0), 8, factor=2.0))
 RANDOMIZED = Randomized(Convolution(), maximum=2 * TRAINED)
 # Each in a layer of its own: what holds of the decoder holds of all of them, and one alone is a slow test. NoPE decodes
-# in test_model_fields.py; terms by distance know nothing of a cache but the positions that all have.
-TOGETHER = ("learned", "fire", RANDOMIZED, "cope"), ("recursive", LONG_ROPE, "forgetting", AttentionSink(LogN()))
+# in test_model_fields.py, CoPE and forgetting in test_kv_cache.py, a table in test_generation.py; terms by distance
+# know nothing of a cache but the positions that all have.
+TOGETHER = "recursive", RANDOMIZED, LONG_ROPE, AttentionSink(LogN())
+OTHERS = "learned", "fire", "cope", "forgetting"
 
 
-@pytest.mark.parametrize("encoding", [*TOGETHER, *others_slow(ENCODINGS, but=ONE_OF_EACH)], ids=str)
+@pytest.mark.parametrize(
+    "encoding",
+    [TOGETHER, pytest.param(OTHERS, marks=pytest.mark.slow), *others_slow(ENCODINGS, but=ONE_OF_EACH)],
+    ids=str,
+)
 def test_token_by_token_gives_the_logits_of_one_pass(encoding):
     model = decoder(encoding, **{"num_layers": len(encoding)} if isinstance(encoding, tuple) else {})
     graph, state = nnx.split(model)
