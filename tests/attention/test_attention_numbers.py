@@ -309,10 +309,18 @@ def test_a_row_whose_bias_hides_every_key_gives_zeros(implementation):
 ONE_ROW = {"no axis of heads": lambda rate, d: -rate * d, "an axis of one": lambda rate, d: -rate * d[None]}
 
 
-@pytest.mark.slow  # the bias of minus infinity above is one row, and so is one of test_attention_interface.py
 @streaming_only
-@pytest.mark.parametrize("positions", ["run on", "explicit"])
-@pytest.mark.parametrize("shape", ONE_ROW)
+@pytest.mark.parametrize(
+    ("positions", "shape"),
+    [
+        ("run on", "no axis of heads"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(["run on", "explicit"], ONE_ROW)
+            if case != ("run on", "no axis of heads")
+        ),
+    ],
+)
 def test_a_function_of_distance_may_give_one_row_for_all_heads(shape, positions, implementation):
     rate, positions = jnp.float32(0.3), np.arange(T) if positions == "explicit" else None
 
