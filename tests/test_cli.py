@@ -195,6 +195,7 @@ def test_help_lists_every_field(config_file, capsys):
     text = capsys.readouterr().out
     for name in ["config", "workdir", *configs.HINTS]:
         assert f"--{name} " in text
+    assert "Devices per mesh axis" in text  # what its group is about
 
 
 @pytest.mark.parametrize(
