@@ -208,7 +208,7 @@ def test_deberta_buckets_are_those_of_transformers(golden):
     np.testing.assert_array_equal([oracles.deberta_bucket(d, **settings) for d in GOLDEN["distances"]], buckets)
 
 
-@pytest.mark.parametrize("case", ["shaw", pytest.param("transformer_xl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["shaw", "transformer_xl"])
 def test_bfloat16_in_is_bfloat16_out(case):
     function, parameters = CASES[case]
     query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
