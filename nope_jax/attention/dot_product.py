@@ -23,7 +23,7 @@ from nope_jax.attention.mesh import with_auto_axes
 from nope_jax.attention.sharded import spread_attention
 from nope_jax.attention.softmax_state import with_sink
 from nope_jax.encodings import BlockValue, DistanceLogit
-from nope_jax.encodings.checks import as_array, positive
+from nope_jax.encodings.checks import as_array, boolean, positive
 from nope_jax.encodings.encoding import Logit
 from nope_jax.jax_settings import with_implicit_promotion
 
@@ -81,7 +81,7 @@ def dot_product_attention(
             query against a KV cache is its last token. Required for a partially filled cache.
         key_positions: Positions of the keys. Default: 0..S-1.
         mask: Boolean mask, True where a query may attend; integers 0 and 1 are also accepted. Additive floating-point
-            masks (0 and -inf) are refused: pass them as a `logit`.
+            masks (0 and -inf) are refused: pass them as a `logit`. Within jit, any integer other than 0 is True.
         is_causal: Mask keys at later positions than the query.
         window: Mask keys at a distance of `window` positions or more; with 1, a query sees only itself.
         chunk_size: Mask keys outside the query's chunk of `chunk_size` positions; chunks start at position 0.
@@ -90,11 +90,11 @@ def dot_product_attention(
         qk_scale: Factor of q·k in place of 1/√H.
         softcap: Cap of the scaled content logits: softcap · tanh(logit / softcap), before `logit` is added (Gemma 2).
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
-            T·S (differentiable once, in reverse mode). "pallas_tpu" and "pallas_gpu" do the same in kernels for TPUs
-            and for NVIDIA GPUs, for terms by distance, of pairs, or none, without a mask; "cudnn" is NVIDIA's
-            own, without terms and statistics. Of several names, the first that supports the call is used. None: on a
-            TPU or GPU its kernels, where they serve; otherwise streaming, unless all weights of a head fit in one block
-            on one device. docs/performance.md says more.
+            T·S (differentiable once, in reverse mode; jvp and second derivatives need "reference"). "pallas_tpu" and
+            "pallas_gpu" do the same in kernels for TPUs and for NVIDIA GPUs, for terms by distance, of pairs, or none,
+            without a mask; "cudnn" is NVIDIA's own, without terms and statistics. Of several names, the first that
+            supports the call is used. None: on a TPU or GPU its kernels, where they serve; otherwise streaming, unless
+            all weights of a head fit in one block on one device. docs/performance.md says more.
         return_stats: Also return `AttentionStats`.
         precision: Precision of the products with queries, keys and values, as in `jax.lax.dot`; products within an
             encoding's terms follow `jax.default_matmul_precision`.
@@ -153,6 +153,7 @@ def attend(
 ) -> Any:
     """`dot_product_attention` on validated arrays and a `MaskSpec`, with an encoding's sink."""
     positive(qk_scale=qk_scale, softcap=softcap)
+    boolean(return_stats=return_stats)
     factor, logit = _factor_and_logit(query, key, logit, mask_spec, logit_scale, qk_scale)
     call = query, factor, key, value, logit, value_term, mask_spec, precision, return_stats, softcap
     backend = choose(implementation, *call, statistics=return_stats or sink is not None)
@@ -197,10 +198,15 @@ def _factor_and_logit(query, key, logit, mask_spec, logit_scale, qk_scale):
         raise ValueError(f"logit must be a DistanceLogit, BlockLogit, ScanLogit or None, not a {type(logit).__name__}")
     if mask_spec.is_causal and isinstance(logit, DistanceLogit):
         logit = dataclasses.replace(logit, function=_Past(logit.function))
-    if isinstance(logit, DistanceLogit) and mask_spec.contiguous and not isinstance(query, jax.core.Tracer):
-        # Outside jit, the function may be a new object in every call, which would trigger a recompilation each time.
-        values = logit.values(jnp.arange(1 - query_length, key_length))
-        logit = DistanceLogit(_Tabulated(1 - query_length), values)
+    if isinstance(logit, DistanceLogit):
+        distances, values_of = jnp.arange(1 - query_length, key_length), logit.values
+        tabulates = mask_spec.contiguous and not isinstance(query, jax.core.Tracer)
+        values = values_of(distances) if tabulates else jax.eval_shape(values_of, distances)
+        if len(values) not in (1, num_heads):
+            raise ValueError(f"logit must have a row for each of {num_heads} heads, or one for all, not {len(values)}")
+        if tabulates:
+            # The function may be a new object in every call, which would trigger a recompilation each time.
+            logit = DistanceLogit(_Tabulated(1 - query_length), values)
     factor = _logit_scale(logit_scale, batch, num_heads, query_length)
     return factor / math.sqrt(head_dim) if qk_scale is None else factor * qk_scale, logit
 

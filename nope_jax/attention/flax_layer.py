@@ -10,6 +10,8 @@ from a layer. In such a call, arguments have the defaults and the meaning of Fla
   query with a mask is at the last key that the mask lets it see: with `decode=True`, its position in the cache.
 - `mask`: nonzero numbers are True, including floating-point ones, because `make_causal_mask` returns float32.
 
+One thing differs: the output of a query whose mask hides all keys is 0. In Flax it is the mean of all values.
+
 Shapes: B batch, T query length, S key length, N query heads.
 """
 
@@ -86,7 +88,7 @@ def _refuse(dropout_rate: float = 0.0, deterministic: bool = False, module: Any 
     if dropout_rate and not deterministic:
         raise ValueError("dropout_rate must be 0, or deterministic True: attention dropout is not supported")
     if module is not None:
-        raise ValueError("module must be None: weights are not sown; use return_stats")
+        raise ValueError("sow_weights must be False: attention weights are not kept (module must be None)")
 
 
 def _as_in_flax(query_length: int, key_length: int, **keywords: Any) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def t5_attention(
     """Attention with T5's learned bias: softmax(q·k/√H + table[bucket(distance), head]).
 
     Args:
-        table: The bias of each bucket and query head; its gradient is exact in both implementations.
+        table: The bias of each bucket and query head; its gradient is exact in all implementations.
         max_distance: The distance at and beyond which all keys share the last bucket.
         bidirectional: Use half of the buckets for keys after the query, as in an encoder.
         scaled: Whether to divide q·k by √H; T5's own weights were trained without this division.

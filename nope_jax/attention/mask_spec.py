@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, Integer, Shaped
 
 from nope_jax.attention.blocks import CachedLayer, Leaf, cut, cut_mask
-from nope_jax.encodings.checks import as_array, known_values
+from nope_jax.encodings.checks import as_array, boolean, known_values
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +115,7 @@ def make_mask_spec(
         ValueError: A keyword is invalid; the message names it and what it should be.
     """
     (batch, query_length, num_heads, _), key_length = query.shape, key.shape[1]
+    boolean(is_causal=is_causal)
     window, chunk_size = _span(window, chunk_size)
     query_segments, key_segments = _segments(segment_ids, batch, query_length, key_length)
     return MaskSpec(
@@ -123,7 +124,7 @@ def make_mask_spec(
         query_segments=query_segments,
         key_segments=key_segments,
         mask=_mask(mask, (batch, num_heads, query_length, key_length)),
-        is_causal=is_causal,
+        is_causal=bool(is_causal),
         window=window,
         chunk_size=chunk_size,
     )

@@ -18,7 +18,7 @@ def at_least(least: int, **settings: float | None) -> None:
     """
     for name, number in settings.items():
         if number is not None and not (_is_number(number) and number >= least):
-            raise ValueError(f"{name} must be at least {least}, not {number}")
+            raise ValueError(f"{name} must be at least {least}, not {number!r}")
 
 
 def integer_at_least(least: int, **settings: int | None) -> None:
@@ -44,7 +44,18 @@ def positive(**settings: float | None) -> None:
     """
     for name, number in settings.items():
         if number is not None and not (_is_number(number) and number > 0):
-            raise ValueError(f"{name} must be positive, not {number}")
+            raise ValueError(f"{name} must be positive, not {number!r}")
+
+
+def boolean(**settings: bool) -> None:
+    """Check that settings are True or False.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name, setting in settings.items():
+        if not isinstance(setting, bool | np.bool_):
+            raise ValueError(f"{name} must be True or False, not {setting!r}")
 
 
 def finite(**settings: float) -> None:

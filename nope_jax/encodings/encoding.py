@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nope_jax.encodings import former_names
+from nope_jax.encodings.checks import as_array
 
 Params = dict[str, Any]
 """The parameters of an encoding: arrays by name."""
@@ -98,9 +99,25 @@ def _at_least_masked_jvp(primals, tangents):
     return _at_least_masked(*primals), *tangents
 
 
-def _finite(added: Any) -> Array:
-    """Convert the output of a term to finite float32; -inf, which masks a key, becomes MASKED."""
-    return _at_least_masked(jnp.asarray(added, jnp.float32))
+def _finite(function: Callable, added: Any) -> Array:
+    """Convert what a term's function returned to finite float32; -inf, which masks a key, becomes MASKED."""
+    return _at_least_masked(as_array(f"the value of {_name(function)}", added).astype(jnp.float32))
+
+
+def _shaped(function: Callable, added: Array, wanted: tuple[int, ...]) -> Array:
+    """Refuse what does not broadcast to the shape, axis by axis."""
+    if added.ndim not in (0, len(wanted)) or any(n not in (1, m) for n, m in zip(added.shape, wanted, strict=False)):
+        raise ValueError(
+            f"the value of {_name(function)} must have shape {list(wanted)}, or 1 in place of an axis, "
+            f"not {list(added.shape)}"
+        )
+    return added
+
+
+def _name(function: Any) -> str:
+    while hasattr(function, "function"):  # what is around a method, or around what is called only for the past
+        function = function.function
+    return getattr(function, "__name__", repr(function))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +166,11 @@ class DistanceLogit(_Term):
 
     def values(self, distance: Int[Array, "*shape"]) -> Float[Array, "#N *shape"]:
         """The logit at each distance."""
-        values = _finite(self.function(self.parameters, distance))
-        return values if values.ndim > distance.ndim else jnp.broadcast_to(values, distance.shape)[None]
+        values = _finite(self.function, self.function(self.parameters, distance))
+        heads = values.shape[:1] if values.ndim > distance.ndim else ()
+        values = _shaped(self.function, values, (*heads, *distance.shape))
+        values = jnp.broadcast_to(values, (*heads, *distance.shape))
+        return values if heads else values[None]
 
     def block(self, block: Tile) -> Float[Array, "#B #N q k"]:
         return jnp.moveaxis(self.values(block.distance), 0, 1)
@@ -192,7 +212,8 @@ class BlockLogit(_Term):
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def block(self, block: Tile) -> Float[Array, "#B #N q k"]:
-        return _finite(self.function(self.parameters, block))
+        added = _finite(self.function, self.function(self.parameters, block))
+        return _shaped(self.function, added, (*block.query.shape[:3], block.key.shape[2]))
 
 
 @jax.tree_util.register_dataclass
@@ -239,7 +260,7 @@ class ScanLogit(_Term):
         """Return the content logits plus the term, with masked keys set to MASKED, and the carry."""
         content = jnp.where(visible, content, 0.0)
         added, carry = self.function(self.parameters, block, content, visible, carry)
-        return jnp.where(visible, content + _finite(added), MASKED), carry.astype(jnp.float32)
+        return jnp.where(visible, content + _finite(self.function, added), MASKED), carry.astype(jnp.float32)
 
 
 Logit = DistanceLogit | BlockLogit | ScanLogit

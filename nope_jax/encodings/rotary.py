@@ -346,6 +346,8 @@ def apply_rope(
     x, positions = jnp.asarray(x), jnp.asarray(positions)
     head_dim = x.shape[-1]
     dim = head_dim if rotary_dim is None else rotary_dim
+    if rotary_dim is None and dim % 2:
+        raise ValueError(f"rotary_dim must be given for a head dim that is odd, {dim}")
     if not 2 <= dim <= head_dim or dim % 2:
         raise ValueError(f"rotary_dim must be even and between 2 and the head dim {head_dim}, not {dim}")
     if length is None and scaling is not None:

@@ -77,10 +77,10 @@ def plan(options: Options) -> "LongPpl":
         ValueError: a run, the judge, a length or a corpus is invalid, or the runs cannot be compared.
     """
     settings: LongpplConfig = options.settings
-    if options.lengths[0] <= settings.short:
+    if options.lengths[0] < settings.short + settings.step:
         raise ValueError(
-            f"--lengths must be greater than --longppl.short, the {settings.short} tokens of the short context, not "
-            f"{options.lengths[0]}"
+            f"--lengths must be at least --longppl.short + --longppl.step, {settings.short:,} + {settings.step:,}, not "
+            f"{options.lengths[0]:,}, where no context is shorter than the document"
         )
     judged_by = None if settings.judge is None else location(settings.judge, "--longppl.judge")
     if judged_by is None or judged_by in options.workdirs:

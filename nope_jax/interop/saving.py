@@ -112,8 +112,8 @@ def _fitting(config: ModelConfig, names: list[str]) -> tuple[Family, dict[str, A
         else:
             refusals.append((len(differing), name, differing))
     _, name, differing = min(refusals, key=lambda refusal: refusal[0])
-    others = f"; nor can {', '.join(other for other in names if other != name)}" if len(names) > 1 else ""
-    raise ValueError(f"config.json of {name} cannot say {', '.join(differing)}{others}")
+    nearest = f" of {name}, which comes nearest of {len(names)} families," if len(names) > 1 else f" of {name}"
+    raise ValueError(f"config.json{nearest} cannot say {', '.join(differing)}")
 
 
 def _differing(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

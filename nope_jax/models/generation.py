@@ -213,7 +213,7 @@ def _checked(
     """Check the arguments of `generate`."""
     vocab = model.config.num_tokens
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, an integer, not {max_new_tokens}")
+        raise ValueError(f"max_new_tokens must be at least 0, an integer, not {max_new_tokens!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
     if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= vocab):
@@ -221,6 +221,10 @@ def _checked(
     for name, share in {"top_p": top_p, "min_p": min_p}.items():
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, not {share}")
+    if temperature == 0:
+        for name, option in {"top_k": top_k, "top_p": top_p, "min_p": min_p}.items():
+            if option is not None:
+                raise ValueError(f"{name} must be None at temperature 0, which draws nothing, not {option}")
     if temperature > 0 and key is None:
         raise ValueError("key must be given when temperature is above 0, as in key=jax.random.key(0)")
     stop = np.asarray(stop_tokens).reshape(-1)

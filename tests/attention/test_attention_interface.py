@@ -22,7 +22,7 @@ from nope_jax.attention import (
     rope_attention,
     t5_attention,
 )
-from nope_jax.encodings import ALiBi, CoPE, DistanceLogit, Encoding, NoPE, Shaw
+from nope_jax.encodings import ALiBi, BlockLogit, CoPE, DistanceLogit, Encoding, NoPE, Shaw
 from tests.support.attention_cases import ATTENTION, LENGTH, assert_close, every_encoding, inputs, parameters, random
 
 # --- Inside Flax's own attention layers
@@ -419,6 +419,14 @@ def test_one_row_of_distances_may_serve_all_heads(length):
     ("call", "complaint"),
     [
         (lambda q: dot_product_attention(q, q, q, logit=jnp.zeros((12, 12))), "logit must be a DistanceLogit"),
+        (lambda q: dot_product_attention(q, q, q, logit=DistanceLogit(lambda _, d: jnp.ones((3, *d.shape)))),
+         "logit must have a row for each of 2 heads, or one for all, not 3"),
+        (lambda q: dot_product_attention(q, q, q, logit=DistanceLogit(lambda _, d: jnp.ones((2, 5)))),
+         r"the value of <lambda> must have shape \[2, 23\], or 1 in place of an axis, not \[2, 5\]"),
+        (lambda q: dot_product_attention(q, q, q, logit=BlockLogit(lambda _, block: block.distance)),
+         r"the value of <lambda> must have shape \[1, 2, 12, 12\], or 1 in place of an axis, not \[1, 12, 12\]"),
+        (lambda q: dot_product_attention(q, q, q, logit=BlockLogit(lambda _, block: None)),
+         "the value of <lambda> must be an array of numbers, not None"),
         (lambda q: dot_product_attention(q, q, q, implementation=3), "implementation must be one of"),
         (lambda q: dot_product_attention(q, q, q, segment_ids=(q[..., 0, 0],)), "segment_ids must be an array or a"),
         (lambda q: nope_attention(q.tolist(), q, q), "query must be an array, not a list"),
@@ -426,6 +434,10 @@ def test_one_row_of_distances_may_serve_all_heads(length):
         (lambda q: nope_attention(q, q, q, key_positions="x"), "key_positions must be an array of numbers, not 'x'"),
         (lambda q: nope_attention(q, q, q, segment_ids=[[0] * 12, [1]]), "segment_ids must be an array of numbers"),
         (lambda q: nope_attention(q, q, q, mask=[[True], []]), "mask must be an array of numbers, not .*True"),
+        (lambda q: nope_attention(q, q, q, is_causal=None), "is_causal must be True or False, not None"),
+        (lambda q: nope_attention(q, q, q, return_stats="no"), "return_stats must be True or False, not 'no'"),
+        (lambda q: nope_attention(q, q, q, qk_scale="2"), "qk_scale must be positive, not '2'"),
+        (lambda q: attention.rope_attention(q[..., :5], q[..., :5], q), "rotary_dim must be given for .* odd, 5"),
         (lambda q: nope_attention(q, q, q, logit_scale="x"), "logit_scale must be an array of numbers, not 'x'"),
         (lambda q: attention.alibi_attention(q, q, q, slopes="x"), "slopes must be an array of numbers, not 'x'"),
         (lambda q: attention.shaw_attention(q, q, q, key_table=None, value_table=q), "key_table must be .* not None"),

@@ -397,8 +397,9 @@ def test_differences_of_long_sums_stay_exact(strength):
 
     def block(queries, keys):
         cut = [jax.tree.map(lambda x, at=at: x[:, at], sums) for at in (queries, keys)]
-        blank = dict.fromkeys(("query", "factor", "key", "query_positions", "key_positions"))
-        return logit.block(Tile(**blank, query_features=cut[0], key_features=cut[1]))
+        query, key = (jnp.zeros((1, 2, len(at), 1)) for at in (queries, keys))
+        factor, query_positions, key_positions = 1.0, queries[None], keys[None]
+        return logit.block(Tile(query, factor, key, query_positions, key_positions, *cut))
 
     actual = np.asarray(jax.jit(lambda: block(rows, np.arange(length)))())
     wanted = (exact[:, rows, None] - exact[:, None, :]).transpose(0, 3, 1, 2)

@@ -452,15 +452,18 @@ def test_curves_follow_from_the_code_of_the_encoding_and_from_ours(workdirs, tmp
     assert evaluate() == edited and measured == [8, 8, 8, 8]
 
 
-def test_a_mistake_in_an_own_encoding_is_no_bad_input(workdirs, tmp_path, monkeypatch):
+def test_a_mistake_in_an_own_encoding_is_no_bad_input(workdirs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
-    run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance.reshape(3, 5)"))
+    run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance.reshape(3, 4)"))
     with pytest.raises(TypeError, match="reshape") as error:
         cli.run(lambda: compare([run], (8,), tmp_path / "out", {}))
     assert any(entry.name == "fade" for entry in error.traceback)
     run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance[None] + int('x')"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.run(lambda: compare([run], (8,), tmp_path / "out", {}))
+    run = own_run(tmp_path, workdirs / "text", ("-1.0 * distance[None]", "distance.reshape(3, 5)"))
+    assert cli.run(lambda: compare([run], (8,), tmp_path / "out", {})) == 2
+    assert "fade must have shape [3, 15], or 1 in place of an axis, not [3, 5]" in capsys.readouterr().err
 
 
 def test_curves_are_of_the_checkpoint_that_was_read(workdirs, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ EVALUATIONS = {
     "curves": "--workdirs {run} --lengths 16",
     "passkey": "passkey --workdirs {run} --lengths 400",
     "ruler": "ruler --workdirs {run} --lengths 1000 --ruler.tasks fwe",
-    "longppl": "longppl --workdirs {run} --lengths 16 --longppl.short 8",
+    "longppl": "longppl --workdirs {run} --lengths 16 --longppl.short 8 --longppl.step 4",
     "similarity": "similarity --workdirs {run} {other}",
     "probe": "probe --workdirs {run} --lengths 16",
     "tune": "tune --workdirs {run} --method uniform --lengths 32",

@@ -141,7 +141,10 @@ def test_a_judge_decides_for_all_runs(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lengths 8 20", "--lengths must be greater than --longppl.short, the 8 tokens of the short context, not 8"),
+        (
+            "--lengths 11 20",
+            "--lengths must be at least --longppl.short + --longppl.step, 8 + 4, not 11, ",
+        ),
         ("--lengths 20 --longppl.judge {0}/learned", "learned reads none of them, its learned encoding has 16"),
         ("--lengths 12 20 --longppl.judge {0}/learned", "learned cannot read 20 tokens, its learned encoding has 16"),
         ("--lengths 20 --longppl.judge {0}/nowhere", "nowhere is not the workdir of a run"),

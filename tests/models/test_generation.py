@@ -172,6 +172,8 @@ def test_a_stream_is_the_text_token_by_token(encoding, options):
         assert (text[row, length + len(new) :] == 0).all()
     with pytest.raises(ValueError, match="top_k must be between"):
         generate_stream(model, PROMPTS, 2, top_k=0)  # at once, not at the first token
+    with pytest.raises(ValueError, match="top_p must be None at temperature 0, which draws nothing, not 0.5"):
+        generate(model, PROMPTS, 2, top_p=0.5)
     with pytest.raises(TypeError, match="unexpected keyword 'beams'"):
         generate_stream(model, PROMPTS, 2, beams=4)
 

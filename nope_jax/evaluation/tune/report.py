@@ -51,8 +51,13 @@ def csv_rows(tuning: Tuning) -> Iterator[tuple]:
 
 
 def header(tuning: Tuning) -> list[str]:
-    searched = ["best factor", "Wang's fit", "with the best"] if tuning.method == "uniform" else []
+    searched = ["best factor", "Wang's fit", "with the best"] if _tried(tuning) else []
     return ["length", "documents", "before", *searched, "new run", "gain"]
+
+
+def _tried(tuning: Tuning) -> bool:
+    """Whether factors for all heads were tried, which are those of Wang's fit."""
+    return tuning.method != "ssmax" and any(outcome.tried for outcome in tuning.lengths)
 
 
 def rows(tuning: Tuning) -> list[list[str]]:
@@ -67,7 +72,7 @@ def rows(tuning: Tuning) -> list[list[str]]:
     for outcome in tuning.lengths:
         before = written(outcome.loss_before, 4, outcome.estimate("before"))
         row = [f"{outcome.length:,}", str(outcome.documents), before]
-        if tuning.method == "uniform":
+        if _tried(tuning):
             stretch = outcome.length / tuning.train_length
             fit = wang_fit(stretch) if stretch >= 1 else None
             at_factor = written(outcome.loss_at_factor, 4, outcome.estimate(str(outcome.factor)))
@@ -85,7 +90,7 @@ def notes(tuning: Tuning) -> list[str]:
         "standard error over documents"
         + ("" if all(outcome.documents > 1 for outcome in tuning.lengths) else " (none for a single document)")
         + ". Gain: before minus the new run, with its error paired by document"
-        + ("; the factors were found on these documents, so on others the gain may be smaller." if searched else ".")
+        + ("; the factors were found on that split, so on others the gain may be smaller." if searched else ".")
     ]
     if not searched and tuning.encoding is not None:
         said.append(
@@ -110,6 +115,12 @@ def notes(tuning: Tuning) -> list[str]:
             f"Factors started at {tuning.start:.3f} and now range from {factors.min():.3f} to {factors.max():.3f}, "
             f"{factors.mean():.3f} on average{after}."
         )
+        said += [
+            f"At {outcome.length:,} tokens a factor for each head is no better than one for all, {outcome.factor:.2f}."
+            for outcome in tuning.lengths
+            if _tried(tuning) and outcome.loss_at_factor is not None and outcome.loss_after is not None
+            if outcome.loss_after >= outcome.loss_at_factor
+        ]
     if tuning.method == "ssmax":
         said.append("The factors are s in s ln n; the focus constraint does not apply to them.")
     return said
