@@ -138,7 +138,7 @@ COMMON = {
 OF_THE_REFERENCE = ["chunks on both sides", "window on both sides", "logit scale per row", "only query positions"]
 OF_THE_REFERENCE += ["soft cap of scaled logits in a mask", "all at once"]
 # Another case, or another test, has these and more.
-INCLUDED = ["not causal", "window", "window of a block", "chunks", "chunks of a block, with a window", "segments"]
+INCLUDED = ["not causal", "window of a block", "chunks", "chunks of a block, with a window", "segments"]
 INCLUDED += ["mask of keys", "mask of the first keys", "soft cap", "scale", "scalar logit scale"]
 INCLUDED += ["logit scale per head", "logit scale per position", "positions of documents", "positions out of order"]
 INCLUDED += ["positions with gaps, per row"]
