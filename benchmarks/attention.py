@@ -26,6 +26,8 @@ from nope_jax.encodings import alibi_slopes
 TORCH, JAX_NN = "torch SDPA", "jax.nn (XLA)"
 MOST_WEIGHTS = 8192
 """The longest sequence for what materializes all weights."""
+COMPILED_FOR = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu"}
+"""Of a kernel that a CPU would interpret, the platform."""
 WHAT = "forward", "forward and backward"
 
 
@@ -75,7 +77,7 @@ def ours(length: int) -> Iterator[Contestant]:
     for name, (function, own) in functions.items():
         yield from pair(name, function, own, length)
     for implementation in BACKENDS:
-        interpreted = implementation.startswith("pallas") and not implementation.endswith(jax.default_backend())
+        interpreted = COMPILED_FOR.get(implementation, jax.default_backend()) != jax.default_backend()
         if interpreted or (implementation == "reference" and length > MOST_WEIGHTS):
             continue
         try:

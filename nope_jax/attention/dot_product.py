@@ -92,9 +92,10 @@ def dot_product_attention(
         implementation: "reference" materializes the weights. "streaming" does not: its memory grows with T rather than
             T·S (differentiable once, in reverse mode; jvp and second derivatives need "reference"). "pallas_tpu" and
             "pallas_gpu" do the same in kernels for TPUs and for NVIDIA GPUs, for terms by distance, of pairs, or none,
-            without a mask; "cudnn" is NVIDIA's own, without terms and statistics. Of several names, the first that
-            supports the call is used. None: on a TPU or GPU its kernels, where they serve; otherwise streaming, unless
-            all weights of a head fit in one block on one device. docs/performance.md says more.
+            without a mask; "splash" is JAX's own for TPUs, "cudnn" NVIDIA's, without terms and statistics. Of several
+            names, the first that supports the call is used. None: on a TPU or GPU its kernels, where they serve;
+            otherwise streaming, unless all weights of a head fit in one block on one device. docs/performance.md says
+            more.
         return_stats: Also return `AttentionStats`.
         precision: Precision of the products with queries, keys and values, as in `jax.lax.dot`; products within an
             encoding's terms follow `jax.default_matmul_precision`.

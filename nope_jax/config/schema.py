@@ -11,7 +11,7 @@ from nope_jax.encodings import Encoding
 
 Step = int | Literal["newest", "best"]
 """A checkpoint of a run: its step, the newest, or the one with the lowest validation loss."""
-Implementation = Literal["reference", "streaming", "pallas_tpu", "cudnn", "pallas_gpu"]
+Implementation = Literal["reference", "streaming", "pallas_tpu", "splash", "cudnn", "pallas_gpu"]
 
 EncodingSpec = str | Encoding | tuple[str | Encoding, ...]
 

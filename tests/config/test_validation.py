@@ -21,8 +21,8 @@ from nope_jax.config import (
         ({"model.dtype": "float16"}, "model.dtype must be one of float32, bfloat16, not 'float16'"),
         (
             {"model.attention": "fused"},
-            "model.attention must be one of reference, streaming, pallas_tpu, cudnn, pallas_gpu or several or None, "
-            "not 'fused'",
+            "model.attention must be one of reference, streaming, pallas_tpu, splash, cudnn, pallas_gpu or several or "
+            "None, not 'fused'",
         ),
         ({"model.encoding": "rop"}, "model.encoding: unknown encoding 'rop': did you mean 'rope'?"),
         ({"model.encoding": ("rope", "nop")}, "model.encoding: unknown encoding 'nop'"),

@@ -41,7 +41,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Shaped
 
-from nope_jax.attention.backends import cudnn, pallas
+from nope_jax.attention.backends import cudnn, pallas, splash
 from nope_jax.attention.backends.reference import reference_attention
 from nope_jax.attention.backends.streaming import streaming_attention
 from nope_jax.attention.blocks import BLOCK_SIZE, CachedLayer, few_queries
@@ -72,6 +72,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         "reference": Backend(reference_attention),
         "streaming": Backend(streaming_attention, in_parts=True),
         "pallas_tpu": Backend(pallas.tpu_attention, pallas.supports_tpu, in_parts=True, is_kernel=True),
+        "splash": Backend(splash.splash_attention, splash.supports, is_kernel=True, statistics=False),
         "cudnn": Backend(cudnn.cudnn_attention, cudnn.supports, is_kernel=True, statistics=False),
         "pallas_gpu": Backend(pallas.gpu_attention, pallas.supports_gpu, in_parts=True, is_kernel=True),
     }

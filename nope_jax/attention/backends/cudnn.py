@@ -12,11 +12,10 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from nope_jax.attention.blocks import CachedLayer
-from nope_jax.attention.mesh import platform, ring_size, unused_axes
+from nope_jax.attention.backends.borrowed import unserved, with_factor, without_statistics
+from nope_jax.attention.mesh import platform
 
 _Kind = tuple[tuple[int, ...], Any]
 """Shape and dtype of an array."""
@@ -27,17 +26,15 @@ def cudnn_attention(
 ) -> tuple[Array, Array, Array]:
     """The `attend` of a backend without statistics, for what `supports` allows; entropy and logsumexp are NaN."""
     scale = 1 / math.sqrt(query.shape[-1])
-    moved = jnp.swapaxes(factor, 1, 2)[..., None] / scale
     output = _attend(
-        (query.astype(jnp.float32) * moved).astype(query.dtype),
+        with_factor(query, factor / scale),
         key,
         value,
         scale=scale,
         is_causal=mask_spec.is_causal,
         local_window_size=None if mask_spec.window is None else (mask_spec.window - 1, 0),
     )
-    unknown = jnp.full((query.shape[0], query.shape[2], query.shape[1]), jnp.nan, jnp.float32)
-    return output, unknown, unknown
+    return without_statistics(output)
 
 
 _attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -49,24 +46,17 @@ def supports(
     """Why cuDNN cannot serve a call; None if it can."""
     if platform() != "gpu":
         return f"it needs a GPU, not a {platform().upper()}"
-    if isinstance(key, CachedLayer):
-        return "keys of a KV cache are read by another backend"
-    if logit is not None or value_term is not None:
-        return "the encoding has a logit or a value place"
+    reason = unserved(key, logit, value_term, mask_spec)
+    if reason is not None:
+        return reason
     if softcap is not None:
         return "there is a softcap"
     if mask_spec.mask is not None or mask_spec.query_segments is not None or mask_spec.chunk_size is not None:
         return "of mask, segment_ids, window and chunk_size it knows the window alone"
-    if not mask_spec.contiguous:
-        return "positions must be consecutive (no query_positions or key_positions)"
     if mask_spec.is_causal and query.shape[1] != key.shape[1]:
         return f"with is_causal there must be as many queries as keys, not {query.shape[1]} and {key.shape[1]}"
     if mask_spec.window is not None and not mask_spec.is_causal:
         return "a window must be causal"
-    if ring_size() > 1:
-        return "it needs all keys, and the sequence is sharded"
-    if unused_axes():
-        return f"XLA cannot shard it over the mesh axes {', '.join(unused_axes())}; call it within jax.shard_map"
     return _refused(*((x.shape, x.dtype) for x in (query, key, value)), mask_spec.is_causal)
 
 
