@@ -380,7 +380,8 @@ def _attend_backward(tiling: Tiling, residuals, cotangents):
             logits += _keys_first(tile)
         if operands.logit is not None:
             added, pull_added = jax.vjp(pair.added, *pair.arguments)
-            logits += _keys_first(added)
+            # Otherwise XLA would compute the term in the order of keys, in which nothing that it reads lies in memory.
+            logits += _keys_first(lax.optimization_barrier(added))
         weights = hidden(jnp.exp(logits - lse[:, :, None]))
         d_weights = pair.product("bksh,bkhgq->bksgq", pair.value, d_out_t)
         if operands.value_term is not None:
