@@ -1,10 +1,5 @@
 """The table from logical axes to the mesh, and that a mesh changes where numbers lie, not what they are."""
 
-import math
-from collections import Counter
-from pathlib import Path
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +9,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from nope_jax import sharding
 from nope_jax.attention import mesh as attention_mesh
-from nope_jax.checkpoint import Checkpointer
-from nope_jax.compile.collectives import Collective, collectives
 from nope_jax.config import HINTS, MeshConfig, wanted
 from nope_jax.sharding import (
     AXES,
@@ -27,10 +20,8 @@ from nope_jax.sharding import (
     state_shardings,
     with_logical_constraint,
 )
-from nope_jax.training.optimizer import make_optimizer
-from nope_jax.training.state import TrainState, abstract_state
 from tests.support.drawn_model import drawn_model
-from tests.support.eight_devices import config, results, train_steps
+from tests.support.eight_devices import config
 
 
 def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -192,187 +183,3 @@ def test_the_caller_may_have_explicit_axes():
 
 
 # Eight devices. B rows, T positions, D model width; L layers.
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """That two runs took the same steps, up to the order in which float32 numbers are added."""
-    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6)
-    np.testing.assert_allclose(found["validation"], expected["validation"], rtol=1e-6)
-    assert found["state"].keys() == expected["state"].keys()
-    for name, array in expected["state"].items():
-        tolerance = 2e-6 * max(1e-3, np.abs(array).max())
-        if name.startswith(
-            ".params"
-        ):  # Adam moves them by the learning rate however small a gradient, and its rounding
-            tolerance = max(tolerance, 1e-4 * 1e-2)
-        np.testing.assert_allclose(found["state"][name], array, atol=tolerance, err_msg=name)
-
-
-def kernels(run: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters that are split, by name."""
-    return {
-        name: shape
-        for name, shape in run["shapes"].items()
-        if name.startswith(".params") and "norm" not in name and "positions" not in name
-    }
-
-
-def assert_split(run: dict[str, Any], *, parameters: int, moments: int) -> None:
-    """That so many devices share the kernels, and the moments of them; of anything else each has all."""
-    for name, shape in run["shapes"].items():
-        of_kernel = any(name.endswith(kernel.removeprefix(".params")) for kernel in kernels(run))
-        num_shards = (parameters if name.startswith(".params") else moments) if of_kernel else 1
-        assert math.prod(run["own_shapes"][name]) == math.prod(shape) / num_shards, name
-
-
-def moved(found: list[Collective], kind: str, mesh: dict[str, int], *along: str, loops: int = 0) -> Counter[int]:
-    """Of collectives of a kind and along these axes: how often arrays of so many numbers, but for vectors."""
-    numbers: Counter[int] = Counter()
-    for one in found:
-        if one.kind == kind and one.mesh_axes(mesh) == along and one.loops == loops:
-            shapes = [[int(size) for size in shape.split("[")[1][:-1].split(",") if size] for shape in one.shapes]
-            numbers.update(math.prod(shape) for shape in shapes if len(shape) > 1)
-    return numbers
-
-
-MESH = {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
-GROUPED = {"num_kv_heads": 2, "num_layers": 2}
-
-
-@pytest.fixture(scope="module")
-def eight_and_one(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], Path, str]:
-    """Two steps on eight devices, the same on one, the workdir in which eight have saved, and what XLA wrote."""
-    workdir = tmp_path_factory.mktemp("eight")
-    (run,), complaints = results("train_steps", [(MESH, GROUPED, 1)], 2, None, str(workdir))
-    (one,) = train_steps([({"data": 1}, GROUPED, 1)], 2)
-    return run, one, workdir, complaints
-
-
-def test_eight_devices_take_the_steps_of_one_which_goes_on_from_what_they_save(eight_and_one):
-    run, one, workdir, _ = eight_and_one
-    assert_same(run, one)
-    settings = config({"data": 1}, GROUPED, 1)
-    _, abstract = abstract_state(settings, make_optimizer(settings.optimizer, 2), make_mesh(settings.mesh))
-    with Checkpointer(workdir, read_only=True) as checkpointer:
-        step, trees = checkpointer.restore(abstract.trees())
-    restored = jax.tree_util.tree_leaves_with_path(TrainState(**trees))
-    assert step == 2 and all(array.sharding.num_devices == 1 for _, array in restored)
-    for path, array in restored:
-        np.testing.assert_array_equal(array, run["state"][jax.tree_util.keystr(path)])
-
-
-def test_a_step_moves_what_fsdp_and_tensor_parallelism_mean(eight_and_one):
-    run, _, _, complaints = eight_and_one
-    assert "Involuntary full rematerialization" not in complaints
-    assert_split(run, parameters=4, moments=4)
-    found = collectives(run["text"])
-    layers = [math.prod(shape[1:]) for name, shape in kernels(run).items() if "blocks" in name]
-    tables = [math.prod(shape) for name, shape in kernels(run).items() if "blocks" not in name]
-    assert len(layers) == 7
-    assert len(tables) == 2
-    # Parameters: a layer's at a time, forward and backward, and never a stack of them; the two tables once.
-    gathered = moved(found, "all-gather", MESH, "fsdp", loops=1)
-    assert gathered == Counter(size // 2 for size in layers) + Counter(size // 2 for size in layers)
-    assert moved(found, "all-gather", MESH, "fsdp") == Counter(size // 2 for size in tables)
-    # Gradients: summed over the devices that have other rows, and from there on each keeps its part.
-    assert moved(found, "all-reduce", MESH, "fsdp", loops=1) == Counter(size // 2 for size in layers)
-    assert moved(found, "all-reduce", MESH, "data", loops=1) == Counter(size // 4 for size in layers)
-    # Activations: the outputs of attention and MLP [B/4, T, D], and the gradients of their inputs.
-    assert set(moved(found, "all-reduce", MESH, "tensor", loops=1)) == {16 // 4 * 32 * 16}
-    assert {one.kind for one in found} == {"all-gather", "all-reduce"}
-    assert {one.times for one in found if one.loops} == {2}
-
-
-@pytest.mark.slow
-def test_a_loss_in_chunks_is_that_of_one_device_and_gathers_neither_rows_nor_vocabulary():
-    """Each device has the logits of 16 of its 128 or 64 tokens at a time."""
-    sequence = {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2}
-    cases = [({"data": 1}, GROUPED, 1), (MESH, GROUPED, 1), (sequence, GROUPED, 1)]
-    (one, run, spread), complaints = results("train_steps", cases, 2, 16 * 32)
-    assert "Involuntary full rematerialization" not in complaints
-    for other in run, spread:
-        assert_same(other, one)
-    found = collectives(run["text"])
-    layers = [math.prod(shape[1:]) for name, shape in kernels(run).items() if "blocks" in name]
-    tables = [math.prod(shape) for name, shape in kernels(run).items() if "blocks" not in name]
-    assert {one.times for one in found if one.loops} == {2, 8}
-    # The head is gathered once, and its gradient summed once: loops over layers or chunks move what the layers do,
-    assert moved(found, "all-gather", MESH, "fsdp", loops=1) == Counter(size // 2 for size in layers * 2)
-    assert moved(found, "all-gather", MESH, "fsdp") == Counter(size // 2 for size in tables)
-    assert moved(found, "all-reduce", MESH, "fsdp", loops=1) == Counter(size // 2 for size in layers)
-    assert moved(found, "all-reduce", MESH, "data", loops=1) == Counter(size // 4 for size in layers)
-    # and, between the devices that share the vocabulary, gradients of a chunk's hidden states and a number per token.
-    assert set(moved(found, "all-reduce", MESH, "tensor", loops=1)) == {16 // 4 * 32 * 16, 16 * 16, 16}
-    assert {one.kind for one in found} == {"all-gather", "all-reduce"}
-
-
-@pytest.fixture(scope="module")
-def on_other_meshes() -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """By kind of model: its run on one device, and those on other meshes."""
-    learned, deep = {"encoding": "kerple", "num_layers": 2}, {**GROUPED, "num_layers": 3}
-    runs = {
-        "deep": [
-            ({"data": 1}, deep, 1),
-            (MESH, deep, 1),
-            ({"data": 8}, deep, 1),
-            ({"data": 1, "fsdp": 8}, deep, 1),
-            ({"data": 1, "fsdp": 4, "tensor": 2, "rules": "zero1"}, deep, 1),
-            ({"data": 2, "fsdp": 4}, deep, 2),
-        ],
-        "learned": [
-            ({"data": 1}, learned, 1),
-            ({"data": 2, "tensor": 4}, learned, 1),
-            ({"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}, learned, 1),
-        ],
-        "muon": [
-            ({"data": 1}, deep, 1, "muon"),
-            (MESH, deep, 1, "muon"),
-        ],
-        "adafactor": [
-            ({"data": 1}, deep, 1, "adafactor"),
-            (MESH, deep, 1, "adafactor"),
-        ],
-    }
-    found, complaints = results("train_steps", [case for cases in runs.values() for case in cases], 3)
-    rest = iter(found)
-    return {kind: [next(rest) for _ in cases] for kind, cases in runs.items()}, complaints
-
-
-@pytest.mark.slow
-def test_other_meshes_take_the_steps_of_one_device(on_other_meshes):
-    runs, complaints = on_other_meshes
-    for one, *others in runs.values():
-        for other in others:
-            assert_same(other, one)
-    assert "Involuntary full rematerialization" not in complaints
-
-
-@pytest.mark.slow
-def test_data_parallelism_only_sums_gradients(on_other_meshes):
-    _, _, run, *_ = on_other_meshes[0]["deep"]
-    found, mesh = collectives(run["text"]), {"data": 8}
-    assert {one.kind for one in found} == {"all-reduce"}
-    layers = [math.prod(shape[1:]) for name, shape in kernels(run).items() if "blocks" in name]
-    assert moved(found, "all-reduce", mesh, "data", loops=1) == Counter(layers)
-    tables = [math.prod(shape) for name, shape in kernels(run).items() if "blocks" not in name]
-    assert moved(found, "all-reduce", mesh, "data") == Counter(tables)
-
-
-@pytest.mark.slow
-def test_zero1_gathers_its_parameters_once_a_step(on_other_meshes):
-    *_, run, _ = on_other_meshes[0]["deep"]
-    found, mesh = collectives(run["text"]), {"fsdp": 4, "tensor": 2}
-    assert moved(found, "all-gather", mesh, "fsdp") == Counter(math.prod(shape) // 2 for shape in kernels(run).values())
-    assert not moved(found, "all-gather", mesh, "fsdp", loops=1)
-    assert_split(run, parameters=2, moments=8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "logits_at_once"),
-    [({"num_kv_heads": 2}, None), ({"num_kv_heads": 2}, 64 * 4), ({"encoding": "kerple"}, None)],
-)
-def test_auto_and_explicit_axes_give_the_numbers_of_one_device(model, logits_at_once):
-    (one, *others), _ = results("in_context", [None, "Auto", "Explicit"], {**model, "num_layers": 2}, logits_at_once)
-    for other in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max())), other, one)

@@ -40,9 +40,7 @@ def config(mesh: dict[str, Any], model: dict[str, Any], accumulation: int, optim
     )
 
 
-def train_steps(
-    cases: list[tuple], steps: int, logits_at_once: int | None = None, workdir: str | None = None
-) -> list[dict[str, Any]]:
+def train_steps(cases: list[tuple], steps: int, workdir: str | None = None) -> list[dict[str, Any]]:
     """For each case, the arguments of `config`: the compiled step, and the state after so many of them.
 
     Batches are the same in all of them, and the last is validated. The last state is saved in `workdir`.
@@ -52,14 +50,10 @@ def train_steps(
 
     from nope_jax.checkpoint import Checkpointer
     from nope_jax.data import Batch
-    from nope_jax.models import decoder
     from nope_jax.sharding import make_mesh, place_batch
     from nope_jax.training.optimizer import make_optimizer
     from nope_jax.training.state import abstract_state, init_state
     from nope_jax.training.step import jit_train_step, jit_validation, step_settings
-
-    if logits_at_once is not None:
-        decoder.LOGITS_AT_ONCE = logits_at_once
 
     def by_name(tree: Any) -> dict[str, Any]:
         return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -94,43 +88,6 @@ def train_steps(
     if workdir is not None:
         with Checkpointer(workdir) as checkpointer:
             checkpointer.save(steps, state.trees())
-    return found
-
-
-def in_context(
-    axis_types: list[str | None], model: dict[str, Any], logits_at_once: int | None = None
-) -> list[dict[str, Any]]:
-    """For each type of axes, None being one device: loss, its gradient, logits and what else a decoder gives."""
-    import jax
-    import numpy as np
-    from flax import nnx
-    from jax.sharding import AxisType
-
-    from nope_jax import Decoder
-    from nope_jax.data import Batch
-    from nope_jax.models import decoder, generate
-    from nope_jax.sharding import AXES
-    from nope_jax.training.step import total_nll
-
-    if logits_at_once is not None:
-        decoder.LOGITS_AT_ONCE = logits_at_once
-    graphdef, params = nnx.split(Decoder(config({}, model, 1).model, rngs=nnx.Rngs(0)))
-    tokens = np.random.default_rng(0).integers(0, 64, (4, 17), np.int32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    found = []
-    for axis_type in axis_types:
-        devices = 1 if axis_type is None else 8
-        shape = (1, 1, 1, 1) if axis_type is None else (2, 2, 2, 1)
-        types = (AxisType[axis_type or "Auto"],) * 4
-        with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[:devices])):
-            loss, gradient = jax.jit(jax.value_and_grad(lambda p: total_nll(graphdef, p, batch)))(params)
-            model_ = nnx.merge(graphdef, params)
-            logits, stats = jax.jit(lambda m: m(batch.tokens, return_stats=True))(model_)
-            nll = jax.jit(lambda m: m.nll(m.hidden(batch.tokens)[0], batch.targets))(model_)
-            decoded, _ = jax.jit(lambda m: m.decode_step(batch.tokens, m.init_cache(*batch.tokens.shape)))(model_)
-            arrays = {"loss": loss, "logits": logits, "stats": stats, "nll": nll, "decoded": decoded}
-            arrays["generated"] = generate(model_, batch.tokens, 3)
-            found.append(jax.tree.map(np.asarray, arrays | {"gradient": dict(enumerate(jax.tree.leaves(gradient)))}))
     return found
 
 

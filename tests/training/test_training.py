@@ -512,7 +512,7 @@ def test_a_resumed_log_drops_later_and_half_written_lines(tmp_path):
     ]
 
 
-@pytest.mark.slow  # test_sharding.py has steps, validation and checkpoints of eight devices
+@pytest.mark.slow  # training_on_eight_devices.py has steps, validation and checkpoints of eight devices
 def test_eight_devices_train_as_one(config, finished, tmp_path):
     spread = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     configs.save(spread, tmp_path)
