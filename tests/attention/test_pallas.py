@@ -186,11 +186,7 @@ def test_every_rule_is_the_reference_s(keys, static, traced, dtype, kernel):
 
 
 DIMS = ModelDims(num_heads=N, head_dim=H, model_dim=16, train_length=T, num_kv_heads=K, vocab_size=32)
-OF_VECTORS = "deberta", "nezha", "shaw", "transformer_xl"
 NOT_SERVED = {("cope", kernel): "the logit must be .* ScanLogit" for kernel in KERNELS}
-NOT_SERVED |= {
-    (name, "pallas_gpu"): "terms of one vector per distance are served by pallas_tpu alone" for name in OF_VECTORS
-}
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class Block:
     term: Float[Array, "..."] | None = None
     """[block]: the logit of the encoding."""
     value_term: Any = None
-    """What the encoding adds to the output, as a `ValueTerm` of the kernels for TPUs; None: nothing."""
+    """What the encoding adds to the output, as a `ValueTerm`; None: nothing."""
     rows: tuple[Any, ...] = ()
     """For gradients: d_output [q, H2], and of each row [row] the term, the logsumexp and d_entropy."""
 
@@ -65,11 +65,18 @@ class Block:
         normaliser = decay * state.normaliser + weights.sum(over_keys, keepdims=True)
         return SoftmaxState(largest, normaliser, weighted), weights, decay
 
+    def weights(self) -> Float[Array, "..."]:
+        """The weights, given `rows`."""
+        return self._weights(self.logits()[0])
+
+    def _weights(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self._hidden_is_zero(jnp.exp(logits - self.rows[2]))
+
     def gradients(self) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
         """Weights, and the gradients of the logits and of the scaled q·k."""
-        d_output, row_term, logsumexp, d_entropy = self.rows
+        d_output, row_term, _, d_entropy = self.rows
         logits, slope = self.logits()
-        weights = self._hidden_is_zero(jnp.exp(logits - logsumexp))
+        weights = self._weights(logits)
         d_logits = self._pairs(d_output, self.finite(self.value)) + row_term
         if self.value_term is not None:
             d_logits += self.value_term.weight_gradient(d_output)

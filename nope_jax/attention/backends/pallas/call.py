@@ -196,7 +196,7 @@ class Operands(NamedTuple):
     """Of a logit of pairs."""
     key_features: tuple[Float[Array, "..."], ...] = ()
     vectors: Any = None
-    """Of terms of one vector per distance: `Vectors` of the kernels for TPUs."""
+    """Of terms of one vector per distance: `Vectors`."""
 
 
 class Tokens(NamedTuple):

@@ -54,7 +54,7 @@ def supports(chip, query, factor, key, value, logit, value_term, mask_spec, prec
     if value_term is not None and value_term.by_distance is None:
         return "the encoding has a value place, without by_distance"
     if value_term is not None or has_vectors(logit):
-        reason = _unserved_vectors(chip, decoding, mask_spec.contiguous)
+        reason = _unserved_vectors(decoding, mask_spec.contiguous)
         if reason is not None:
             return f"{reason} (name another implementation after this one)"
     reason = _unserved_logit(logit, mask_spec.contiguous or decoding)
@@ -90,9 +90,7 @@ def wide(parameters: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, parameters)
 
 
-def _unserved_vectors(chip: str, decoding: bool, contiguous: bool) -> str | None:
-    if chip != "tpu":
-        return "terms of one vector per distance are served by pallas_tpu alone"
+def _unserved_vectors(decoding: bool, contiguous: bool) -> str | None:
     if decoding:
         return "terms of one vector per distance are not served in decoding"
     if not contiguous:

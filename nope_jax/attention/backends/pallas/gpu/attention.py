@@ -15,26 +15,18 @@ from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens, toke
 from nope_jax.attention.backends.pallas.decoding import FewQueries, Options
 from nope_jax.attention.backends.pallas.gpu.decoding import few_queries_attention
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes, sizes_for
-from nope_jax.attention.backends.pallas.gpu.tiles import (
-    Kernel,
-    Program,
-    Span,
-    padded_dim,
-    padded_length,
-    run,
-)
+from nope_jax.attention.backends.pallas.gpu.spans import Span, padded_dim, padded_length
+from nope_jax.attention.backends.pallas.gpu.tiles import PROGRAMS, Kernel, Program, run
 from nope_jax.attention.backends.pallas.gradient import differentiable
 from nope_jax.attention.backends.pallas.pairwise import Pairwise, features_of
-from nope_jax.attention.backends.pallas.served import is_decoding
+from nope_jax.attention.backends.pallas.served import has_vectors, is_decoding
+from nope_jax.attention.backends.pallas.vectors import ASCENDING, Vectors, of_diagonals, tables_of, vector_products
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
 from nope_jax.attention.softmax_state import SoftmaxState, row_terms
 from nope_jax.encodings import BlockValue, DistanceLogit
 from nope_jax.encodings.encoding import MASKED, Logit
-
-PROGRAMS = 1024
-"""About as many are enough for a GPU; fewer than this share the work of summing the table's gradient."""
 
 
 class Kernels(NamedTuple):
@@ -45,6 +37,8 @@ class Kernels(NamedTuple):
     key_gradients: Kernel
     table_gradient: Kernel
     parameter_gradient: Kernel
+    vector_gradients: Vectors
+    """A kernel for each table."""
 
 
 def pallas_gpu_attention(
@@ -76,6 +70,8 @@ def pallas_gpu_attention(
         options = Options(precision, with_entropy, softcap, sizes.decoding)
         return few_queries_attention(options, FewQueries(query, factor, key, value, logit, mask_spec))
     key, value = whole(key), whole(value)
+    if value_term is not None or has_vectors(logit):
+        sizes = sizes.square()
 
     def kernel(name: str, blocks: Blocks, keys_first: bool = False) -> Kernel:
         size = {"query_size": blocks.queries, "key_size": blocks.keys}
@@ -88,17 +84,19 @@ def pallas_gpu_attention(
         kernel("attention_key_gradients", sizes.key_gradients, keys_first=True),
         kernel("attention_table_gradient", sizes.table_gradient),
         kernel("attention_parameter_gradient", sizes.table_gradient),
+        Vectors(*(kernel("attention_vector_gradient", sizes.table_gradient, keys_first=up) for up in ASCENDING)),
     )
     call = kernels.forward.call
     tokens = tokens_of(call, mask_spec)
-    table = None
+    table, (before, after) = None, (padded_length(call.key_length), padded_length(call.query_length))
     if isinstance(logit, DistanceLogit):
-        before, after = padded_length(call.key_length), padded_length(call.query_length)
         table = logit.values(tokens.offset[0] + jnp.arange(-before, after, dtype=jnp.int32))
     elif call.pairwise is not None:
         table = call.pairwise.numbers(logit, query.shape[2])
     factor = jnp.broadcast_to(factor, (len(query), query.shape[2], query.shape[1]))
-    operands = Operands(query, factor, key, value, table, *features_of(logit, len(query), query.shape[2]))
+    features = features_of(logit, len(query), query.shape[2])
+    vectors = tables_of(call, query, value, logit, value_term, tokens, before, after)
+    operands = Operands(query, factor, key, value, table, *features, vectors)
     if final_rows is not None:
         return _attend_part(kernels, operands, tokens, final_rows)
     return _attend(kernels, operands, tokens)
@@ -121,8 +119,11 @@ def _forward(kernels: Kernels, operands: Operands, tokens: Tokens) -> tuple[Arra
             if program.careful:
                 strange = jnp.where(jnp.isfinite(block.value.astype(jnp.float32)), 0, 1).max(1)
                 reached = jnp.maximum(reached, jnp.where(weights > 0, strange[None], 0).max(1))
+            total *= decay
+            if block.value_term is not None:
+                total += block.value_term.output(weights)
             added = block.over_keys(block.finite(block.value), weights.astype(block.value.dtype))
-            return state, decay * total + added, reached
+            return state, total + added, reached
 
         zeros = jnp.zeros((call.query_size, 1), jnp.float32)
         state = SoftmaxState(zeros + MASKED / 2, zeros, zeros if call.with_entropy else None)
@@ -142,7 +143,7 @@ def _forward(kernels: Kernels, operands: Operands, tokens: Tokens) -> tuple[Arra
         program.store_vector(at, results[2], b, n, logsumexp[:, 0])
 
     grid, outputs = (call.query_blocks, heads, batch), (output, of_rows, of_rows)
-    products = dim + value_dim + call.logit_products()
+    products = dim + value_dim + call.logit_products() + vector_products(operands.vectors)
     found, entropy, logsumexp = run(kernel, grid, body, operands, tokens, (), outputs, products=products)
     return found, entropy, logsumexp
 
@@ -160,48 +161,61 @@ def _backward(kernels: Kernels, operands: Operands, tokens: Tokens, results, cot
         d_table = _parameter_gradient(kernels.parameter_gradient, call.pairwise, operands, tokens, rows)
     elif table is not None:
         d_table = _table_gradient(kernels.table_gradient, table, operands, tokens, rows)
-    return Operands(d_query, d_factor, d_key, d_value, d_table, tuple(d_query_features), tuple(d_key_features))
+    d_vectors = None
+    if operands.vectors is not None:
+        d_vectors = _vector_gradients(kernels.vector_gradients, operands, tokens, rows)
+    d_features = tuple(d_query_features), tuple(d_key_features)
+    return Operands(d_query, d_factor, d_key, d_value, d_table, *d_features, d_vectors)
 
 
 def _query_gradient(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
     """Gradients of the queries, of their factor and of their features."""
-    call, (query, factor, key, value, _, features, _, _) = kernel.call, operands
+    call, (query, factor, key, value, _, features, _, vectors) = kernel.call, operands
     (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
     product_dtype = jnp.promote_types(query.dtype, key.dtype)
+    has_term = vectors is not None and vectors.in_logit
+    has_factor = vectors is not None and vectors.has_factor
 
     def body(program: Program, results):
         i, n, b = program.indices
         queries, head = program.queries(b, n, i), program.head(n)
 
         def visit(j, masked, sums):
-            d_scaled, d_features = sums
+            d_scaled, d_own, d_features = sums
             keys = program.keys(b, n, j)
             block = program.block(queries, keys, head, masked)
             _, d_logits, d_product = block.gradients()
+            if has_term:
+                term = program.vector_term(queries, keys, head, careful=program.careful)
+                d_scaled += term.query_gradient(d_logits)
+                d_own = d_own + term.factor_gradient(d_logits) if has_factor else None
             if features:
                 _, found, _ = program.term_gradient(queries, keys, head, d_logits)
                 d_features = tuple(total + x for total, x in zip(d_features, found, strict=True))
-            return d_scaled + block.over_keys(block.finite(block.key), d_product.astype(product_dtype)), d_features
+            d_scaled += block.over_keys(block.finite(block.key), d_product.astype(product_dtype))
+            return d_scaled, d_own, d_features
 
         zeros = jnp.zeros((call.query_size, padded_dim(dim)), jnp.float32)
-        sums = zeros, tuple(jnp.zeros((call.query_size, 1), jnp.float32) for _ in features)
-        d_scaled, d_features = sums = program.fold_keys(i, visit, sums)
+        of_rows = jnp.zeros((call.query_size, 1), jnp.float32)
+        sums = zeros, of_rows if has_factor else None, (of_rows,) * len(features)
+        d_scaled, d_own, d_features = sums = program.fold_keys(i, visit, sums)
         program.check(sums)
         at = Span(i * call.query_size, call.query_size, call.query_length)
         program.store_matrix(at, query, results[0], b, n, d_scaled * queries.vectors[0][:, None])
         of_query = queries.matrices[0].astype(jnp.float32)
-        program.store_vector(at, results[1], b, n, (d_scaled * finite(of_query)).sum(1))
+        d_factor = (d_scaled * finite(of_query)).sum(1)
+        program.store_vector(at, results[1], b, n, d_factor + d_own[:, 0] if has_factor else d_factor)
         for result, d_feature in zip(results[2:], d_features, strict=False):
             program.store_vector(at, result, b, n, d_feature[:, 0])
 
     grid, outputs = (call.query_blocks, heads, batch), tuple(map(_like, (query, factor, *features)))
-    products = 2 * dim + value_dim + call.logit_products(gradient=bool(features))
+    products = 2 * dim + value_dim + call.logit_products(gradient=bool(features)) + vector_products(vectors, "query")
     return run(kernel, grid, body, operands, tokens, rows, outputs, products=products)
 
 
 def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> list[Array]:
     """Gradients of keys and values, and of the features of keys."""
-    call, (query, _, key, value, _, _, features, _) = kernel.call, operands
+    call, (query, _, key, value, _, _, features, vectors) = kernel.call, operands
     (batch, _, kv_heads, dim), value_dim = key.shape, value.shape[-1]
     product_dtype = jnp.promote_types(query.dtype, key.dtype)
 
@@ -225,6 +239,8 @@ def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tup
                 d_output = block.rows[0]
                 d_product = (d_product * block.factor).astype(product_dtype)
                 d_key += block.over_queries(block.finite(block.query), d_product)
+                if vectors is not None and vectors.key is not None:
+                    d_key += program.vector_term(queries, keys, head, careful=program.careful).key_gradient(d_logits)
                 d_value += block.over_queries(d_output, weights.astype(d_output.dtype))
                 return d_key, d_value, d_features
 
@@ -241,7 +257,7 @@ def _key_gradients(kernel: Kernel, operands: Operands, tokens: Tokens, rows: tup
         program.store_matrix(at, value, results[1], b, c, sums[1])
 
     grid, outputs = (call.key_blocks, kv_heads, batch), tuple(map(_like, (key, value, *features)))
-    products = 2 * dim + 2 * value_dim + call.logit_products(gradient=bool(features))
+    products = 2 * dim + 2 * value_dim + call.logit_products(gradient=bool(features)) + vector_products(vectors, "key")
     return run(kernel, grid, body, operands, tokens, rows, outputs, products=products)
 
 
@@ -265,10 +281,7 @@ def _table_gradient(
                 block = program.block(program.queries(b, n, i), program.keys(b, n, i - diagonal), head, masked=True)
                 return total + block.gradients()[1]
 
-            first, stop = jnp.maximum(diagonal, 0), jnp.minimum(call.query_blocks, call.key_blocks + diagonal)
-            low, high = call.keys_of(first, program.offset)
-            meets = (low <= first - diagonal) & (first - diagonal <= high)  # as do all blocks of a diagonal
-            return lax.fori_loop(first, jnp.where(meets, stop, first), visit, total)
+            return lax.fori_loop(*_blocks_on(call, diagonal, program.offset), visit, total)
 
         rows_of_part = lax.div(batch - part + parts - 1, parts)
         total = lax.fori_loop(0, rows_of_part, visit_row, jnp.zeros((size, size), jnp.float32))
@@ -286,6 +299,74 @@ def _table_gradient(
     after = padded_length(call.query_length) - call.query_blocks * size
     by_distance = jnp.pad(by_distance.reshape(heads, -1), ((0, 0), (before, after)))
     return by_distance.sum(0, keepdims=True) if len(table) == 1 else by_distance
+
+
+def _vector_gradients(kernels: Vectors, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]) -> Vectors:
+    """Gradients of the tables of vectors, each by a kernel that is dropped where nobody asks for it."""
+    found = {
+        name: _vector_gradient(getattr(kernels, name), name, table, operands, tokens, rows)
+        for name, table in operands.vectors._asdict().items()
+        if table is not None
+    }
+    return Vectors(**found)
+
+
+def _vector_gradient(
+    kernel: Kernel, name: str, table: Array, operands: Operands, tokens: Tokens, rows: tuple[Array, ...]
+) -> Float[Array, "#N rows columns"]:
+    """Gradient of one table, by diagonals: all blocks with the same i - j meet the same vectors."""
+    call, query, value, size = kernel.call, operands.query, operands.value, 2 * kernel.call.key_size
+    (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
+    diagonals, width = call.query_blocks + call.key_blocks - 1, table.shape[2]
+    # What is added up before it is written: the rows of a batch, and the heads that share a table.
+    tables, added = (1, heads * batch) if len(table) == 1 else (heads, batch)
+    parts = min(added, -(-PROGRAMS // (tables * diagonals)))
+    block = (1, size) if name == "constant" else (size, padded_dim(width))
+
+    def body(program: Program, results):
+        place, own, part = program.indices
+        diagonal = place - (call.key_blocks - 1)
+
+        def visit_row(step, total):
+            row = part + step * parts
+            b, n = lax.rem(row, batch), own + lax.div(row, batch)
+            head = program.head(n)
+
+            def visit(i, total):
+                queries, keys = program.queries(b, n, i), program.keys(b, n, i - diagonal)
+                block = program.block(queries, keys, head, masked=True)
+                if name == "value":
+                    return total + block.value_term.vector_gradient(block.weights(), block.rows[0])
+                term = program.vector_term(queries, keys, head, careful=True)
+                return total + term.vector_gradient(name, block.gradients()[1])
+
+            return lax.fori_loop(*_blocks_on(call, diagonal, program.offset), visit, total)
+
+        rows_of_part = lax.div(added - part + parts - 1, parts)
+        total = lax.fori_loop(0, rows_of_part, visit_row, jnp.zeros(block, jnp.float32))
+        results[0][part, own, place] = total
+
+    sums = jax.ShapeDtypeStruct((parts, tables, diagonals, *block), jnp.float32)
+    products = dim + value_dim + vector_products(operands.vectors) + 2 * width * (name != "constant")
+    grid = diagonals, tables, parts
+    (found,) = run(kernel, grid, body, operands, tokens, rows, (sums,), products=products, checked=False)
+    before = padded_length(call.key_length) - call.key_blocks * call.key_size
+    after = padded_length(call.query_length) - call.query_blocks * call.query_size
+    found = found.sum(0)
+    if name == "constant":
+        return jnp.pad(of_diagonals(*jnp.split(found, 2, axis=3), table), ((0, 0), (0, 0), (before, after)))
+    found = found[..., :width]
+    if not getattr(ASCENDING, name):
+        found, before, after = found[:, ::-1], after, before
+    return jnp.pad(of_diagonals(*jnp.split(found, 2, axis=2), table), ((0, 0), (before, after), (0, 0)))
+
+
+def _blocks_on(call: Call, diagonal: Any, offset: Any) -> tuple[Any, Any]:
+    """The first block of queries on a diagonal and the last plus 1; none where no key is seen, as then on all of it."""
+    first, stop = jnp.maximum(diagonal, 0), jnp.minimum(call.query_blocks, call.key_blocks + diagonal)
+    low, high = call.keys_of(first, offset)
+    meets = (low <= first - diagonal) & (first - diagonal <= high)
+    return first, jnp.where(meets, stop, first)
 
 
 def _parameter_gradient(

@@ -31,7 +31,7 @@ from nope_jax.attention.backends.pallas.decoding import (
     results_of,
     row_of,
 )
-from nope_jax.attention.backends.pallas.gpu.tiles import SMALLEST_DIM, all_masks, of_dim, padded_dim
+from nope_jax.attention.backends.pallas.gpu.spans import SMALLEST_DIM, all_masks, of_dim, padded_dim
 from nope_jax.attention.blocks import CachedLayer, from_storage
 from nope_jax.attention.softmax_state import Rows, SoftmaxState, merged_parts
 from nope_jax.encodings.encoding import MASKED

@@ -24,6 +24,12 @@ class Sizes(NamedTuple):
     decoding: Blocks
     """Of the queries, which are rows of all heads of a group, at most so many."""
 
+    def square(self) -> "Sizes":
+        """For terms of one vector per distance: as many queries as keys. Nothing is loaded ahead, since a program would
+        have to know which loads may go before which stores."""
+        sides = (min(blocks.queries, blocks.keys) for blocks in self)
+        return Sizes(*(Blocks(side, side, blocks.warps, 1) for side, blocks in zip(sides, self, strict=True)))
+
 
 _SIZES = {
     64: Sizes(

@@ -1,13 +1,11 @@
 """What a program of a kernel reads and writes, and its loops.
 
-A matrix is an array [B, length, heads, dim], of which a program reads blocks [size, dim], with dim filled up to a power
-of two; a vector is an array [B, heads, length], of which it reads blocks [size].
-
 Shapes as in `pallas`.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,30 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from nope_jax.attention.backends.pallas.block import Block
+from nope_jax.attention.backends.pallas.block import Block, only_finite
 from nope_jax.attention.backends.pallas.call import Call, Operands, Tokens
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks
+from nope_jax.attention.backends.pallas.gpu.spans import Span, all_masks, of_dim, padded_dim, padded_length
+from nope_jax.attention.backends.pallas.gpu.vectors import ShearedVectors, Slot
 from nope_jax.attention.backends.pallas.pairwise import Member
+from nope_jax.attention.backends.pallas.vectors import ValueTerm, Vectors, VectorTerm
 
-SMALLEST_DIM = 16
-"""Of a matrix product on a tensor core."""
-DISTANCES = 128
-"""Distances in the table are filled up to a multiple of this at both ends: that of the largest block."""
-
-
-def padded_dim(dim: int) -> int:
-    """The head dim that a program computes with."""
-    return max(SMALLEST_DIM, pl.next_power_of_2(dim))
-
-
-def of_dim(padded: int) -> Any:
-    """All of a row. (The interpreter has other indices of 32 bits, too, but would take a Python number for 64.)"""
-    return pl.ds(jnp.int32(0), padded)
-
-
-def padded_length(length: int) -> int:
-    """The number of distances to one side in the table."""
-    return -(-length // DISTANCES) * DISTANCES
+PROGRAMS = 1024
+"""About as many are enough for a GPU: of kernels whose programs need memory each, there are no more."""
 
 
 class Inputs(NamedTuple):
@@ -58,6 +42,8 @@ class Inputs(NamedTuple):
     """[B, N, T] each."""
     key_features: Any
     """[B, N, S] each."""
+    vectors: Any
+    """`Vectors`, with the vectors as matrices [#N, d, 1, W]; None: no term has some."""
     offset: Any
     of_queries: Any
     of_keys: Any
@@ -80,6 +66,7 @@ class Kernel:
 class Side(NamedTuple):
     """One block of queries, or of keys, of one head."""
 
+    block: Any
     indices: Int[Array, "size"]
     matrices: tuple[Any, ...]
     """[size, dim]."""
@@ -106,7 +93,16 @@ class Program:
     are finite, and if they are not, one of a second kernel computes them again with care.
     """
 
-    def __init__(self, kernel: Kernel, arrays: Inputs, inputs: Inputs, indices: list[Any], strange: Any, careful: bool):
+    def __init__(
+        self,
+        kernel: Kernel,
+        arrays: Inputs,
+        inputs: Inputs,
+        indices: list[Any],
+        strange: Any,
+        careful: bool,
+        slot: Slot | None = None,
+    ):
         """Create one from references to its inputs.
 
         Args:
@@ -114,9 +110,10 @@ class Program:
             indices: Its place in the grid.
             strange: A reference to whether the sums of each program are not finite; None: they may be.
             careful: Whether it is one of the second kernel.
+            slot: Memory of its own, for terms of vectors per distance.
         """
         self.kernel, self.call, self.arrays, self.inputs = kernel, kernel.call, arrays, inputs
-        self.indices, self._strange, self.careful = indices, strange, careful
+        self.indices, self._strange, self.careful, self._slot = indices, strange, careful, slot
         self.offset = inputs.offset[0]
         self._again = strange[tuple(indices)] if careful else None
 
@@ -131,14 +128,16 @@ class Program:
             vectors += [at.vector(row, b, n) for row in rows]
         tokens = tuple(at.tokens(x, b) for x in inputs.of_queries)
         features = tuple(at.vector(x, b, n) for x in inputs.query_features)
-        return Side(at.index, tuple(matrices), tuple(vectors), tokens, features)
+        return Side(i, at.index, tuple(matrices), tuple(vectors), tokens, features)
 
     def keys(self, b: Any, n: Any, j: Any) -> Side:
         """Block j of the keys and values that a query head sees."""
         call, (arrays, inputs), c = self.call, (self.arrays, self.inputs), lax.div(n, self.call.groups)
         at = Span(j * call.key_size, call.key_size, call.key_length)
         matrices = at.matrix(arrays.key, inputs.key, b, c), at.matrix(arrays.value, inputs.value, b, c)
-        return self.of_head(Side(at.index, matrices, (), tuple(at.tokens(x, b) for x in inputs.of_keys), ()), b, n, j)
+        return self.of_head(
+            Side(j, at.index, matrices, (), tuple(at.tokens(x, b) for x in inputs.of_keys), ()), b, n, j
+        )
 
     def of_head(self, keys: Side, b: Any, n: Any, j: Any) -> Side:
         """The same keys for another query head of the group."""
@@ -164,6 +163,8 @@ class Program:
             row = jnp.minimum(head.index, len(self.arrays.table) - 1)
             distance = query_index - key_index + padded_length(self.call.key_length)
             term = plgpu.load(self.inputs.table.at[row, distance])
+        elif self.inputs.vectors is not None and self.inputs.vectors.in_logit:
+            term = self.vector_term(queries, keys, head, careful=self.careful).logits()
         factor, *rows = map(of_query, queries.vectors)
         return Block(
             self.call,
@@ -175,6 +176,7 @@ class Program:
             visible=visible,
             careful=self.careful,
             term=term,
+            value_term=self._value_term(queries, keys, head),
             rows=(*queries.matrices[1:], *rows),
         )
 
@@ -193,6 +195,25 @@ class Program:
         """Gradients of the parameters of a head, and of the features [size, 1] or [1, size] of queries and keys."""
         assert self.call.pairwise is not None
         return self.call.pairwise.gradient(head.numbers, *self.members(queries, keys), d_logits)
+
+    def vector_term(self, queries: Side, keys: Side, head: Head, *, careful: bool) -> VectorTerm:
+        """The term of vectors per distance; with care, a hidden key or query may be not finite."""
+        query, key = queries.matrices[0], keys.matrices[0]
+        vectors = self._vectors(queries, keys, head, jnp.promote_types(query.dtype, key.dtype))
+        query, key = (only_finite(x) if careful else x for x in (query, key))
+        return VectorTerm(vectors, query, key, self._axes[0](queries.vectors[0]))
+
+    def _value_term(self, queries: Side, keys: Side, head: Head) -> ValueTerm | None:
+        if self.inputs.vectors is None or self.inputs.vectors.value is None:
+            return None
+        return ValueTerm(self._vectors(queries, keys, head, keys.matrices[1].dtype))
+
+    def _vectors(self, queries: Side, keys: Side, head: Head, dtype: Any) -> ShearedVectors:
+        tables, keys_first = self.inputs.vectors, self.kernel.keys_first
+        place = head.index, queries.block - keys.block
+        return ShearedVectors(
+            tables, keys_first, dtype, self.call.precision, self.call, self.arrays.vectors, *place, self._slot
+        )
 
     @property
     def _axes(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -254,45 +275,9 @@ class Program:
         return None if self._again is None else self._again > 0
 
 
-def all_masks(masks: list[Any], shape: tuple[int, ...]) -> Any:
-    """Where all of some masks, which broadcast to a shape, are true; None for none."""
-    masks = [mask for mask in masks if mask is not None]
-    return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape) if masks else None
-
-
 def may_hide(call: Call, inputs: Inputs) -> bool:
     """Whether a key in a block may be hidden from a query, other than by not being there."""
     return bool(call.rule.is_causal or call.rule.window is not None or inputs.of_queries)
-
-
-class Span:
-    """`size` tokens from `start` on, of `length`."""
-
-    def __init__(self, start: Any, size: int, length: int):
-        self.size, self.slice, self.index = size, pl.ds(start, size), start + lax.iota(jnp.int32, size)
-        self.within = None if length % size == 0 else self.index < length
-
-    def mask(self, dim: int, padded: int) -> Any:
-        """Which entries of a block of a matrix there are; None: all."""
-        of_tokens = None if self.within is None else self.within[:, None]
-        of_dim = None if dim == padded else (lax.iota(jnp.int32, padded) < dim)[None]
-        return all_masks([of_tokens, of_dim], (self.size, padded))
-
-    def _load(self, reference: Any, mask: Any) -> Any:
-        return plgpu.load(reference, mask=mask, other=None if mask is None else 0)
-
-    def matrix(self, array: Any, reference: Any, b: Any, n: Any) -> Any:
-        """The block of head n, zero past its end."""
-        padded = padded_dim(array.shape[-1])
-        return self._load(reference.at[b, self.slice, n, of_dim(padded)], self.mask(array.shape[-1], padded))
-
-    def vector(self, reference: Any, b: Any, n: Any) -> Any:
-        """The block of head n, zero past its end."""
-        return self._load(reference.at[b, n, self.slice], self.within)
-
-    def tokens(self, reference: Any, b: Any) -> Any:
-        """The block of an array [#B, length]."""
-        return self._load(reference.at[jnp.minimum(b, reference.shape[0] - 1), self.slice], self.within)
 
 
 def run(
@@ -318,8 +303,12 @@ def run(
             what a logit of pairs takes.
         checked: Whether the body checks its sums.
     """
-    query, factor, key, value, table, of_queries, of_keys, _ = operands
-    inputs = Inputs(query, key, value, factor, table, of_queries, of_keys, *tokens, rows)
+    query, factor, key, value, table, of_queries, of_keys, vectors = operands
+    if vectors is not None:
+        vectors = Vectors(*(x if x is None or x.shape[1] == 1 else x[:, :, None] for x in vectors))
+    inputs = Inputs(query, key, value, factor, table, of_queries, of_keys, vectors, *tokens, rows)
+    slots, size = min(math.prod(grid), PROGRAMS), kernel.call.key_size
+    memory = () if vectors is None else (jax.ShapeDtypeStruct((slots, size, 2 * size), jnp.float32),)
 
     def compute(careful: bool, *others: Array, results: tuple[Any, ...]) -> list[Array]:
         """The results; with care, the others are those without, which are changed, and whether they are strange."""
@@ -329,28 +318,53 @@ def run(
             own, before = jax.tree.unflatten(structure, references[: len(arrays)])
             written = references[len(arrays) :]
             strange = before[-1] if careful else written[len(outputs)] if len(results) > len(outputs) else None
-            indices = [pl.program_id(axis) for axis in range(len(grid))]
-            body(Program(kernel, inputs, own, indices, strange, careful), written[: len(outputs)])
+
+            def program(indices, slot=None):
+                body(Program(kernel, inputs, own, indices, strange, careful, slot), written[: len(outputs)])
+
+            if not memory:
+                program([pl.program_id(axis) for axis in range(len(grid))])
+                return
+            first = pl.program_id(0)
+            slot = Slot(written[-1], first, kernel.call.interpret)
+
+            def visit(step, _):
+                # Every other time in reverse order: rows of attention grow along the grid.
+                place = step * slots + jnp.where(step % 2 == 0, first, slots - 1 - first)
+                program(_unraveled(place, grid), slot)
+
+            full, rest = divmod(math.prod(grid), slots)
+            last = first if full % 2 == 0 else slots - 1 - first
+            lax.fori_loop(0, full + jnp.int32(last < rest), visit, None)
 
         programs.__name__ = kernel.name + "_with_care" * careful
         compiled = pl.pallas_call(
             programs,
-            out_shape=list(results),
-            grid=grid,
+            out_shape=[*results, *memory],
+            grid=(slots,) if memory else grid,
             in_specs=[_whole(x) for x in arrays],
-            out_specs=[_whole(x) for x in results],
+            out_specs=[_whole(x) for x in (*results, *memory)],
             input_output_aliases={len(arrays) - len(others) + k: k for k in range(len(outputs))} if careful else {},
             compiler_params=plgpu.CompilerParams(num_warps=kernel.blocks.warps, num_stages=kernel.blocks.stages),
             interpret=kernel.call.interpret,
             name=programs.__name__,
             metadata=_cost(kernel, inputs, others[-1:] if careful else results, 0 if careful else products),
         )
-        return list(compiled(*arrays))
+        return list(compiled(*arrays))[: len(results)]
 
     if not (checked and may_hide(kernel.call, inputs)):
         return compute(False, results=outputs)
     found = compute(False, results=(*outputs, jax.ShapeDtypeStruct(grid, jnp.int32)))
     return compute(True, *found, results=outputs)
+
+
+def _unraveled(place: Any, grid: tuple[int, ...]) -> list[Any]:
+    """The indices of a program of a grid, whose first axis runs fastest."""
+    indices = []
+    for size in grid:
+        indices.append(lax.rem(place, size))
+        place = lax.div(place, size)
+    return indices
 
 
 def _whole(x: Any) -> pl.BlockSpec:

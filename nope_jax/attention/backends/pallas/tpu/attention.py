@@ -19,14 +19,7 @@ from nope_jax.attention.backends.pallas.served import LANES, has_vectors, is_dec
 from nope_jax.attention.backends.pallas.tpu.decoding import few_queries_attention
 from nope_jax.attention.backends.pallas.tpu.inputs import filled, filled_tokens, not_all_finite
 from nope_jax.attention.backends.pallas.tpu.terms import Totals, table_of
-from nope_jax.attention.backends.pallas.tpu.vectors import (
-    ASCENDING,
-    Vectors,
-    VectorTerm,
-    of_tables,
-    tables_of,
-    vector_products,
-)
+from nope_jax.attention.backends.pallas.tpu.vectors import of_tables
 from nope_jax.attention.backends.pallas.tpu.walk import (
     Output,
     along_diagonals,
@@ -36,6 +29,7 @@ from nope_jax.attention.backends.pallas.tpu.walk import (
     of_queries,
     run,
 )
+from nope_jax.attention.backends.pallas.vectors import ASCENDING, Vectors, VectorTerm, tables_of, vector_products
 from nope_jax.attention.blocks import CachedLayer, whole
 from nope_jax.attention.mask_spec import MaskSpec
 from nope_jax.attention.nonfinite import finite
@@ -93,6 +87,7 @@ def pallas_tpu_attention(
         return filled(x[:, :, None], 3, block_size, fill)
 
     query_features, key_features = features_of(logit, batch, num_heads)
+    span = call.key_blocks * block_size, call.query_blocks * block_size
     operands = Operands(
         query=heads_first(query),
         factor=of_rows(jnp.broadcast_to(factor, (batch, num_heads, query_length))),
@@ -101,7 +96,7 @@ def pallas_tpu_attention(
         table=table_of(call, logit, tokens, num_heads),
         query_features=tuple(map(of_rows, query_features)),
         key_features=tuple(map(of_rows, key_features)),
-        vectors=tables_of(call, query, value, logit, value_term, tokens),
+        vectors=tables_of(call, query, value, logit, value_term, tokens, *span),
     )
     if final_rows is None:
         out, entropy, logsumexp = _attend(call, operands, tokens)
@@ -268,7 +263,7 @@ def _key_gradients(
         d_product = (d_product * block.factor).astype(product_dtype)
         sums[0][...] += block.over_queries(block.finite(block.query), d_product)
         sums[1][...] += block.over_queries(d_output, weights.astype(d_output.dtype))
-        if isinstance(term, VectorTerm) and term.vectors.key is not None:
+        if isinstance(term, VectorTerm) and term.vectors.tables.key is not None:
             sums[0][...] += term.key_gradient(d_logits)
 
     def end(results, sums):
@@ -310,11 +305,12 @@ def _vector_gradients(call: Call, operands: Operands, tokens: Tokens, rows: tupl
 
     def visit(block: Block, term, results, sums):
         weights, d_logits, _ = block.gradients()
-        found = term.vector_gradients(d_logits) if isinstance(term, VectorTerm) else Vectors()
-        if block.value_term is not None:
-            found = found._replace(value=block.value_term.vector_gradient(weights, block.rows[0]))
-        for total, gradient in zip(sums, jax.tree.leaves(found), strict=True):
-            total[...] += gradient
+        names = (name for name, x in tables._asdict().items() if x is not None)
+        for name, total in zip(names, sums, strict=True):
+            if name == "value":
+                total[...] += block.value_term.vector_gradient(weights, block.rows[0])
+            else:
+                total[...] += term.vector_gradient(name, d_logits)
 
     def end(results, sums):
         for result, total in zip(results, sums, strict=True):

@@ -22,7 +22,8 @@ from nope_jax.attention.backends.pallas.call import Call, Tokens
 from nope_jax.attention.backends.pallas.pairwise import Member, Pairwise
 from nope_jax.attention.backends.pallas.tpu.inputs import Inputs, column, row
 from nope_jax.attention.backends.pallas.tpu.shear import diagonal_sums, sheared
-from nope_jax.attention.backends.pallas.tpu.vectors import ValueTerm, VectorTerm
+from nope_jax.attention.backends.pallas.tpu.vectors import RotatedVectors
+from nope_jax.attention.backends.pallas.vectors import ValueTerm, VectorTerm
 from nope_jax.encodings import DistanceLogit
 from nope_jax.encodings.encoding import Logit
 
@@ -97,7 +98,7 @@ def term_at(call: Call, inputs: Inputs, memory: Any, offset: Any, i: Any, j: Any
         if inputs.vectors is not None and inputs.vectors.in_logit:
             query, key = (reference[0, 0] for reference in (inputs.query, inputs.key))
             query, key = (only_finite(x) if masked else x for x in (query, key))
-            return VectorTerm(inputs.vectors, query, key, inputs.factor[0, 0], call.precision)
+            return VectorTerm(_vectors_at(call, inputs), query, key, inputs.factor[0, 0])
         if not inputs.table:
             return None
         near, far = inputs.table
@@ -118,7 +119,11 @@ def value_term_at(call: Call, inputs: Inputs) -> ValueTerm | None:
     """What is added to the output of a block, likewise."""
     if inputs.vectors is None or inputs.vectors.value is None:
         return None
-    return ValueTerm(inputs.vectors.value, call.precision)
+    return ValueTerm(_vectors_at(call, inputs))
+
+
+def _vectors_at(call: Call, inputs: Inputs) -> RotatedVectors:
+    return RotatedVectors(inputs.vectors, keys_first=True, dtype=jnp.float32, precision=call.precision)
 
 
 @dataclasses.dataclass(frozen=True)
