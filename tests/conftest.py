@@ -33,6 +33,7 @@ import pytest
 
 import tests.support.typechecks  # noqa: F401  which the import hook refers to, before it meets nope_jax
 from nope_jax.attention import backends
+from nope_jax.attention.backends.pallas.gpu import tiles
 from nope_jax.attention.backends.pallas.gpu.sizes import Blocks, Sizes
 from nope_jax.compiler_flags import set_flags
 from tests.support.config_file import CONFIG_FILE
@@ -103,7 +104,7 @@ def stand_ins() -> Iterator[None]:
 def _small_backends() -> dict[str, backends.Backend]:
     wide, high, square = Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1), Blocks(8, 8, 4, 1)
     sizes: dict[str, dict] = {name: {"block_size": 8} for name in ("streaming", "pallas_tpu")}
-    sizes["pallas_gpu"] = {"sizes": Sizes(wide, high, wide, square, wide)}
+    sizes["pallas_gpu"] = {"sizes": Sizes(wide, high, wide, square, wide, square)}
     table = dict(backends.BACKENDS)
     for name, small in sizes.items():
         table[name] = dataclasses.replace(table[name], attend=functools.partial(table[name].attend, **small))
@@ -119,6 +120,7 @@ def small_blocks() -> Iterator[None]:
     """Blocks of 8 or 16, so that short sequences have interior, diagonal, padded and skipped ones."""
     with pytest.MonkeyPatch.context() as patch, _blocks("small"):
         patch.setattr(backends, "BACKENDS", _small_backends())
+        patch.setattr(tiles, "PROGRAMS", 7)  # each of which has several blocks, where programs have memory of their own
         yield
 
 

@@ -310,7 +310,8 @@ def value_block(table, weights, block):
     return jnp.einsum("bnqk,bqkh->bnqh", weights, table[0, block.distance + 2 * T])
 
 
-def test_a_row_of_many_distances_adds_up_in_float32():
+@pytest.mark.parametrize("kernel", ["pallas_tpu", pytest.param("pallas_gpu", marks=pytest.mark.slow)])
+def test_a_row_of_many_distances_adds_up_in_float32(kernel):
     """The gradient of a bfloat16 table, rounded once."""
     query, key, value = (random(1, 256, 1, H, seed=i) for i in range(3))
     tables = random(2, 11, H, seed=3).astype(jnp.bfloat16)
@@ -321,7 +322,7 @@ def test_a_row_of_many_distances_adds_up_in_float32():
         by_name = {"key_table": tables[0], "value_table": tables[1]}
         return shaw_attention(query, key, value, **by_name, implementation=implementation).sum()
 
-    found, wanted = gradient(tables, "pallas_tpu"), gradient(tables.astype(np.float32), "reference")
+    found, wanted = gradient(tables, kernel), gradient(tables.astype(np.float32), "reference")
     for x, y in zip(found, wanted, strict=True):
         assert_close(x, y, tolerance=2**-8)
 
@@ -343,6 +344,36 @@ def test_what_a_tpu_does_to_rows_is_what_interpret_mode_does(monkeypatch):
         np.testing.assert_array_equal(x, y)
 
 
+def bodies(program):
+    """All equations of a program, body by body."""
+    yield program.eqns
+    for one in program.eqns:
+        for inner in jax.tree.leaves(list(one.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from bodies(inner)
+
+
+def test_on_a_gpu_all_threads_wait_for_what_one_moves():
+    """Which interpret mode cannot show; nor that no loop loads what it has not yet stored."""
+
+    def loss(tables, *operands):
+        return shaw_attention(*operands, key_table=tables[0], value_table=tables[1], implementation="pallas_gpu").sum()
+
+    with jax.default_device("gpu"):
+        traced = jax.make_jaxpr(jax.grad(loss, argnums=range(4)))(random(2, 11, 64), *[random(1, 256, 1, 64)] * 3)
+    kernels = [one for body in bodies(traced) for one in body if one.primitive.name == "pallas_call"]
+    move, moves = ["masked_swap", "debug_barrier", "masked_load", "debug_barrier"], 0
+    for kernel in kernels:
+        slot = kernel.outvars[-1].aval.shape
+        for body in bodies(kernel.params["jaxpr"]):
+            found = [one.primitive.name for one in body if not one.invars or one.invars[0].aval.shape == slot]
+            found = [name for name in found if name in move]
+            moves += len(found) // 4
+            assert found == move * (len(found) // 4)
+        assert kernel.params["compiler_params"].num_stages == 1
+    assert (len(kernels), moves) == (8, 3 * (2 + 3 + 2) + 3 + 2)
+
+
 @pytest.mark.parametrize("name", ["query", "constant"])
 def test_vectors_of_another_shape_are_refused(name):
     def by_distance(_, distances):
@@ -355,7 +386,8 @@ def test_vectors_of_another_shape_are_refused(name):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("keys", [pytest.param(T, marks=pytest.mark.slow), T + 9])
-def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_terms_of_vectors_per_distance_are_the_reference_s(kernel, keys):
     """Of heads, and of all heads; a constant of -inf hides keys, and what is not finite reaches those who see it."""
     shapes = (N, 4 * T, H), (N, 4 * T, H), (1, 4 * T), (1, 4 * T, H2)
     tables = tuple(random(*shape, seed=9 + i) for i, shape in enumerate(shapes))
@@ -388,7 +420,7 @@ def test_terms_of_vectors_per_distance_are_the_reference_s(keys):
         tables_ = (*tables[:2], constant, tables[3])
         found, wanted = (
             jax.tree.map(np.asarray, run((query, key_, value), tables_, SCALE, name, by_distance))
-            for name, by_distance in (("pallas_tpu", vectors_at), ("reference", None))
+            for name, by_distance in ((kernel, vectors_at), ("reference", None))
         )
         for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
             np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))

@@ -117,14 +117,8 @@ def test_a_logit_of_pairs_compiles_for_chips(machine, head_dim, rule, name):
     assert program.memory_analysis().temp_size_in_bytes < 10 * 2 * 8 * LONG * head_dim
 
 
-@pytest.mark.tpu
-@pytest.mark.slow
-@pytest.mark.parametrize("machine", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
-@pytest.mark.parametrize(
-    ("name", "head_dim"), [("shaw", 128), ("nezha", 80), ("transformer_xl", 64), ("deberta", 128), ("deberta", 256)]
-)
-def test_terms_of_vectors_per_distance_compile_for_chips(machine, name, head_dim):
-    """Memory is that of two tables, of 2·T distances in float32, of their gradients, and of what they are made of."""
+def with_vectors(machine, name, head_dim, length=LONG, dtype="bfloat16"):
+    """The gradient of attention with an encoding of vectors per distance, compiled for a machine."""
     encoding, dims = ENCODINGS[name](), ModelDims(num_heads=8, head_dim=head_dim, model_dim=8 * head_dim)
     params = encoding.init_shared(jax.random.key(0), dims) | encoding.init_layer(jax.random.key(1), dims)
 
@@ -133,11 +127,55 @@ def test_terms_of_vectors_per_distance_compile_for_chips(machine, name, head_dim
         out, stats = encoded_attention(encoding, scaled, query, key, value, return_stats=True)
         return (out.astype(jnp.float32) ** 2).sum() + (stats.entropy**2).sum()
 
-    sizes = [*((LONG, heads, head_dim) for heads in (8, 2, 2)), (1,)]
-    program = compiled_for(machine, jax.grad(loss, argnums=(0, 1, 2, 3)), sizes)
+    sizes = [*((length, heads, head_dim) for heads in (8, 2, 2)), (1,)]
+    program = compiled_for(machine, jax.grad(loss, argnums=(0, 1, 2, 3)), sizes, dtype)
+    assert not re.search(rf"\[[\d,]*{length},(?:\d+,)*{length}[\],]", program.as_text())
+    return program
+
+
+TEMPORARIES_OF_VECTORS = (10 + 2 * 4 * 8) * 2 * 8
+"""Bytes per token and head dim: two tables of 2·T distances in float32, their gradients, and what they are made of."""
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("shaw", 128), ("nezha", 80), ("transformer_xl", 64), ("deberta", 128), ("deberta", 256)]
+)
+def test_terms_of_vectors_per_distance_compile_for_chips(machine, name, head_dim):
+    program = with_vectors(machine, name, head_dim)
     assert kernels(program) == [*GRADIENT, *["attention_vector_gradients"] * (name != "nezha")]
-    assert not re.search(rf"\[[\d,]*{LONG},(?:\d+,)*{LONG}[\],]", program.as_text())
-    assert program.memory_analysis().temp_size_in_bytes < (10 + 2 * 4 * 8) * 2 * 8 * LONG * max(head_dim, 128)
+    assert program.memory_analysis().temp_size_in_bytes < TEMPORARIES_OF_VECTORS * LONG * max(head_dim, 128)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["a100:1", "h100:1", "b200:1"])
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dtype"),
+    [
+        ("shaw", 128, "bfloat16"),
+        ("nezha", 80, "float16"),
+        ("transformer_xl", 64, "bfloat16"),
+        ("deberta", 256, "bfloat16"),
+        ("deberta", 64, "float32"),
+    ],
+)
+def test_terms_of_vectors_per_distance_compile_for_gpus(machine, name, head_dim, dtype):
+    """The gradient of each table by a kernel of its own: Shaw's of keys and values, DeBERTa's of both directions,
+    Transformer-XL's of keys and the constant."""
+    program = with_vectors(machine, name, head_dim, dtype=dtype)
+    assert kernels(program) == sorted([*with_care(*GRADIENT), *["attention_vector_gradient"] * 2 * (name != "nezha")])
+    assert program.memory_analysis().temp_size_in_bytes < TEMPORARIES_OF_VECTORS * LONG * max(head_dim, 128)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_the_memory_of_programs_with_vectors_does_not_grow_with_length():
+    """For a table that all heads share: temporaries are those of four arrays at most, and 64 MiB."""
+    program = with_vectors("h100:1", "shaw", 128, length=131072)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 2 * 8 * 131072 * 128 + 2**26
 
 
 @pytest.mark.tpu

@@ -61,7 +61,7 @@ def pallas_gpu_attention(
     Args:
         key, value: Arrays or, where `is_decoding`, layers of a KV cache.
         sizes: The sizes of blocks: powers of two, on a GPU at least 16, as many queries as keys for the table's
-            gradient. None: `sizes_for` the head dim.
+            gradient and with vectors per distance. None: `sizes_for` the head dim.
     """
     if sizes is None:
         widest, itemsize = max(query.shape[-1], value.shape[-1]), max(x.dtype.itemsize for x in (query, key, value))
@@ -71,7 +71,7 @@ def pallas_gpu_attention(
         return few_queries_attention(options, FewQueries(query, factor, key, value, logit, mask_spec))
     key, value = whole(key), whole(value)
     if value_term is not None or has_vectors(logit):
-        sizes = sizes.square()
+        sizes = sizes.of_vectors
 
     def kernel(name: str, blocks: Blocks, keys_first: bool = False) -> Kernel:
         size = {"query_size": blocks.queries, "key_size": blocks.keys}
@@ -352,13 +352,13 @@ def _vector_gradient(
     (found,) = run(kernel, grid, body, operands, tokens, rows, (sums,), products=products, checked=False)
     before = padded_length(call.key_length) - call.key_blocks * call.key_size
     after = padded_length(call.query_length) - call.query_blocks * call.query_size
-    found = found.sum(0)
-    if name == "constant":
-        return jnp.pad(of_diagonals(*jnp.split(found, 2, axis=3), table), ((0, 0), (0, 0), (before, after)))
-    found = found[..., :width]
+    found = found.sum(0)[..., : table.shape[2] if name != "constant" else size]
     if not getattr(ASCENDING, name):
         found, before, after = found[:, ::-1], after, before
-    return jnp.pad(of_diagonals(*jnp.split(found, 2, axis=2), table), ((0, 0), (before, after), (0, 0)))
+    axis = 2 if name == "constant" else 1
+    lower, upper = jnp.split(found, 2, axis=axis + 1)
+    padding = [(before, after) if each == axis else (0, 0) for each in range(3)]
+    return jnp.pad(of_diagonals(lower, upper, table), padding)
 
 
 def _blocks_on(call: Call, diagonal: Any, offset: Any) -> tuple[Any, Any]:

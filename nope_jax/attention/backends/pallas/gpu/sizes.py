@@ -10,7 +10,7 @@ class Blocks(NamedTuple):
     keys: int
     warps: int
     stages: int
-    """Blocks of its loop that a program loads ahead."""
+    """Blocks of its loop that a program loads ahead; 1 with vectors, where a load must stay behind a store."""
 
 
 class Sizes(NamedTuple):
@@ -23,26 +23,48 @@ class Sizes(NamedTuple):
     """Also of the gradient of the parameters of a logit of pairs."""
     decoding: Blocks
     """Of the queries, which are rows of all heads of a group, at most so many."""
+    with_vectors: Blocks
+    """Of all kernels but that for decoding, with terms of one vector per distance: as many queries as keys."""
 
-    def square(self) -> "Sizes":
-        """For terms of one vector per distance: as many queries as keys. Nothing is loaded ahead, since a program would
-        have to know which loads may go before which stores."""
-        sides = (min(blocks.queries, blocks.keys) for blocks in self)
-        return Sizes(*(Blocks(side, side, blocks.warps, 1) for side, blocks in zip(sides, self, strict=True)))
+    @property
+    def of_vectors(self) -> "Sizes":
+        """With such terms."""
+        blocks = self.with_vectors
+        return self._replace(forward=blocks, query_gradient=blocks, key_gradients=blocks, table_gradient=blocks)
 
 
 _SIZES = {
     64: Sizes(
-        Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 3)
+        forward=Blocks(128, 64, 8, 3),
+        query_gradient=Blocks(64, 64, 8, 2),
+        key_gradients=Blocks(64, 64, 8, 2),
+        table_gradient=Blocks(64, 64, 8, 2),
+        decoding=Blocks(64, 64, 4, 3),
+        with_vectors=Blocks(32, 32, 8, 1),
     ),
     128: Sizes(
-        Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 3)
+        forward=Blocks(128, 64, 8, 2),
+        query_gradient=Blocks(64, 64, 8, 2),
+        key_gradients=Blocks(64, 64, 8, 2),
+        table_gradient=Blocks(64, 64, 8, 2),
+        decoding=Blocks(64, 64, 4, 3),
+        with_vectors=Blocks(32, 32, 8, 1),
     ),
     512: Sizes(
-        Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)
+        forward=Blocks(64, 32, 8, 2),
+        query_gradient=Blocks(32, 32, 4, 2),
+        key_gradients=Blocks(32, 32, 8, 2),
+        table_gradient=Blocks(32, 32, 4, 2),
+        decoding=Blocks(32, 32, 4, 2),
+        with_vectors=Blocks(16, 16, 4, 1),
     ),
     1024: Sizes(
-        Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)
+        forward=Blocks(32, 32, 8, 1),
+        query_gradient=Blocks(32, 32, 8, 1),
+        key_gradients=Blocks(32, 32, 8, 1),
+        table_gradient=Blocks(32, 32, 4, 1),
+        decoding=Blocks(16, 32, 4, 1),
+        with_vectors=Blocks(16, 16, 4, 1),
     ),
 }
 """By the head dim, filled up to a power of two; float32, which takes twice the memory and more registers, counts four

@@ -209,10 +209,17 @@ class Program:
         return ValueTerm(self._vectors(queries, keys, head, keys.matrices[1].dtype))
 
     def _vectors(self, queries: Side, keys: Side, head: Head, dtype: Any) -> ShearedVectors:
-        tables, keys_first = self.inputs.vectors, self.kernel.keys_first
-        place = head.index, queries.block - keys.block
+        assert self._slot is not None
         return ShearedVectors(
-            tables, keys_first, dtype, self.call.precision, self.call, self.arrays.vectors, *place, self._slot
+            self.inputs.vectors,
+            self.kernel.keys_first,
+            dtype,
+            self.call.precision,
+            call=self.call,
+            arrays=self.arrays.vectors,
+            head=head.index,
+            diagonal=queries.block - keys.block,
+            slot=self._slot,
         )
 
     @property
@@ -305,7 +312,7 @@ def run(
     """
     query, factor, key, value, table, of_queries, of_keys, vectors = operands
     if vectors is not None:
-        vectors = Vectors(*(x if x is None or x.shape[1] == 1 else x[:, :, None] for x in vectors))
+        vectors = _as_matrices(vectors, jnp.promote_types(query.dtype, key.dtype), value.dtype)
     inputs = Inputs(query, key, value, factor, table, of_queries, of_keys, vectors, *tokens, rows)
     slots, size = min(math.prod(grid), PROGRAMS), kernel.call.key_size
     memory = () if vectors is None else (jax.ShapeDtypeStruct((slots, size, 2 * size), jnp.float32),)
@@ -330,7 +337,7 @@ def run(
 
             def visit(step, _):
                 # Every other time in reverse order: rows of attention grow along the grid.
-                place = step * slots + jnp.where(step % 2 == 0, first, slots - 1 - first)
+                place = step * slots + first + (step & 1) * (slots - 1 - 2 * first)
                 program(_unraveled(place, grid), slot)
 
             full, rest = divmod(math.prod(grid), slots)
@@ -356,6 +363,13 @@ def run(
         return compute(False, results=outputs)
     found = compute(False, results=(*outputs, jax.ShapeDtypeStruct(grid, jnp.int32)))
     return compute(True, *found, results=outputs)
+
+
+def _as_matrices(tables: Vectors, logit_dtype: Any, value_dtype: Any) -> Vectors:
+    """Tables as `Inputs` has them, in the dtypes of the products."""
+    dtypes = Vectors(logit_dtype, logit_dtype, None, value_dtype)
+    pairs = zip(tables, dtypes, strict=True)
+    return Vectors(*(x if x is None or dtype is None else x[:, :, None].astype(dtype) for x, dtype in pairs))
 
 
 def _unraveled(place: Any, grid: tuple[int, ...]) -> list[Any]:
