@@ -193,7 +193,7 @@ class BlockLogit(_Term):
     (or pytrees of them); the function gets the slices for its block. `by_distance` is for work that is too expensive to
     repeat in every block: a function (parameters, distances [d]) -> [d, ...] that is evaluated once for consecutive
     positions and sliced to each block's distances. If the logit then consists of nothing but one vector per distance,
-    `by_distance` returns these as `DistanceVectors`, from which the kernel for TPUs computes it.
+    `by_distance` returns these as `DistanceVectors`, from which kernels compute it.
 
     `by_pair` is for kernels, which compile few operations. Where a logit depends on nothing but both positions and
     numbers of both tokens, it is the same function once more, `by_pair(parameters, query_position, key_position) ->
@@ -221,7 +221,7 @@ class BlockLogit(_Term):
 class BlockValue(_Term):
     """A term of the output: `function(parameters, weights [B, N, q, k], block) -> [B, N, q, H]`, linear in weights.
 
-    `by_distance` is for the kernel for TPUs. If the term is Σ weights · vector[d], for consecutive positions, it gives
+    `by_distance` is for kernels. If the term is Σ weights · vector[d], for consecutive positions, it gives
     the vectors: `by_distance(parameters, distances [d], H) -> [d, N or 1, H]`.
     """
 

@@ -367,6 +367,7 @@ def test_on_a_gpu_all_threads_wait_for_what_one_moves():
         slot = kernel.outvars[-1].aval.shape
         for body in bodies(kernel.params["jaxpr"]):
             found = [one.primitive.name for one in body if not one.invars or one.invars[0].aval.shape == slot]
+            found = [name.removesuffix("_p") for name in found]  # as a barrier is called by jax 0.10
             found = [name for name in found if name in move]
             moves += len(found) // 4
             assert found == move * (len(found) // 4)

@@ -6,6 +6,7 @@ only those in which something is hidden. Of a term by distance it reads one numb
     call.py        a call: its static arguments, and which blocks meet
     block.py       one block of queries and keys within a kernel: logits, weights, and their gradients
     pairwise.py    a logit of pairs within a kernel
+    vectors.py     terms of one vector per distance within a kernel
     gradient.py    what the backward pass has in common: residuals, and the terms that are one number per row
     decoding.py    what the kernels for a few queries against many keys have in common
     served.py      which calls the kernels serve

@@ -13,10 +13,15 @@ constants), XLA drops the kernel. A term of pairs is computed for each, from par
 gradient of the parameters is a kernel of its own, too, with one sum per program; that of the features comes with those
 of queries and of keys.
 
+A term of one vector per distance is a product of queries or keys with the vectors of a block's distances, sheared
+through memory. The programs of its kernels have a slot each, so they are few and loop over what would be more programs.
+
 A hidden key that is not finite would make a product NaN, even with a weight of 0. Leaving such keys out of every
 product would cost registers, and time where all is finite. So a program notes whether its sums are finite; a second
 launch of the kernel, whose programs end at once otherwise, computes those again that are not, with care.
 
+    spans.py      what a program reads of an array
+    vectors.py    what of terms of one vector per distance is a GPU's
     tiles.py      what a program reads and writes, and its loops
     attention.py  the kernels of the forward and the backward pass
     decoding.py   the kernel for a few queries against many keys

@@ -12,7 +12,7 @@ Blocks in which no query sees a key are neither fetched nor computed.
 
     inputs.py     the arrays of a call, heads first and cut into blocks; one block within a kernel
     terms.py      the logit of a block, and its gradient
-    vectors.py    terms of one vector per distance, of the logit and of the output
+    vectors.py    what of terms of one vector per distance is a TPU's
     shear.py      from distances to pairs and back
     walk.py       runs a function over all blocks that meet: one kernel
     attention.py  the kernels of the forward and the backward pass
