@@ -317,11 +317,12 @@ def _vector_gradient(
     """Gradient of one table, by diagonals: all blocks with the same i - j meet the same vectors."""
     call, query, value, size = kernel.call, operands.query, operands.value, 2 * kernel.call.key_size
     (batch, _, heads, dim), value_dim = query.shape, value.shape[-1]
-    diagonals, width = call.query_blocks + call.key_blocks - 1, table.shape[2]
+    diagonals, in_row = call.query_blocks + call.key_blocks - 1, table.shape[1] == 1
+    width = size if in_row else table.shape[2]
     # What is added up before it is written: the rows of a batch, and the heads that share a table.
     tables, added = (1, heads * batch) if len(table) == 1 else (heads, batch)
     parts = min(added, -(-PROGRAMS // (tables * diagonals)))
-    block = (1, size) if name == "constant" else (size, padded_dim(width))
+    block = (1, size) if in_row else (size, padded_dim(width))
 
     def body(program: Program, results):
         place, own, part = program.indices
@@ -347,15 +348,15 @@ def _vector_gradient(
         results[0][part, own, place] = total
 
     sums = jax.ShapeDtypeStruct((parts, tables, diagonals, *block), jnp.float32)
-    products = dim + value_dim + vector_products(operands.vectors) + 2 * width * (name != "constant")
+    products = dim + value_dim + vector_products(operands.vectors, name)
     grid = diagonals, tables, parts
     (found,) = run(kernel, grid, body, operands, tokens, rows, (sums,), products=products, checked=False)
     before = padded_length(call.key_length) - call.key_blocks * call.key_size
     after = padded_length(call.query_length) - call.query_blocks * call.query_size
-    found = found.sum(0)[..., : table.shape[2] if name != "constant" else size]
+    found = found.sum(0)[..., :width]
     if not getattr(ASCENDING, name):
         found, before, after = found[:, ::-1], after, before
-    axis = 2 if name == "constant" else 1
+    axis = 2 if in_row else 1
     lower, upper = jnp.split(found, 2, axis=axis + 1)
     padding = [(before, after) if each == axis else (0, 0) for each in range(3)]
     return jnp.pad(of_diagonals(lower, upper, table), padding)
