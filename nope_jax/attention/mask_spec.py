@@ -130,6 +130,10 @@ def make_mask_spec(
     )
 
 
+_FARTHEST = 2**31 - 1
+"""No positions are farther apart; a larger number could not be compared with them."""
+
+
 def _span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
     """Convert window and chunk size to Python integers; refuse values that exclude the query itself."""
     span = {"window": window, "chunk_size": chunk_size}
@@ -142,6 +146,7 @@ def _span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
             span[name] = 0
         if span[name] < 1 or isinstance(number, bool):
             raise ValueError(f"{name} must be an integer of at least 1 (the query itself), not {number!r}")
+        span[name] = min(span[name], _FARTHEST)
     return span["window"], span["chunk_size"]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
-from nope_jax.encodings.checks import integer_at_least, positive
+from nope_jax.encodings.checks import as_array, integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, ModelDims, Params, TokenInputs
 
 Layout = Literal["interleaved", "halves"]
@@ -35,7 +35,7 @@ def sinusoidal_positions(
         raise ValueError(f"features must be a positive even number, not {features}")
     _check_waves(base, layout)
     frequencies = base ** (-jnp.arange(0, features, 2, dtype=jnp.float32) / features)
-    positions = jnp.asarray(positions)
+    positions = as_array("positions", positions)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     if layout == "halves":
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
-from nope_jax.encodings.checks import at_least, integer_at_least, positive
+from nope_jax.encodings.checks import as_array, at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import BlockLogit, DistanceLogit, Encoding, ModelDims, Params, Tile, skew, tokenwise
 from nope_jax.jax_settings import with_implicit_promotion
 
@@ -26,10 +26,9 @@ def alibi_slopes(num_heads: int) -> Float[Array, "{num_heads}"]:
     (Press et al. 2022, arXiv 2108.12409, and its code).
 
     Raises:
-        ValueError: num_heads is not positive.
+        ValueError: num_heads is not a positive integer.
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, not {num_heads}")
+    integer_at_least(1, num_heads=num_heads)
     below = 2 ** int(math.log2(num_heads))
     slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
     slopes += [2 ** (-4 * h / below) for h in range(1, 2 * (num_heads - below), 2)]
@@ -99,7 +98,7 @@ def t5_bucket(
         ValueError: num_buckets or max_distance leave no room for exact and logarithmic buckets.
     """
     _check_buckets(bidirectional, num_buckets, max_distance)
-    relative_position = jnp.asarray(relative_position)
+    relative_position = as_array("relative_position", relative_position)
     future = jnp.zeros_like(relative_position)
     distance = jnp.maximum(-relative_position, 0)
     if bidirectional:

@@ -87,12 +87,21 @@ def as_array(name: str, x: Any) -> jax.Array:
     """Convert to an array.
 
     Raises:
-        ValueError: `x` is no array of numbers; the message names it.
+        ValueError: `x` is no array of numbers, or JAX, which has 32 bits by default, would change them; the message
+            names it.
     """
     try:
-        return jnp.asarray(x)
+        with np.errstate(over="ignore"):  # of what is refused below
+            array = jnp.asarray(x)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be an array of numbers, not {x!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must fit {jax.dtypes.canonicalize_dtype(int)}, not {x!r}") from None
+    if isinstance(x, np.ndarray | np.generic | float) and np.asarray(x).dtype.itemsize > array.dtype.itemsize:
+        most = (jnp.iinfo if jnp.issubdtype(array.dtype, jnp.integer) else jnp.finfo)(array.dtype).max
+        fits = f"at most {most}, which fits {array.dtype}"
+        known_values(fits, lambda x: ~np.isfinite(x) | (np.abs(x) <= most), **{name: x})
+    return array
 
 
 def _is_number(number: object) -> bool:

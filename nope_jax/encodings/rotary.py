@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
-from nope_jax.encodings.checks import at_least, integer_at_least, positive
+from nope_jax.encodings.checks import as_array, at_least, integer_at_least, positive
 from nope_jax.encodings.encoding import Encoding, ModelDims, Params, tokenwise
 
 Frequencies = Float[np.ndarray, "half"] | Float[Array, "half"]
@@ -343,7 +343,7 @@ def apply_rope(
         ValueError: rotary_dim is odd, not positive or larger than the head dim; base is not positive; or the scaling
             does not fit.
     """
-    x, positions = jnp.asarray(x), jnp.asarray(positions)
+    x, positions = as_array("x", x), as_array("positions", positions)
     head_dim = x.shape[-1]
     dim = head_dim if rotary_dim is None else rotary_dim
     if rotary_dim is None and dim % 2:

@@ -23,6 +23,7 @@ from nope_jax.attention.mask_spec import per_token
 from nope_jax.attention.softcap import softcapped
 from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
+from nope_jax.encodings.checks import as_array, integer_at_least
 from nope_jax.models.cross_entropy import nll_in_chunks, total_in_chunks
 from nope_jax.models.kv_cache import CacheStep, KVCache, LayerCache, empty_kv_cache
 from nope_jax.models.layers import RESIDUAL, Block, add_norm, apply_norm, bias, encoding_params, kernel
@@ -196,7 +197,7 @@ class Decoder(nnx.Module):
             The embeddings after the input places and, for each place in the period, the shared parameters of its
             encoding and the keyword arguments of attention.
         """
-        tokens = jnp.asarray(tokens)
+        tokens = as_array("tokens", tokens)
         self.check_tokens(tokens, positions)
         positions = per_token("positions", positions, *tokens.shape)
         segment_ids = per_token("segment_ids", segment_ids, *tokens.shape)
@@ -235,9 +236,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: A size is below 1, or length exceeds the positions that the encoding supports.
         """
-        for name, number in {"batch_size": batch_size, "length": length}.items():
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, not {number}")
+        integer_at_least(1, batch_size=batch_size, length=length)
         self.check_room(length)
         config, dtype, shared = self.config, jnp.dtype(self.config.dtype), self._shared()
         heads = config.num_heads, config.num_kv_heads or config.num_heads

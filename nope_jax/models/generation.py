@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Key
 
 from nope_jax.attention.blocks import Leaf
+from nope_jax.encodings.checks import as_array
 from nope_jax.models.decoder import Decoder, DecodeState
 from nope_jax.sharding import auto_axes, to_host
 
@@ -232,8 +233,6 @@ def _checked(
         raise ValueError(f"stop_tokens must be integers between 0 and {vocab - 1} (vocab_size), not {stop_tokens}")
     traced = isinstance(prompt, jax.core.Tracer) or not getattr(prompt, "is_fully_addressable", True)
     prompt = jnp.asarray(prompt) if traced else np.asarray(prompt)
-    if not traced:  # kept in NumPy, because JAX would compile a program for every length
-        prompt = prompt.astype(jax.dtypes.canonicalize_dtype(prompt.dtype))
     if prompt.ndim != 2 or not prompt.size:
         raise ValueError(f"prompt must have shape [batch, length], at least one token each, not {list(prompt.shape)}")
     batch, length = prompt.shape
@@ -251,8 +250,12 @@ def _checked(
     if max_new_tokens:
         model.check_room(longest + max_new_tokens - 1)
     model.check_tokens(prompt)
-    keys = jax.random.key(0) if key is None else jnp.asarray(key)
+    if not traced:  # kept in NumPy, because JAX would compile a program for every length
+        prompt = prompt.astype(jax.dtypes.canonicalize_dtype(prompt.dtype))
+    keys = jax.random.key(0) if key is None else as_array("key", key)
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        if keys.dtype != jnp.uint32 or not keys.ndim:
+            raise ValueError(f"key must be a random key, as in key=jax.random.key(0), not {key!r}")
         keys = jax.random.wrap_key_data(keys)
     if keys.shape not in ((), (batch,)):
         raise ValueError(f"key must be one key, or one per row [{batch}], not {list(keys.shape)}")

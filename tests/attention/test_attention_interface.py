@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from nope_jax import attention
+from nope_jax import attention, encodings
 from nope_jax.attention import (
     alibi_attention,
     attention_weights,
@@ -439,6 +439,12 @@ def test_one_row_of_distances_may_serve_all_heads(length):
         (lambda q: nope_attention(q, q, q, qk_scale="2"), "qk_scale must be positive, not '2'"),
         (lambda q: attention.rope_attention(q[..., :5], q[..., :5], q), "rotary_dim must be given for .* odd, 5"),
         (lambda q: nope_attention(q, q, q, logit_scale="x"), "logit_scale must be an array of numbers, not 'x'"),
+        (lambda q: nope_attention(q, q, q, logit_scale=10**20), "logit_scale must fit int32, not 10000000000000"),
+        (lambda q: nope_attention(q, q, q, query_positions=[2**40] * 12), "query_positions must fit int32, not"),
+        (lambda q: nope_attention(q, q, q, logit_scale=-1e39), "logit_scale must be at most 3.4.*, which fits float32"),
+        (lambda q: nope_attention(q, q, q, key_positions=np.arange(12) - 2**31 - 9),
+         "key_positions must be at most 2147483647, which fits int32, not -2147483657"),
+        (lambda q: encodings.alibi_slopes("8"), "num_heads must be an integer of at least 1, not '8'"),
         (lambda q: attention.alibi_attention(q, q, q, slopes="x"), "slopes must be an array of numbers, not 'x'"),
         (lambda q: attention.shaw_attention(q, q, q, key_table=None, value_table=q), "key_table must be .* not None"),
         (lambda q: attention.fire_attention(q, q, q, hidden_weights=[1], hidden_bias=[1], weights=[[1] * 2], c=None),

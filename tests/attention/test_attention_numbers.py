@@ -381,6 +381,11 @@ def test_a_window_and_chunks_may_be_any_integer(kind):
         np.testing.assert_array_equal(found, nope_attention(*arrays(), **{name: 4}))
 
 
+@pytest.mark.parametrize("name", ["window", "chunk_size"])
+def test_a_window_or_chunks_larger_than_positions_can_be_hide_nothing(name):
+    np.testing.assert_array_equal(nope_attention(*arrays(), **{name: 10**20}), nope_attention(*arrays()))
+
+
 @pytest.mark.parametrize("bad", [True, np.True_, 4.0, "4", np.array([4, 4])], ids=str)
 @pytest.mark.parametrize("name", ["window", "chunk_size"])
 def test_other_windows_and_chunks_are_refused(name, bad):

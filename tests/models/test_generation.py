@@ -223,9 +223,11 @@ def test_no_new_tokens_are_the_prompt():
         ({"prompt_lengths": np.array([0, 5])}, "prompt_lengths must be between 1 and the prompt's 5 columns, not 0"),
         ({"prompt_lengths": np.array([5])}, r"prompt_lengths must be integers, one per row \[2\]"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"key must be one key, or one per row \[2\], not \[3\]"),
+        ({"key": 0, "temperature": 1.0}, r"key must be a random key, as in key=jax.random.key\(0\), not 0"),
         ({"prompt": np.zeros((1, 0), int)}, "prompt must have shape"),
         ({"prompt": np.zeros(3, int)}, "prompt must have shape"),
         ({"prompt": np.full((1, 3), 32)}, "tokens must be between 0 and 31"),
+        ({"prompt": np.full((1, 3), 2**32)}, "tokens must be between 0 and 31 .* not 4294967296"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

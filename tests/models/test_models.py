@@ -274,6 +274,8 @@ def test_tokens_and_positions_that_do_not_exist_are_refused_or_poison_the_answer
     model = decoder(encoding="learned")
     with pytest.raises(ValueError, match=r"tokens must be between 0 and 31 .* not 32"):
         model(np.where(np.arange(24) == 3, 32, TOKENS))
+    with pytest.raises(ValueError, match=r"tokens must be at most 2147483647, which fits int32, not 4294967296"):
+        model(np.where(np.arange(24) == 3, 2**32, TOKENS))
     for positions in (None, jnp.arange(1, 26), jnp.arange(-1, 24)):
         with pytest.raises(ValueError, match="positions must be between 0 and 23"):
             model(jnp.zeros((1, 25), int), positions=positions)
