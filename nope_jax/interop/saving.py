@@ -50,7 +50,8 @@ def save_pretrained(
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, generation_config.json, tokenizer.
 
     Scalings of RoPE are written as `rope_scaling`, NTK-aware scaling as a larger `rope_theta`; factors of HeadScale and
-    UniformScale are multiplied into the queries' weights, which is the same. Weights keep their dtype.
+    UniformScale are multiplied into the queries' weights, which is the same. So is to divide the weights of what layers
+    add, and the epsilon of norms, by the factor of the embeddings, where the family has none. Weights keep their dtype.
 
     Args:
         model: The decoder.
@@ -71,7 +72,18 @@ def save_pretrained(
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
     config, factors = _folded(model)
-    own, settings, tensors = _fitting(config, [family] if family else list(FAMILIES))
+    names = [family] if family else list(FAMILIES)
+    try:
+        own, settings, tensors = _fitting(config, names)
+    except ValueError as error:
+        smaller = _unscaled(config)
+        if smaller is None:
+            raise
+        try:
+            own, settings, tensors = _fitting(smaller, names)
+        except ValueError:
+            raise error from None
+        factors |= _divided(model)
     dtype = np.dtype(model.embedding[...].dtype)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +182,33 @@ def _folded(model: Decoder) -> tuple[ModelConfig, dict[Slice, np.ndarray]]:
         for name, values in names.items():
             factors[Slice(("blocks", slot, "attention", name), row)] = values
     return dataclasses.replace(config, encoding=shortest_period(encodings)), factors
+
+
+def _unscaled(config: ModelConfig) -> ModelConfig | None:
+    """The config of the same model with a residual stream that is smaller by the factor of the embeddings.
+
+    None if there is no such: if a part of the model reads the stream other than through a norm, or the epsilon of
+    norms, which has to become smaller with the stream, is also that of a QK norm.
+    """
+    scale = _embedding_scale(config)
+    reads_embeddings = any(type(encoding.unwrapped).input is not Encoding.input for encoding in per_layer(config))
+    if scale == 1 or config.norm_place != "pre" or config.embedding_norm or config.qk_norm or reads_embeddings:
+        return None
+    return dataclasses.replace(config, embedding_scale=1.0, norm_eps=config.norm_eps / scale**2)
+
+
+def _embedding_scale(config: ModelConfig) -> float:
+    scale = config.with_defaults().embedding_scale
+    assert scale is not None  # with defaults
+    return scale
+
+
+def _divided(model: Decoder) -> dict[Slice, np.ndarray]:
+    """The factors of the weights of what layers add to the stream, for one without the factor of the embeddings."""
+    added = ("attention", "out"), ("attention", "out_bias"), ("mlp", "down"), ("mlp", "down_bias")
+    period, layers = len(model.encodings), range(model.config.num_layers)
+    slices = (Slice(("blocks", i % period, *path), i // period) for i in layers for path in added)
+    return dict.fromkeys(slices, np.asarray(1 / _embedding_scale(model.config)))
 
 
 def _without_factors(encoding: Encoding) -> tuple[Encoding, float]:

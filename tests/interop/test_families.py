@@ -438,6 +438,23 @@ def test_what_no_family_can_say_is_refused_by_name(tmp_path, fields, said):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(
+    "fields", [{"encoding": "nope", "tie_embeddings": True}, {"biases": ("qkv", "out", "mlp")}], ids=str
+)
+def test_a_factor_of_embeddings_goes_into_what_layers_add(tmp_path, fields):
+    model = tiny(**{"encoding": ("nope", "rope"), "norm_eps": 0.3} | fields, embedding_scale=3.0)
+    settings, again = saved(model, tmp_path / "saved", family="smollm3")
+    assert again.config.embedding_scale == 1 and settings["rms_norm_eps"] == pytest.approx(0.3 / 9)
+    ids = tokens(2, 48)
+    np.testing.assert_allclose(again(ids), model(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"qk_norm": "head"}, {"norm_place": "post"}, {"encoding": "learned"}], ids=str)
+def test_a_factor_of_embeddings_that_more_than_norms_read_stays(tmp_path, fields):
+    with pytest.raises(ValueError, match="cannot say .*model.embedding_scale 3.0"):
+        save_pretrained(tiny(**{"encoding": "rope"} | fields, embedding_scale=3.0), tmp_path / "saved", family="qwen3")
+
+
 def test_a_decoder_with_scaled_embeddings_is_a_granite(tmp_path):
     model = tiny(encoding="rope", embedding_scale=None)
     settings, again = saved(model, tmp_path / "saved")
