@@ -97,6 +97,10 @@ def _run_on(start: int, length: int) -> Int[Array, "1 length"]:
     return positions + start if start else positions
 
 
+_FARTHEST = 2**31 - 1
+"""The largest position and segment. A window beyond it could not be compared with distances, and hides nothing."""
+
+
 def make_mask_spec(
     query: Shaped[Array | np.ndarray, "B T N H"],
     key: Shaped[Array | np.ndarray, "B S K H"] | CachedLayer,
@@ -130,10 +134,6 @@ def make_mask_spec(
     )
 
 
-_FARTHEST = 2**31 - 1
-"""No positions are farther apart; a larger number could not be compared with them."""
-
-
 def _span(window: Any, chunk_size: Any) -> tuple[int | None, int | None]:
     """Convert window and chunk size to Python integers; refuse values that exclude the query itself."""
     span = {"window": window, "chunk_size": chunk_size}
@@ -159,6 +159,8 @@ def per_token(name: str, x, batch: int, length: int) -> Array | None:
         raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], not {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, not {x.dtype}")
+    if jnp.iinfo(x.dtype).max > _FARTHEST:
+        known_values(f"at most {_FARTHEST}, which fits int32", lambda x: np.abs(x) <= _FARTHEST, **{name: x})
     return x.astype(jnp.int32).reshape(-1, length)  # unsigned integers would wrap around in subtraction
 
 

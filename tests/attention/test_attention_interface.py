@@ -444,6 +444,8 @@ def test_one_row_of_distances_may_serve_all_heads(length):
         (lambda q: nope_attention(q, q, q, logit_scale=-1e39), "logit_scale must be at most 3.4.*, which fits float32"),
         (lambda q: nope_attention(q, q, q, key_positions=np.arange(12) - 2**31 - 9),
          "key_positions must be at most 2147483647, which fits int32, not -2147483657"),
+        (lambda q: nope_attention(q, q, q, segment_ids=np.full((1, 12), 3 * 10**9, np.uint32)),
+         "segment_ids must be at most 2147483647, which fits int32, not 3000000000"),
         (lambda q: encodings.alibi_slopes("8"), "num_heads must be an integer of at least 1, not '8'"),
         (lambda q: attention.alibi_attention(q, q, q, slopes="x"), "slopes must be an array of numbers, not 'x'"),
         (lambda q: attention.shaw_attention(q, q, q, key_table=None, value_table=q), "key_table must be .* not None"),
