@@ -13,7 +13,7 @@ from flax import nnx
 from nope_jax import Decoder, ModelConfig
 from nope_jax.attention import alibi_attention, backends, nope_attention
 from nope_jax.attention.backends import cudnn
-from tests.support.attention_cases import random
+from tests.support.attention_cases import output_and_gradients, random
 
 B, T, N, K, H = 2, 19, 4, 2, 8
 
@@ -47,13 +47,9 @@ def on_a_gpu():
 )
 def test_it_is_asked_for_what_the_reference_computes(on_a_gpu, keywords):
     def run(implementation, *operands):
-        def loss(*operands):
-            out = nope_attention(*operands, implementation=implementation, **keywords)
-            weights = np.cos(np.arange(out.size), dtype=np.float32).reshape(out.shape)
-            return (out.astype(jnp.float32) * weights).sum(), out
-
-        (_, out), gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands)
-        return out, *gradient
+        return output_and_gradients(
+            functools.partial(nope_attention, implementation=implementation, **keywords), *operands
+        )
 
     operands = arrays()
     exact = run("reference", *(x.astype(jnp.float32) for x in operands))

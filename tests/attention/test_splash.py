@@ -14,7 +14,7 @@ from nope_jax.attention.backends.splash.attention import Rule
 from nope_jax.attention.softmax_state import RESULTS
 from tests.attention.test_pallas import mesh_of
 from tests.attention.test_pallas_compiled import compiled_for
-from tests.support.attention_cases import random
+from tests.support.attention_cases import output_and_gradients, random
 
 B, N, K, H = 2, 4, 2, 8
 splash = functools.partial(nope_attention, implementation="splash")
@@ -61,13 +61,9 @@ def test_it_computes_what_the_reference_does(case):
     lengths, keywords, dtype, tolerance = CASES[case]
 
     def run(implementation, *operands):
-        def loss(*operands):
-            out = nope_attention(*operands, implementation=implementation, **keywords)
-            weights = np.cos(np.arange(out.size), dtype=np.float32).reshape(out.shape)
-            return (out.astype(jnp.float32) * weights).sum(), out
-
-        (_, out), gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands)
-        return out, *gradient
+        return output_and_gradients(
+            functools.partial(nope_attention, implementation=implementation, **keywords), *operands
+        )
 
     operands = [jnp.asarray(x, dtype) for x in arrays(*lengths)]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

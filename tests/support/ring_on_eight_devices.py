@@ -189,6 +189,8 @@ def test_a_ring_sees_what_one_device_sees(case, name):
         ("fire", ALL, CASES["any positions"]),
         ("t5", ALL, CASES["both directions in a window"]),
         ("t5", {"data": 2, "fsdp": 2, "tensor": 2}, CASES["chunks"]),
+        ("shaw", RING, CASES["window"]),
+        ("deberta", ALL, {}),
     ],
 )
 @pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])

@@ -65,7 +65,7 @@ class Rule(Mask):
     """Causality, window and chunks of consecutive positions, by which keys that fill up the last block are hidden.
 
     Splash attention's own masks compute each block whole to find out whether all or something of it is visible: with
-    131,072 tokens, that takes them a minute and more.
+    131,072 tokens, that takes them about a minute.
     """
 
     query_length: int
