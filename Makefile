@@ -25,14 +25,17 @@ help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The versions of constraints/ are those it was tested with; a Python without such a file gets the newest that fit.
+# Python compiles what is imported; for pip to compile every module takes it as long as all else.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
 $(BIN)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later, please: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --requirement requirements.txt
+	$(PIP) --requirement requirements.txt
 	@touch $@
 
 $(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[test]'
+	$(PIP) --editable '.[test]'
 	@touch $@
 
 ENCODINGS := nope rope alibi t5 learned
@@ -96,7 +99,7 @@ length-study: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.length_study.study --size $(SIZE) $(if $(STEPS),--steps $(STEPS))
 
 smollm2: $(BIN)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[interop]'
+	$(PIP) --editable '.[interop]'
 	@$(MAKE) --no-print-directory --file benchmarks/smollm2/Makefile PYTHON=$(BIN)/python
 
 benchmarks: $(BIN)/.installed
