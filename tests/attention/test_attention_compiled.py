@@ -30,17 +30,24 @@ if "fusion_emitters" in os.environ["XLA_FLAGS"]:
     OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 
-def optimised(encoding, query, key, value, **keywords):
+@functools.cache
+def optimised(encoding, implementation):
     """Output and statistics; the other tests are compiled quickly instead (conftest.py), and round differently."""
-    attend = functools.partial(ATTENTION[encoding], return_stats=True, **keywords)
-    return jax.jit(attend, compiler_options=OPTIMISED)(query, key, value)
+    own = parameters(encoding, N=2)
+    attend = functools.partial(ATTENTION[encoding], return_stats=True, implementation=implementation, **own)
+    return jax.jit(attend, compiler_options=OPTIMISED)
 
 
-@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "rope", "alibi"])
+def over_blocks(length=BLOCK_SIZE + 1):
+    """With all queries but the first, so that queries and keys are cut at different places."""
+    query, key, value = inputs(B=1, T=length, N=2, K=1)
+    return query[:, 1:], key, value
+
+
+@streaming_and_some_reference("encoding", ATTENTION, [], slow=["nope", "rope", "t5"])
 def test_values_and_statistics_agree_with_float64_over_several_blocks(encoding, implementation):
-    arrays, keywords = inputs(B=1, T=BLOCK_SIZE + 20, N=2, K=1), parameters(encoding, N=2)
-    out, stats = optimised(encoding, *arrays, **keywords, implementation=implementation)
-    wanted = expected(encoding, *arrays, **keywords)
+    out, stats = optimised(encoding, implementation)(*over_blocks())
+    wanted = expected(encoding, *over_blocks(), **parameters(encoding, N=2))
     assert_close(out, wanted.output)
     assert_close(stats.entropy, wanted.entropy)
     assert_close(stats.logsumexp, wanted.logsumexp)
@@ -49,22 +56,18 @@ def test_values_and_statistics_agree_with_float64_over_several_blocks(encoding, 
 @streaming_only
 def test_the_entropy_of_a_decided_row_is_zero_however_large_its_logits(implementation):
     # ln Σ e^s - Σ p·s, taken literally, loses it: both are in the millions, where float32 is good to an eighth.
-    query, key, value = inputs()
+    query, key, value = over_blocks()
     query, key = 1e3 * query, 1e3 * key
-    _, stats = optimised("nope", query, key, value, implementation=implementation)
-    wanted = expected("nope", query, key, value)
+    _, stats = optimised("alibi", implementation)(query, key, value)
+    wanted = expected("alibi", query, key, value, **parameters("alibi", N=2))
     assert np.abs(wanted.logsumexp).max() > 1e6 and wanted.entropy.max() < 1e-6
     assert_close(stats.entropy, wanted.entropy)
 
 
-OTHER_LENGTHS = [pytest.param(length, marks=pytest.mark.slow) for length in (BLOCK_SIZE, 2 * BLOCK_SIZE + 1)]
-
-
-@pytest.mark.parametrize("length", [BLOCK_SIZE + 1, *OTHER_LENGTHS])
+@pytest.mark.slow  # one more than a block is above
+@pytest.mark.parametrize("length", [BLOCK_SIZE, 2 * BLOCK_SIZE + 1])
 def test_streaming_agrees_with_float64_at_block_boundaries(length):
-    # With all queries but the first, so that queries and keys are cut at different places.
-    query, key, value = inputs(B=1, T=length, N=2, K=1)
-    assert_agrees("alibi", "streaming", query[:, 1:], key, value)
+    assert_agrees("alibi", "streaming", *over_blocks(length))
 
 
 @pytest.mark.slow  # in small blocks, test_attention.py has windows that skip and cut them
@@ -100,7 +103,7 @@ GROWTH = 2.3
 
 
 @pytest.mark.parametrize(
-    ("encoding", "gradient"), [("t5", False), ("nope", True)]
+    ("encoding", "gradient"), [("t5", True), pytest.param("nope", True, marks=pytest.mark.slow)]
 )  # and more by doubling, which is slow
 def test_memory_grows_with_length_and_not_with_its_square(encoding, gradient):
     # Of the temporaries, not one is an array of all pairs, be it a mask for all heads.

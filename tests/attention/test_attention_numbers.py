@@ -15,6 +15,7 @@ from nope_jax.encodings import ENCODINGS, BlockLogit, BlockValue, CoPE, Distance
 from tests.support.attention_cases import (
     IMPLEMENTATIONS,
     assert_close,
+    every_implementation,
     others_slow,
     random,
     streaming_and_some_reference,
@@ -28,9 +29,7 @@ B, T, N, K, H, D = 1, 21, 4, 2, 8, 16
 
 def arrays(length=T, keys=None):
     keys = length if keys is None else keys
-    return [
-        jnp.asarray(random(B, n, heads, H, seed=i)) for i, (n, heads) in enumerate([(length, N), (keys, K), (keys, K)])
-    ]
+    return [random(B, n, heads, H, seed=i) for i, (n, heads) in enumerate([(length, N), (keys, K), (keys, K)])]
 
 
 def own_parameters(name, keys=T):
@@ -60,6 +59,7 @@ def own_parameters(name, keys=T):
 
 FUNCTIONS = sorted(name.removesuffix("_attention") for name in attention.__all__ if name.endswith("_attention"))
 FUNCTIONS = [name for name in FUNCTIONS if name in ENCODINGS]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 some_functions = pytest.mark.parametrize("name", others_slow(FUNCTIONS))
 
 
@@ -100,10 +100,10 @@ def distance_term(rate, distance):
 
 TERMS = {
     "none": dict,
-    "distance": lambda: {"logit": DistanceLogit(distance_term, jnp.linspace(0.1, 0.5, N))},
-    "block": lambda: {"logit": BlockLogit(block_term, jnp.asarray(random(H)))},
-    "scan": lambda: {"logit": CoPE().logit({"embeddings": jnp.asarray(random(5, H))}, None, None)},
-    "value": lambda: {"value_term": Shaw(clip=4).value({"values": jnp.asarray(random(9, H))})},
+    "distance": lambda: {"logit": DistanceLogit(distance_term, np.linspace(0.1, 0.5, N, dtype=np.float32))},
+    "block": lambda: {"logit": BlockLogit(block_term, random(H))},
+    "scan": lambda: {"logit": CoPE().logit({"embeddings": random(5, H)}, None, None)},
+    "value": lambda: {"value_term": Shaw(clip=4).value({"values": random(9, H)})},
     "soft cap": lambda: {"softcap": 0.5, "qk_scale": 1.2},
     "soft cap and block": lambda: {"softcap": 0.5, **TERMS["block"]()},
     "soft cap and scan": lambda: {"softcap": 0.5, **TERMS["scan"]()},
@@ -154,9 +154,9 @@ def test_narrow_keys_and_values_cost_a_float32_query_nothing():
     ],
     ids=["quick", "float32", "bfloat16", "float64"],
 )
-def test_all_can_be_traced_with_64_bits(dtype, cases, name):
+def test_all_can_be_traced_with_64_bits_and_where_jax_promotes_nothing(dtype, cases, name):
     function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         operands = [jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays()]
         for positions, implementation in cases:
             common = {"query_positions": positions, "key_positions": positions, "implementation": implementation}
@@ -164,9 +164,9 @@ def test_all_can_be_traced_with_64_bits(dtype, cases, name):
             assert all(x.dtype == dtype for x in gradient)
 
 
-@pytest.mark.parametrize("name", others_slow(FUNCTIONS, but={"nope", "rope", "transformer_xl"}))
+@pytest.mark.parametrize("name", [name if name in ("t5", "shaw") else slow(name) for name in FUNCTIONS])
 @streaming_only
-def test_all_can_be_traced_where_jax_promotes_nothing(implementation, name):
+def test_all_can_be_traced_where_jax_promotes_nothing_and_positions_run_on(implementation, name):
     function, own = getattr(attention, f"{name}_attention"), own_parameters(name)
     operands = [jax.ShapeDtypeStruct(x.shape, F32) for x in arrays()]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -187,25 +187,6 @@ def test_a_value_term_of_64_bits_is_added_in_32():
         assert jax.eval_shape(lambda term, *x: own(*x, value_term=term), term, *operands).dtype == F32
         shaw = functools.partial(attention.shaw_attention, **own_parameters("shaw"), implementation="streaming")
         assert jax.eval_shape(shaw, *operands).dtype == F32
-
-
-def _steep(parameters, block):
-    scalar, array = parameters["lasts"]
-    return -parameters["slope"] * jnp.minimum(jnp.minimum(block.distance, scalar), array)[:, None]
-
-
-def test_integers_among_the_parameters_of_a_term_are_no_obstacle_to_its_gradient():
-    operands = arrays()
-
-    @functools.partial(jax.jit, static_argnums=2)
-    @jax.grad
-    def gradient(slope, lasts, implementation):
-        logit = BlockLogit(_steep, {"slope": slope, "lasts": lasts})
-        return (dot_product_attention(*operands, logit=logit, implementation=implementation) ** 2).sum()
-
-    lasts = jnp.int32(3), jnp.array([4])
-    got, wanted = (gradient(jnp.float32(0.3), lasts, name) for name in ("streaming", "reference"))
-    assert_close(got, wanted, tolerance=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -234,42 +215,72 @@ def test_what_is_not_finite_does_not_reach_rows_that_do_not_see_it(term, impleme
     bad_key, bad_value = (np.array(key), value), (key, np.array(value))
     bad_key[0][:, 13, :, 3], bad_value[1][:, 13, :, 3] = np.nan, np.inf
     keywords = {"implementation": implementation, **TERMS[term]()}
-    attend = jax.jit(functools.partial(dot_product_attention, **keywords))
-    wanted = np.asarray(attend(query, key, value))
+
+    @jax.jit
+    def compute(mask, *operands):
+        return value_and_gradient(dot_product_attention, operands, mask=mask, **keywords)(*operands)
+
+    seen, hidden = np.full(T, True), np.arange(T) != 13
+    wanted = np.asarray(compute(seen, query, key, value)[0][1][0])
     for damaged in bad_key, bad_value:
-        out = np.asarray(attend(query, *damaged))
+        out = np.asarray(compute(seen, query, *damaged)[0][1][0])
         assert_close(out[:, :13], wanted[:, :13])
         assert not np.isfinite(out[:, 13:, :, 3]).any()
 
     # Hidden from all it is as any other number, backward too.
-    mask = np.arange(T) != 13
-    compute = jax.jit(value_and_gradient(dot_product_attention, (query, key, value), mask=mask, **keywords))
     ((_, values), gradient), ((_, clean), clean_gradient) = (
-        compute(query, *others) for others in ((bad_key[0], bad_value[1]), (key, value))
+        compute(hidden, query, *others) for others in ((bad_key[0], bad_value[1]), (key, value))
     )
     jax.tree.map(assert_close, values, clean)
     jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), gradient, clean_gradient)
 
 
-def hide_far(_, distance):
-    return jnp.where(distance > 5, -jnp.inf, -0.1 * distance)
-
-
-def hide_far_blocks(_, block):
-    return jnp.where(block.distance > 5, -jnp.inf, -0.1 * block.distance)[:, None]
-
-
-def hide_all_from_two(_, block):
-    return jnp.where((block.query_positions == 2)[:, None, :, None], -jnp.inf, hide_far_blocks(None, block))
+RATE = np.float32(0.1)
+NOWHERE = np.int32(-1), np.array([-1])
 
 
 @functools.cache
 def near_in_a_window():
-    near = DistanceLogit(lambda _, distance: -0.1 * distance)
-    return results(dot_product_attention, *arrays(), logit=near, window=6, implementation="reference")
+    def near(rate, distance):
+        return jnp.broadcast_to(-rate * distance, (N, *distance.shape))
+
+    def attend(query, key, value, rate, **keywords):
+        return dot_product_attention(query, key, value, logit=DistanceLogit(near, rate), window=6, **keywords)
+
+    return results(attend, *arrays(), RATE, implementation="reference")
 
 
-HIDING = {"distance": DistanceLogit(hide_far), "block": BlockLogit(hide_far_blocks)}
+def hide_far(rate, distance):
+    return jnp.where(distance > 5, -jnp.inf, -rate * distance)
+
+
+def hide_far_blocks(parameters, block):
+    """Far keys, and all keys from queries at either of two positions."""
+    scalar, array = parameters["hidden"]
+    nothing = (block.query_positions == scalar) | (block.query_positions == array)
+    return jnp.where(nothing[:, :, None] | (block.distance > 5), -jnp.inf, -parameters["rate"] * block.distance)[:, None]
+
+
+HIDING = {
+    "distance": lambda rate, _: DistanceLogit(hide_far, rate),
+    "block": lambda rate, hidden: BlockLogit(hide_far_blocks, {"rate": rate, "hidden": hidden}),
+}
+
+
+@functools.cache
+def hiding(kind, positions, implementation):
+    """A jitted (positions that see nothing, query, key, value, rate) -> (loss, output and statistics), gradient."""
+    at = np.arange(T) if positions == "explicit" else None
+    keywords = {"implementation": implementation, "query_positions": at, "key_positions": at}
+
+    @jax.jit
+    def compute(hidden, *operands):
+        def attend(query, key, value, rate, **keywords):
+            return dot_product_attention(query, key, value, logit=HIDING[kind](rate, hidden), **keywords)
+
+        return value_and_gradient(attend, operands, **keywords)(*operands)
+
+    return compute
 
 
 @pytest.mark.parametrize(
@@ -287,18 +298,16 @@ HIDING = {"distance": DistanceLogit(hide_far), "block": BlockLogit(hide_far_bloc
     ],
 )
 def test_a_bias_of_minus_infinity_hides_a_key_as_a_window_does(kind, positions, implementation):
-    positions = np.arange(T) if positions == "explicit" else None
-    keywords = {"implementation": implementation, "query_positions": positions, "key_positions": positions}
-    wanted = near_in_a_window()
-    found = results(dot_product_attention, *arrays(), logit=HIDING[kind], **keywords)
-    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), found, wanted)
+    """One row of distances serves all heads; integers among a term's parameters are no obstacle to its gradient."""
+    (_, values), gradient = hiding(kind, positions, implementation)(NOWHERE, *arrays(), RATE)
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=5e-5), (values, gradient), near_in_a_window())
 
 
 @streaming_only
 def test_a_row_whose_bias_hides_every_key_gives_zeros(implementation):
-    (out, entropy, logsumexp), gradient = results(
-        dot_product_attention, *arrays(), logit=BlockLogit(hide_all_from_two), implementation=implementation
-    )
+    at_two = np.int32(2), np.array([2])
+    found = hiding("block", "explicit", implementation)(at_two, *arrays(), RATE)
+    (_, (out, entropy, logsumexp)), gradient = jax.tree.map(np.asarray, found)
     assert (out[:, 2] == 0).all() and (entropy[..., 2] == 0).all() and (logsumexp[..., 2] == -np.inf).all()
     assert all(np.isfinite(x).all() for x in gradient)
 
@@ -309,18 +318,10 @@ def test_a_row_whose_bias_hides_every_key_gives_zeros(implementation):
 ONE_ROW = {"no axis of heads": lambda rate, d: -rate * d, "an axis of one": lambda rate, d: -rate * d[None]}
 
 
-@streaming_only
-@pytest.mark.parametrize(
-    ("positions", "shape"),
-    [
-        ("run on", "no axis of heads"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product(["run on", "explicit"], ONE_ROW)
-            if case != ("run on", "no axis of heads")
-        ),
-    ],
-)
+@pytest.mark.slow  # a bias that hides far keys is such a row
+@every_implementation
+@pytest.mark.parametrize("positions", ["run on", "explicit"])
+@pytest.mark.parametrize("shape", ONE_ROW)
 def test_a_function_of_distance_may_give_one_row_for_all_heads(shape, positions, implementation):
     rate, positions = jnp.float32(0.3), np.arange(T) if positions == "explicit" else None
 

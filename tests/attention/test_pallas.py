@@ -96,13 +96,15 @@ POSITIONS = {
 }
 
 
+RULES = {"window": 18, "softcap": 2.0}
+
+
 @pytest.mark.usefixtures("small_blocks")
-def test_a_table_of_distances_grouped_queries_and_a_soft_cap_are_the_reference_s():
-    found, wanted, by_gpu = (
-        program(name, softcap=2.0)(arrays(), SCALE, TABLE, {}) for name in ("pallas_tpu", "reference", "pallas_gpu")
-    )
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_table_of_distances_grouped_queries_segments_a_window_and_a_soft_cap_are_the_reference_s(kernel):
+    traced = {"segment_ids": (SEGMENTS, SEGMENTS)}
+    found, wanted = (program(name, **RULES)(arrays(), SCALE, TABLE, traced) for name in (kernel, "reference"))
     assert_same(found, wanted)
-    assert_same(by_gpu, wanted)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -136,13 +138,13 @@ def test_with_64_bits_the_gradient_is_the_reference_s(kernel):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them(kernel):
-    attend, reference = (program(name, window=6) for name in (kernel, "reference"))
+def test_segments_and_what_is_not_finite_reach_those_who_see_them(kernel):
+    attend, reference = (program(name, **RULES) for name in (kernel, "reference"))
     query, key, value = arrays()
     alone = np.where(SEGMENTS == 1, 9, SEGMENTS)  # queries that see nothing
     segments = {"segment_ids": (alone, SEGMENTS)}
-    wanted = reference((query, key, value), SCALE, None, segments)
-    found = attend((query, key, value), SCALE, None, segments)
+    wanted = reference((query, key, value), SCALE, TABLE, segments)
+    found = attend((query, key, value), SCALE, TABLE, segments)
     assert_same(found, wanted)
     none = np.broadcast_to((alone == 9)[:, None], (B, N, T))
     out, entropy, logsumexp = map(np.asarray, found[0])
@@ -154,8 +156,8 @@ def test_segments_a_window_and_what_is_not_finite_reach_those_who_see_them(kerne
         key_, value_ = np.array(key), np.array(value)
         for place in places:
             key_[place], value_[place] = np.nan, np.inf
-        touched = reference((query, key_, value_), SCALE, None, segments)
-        found = attend((query, key_, value_), SCALE, None, segments)
+        touched = reference((query, key_, value_), SCALE, TABLE, segments)
+        found = attend((query, key_, value_), SCALE, TABLE, segments)
         leaves = (map(np.asarray, jax.tree.leaves(of)) for of in (found, wanted, touched))
         for x, clean, now in zip(*leaves, strict=True):
             same = clean == now
@@ -245,6 +247,20 @@ def rising_block(parameters, block):
     return rising((tuple(per_head[:, :, None, None]), least), *pairs, of_query, of_key)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def of_both_positions(operands, parameters, traced, implementation):
+    def loss(operands, parameters):
+        (parameters, features) = parameters
+        logit = BlockLogit(rising_block, parameters, *features, by_pair=rising, heads=(1, None, None, 2))
+        out, stats = dot_product_attention(
+            *operands, logit=logit, implementation=implementation, return_stats=True, **traced
+        )
+        return (out**2).sum() + (stats.entropy**2).sum() + stats.logsumexp.sum(), (out, *stats)
+
+    (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(operands, parameters)
+    return values, gradient
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("kernel", "keys", "traced"),
@@ -258,22 +274,8 @@ def rising_block(parameters, block):
 def test_a_logit_of_both_positions_is_the_reference_s(kernel, keys, traced):
     """Its gradient too, wherever parameters and features of tokens have their axis of heads; -inf hides a key."""
     parameters, features = (random(2, N, seed=8), np.float32(0.4)), (random(B, T, seed=9), random(B, keys, N, seed=10))
-
-    @functools.partial(jax.jit, static_argnames="implementation")
-    def run(operands, parameters, traced, implementation):
-        def loss(operands, parameters):
-            (parameters, features) = parameters
-            logit = BlockLogit(rising_block, parameters, *features, by_pair=rising, heads=(1, None, None, 2))
-            out, stats = dot_product_attention(
-                *operands, logit=logit, implementation=implementation, return_stats=True, **traced
-            )
-            return (out**2).sum() + (stats.entropy**2).sum() + stats.logsumexp.sum(), (out, *stats)
-
-        (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(operands, parameters)
-        return values, gradient
-
     learned = parameters, features
-    found, wanted = (run(arrays(keys), learned, traced, name) for name in (kernel, "reference"))
+    found, wanted = (of_both_positions(arrays(keys), learned, traced, name) for name in (kernel, "reference"))
     assert_same(found, wanted)
 
 
@@ -385,10 +387,31 @@ def test_vectors_of_another_shape_are_refused(name):
         dot_product_attention(*arrays(), logit=logit, implementation="pallas_tpu")
 
 
+@functools.partial(jax.jit, static_argnames=("softcap", "implementation", "by_distance"))
+def with_vectors(operands, tables, scale, softcap, implementation, by_distance):
+    def loss(operands, tables, scale):
+        by_value = None if by_distance is None else value_vectors
+        out, stats = dot_product_attention(
+            *operands,
+            logit=BlockLogit(vectors_block, tables[:3], by_distance=by_distance, heads=(0, 0, None)),
+            value_term=BlockValue(value_block, tables[3], by_distance=by_value, heads=(None,)),
+            logit_scale=scale,
+            window=WINDOW,
+            softcap=softcap,
+            implementation=implementation,
+            return_stats=True,
+        )
+        seen = jnp.where(jnp.isfinite(out), out, 0.0), jnp.nan_to_num(stats.entropy)
+        return sum((x**2).sum() for x in seen), (out, *stats)
+
+    (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(operands, tables, scale)
+    return values, gradient
+
+
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("keys", [pytest.param(T, marks=pytest.mark.slow), T + 9])
+@pytest.mark.parametrize(("keys", "softcap"), [pytest.param(T, 3.0, marks=pytest.mark.slow), (T + 9, None)])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_terms_of_vectors_per_distance_are_the_reference_s(kernel, keys):
+def test_terms_of_vectors_per_distance_are_the_reference_s(kernel, keys, softcap):
     """Of heads, and of all heads; a constant of -inf hides keys, and what is not finite reaches those who see it."""
     shapes = (N, 4 * T, H), (N, 4 * T, H), (1, 4 * T), (1, 4 * T, H2)
     tables = tuple(random(*shape, seed=9 + i) for i, shape in enumerate(shapes))
@@ -396,31 +419,10 @@ def test_terms_of_vectors_per_distance_are_the_reference_s(kernel, keys):
     query, key, value = arrays(keys)
     of_nan = key.copy()
     of_nan[0, keys - 1] = np.nan
-
-    @functools.partial(jax.jit, static_argnames=("implementation", "by_distance"))
-    def run(operands, tables, scale, implementation, by_distance):
-        def loss(operands, tables, scale):
-            by_value = None if by_distance is None else value_vectors
-            out, stats = dot_product_attention(
-                *operands,
-                logit=BlockLogit(vectors_block, tables[:3], by_distance=by_distance, heads=(0, 0, None)),
-                value_term=BlockValue(value_block, tables[3], by_distance=by_value, heads=(None,)),
-                logit_scale=scale,
-                window=WINDOW,
-                softcap=3.0,
-                implementation=implementation,
-                return_stats=True,
-            )
-            seen = jnp.where(jnp.isfinite(out), out, 0.0), jnp.nan_to_num(stats.entropy)
-            return sum((x**2).sum() for x in seen), (out, *stats)
-
-        (_, values), gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(operands, tables, scale)
-        return values, gradient
-
     for key_, constant in ((key, hiding), (of_nan, tables[2])):
         tables_ = (*tables[:2], constant, tables[3])
         found, wanted = (
-            jax.tree.map(np.asarray, run((query, key_, value), tables_, SCALE, name, by_distance))
+            jax.tree.map(np.asarray, with_vectors((query, key_, value), tables_, SCALE, softcap, name, by_distance))
             for name, by_distance in ((kernel, vectors_at), ("reference", None))
         )
         for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
@@ -466,16 +468,24 @@ def test_the_blocks_that_meet_are_those_in_which_a_query_sees_a_key(queries, key
     some, every = blocks[: queries // sizes[0]].any((1, 3)), blocks.all((1, 3))
     assert some.any() and every.any() and not every.all()
 
-    def between(of, own, others):
-        first, last = (np.broadcast_to(x, own)[:, None] for x in jax.jit(of)(np.arange(own), offset))
+    query_blocks, key_blocks = every.shape
+
+    @jax.jit
+    def ranges(offset):
+        of_queries, of_keys = np.arange(query_blocks), np.arange(key_blocks)
+        by_query = (of(of_queries, offset) for of in (call.seen_whole_by, call.keys_of))
+        return *by_query, *(of(of_keys, offset) for of in (call.seeing_whole, call.queries_of))
+
+    def between(range_, own, others):
+        first, last = (np.broadcast_to(x, own)[:, None] for x in range_)
         return (first <= np.arange(others)) & (np.arange(others) <= last)
 
-    query_blocks, key_blocks = every.shape
-    np.testing.assert_array_equal(between(call.seen_whole_by, query_blocks, key_blocks), every)
-    np.testing.assert_array_equal(between(call.seeing_whole, key_blocks, query_blocks), every.T)
-    meet = between(call.keys_of, query_blocks, key_blocks)
+    whole_keys, some_keys, whole_queries, some_queries = ranges(offset)
+    np.testing.assert_array_equal(between(whole_keys, query_blocks, key_blocks), every)
+    np.testing.assert_array_equal(between(whole_queries, key_blocks, query_blocks), every.T)
+    meet = between(some_keys, query_blocks, key_blocks)
     np.testing.assert_array_equal(meet[: len(some)][some.any(1)], some[some.any(1)])
-    assert (between(call.queries_of, key_blocks, query_blocks)[:, : len(some)] >= some.T).all()
+    assert (between(some_queries, key_blocks, query_blocks)[:, : len(some)] >= some.T).all()
 
 
 # --- Which calls it serves, and which it gets

@@ -42,6 +42,9 @@ def cached(x, layer):
     return CachedLayer(jnp.concatenate([jnp.zeros_like(stack), stack]), layer, x.dtype)
 
 
+KERNELS = ("pallas_tpu", "pallas_gpu")
+
+
 SEGMENTS = np.random.default_rng(1).integers(0, 8, (B, S)) // 7
 CACHE = {  # rows filled to different lengths, slots in no order
     "query_positions": np.array([[33, 34], [60, 61]]),
@@ -61,11 +64,11 @@ def attend(operands, params, implementation, encoding, **keywords):
 
 
 def parameters(encoding):
-    params = encoding.init_shared(jax.random.key(0), DIMS) | encoding.init_layer(jax.random.key(1), DIMS)
-    return {name: x + 0.3 * random(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
+    params = jax.jit(lambda key: encoding.init_shared(key, DIMS) | encoding.init_layer(key, DIMS))(jax.random.key(0))
+    return {name: np.asarray(x) + 0.3 * random(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
 
 
-of_each_chip = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+of_each_chip = pytest.mark.parametrize("implementation", KERNELS)
 
 # First what needs blocks as they are: those of `few_programs` stay until the end of the module.
 
@@ -154,17 +157,18 @@ def test_it_compiles_for_a_chip_and_reads_the_cache_where_it_lies(machine, name,
 
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
-    ("queries", "encoding", "keywords"),
-    [
-        (2, T5(max_distance=40), CACHE | {"window": 50, "softcap": 2.0}),
+    ("queries", "encoding", "keywords", "kernels"),
+    [  # What the kernels are given of a logit is the same for both.
+        (2, T5(max_distance=40), CACHE | {"window": 50, "softcap": 2.0}, KERNELS),
         (
             1,
             FIRE(width=3, threshold=9.0),
             {"chunk_size": 40, "segment_ids": (np.zeros((B, 1), int), CACHE["segment_ids"][1])},
+            KERNELS[:1],
         ),
-        (2, Forgetting(), CACHE | {"window": 50}),
+        (2, Forgetting(), CACHE | {"window": 50}, KERNELS[1:]),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, KERNELS, marks=pytest.mark.slow)
             for case in (
                 (3, FIRE(width=3), {"query_positions": np.arange(60, 63), "key_positions": CACHE["key_positions"]}),
                 (8, T5(max_distance=40), {"is_causal": False, "qk_scale": 0.6}),
@@ -174,17 +178,17 @@ def test_it_compiles_for_a_chip_and_reads_the_cache_where_it_lies(machine, name,
         ),
     ],
 )
-def test_values_and_statistics_are_the_reference_s(queries, encoding, keywords):
+def test_values_and_statistics_are_the_reference_s(queries, encoding, keywords, kernels):
     scale = np.linspace(0.5, 1.5, B * N * queries).reshape(B, N, queries)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, operands, params):
         return attend(operands, params, implementation, encoding, logit_scale=scale, **keywords)
 
-    names, params = ("pallas_tpu", "pallas_gpu", "reference"), parameters(encoding)
-    by_tpu, by_gpu, wanted = (run(name, arrays(queries), params) for name in names)
-    jax.tree.map(assert_close, by_tpu, wanted)
-    jax.tree.map(assert_close, by_gpu, wanted)
+    params = parameters(encoding)
+    wanted = run("reference", arrays(queries), params)
+    for kernel in kernels:
+        jax.tree.map(assert_close, run(kernel, arrays(queries), params), wanted)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -195,7 +199,9 @@ def gradient(operands, implementation):
 
 
 @pytest.mark.usefixtures("few_programs")
-@of_each_chip
+@pytest.mark.parametrize(  # which is the same for both
+    "implementation", ["pallas_tpu", pytest.param("pallas_gpu", marks=pytest.mark.slow)]
+)
 def test_the_gradient_is_that_of_streaming(implementation):
     found, wanted = (gradient(arrays(2, 24), name) for name in (implementation, "reference"))
     jax.tree.map(functools.partial(assert_close, tolerance=5e-5), found, wanted)
@@ -209,7 +215,7 @@ def test_hidden_keys_of_a_cache_may_be_anything_and_rows_may_see_none(implementa
     """What one of two queries sees reaches that one alone."""
     query, key, value = (x.astype(dtype) for x in arrays(queries))
     where = {"query_positions": np.array([[40], [-2]]) + np.arange(queries)}
-    wanted = attend((query, key, value), {}, "reference", NoPE(), **where)
+    wanted = jax.jit(lambda *operands: attend(operands, {}, "reference", NoPE(), **where))(query, key, value)
     last = 39 + queries
     key[:, last + 1 :], value[:, last + 1 :] = np.nan, np.nan
 
