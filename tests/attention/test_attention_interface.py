@@ -34,12 +34,9 @@ def but_for_slow(*quick):
     )
 
 
-some_encodings = but_for_slow("rope", "t5")  # one that turns queries and keys, and one that adds to their products
-
-
 def causal_layer_arguments(encoding):
     x = random(2, 12, 16)
-    return x, nnx.make_causal_mask(np.ones((2, 12))), functools.partial(ATTENTION[encoding], **parameters(encoding))
+    return x, LAYER_MASKS["causal"], functools.partial(ATTENTION[encoding], **parameters(encoding))
 
 
 @but_for_slow("rope")
@@ -49,9 +46,15 @@ def test_it_drops_into_nnx_multi_head_attention(encoding):
         num_heads=4, in_features=16, decode=False, attention_fn=attend, dropout_rate=0.1, deterministic=True,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
-    direct = layer.out(attend(layer.query(x), layer.key(x), layer.value(x)))
-    assert_close(layer(x, mask=mask), direct, tolerance=2e-6)
-    assert_close(layer(x, is_causal=True), direct, tolerance=2e-6)
+
+    @nnx.jit
+    def run(layer, x):
+        direct = layer.out(attend(layer.query(x), layer.key(x), layer.value(x)))
+        return layer(x, mask=mask), layer(x, is_causal=True), direct
+
+    masked, causal, direct = run(layer, x)
+    assert_close(masked, direct, tolerance=2e-6)
+    assert_close(causal, direct, tolerance=2e-6)
 
 
 @but_for_slow()  # what decodes below is the same layer
@@ -69,10 +72,17 @@ def test_it_drops_into_linen_multi_head_attention(encoding):
     assert_close(layer.apply(variables, x, mask=mask), direct, tolerance=2e-6)
 
 
+PROJECTION = {"kernel": random(16, 4, 4) / 4, "bias": random(4, 4, seed=1)}
+LINEN_WEIGHTS = {
+    **{name: PROJECTION for name in ("query", "key", "value")},
+    "out": {"kernel": random(4, 4, 16, seed=2) / 4, "bias": random(16, seed=3)},
+}
+
+
 def linen_layer(attend, x, *more, **keywords):
-    """What a linen layer gives of x with this attention, with the same weights as any other's."""
+    """What a linen layer gives of x with this attention."""
     layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend)
-    return layer.init_with_output(jax.random.key(0), x, *more, **keywords)[0]
+    return layer.apply({"params": LINEN_WEIGHTS}, x, *more, **keywords)
 
 
 TOKENS = {"bool": np.array([[True] * 9 + [False] * 3] * 2), "float32": np.array([[1.0] * 9 + [0.0] * 3] * 2)}
@@ -112,10 +122,13 @@ def test_linen_layers_mean_what_they_mean_with_flax_s_own_attention(mask, jit):
 
 def test_linen_cross_attention_is_flax_s():
     x, memory, seen = random(2, 5, 16), random(2, 12, 16), TOKENS["float32"][:, None, None]
-    for mask in None, seen:
-        found, wanted = (
-            linen_layer(attend, x, memory, mask=mask) for attend in (nope_attention, linen.dot_product_attention)
-        )
+
+    @jax.jit
+    def run(x, memory):
+        attends = nope_attention, linen.dot_product_attention
+        return [[linen_layer(attend, x, memory, mask=mask) for attend in attends] for mask in (None, seen)]
+
+    for found, wanted in run(x, memory):
         assert_close(found, wanted, tolerance=5e-6)
 
 
@@ -126,12 +139,16 @@ def test_a_linen_layer_may_be_given_causal_attention():
     assert_close(found, wanted, tolerance=5e-6)
 
 
-@some_encodings
+# One that turns queries and keys, and one that adds to their products.
+
+
+@but_for_slow("t5")
 def test_linen_decodes_token_by_token_as_in_one_pass(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
-    wanted = linen_layer(attend, x, mask=mask)
+    wanted = jax.jit(functools.partial(linen_layer, attend))(x, mask=mask)
     layer = linen.MultiHeadDotProductAttention(num_heads=4, attention_fn=attend, decode=True)
-    variables = layer.init(jax.random.key(0), x)
+    empty = jax.eval_shape(layer.init, jax.random.key(0), x)["cache"]
+    variables = {"params": LINEN_WEIGHTS, "cache": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)}
     step = jax.jit(functools.partial(layer.apply, mutable=["cache"]))
     for t in range(x.shape[1]):
         out, cache = step(variables, x[:, t : t + 1])
@@ -139,11 +156,11 @@ def test_linen_decodes_token_by_token_as_in_one_pass(encoding):
         assert_close(out[:, 0], wanted[:, t], tolerance=5e-6)
 
 
-@some_encodings
+@but_for_slow("rope")
 def test_nnx_decodes_token_by_token_as_in_one_pass(encoding):
     x, mask, attend = causal_layer_arguments(encoding)
     layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
-    wanted = layer(x, mask=mask)
+    wanted = nnx.jit(lambda layer, x: layer(x, mask=mask))(layer, x)
     layer.init_cache(x.shape)
     step = nnx.jit(lambda layer, x: layer(x, decode=True))
     for t in range(x.shape[1]):
@@ -154,10 +171,13 @@ def test_nnx_decodes_token_by_token_as_in_one_pass(encoding):
 @pytest.mark.parametrize("length", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_nnx_layers_mean_what_they_mean_with_flax_s_own_attention(length, more):
     """Also where lengths differ: Flax's causal mask is aligned at the first tokens."""
-    x, memory, outputs = random(2, length, 16), random(2, 12, 16, seed=1), []
-    for attend in nope_attention, nnx.dot_product_attention:
-        layer = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
-        outputs.append(layer(x, memory, **more))
+    layers = [
+        nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0))
+        for attend in (nope_attention, nnx.dot_product_attention)
+    ]
+    outputs = nnx.jit(lambda layers, *arrays: [layer(*arrays, **more) for layer in layers])(
+        layers, random(2, length, 16), random(2, 12, 16, seed=1)
+    )
     assert_close(*outputs, tolerance=5e-6)
 
 
@@ -236,8 +256,8 @@ def test_a_mask_of_floating_point_is_refused_by_naming_what_a_bias_is_given_as()
 
 
 def test_an_integer_mask_of_zeros_and_ones_is_a_boolean_one():
-    mask = np.tri(LENGTH)[::-1]
-    found, wanted = (nope_attention(*inputs(), mask=mask.astype(dtype)) for dtype in (np.int32, bool))
+    masks = [np.tri(LENGTH)[::-1].astype(dtype) for dtype in (np.int32, bool)]
+    found, wanted = jax.jit(lambda *arrays: [nope_attention(*arrays, mask=mask) for mask in masks])(*inputs())
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -304,7 +324,7 @@ def test_what_a_call_is_given_is_checked_once(monkeypatch):
         attention.mask_spec, "per_token", lambda name, *rest: checked.append(name) or original(name, *rest)
     )
     at = np.arange(LENGTH)
-    alibi_attention(*inputs(), query_positions=at, key_positions=at)
+    jax.eval_shape(functools.partial(alibi_attention, query_positions=at, key_positions=at), *inputs())
     assert sorted(checked) == ["key_positions", "query_positions"]
 
 
@@ -328,11 +348,18 @@ def picky(monkeypatch):
 @pytest.mark.usefixtures("picky")
 def test_of_several_backends_the_first_that_can_serve_a_call_does():
     query, key, value = inputs()
-    for implementation in "picky", ["picky", "reference"]:
-        np.testing.assert_array_equal(nope_attention(query, key, value, implementation=implementation), query)
-    for implementation in ("picky", "reference"), ("reference", "picky"):
-        found = alibi_attention(query, key, value, implementation=implementation)
-        np.testing.assert_array_equal(found, alibi_attention(query, key, value, implementation="reference"))
+
+    @jax.jit
+    def run(*operands):
+        served = [nope_attention(*operands, implementation=name) for name in ("picky", ["picky", "reference"])]
+        orders = ("picky", "reference"), ("reference", "picky"), "reference"
+        return served, [alibi_attention(*operands, implementation=order) for order in orders]
+
+    served, (*left, wanted) = run(query, key, value)
+    for found in served:
+        np.testing.assert_array_equal(found, query)
+    for found in left:
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.usefixtures("picky")
@@ -368,11 +395,16 @@ def test_the_weights_are_what_attention_multiplies_values_with(encoding, params,
     query, key, _ = inputs(T=9, S=13)
     identity = np.broadcast_to(np.eye(13, dtype=np.float32)[:, None], (2, 13, 2, 13))
     common = {"window": 7, "segment_ids": (np.ones((2, 9), int), np.minimum(np.arange(13), 1) + np.zeros((2, 1), int))}
-    weights, stats = attention_weights(encoding, params, query, key, return_stats=True, **common)
+
+    @jax.jit
+    def run(query, key, identity):
+        out = encoded_attention(
+            same, params, query, key, identity, return_stats=True, implementation="reference", **common
+        )
+        return attention_weights(encoding, params, query, key, return_stats=True, **common), out
+
+    (weights, stats), (out, wanted) = run(query, key, identity)
     assert weights.shape == (2, 4, 9, 13)
-    out, wanted = encoded_attention(
-        same, params, query, key, identity, return_stats=True, implementation="reference", **common
-    )
     np.testing.assert_array_equal(weights, np.swapaxes(out, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, stats, wanted)
 
@@ -406,7 +438,8 @@ def test_temperature_is_called_logit_scale_here():
         ATTENTION["alibi"](*inputs(), temperature=2.0)
 
 
-@pytest.mark.parametrize("length", [12, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as in test_attention_numbers.py
+@pytest.mark.parametrize("length", [12, 300])
 def test_one_row_of_distances_may_serve_all_heads(length):
     query, key, value = inputs(T=length)
     shared = DistanceLogit(lambda _, distance: -0.1 * distance)

@@ -65,7 +65,7 @@ def test_it_computes_what_the_reference_does(case):
             functools.partial(nope_attention, implementation=implementation, **keywords), *operands
         )
 
-    operands = [jnp.asarray(x, dtype) for x in arrays(*lengths)]
+    operands = [x.astype(dtype) for x in arrays(*lengths)]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         found = run("splash", *operands)
     exact = run("reference", *(x.astype(jnp.float32) for x in operands))
@@ -104,19 +104,19 @@ REFUSED = {
 def test_what_it_cannot_do_is_refused_and_left_to_others(case):
     keywords, why = REFUSED[case]
     with pytest.raises(ValueError, match=f'"splash" cannot serve this call: .*{why}'):
-        splash(*arrays(9, 9), **keywords)
+        jax.eval_shape(functools.partial(splash, **keywords), *arrays(9, 9))
     jax.eval_shape(functools.partial(nope_attention, implementation=["splash", "streaming"], **keywords), *arrays(9, 9))
 
 
 def test_it_serves_no_bias_no_other_dtypes_and_no_64_bits():
     query, key, value = arrays(9, 9)
     with pytest.raises(ValueError, match="the encoding has a logit or a value place"):
-        alibi_attention(query, key, value, implementation="splash")
+        jax.eval_shape(functools.partial(alibi_attention, implementation="splash"), query, key, value)
     for dtype in "float16", "bfloat16":
         with pytest.raises(ValueError, match=f"all be float32 or all bfloat16, not float32, {dtype} and {dtype}"):
-            splash(query, key.astype(dtype), value.astype(dtype))
+            jax.eval_shape(splash, query, key.astype(dtype), value.astype(dtype))
     with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is on"):
-        splash(query, key, value)
+        jax.eval_shape(splash, query, key, value)
 
 
 def test_it_serves_one_device_or_rows_and_heads_of_several_and_no_gpu():
