@@ -223,9 +223,7 @@ def test_large_logits_do_not_overflow(encoding, implementation):
 @streaming_and_some_reference("encoding", ATTENTION, ["t5"], slow=["nope", "alibi"])
 def test_bfloat16_in_is_bfloat16_out_with_softmax_and_statistics_in_float32(encoding, implementation):
     query, key, value = (x.astype(jnp.bfloat16) for x in inputs())
-    out, stats = compiled(
-        ATTENTION[encoding], query, key, value, implementation=implementation, **parameters(encoding)
-    )
+    out, stats = compiled(ATTENTION[encoding], query, key, value, implementation=implementation, **parameters(encoding))
     assert out.dtype == jnp.bfloat16
     assert stats.entropy.dtype == stats.logsumexp.dtype == jnp.float32
     wanted = expected(encoding, *(np.asarray(x, np.float64) for x in (query, key, value)), **parameters(encoding))

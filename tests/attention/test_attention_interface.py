@@ -74,7 +74,7 @@ def test_it_drops_into_linen_multi_head_attention(encoding):
 
 PROJECTION = {"kernel": random(16, 4, 4) / 4, "bias": random(4, 4, seed=1)}
 LINEN_WEIGHTS = {
-    **{name: PROJECTION for name in ("query", "key", "value")},
+    **dict.fromkeys(("query", "key", "value"), PROJECTION),
     "out": {"kernel": random(4, 4, 16, seed=2) / 4, "bias": random(16, seed=3)},
 }
 

@@ -257,8 +257,8 @@ def hide_far(rate, distance):
 def hide_far_blocks(parameters, block):
     """Far keys, and all keys from queries at either of two positions."""
     scalar, array = parameters["hidden"]
-    nothing = (block.query_positions == scalar) | (block.query_positions == array)
-    return jnp.where(nothing[:, :, None] | (block.distance > 5), -jnp.inf, -parameters["rate"] * block.distance)[:, None]
+    hidden = ((block.query_positions == scalar) | (block.query_positions == array))[:, :, None] | (block.distance > 5)
+    return jnp.where(hidden, -jnp.inf, -parameters["rate"] * block.distance)[:, None]
 
 
 HIDING = {
@@ -340,8 +340,8 @@ def test_a_function_of_distance_may_give_one_row_for_all_heads(shape, positions,
 # --- No tokens
 
 
-# A table and a bias; of streaming, also a scan and features of tokens.
-WITHOUT_KEYS = {"streaming": ("tupe", "cope", "forgetting"), "reference": ("tupe",)}
+# A bias, of the reference with a table of positions, and of streaming also a scan and features of tokens.
+WITHOUT_KEYS = {"streaming": ("t5", "cope", "forgetting"), "reference": ("tupe",)}
 
 
 @pytest.mark.parametrize(
