@@ -292,7 +292,7 @@ def test_where_answers_cannot_be_written_nothing_is_trained(tmp_path, monkeypatc
     (tmp_path / "results").write_text("")
     monkeypatch.setattr(study, "train_together", lambda *_: pytest.fail("trained"))
     where = ["--out", tmp_path / "out", "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
-    monkeypatch.setattr(sys, "argv", ["study", *map(str, where)])
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, where), "--tasks", "copy", "--encodings", "nope"])
     with pytest.raises(OSError, match="results"):
         study.main()
 

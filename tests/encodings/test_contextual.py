@@ -22,10 +22,12 @@ from nope_jax.encodings import (
 )
 from tests.support import oracles
 from tests.support.attention_cases import (
+    IMPLEMENTATIONS,
     LENGTH,
     TOLERANCE,
     assert_close,
     compiled,
+    compiled_together,
     inputs,
     random,
     streaming_and_some_reference,
@@ -53,11 +55,11 @@ def cope_oracle(query, key, value, embeddings, *, logit_scale=1.0, scaled=False,
     return oracles.attention(query, key, value, bias=bias, logit_scale=logit_scale, **rule)
 
 
-def assert_agrees(attend, wanted, query, key, value, tolerance=TOLERANCE, **keywords):
-    out, stats = compiled(attend, query, key, value, **keywords)
-    assert_close(out, wanted.output, tolerance)
-    assert_close(stats.entropy, wanted.entropy, tolerance)
-    assert_close(stats.logsumexp, wanted.logsumexp, tolerance)
+def assert_agrees(results, wanted):
+    out, stats = results
+    assert_close(out, wanted.output)
+    assert_close(stats.entropy, wanted.entropy)
+    assert_close(stats.logsumexp, wanted.logsumexp)
 
 
 RULES = {
@@ -87,54 +89,52 @@ RULES["any mask, positions out of order"] = RULES["positions out of order"] | {
 }
 
 
+QUICK = ["segments", "no key before the last block", "logit scale per head, both ways", "positions with gaps, per row"]
+ANY = "any mask, positions out of order"
+OTHERS = [rule for rule in RULES if rule not in QUICK and rule != ANY]
+
+
+@functools.cache
+def cope_by_rules(rules, implementation):
+    settings = {"embeddings": EMBEDDINGS, "implementation": implementation}
+    return compiled_together({rule: (cope_attention, inputs(), RULES[rule] | settings) for rule in rules})
+
+
 # The gradients below have any mask by streaming, and with it what else is slow here.
-@streaming_and_some_reference(
-    "rule",
-    RULES,
-    ["any mask, positions out of order"],
-    slow=[
-        "causal",
-        "window",
-        "mask of keys",
-        "mask per head and row",
-        "rows that see nothing",
-        "positions out of order",
-    ],
+@pytest.mark.parametrize(
+    ("rule", "implementation"),
+    [(rule, "streaming") for rule in QUICK]
+    + [(ANY, "reference")]
+    + [pytest.param(rule, "streaming", marks=pytest.mark.slow) for rule in [ANY, *OTHERS]]
+    + [pytest.param(rule, "reference", marks=pytest.mark.slow) for rule in [*QUICK, *OTHERS]],
 )
 def test_cope_counts_the_keys_each_query_sees(rule, implementation):
-    attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
-    assert_agrees(attend, cope_oracle(*inputs(), EMBEDDINGS, **RULES[rule]), *inputs(), **RULES[rule])
+    together = next(rules for rules in (QUICK, [ANY], OTHERS) if rule in rules)
+    results = cope_by_rules(tuple(together), implementation)[rule]
+    assert_agrees(results, cope_oracle(*inputs(), EMBEDDINGS, **RULES[rule]))
 
 
 @streaming_only
-@pytest.mark.parametrize(
-    ("queries", "keys", "where"),
-    [
-        pytest.param(3, 21, None, marks=pytest.mark.slow),
-        (1, 17, None),
-        pytest.param(2, 21, [9, 10], marks=pytest.mark.slow),  # three of them are in the gradients below
-        (20, 9, None),
-    ],
-)
-def test_cope_of_queries_against_a_cache(queries, keys, where, implementation):
-    rule = {} if where is None else {"query_positions": np.array(where)}
-    arrays = inputs(T=queries, S=keys)
-    attend = functools.partial(cope_attention, embeddings=EMBEDDINGS, implementation=implementation)
-    assert_agrees(attend, cope_oracle(*arrays, EMBEDDINGS, **rule), *arrays, **rule)
+def test_cope_of_queries_against_a_cache(implementation):
+    # Three queries at the end or where they are told are in the gradients below and in those of test_every_encoding.py.
+    arrays = {(queries, keys): inputs(T=queries, S=keys) for queries, keys in ((1, 17), (20, 9))}
+    settings = {"embeddings": EMBEDDINGS, "implementation": implementation}
+    results = compiled_together({shape: (cope_attention, given, settings) for shape, given in arrays.items()})
+    for shape, given in arrays.items():
+        assert_agrees(results[shape], cope_oracle(*given, EMBEDDINGS))
 
 
 @streaming_and_some_reference("kv_heads", [1, 4], [], slow=[1])
 def test_cope_with_embeddings_per_head_and_the_division_of_its_code(kv_heads, implementation):
-    embeddings, arrays = random(4, 7, 8, seed=5), inputs(K=kv_heads)
-    attend = functools.partial(cope_attention, embeddings=embeddings, scaled=True, implementation=implementation)
-    assert_agrees(attend, cope_oracle(*arrays, embeddings, scaled=True), *arrays)
+    settings, arrays = {"embeddings": random(4, 7, 8, seed=5), "scaled": True}, inputs(K=kv_heads)
+    results = compiled(cope_attention, *arrays, **settings, implementation=implementation)
+    assert_agrees(results, cope_oracle(*arrays, **settings))
 
 
 @streaming_only
 def test_a_single_position_adds_the_same_to_every_key(implementation):
-    query, key, value = inputs()
-    out = cope_attention(query, key, value, embeddings=EMBEDDINGS[:1], implementation=implementation)
-    assert_close(out, oracles.attention(query, key, value).output)
+    out, _ = compiled(cope_attention, *inputs(), embeddings=EMBEDDINGS[:1], implementation=implementation)
+    assert_close(out, oracles.attention(*inputs()).output)
 
 
 @streaming_only
@@ -143,7 +143,7 @@ def test_open_gates_count_tokens(implementation):
     query, key, value = inputs()
     query[..., 0], key[..., 0], key[..., 1:] = 1.0, 40 * math.sqrt(8), 0.0
     embeddings = random(30, 8, seed=4)
-    out = cope_attention(query, key, value, embeddings=embeddings, implementation=implementation)
+    out, _ = compiled(cope_attention, query, key, value, embeddings=embeddings, implementation=implementation)
     table = np.einsum("btnh,ph->bntp", query.astype(np.float64), embeddings.astype(np.float64))
     distance = np.maximum(INDEX[:, None] - INDEX, 0)
     bias = np.take_along_axis(table, np.broadcast_to(distance + 1, (2, 4, LENGTH, LENGTH)), axis=-1)
@@ -152,11 +152,9 @@ def test_open_gates_count_tokens(implementation):
 
 @streaming_only
 def test_bfloat16_in_is_bfloat16_out_with_sums_in_float32(implementation):
-    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
-    exact = [np.asarray(x, np.float64) for x in (query, key, value)]
-    out, stats = cope_attention(
-        query, key, value, embeddings=EMBEDDINGS, implementation=implementation, return_stats=True
-    )
+    arrays = [x.astype(jnp.bfloat16) for x in inputs()]
+    exact = [x.astype(np.float64) for x in arrays]
+    out, stats = compiled(cope_attention, *arrays, embeddings=EMBEDDINGS, implementation=implementation)
     wanted = cope_oracle(*exact, EMBEDDINGS)
     assert out.dtype == jnp.bfloat16
     assert_close(out, wanted.output, tolerance=2**-8)
@@ -171,17 +169,16 @@ def mix(results):
     return sum((x * random(*x.shape, seed=20 + i)).sum() for i, x in enumerate((out, entropy, logsumexp)))
 
 
-def with_gradients(attend):
-    """Compiled, of arrays: output, entropy and logsumexp; and the gradient of `mix` of them in every array."""
+def with_gradients(attend, implementations):
+    """Compiled, of arrays: output, entropy and logsumexp by each; and the gradient of `mix` of them in every array."""
 
-    def loss(arrays):
-        out, stats = attend(**arrays, return_stats=True)
+    def loss(arrays, implementation):
+        out, stats = attend(**arrays, implementation=implementation, return_stats=True)
         return mix((out, *stats)), (out, *stats)
 
     @jax.jit
     def run(arrays):
-        (_, results), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
-        return results, gradient
+        return [jax.grad(loss, has_aux=True)(arrays, implementation) for implementation in implementations]
 
     return run
 
@@ -204,8 +201,8 @@ def cope_arrays(**shape):
 @pytest.mark.parametrize("rule", [pytest.param("causal", marks=pytest.mark.slow), "any mask, positions out of order"])
 def test_gradients_of_cope_agree_with_finite_differences_in_float64(rule):
     arrays, exact = cope_arrays(), functools.partial(cope_oracle, **RULES[rule])
-    attend = functools.partial(cope_attention, **RULES[rule], implementation="streaming")
-    results, gradient = with_gradients(attend)(arrays)
+    attend = functools.partial(cope_attention, **RULES[rule])
+    ((gradient, results),) = with_gradients(attend, ["streaming"])(arrays)
     jax.tree.map(assert_close, results, tuple(exact(**arrays)[:3]))
     assert set(gradient) == {"query", "key", "value", "embeddings", "logit_scale"}
     assert_slope(gradient, exact, arrays)
@@ -221,15 +218,12 @@ def test_gradients_of_cope_agree_with_finite_differences_in_float64(rule):
 )
 def test_scanning_has_the_values_of_the_oracle_and_the_gradients_of_the_definition(shape, rule):
     arrays = cope_arrays(**shape)
-    streamed, reference = (
-        with_gradients(functools.partial(cope_attention, **rule, implementation=name))(arrays)
-        for name in ("streaming", "reference")
-    )
+    streamed, reference = with_gradients(functools.partial(cope_attention, **rule), IMPLEMENTATIONS[::-1])(arrays)
     wanted = tuple(cope_oracle(**arrays, **rule)[:3])
-    for results, _ in (streamed, reference):
+    for _, results in (streamed, reference):
         jax.tree.map(assert_close, results, wanted)
-    jax.tree.map(assert_close, streamed[1], reference[1])
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(streamed[1]))
+    jax.tree.map(assert_close, streamed[0], reference[0])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(streamed[0]))
 
 
 def _drifting(parameters, block, content, visible, carry):
@@ -251,23 +245,18 @@ def test_scanning_differentiates_every_array_of_its_terms():
     arrays = {"query": query, "key": key, "value": value, "logit_scale": np.linspace(0.5, 1.5, 4, dtype=np.float32)}
     terms = {"rate": random(4, seed=11), "scale": random(seed=12), "features": random(2, LENGTH, seed=13)}
 
-    def attend(implementation, rate, scale, features, **arrays):
+    def attend(rate, scale, features, **arrays):
         return dot_product.dot_product_attention(
             **arrays,
             logit=ScanLogit(_drifting, (rate, jnp.array([2, 3])), features, features),
             value_term=BlockValue(_leaning, scale),
             mask=RULES["mask per head and row"]["mask"],
             softcap=2.0,
-            implementation=implementation,
-            return_stats=True,
         )
 
-    streamed, reference = (
-        with_gradients(lambda return_stats, name=name, **arrays: attend(name, **arrays))(arrays | terms)
-        for name in ("streaming", "reference")
-    )
+    streamed, reference = with_gradients(attend, IMPLEMENTATIONS[::-1])(arrays | terms)
     jax.tree.map(assert_close, streamed, reference)
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(streamed[1]))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(streamed[0]))
 
 
 def test_scanning_visits_blocks_from_the_last_key_and_skips_what_is_not_seen():
@@ -275,13 +264,12 @@ def test_scanning_visits_blocks_from_the_last_key_and_skips_what_is_not_seen():
     def order(_, block, content, visible, carry):
         return jnp.broadcast_to(carry[..., None], content.shape), carry + jnp.where(visible, 1.0, 0.0).sum(-1)
 
-    zeros, value = jnp.zeros((1, 24, 1, 2)), jnp.zeros((1, 24, 1, 2))
-    _, stats = dot_product.dot_product_attention(
-        zeros, zeros, value, logit=ScanLogit(order), implementation="streaming", return_stats=True
-    )
+    zeros = [np.zeros((1, 24, 1, 2), np.float32)] * 3
+    _, stats = compiled(dot_product.dot_product_attention, *zeros, logit=ScanLogit(order), implementation="streaming")
     # Query 20 sees 5 keys of the last block with carry 0, then 8 with 5, then 8 with 13.
-    assert_close(stats.logsumexp[0, 0, 20], math.log(5 + 8 * math.exp(5) + 8 * math.exp(13)))
-    assert_close(stats.logsumexp[0, 0, 3], math.log(4))
+    logsumexp = np.asarray(stats.logsumexp)[0, 0]
+    assert_close(logsumexp[20], math.log(5 + 8 * math.exp(5) + 8 * math.exp(13)))
+    assert_close(logsumexp[3], math.log(4))
 
 
 # --- The forget gate
@@ -305,25 +293,32 @@ def forget_oracle(query, key, value, log_forget, query_start=None, **common):
     slow=["causal", "window", "segments", "mask per head and row"],
 )  # fmt: skip
 def test_forgetting_is_that_of_the_paper(rule, implementation):
-    attend = functools.partial(forgetting_attention, log_forget=log_forget(), implementation=implementation)
-    assert_agrees(attend, forget_oracle(*inputs(), log_forget(), **RULES[rule]), *inputs(), **RULES[rule])
+    settings = RULES[rule] | {"implementation": implementation}
+    results = compiled(forgetting_attention, *inputs(), log_forget=log_forget(), **settings)
+    assert_agrees(results, forget_oracle(*inputs(), log_forget(), **RULES[rule]))
 
 
 @streaming_only
-@pytest.mark.parametrize(("start", "where"), [(None, {}), (9, {"query_positions": np.array([9, 10, 11])})])
-def test_forgetting_of_queries_against_a_cache(start, where, implementation):
-    arrays, gates = inputs(T=3, S=LENGTH, K=1), log_forget()
-    attend = functools.partial(forgetting_attention, log_forget=gates, implementation=implementation)
-    wanted = forget_oracle(*arrays, gates, start, **where)
-    assert_agrees(attend, wanted, *arrays, query_start=start if start is None else jnp.int32(start), **where)
+def test_forgetting_of_queries_against_a_cache(implementation):
+    arrays, settings = inputs(T=3, S=LENGTH, K=1), {"log_forget": log_forget(), "implementation": implementation}
+    told = {"query_start": np.int32(9), "query_positions": np.arange(9, 12)}
+    results = compiled_together(
+        {
+            "at its end": (forgetting_attention, arrays, settings),
+            "where they are told": (forgetting_attention, arrays, settings | told),
+        }
+    )
+    assert_agrees(results["at its end"], forget_oracle(*arrays, log_forget()))
+    wanted = forget_oracle(*arrays, log_forget(), 9, query_positions=told["query_positions"])
+    assert_agrees(results["where they are told"], wanted)
 
 
 def test_gradients_of_forgetting_agree_with_finite_differences_in_float64():
-    attend = with_gradients(functools.partial(forgetting_attention, implementation="streaming"))
+    attend = with_gradients(forgetting_attention, ["streaming"])
     arrays = dict(zip(("query", "key", "value"), inputs(), strict=True))
     for gates in (log_forget(), np.zeros((2, LENGTH, 4), np.float32)):  # open gates forget nothing and still learn
         arrays["log_forget"] = gates
-        results, gradient = attend(arrays)
+        ((gradient, results),) = attend(arrays)
         jax.tree.map(assert_close, results, tuple(forget_oracle(**arrays)[:3]))
         assert_slope(gradient, forget_oracle, arrays)
 
@@ -342,21 +337,21 @@ def test_a_gate_of_zero_forgets_all_tokens_before():
 
     out, later = attend(query, key, value, gates)
     assert np.isfinite(out).all()
-    assert_close(out[:, 9:], later)
+    assert_close(np.asarray(out)[:, 9:], later)
 
 
 def test_bfloat16_inputs_have_their_gates_in_float32():
-    params = Forgetting().init_layer(jax.random.key(0), SIZES)
-    x = jnp.array(random(2, LENGTH, 32), jnp.bfloat16)
+    params = {"weights": random(32, 4) / 10, "bias": random(4, seed=1)}
+    x = random(2, LENGTH, 32).astype(jnp.bfloat16)
 
     @jax.jit
     def attend(x, *arrays):
         sums = Forgetting().features(params, x, None)
         return sums, encoded_attention(Forgetting(), params, *arrays, query_features=sums, key_features=sums)
 
-    sums, out = attend(x, *(jnp.array(x, jnp.bfloat16) for x in inputs()))
+    sums, out = attend(x, *(x.astype(jnp.bfloat16) for x in inputs()))
     assert sums.high.dtype == sums.low.dtype == jnp.float32
-    gate = np.asarray(x, np.float64) @ np.asarray(params["weights"], np.float64) + np.asarray(params["bias"])
+    gate = x.astype(np.float64) @ params["weights"].astype(np.float64) + params["bias"]
     assert_close(sums.high, np.cumsum(-np.log1p(np.exp(-gate)), axis=1))
     assert out.dtype == jnp.bfloat16
 
@@ -412,8 +407,9 @@ def test_differences_of_long_sums_stay_exact(strength):
 
 
 def test_the_forget_gate_starts_as_in_its_authors_code():
-    params = Forgetting().init_layer(jax.random.key(0), ModelDims(num_heads=64, head_dim=8, model_dim=512))
-    np.testing.assert_allclose(np.std(params["weights"]), 0.02, rtol=0.02)
+    dims = ModelDims(num_heads=64, head_dim=8, model_dim=512)
+    params = jax.jit(Forgetting().init_layer, static_argnums=1)(jax.random.key(0), dims)
+    np.testing.assert_allclose(np.asarray(params["weights"]).std(), 0.02, rtol=0.02)
     np.testing.assert_array_equal(params["bias"], np.zeros(64))
 
 

@@ -25,6 +25,7 @@ from tests.support.attention_cases import (
     TOLERANCE,
     assert_close,
     compiled,
+    compiled_together,
     inputs,
     random,
     streaming_and_some_reference,
@@ -36,6 +37,7 @@ GOLDEN = regenerate.load("relative")
 LENGTH, FAR = 21, 40
 """Three blocks, the last one padded; and what positions are below."""
 N, K, H, D = 4, 2, 8, 6
+QKV = "query", "key", "value"
 HEADS = {"content_bias": (N, H), "position_bias": (N, H), "position_kernel": (D, N, H)}
 UNTIED = {"positions": (FAR, D), "query_kernel": (D, N, H), "key_kernel": (D, K, H), "scale": (D,), "shift": (D,)}
 DISENTANGLED = {"relative": (8, D), "key_kernel": (D, K, H), "query_kernel": (D, N, H)}
@@ -58,7 +60,7 @@ CASES = {
 """What to call with which parameters."""
 
 every_case = pytest.mark.parametrize("case", CASES)
-every_kind = pytest.mark.parametrize("case", ["shaw", "transformer_xl", "tupe_r", "deberta_buckets"])
+KINDS = ["shaw", "transformer_xl", "tupe_r", "deberta_buckets"]
 
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -100,13 +102,17 @@ def expected(case, parameters, query, key, value, *, query_positions=None, key_p
     return wanted
 
 
-def assert_agrees(case, implementation, query, key, value, tolerance=TOLERANCE, **common):
+def assert_agrees(case, implementation, query, key, value, **common):
     function, parameters = CASES[case]
-    out, stats = compiled(function, query, key, value, **parameters, **common, implementation=implementation)
-    wanted = expected(case, parameters, query, key, value, **common)
-    assert_close(out, wanted.output, tolerance)
-    assert_close(stats.entropy, wanted.entropy, tolerance)
-    assert_close(stats.logsumexp, wanted.logsumexp, tolerance)
+    results = compiled(function, query, key, value, **parameters, **common, implementation=implementation)
+    assert_results_agree(results, expected(case, parameters, query, key, value, **common))
+
+
+def assert_results_agree(results, wanted):
+    out, stats = results
+    assert_close(out, wanted.output)
+    assert_close(stats.entropy, wanted.entropy)
+    assert_close(stats.logsumexp, wanted.logsumexp)
 
 
 # --- Values
@@ -126,11 +132,18 @@ COMMON = {
 }
 
 
+@functools.cache
+def of_every_case(common, implementation):
+    settings = COMMON[common] | {"implementation": implementation}
+    return compiled_together({case: (call, inputs(), made | settings) for case, (call, made) in CASES.items()})
+
+
 # Positions that run on are in the gradients below and in the published models.
 @streaming_and_some_reference("common", COMMON, [], slow=["documents in a window", "positions that run on, both ways"])
-@every_kind
+@every_case
 def test_values_and_statistics_agree_with_float64(case, common, implementation):
-    assert_agrees(case, implementation, *inputs(), **COMMON[common])
+    results = of_every_case(common, implementation)[case]
+    assert_results_agree(results, expected(case, CASES[case][1], *inputs(), **COMMON[common]))
 
 
 @pytest.mark.slow  # test_every_encoding.py holds one such case of each
@@ -144,37 +157,42 @@ def test_one_query_in_a_cache_that_is_not_full_yet_agrees_with_float64(case):
     assert_agrees(case, "reference", *inputs(T=1, S=LENGTH), query_positions=np.array([13]), key_positions=INDEX)
 
 
-@pytest.mark.parametrize(
-    "case", ["deberta", "nezha", "tupe_a", pytest.param("deberta_released", marks=pytest.mark.slow)]
-)  # the released one is held to transformers below
-def test_the_other_variants_agree_with_float64_for_any_positions_both_ways(case):
-    assert_agrees(case, "streaming", *inputs(), **COMMON["any positions, both ways"])
+def arrays_of(golden, names):
+    return {name: np.array(golden[name], np.float32) for name in names}
 
 
-@pytest.mark.parametrize("name", GOLDEN["transformer_xl"])
-def test_transformer_xl_is_that_of_xlnet(name):
-    golden = {key: np.array(x, np.float32) for key, x in GOLDEN["transformer_xl"][name].items()}
-    arrays, parameters = [golden[x] for x in ("query", "key", "value")], {x: golden[x] for x in HEADS}
-    common = {"is_causal": name == "causal"}
-    wanted = expected("transformer_xl", parameters, *arrays, **common)
-    out, stats = compiled(transformer_xl_attention, *arrays, **parameters, **common, implementation="streaming")
-    for output, entropy in ((out, stats.entropy), (wanted.output, wanted.entropy)):
-        assert_close(output, golden["out"])
-        assert_close(entropy, golden["entropy"])
+def as_xlnet(name, golden):
+    return transformer_xl_attention, arrays_of(golden, HEADS), {"is_causal": name == "causal"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "clipped" else name for name in GOLDEN["deberta"]]
-)
-def test_released_deberta_is_that_of_transformers(name):
-    golden = GOLDEN["deberta"][name]
-    arrays = [np.array(golden[x], np.float32) for x in ("query", "key", "value")]
-    parameters = {x: np.array(golden[x], np.float32) for x in DISENTANGLED} | {"released": True}
-    if golden["buckets"]:
-        parameters["max_distance"] = golden["max_distance"]
-    common = {"is_causal": golden["is_causal"]}
-    wanted = expected("deberta", parameters, *arrays, **common)
-    out, stats = compiled(deberta_attention, *arrays, **parameters, **common, implementation="streaming")
+def as_transformers(name, golden):
+    buckets = {"max_distance": golden["max_distance"]} if golden["buckets"] else {}
+    parameters = arrays_of(golden, DISENTANGLED) | {"released": True} | buckets
+    return deberta_attention, parameters, {"is_causal": golden["is_causal"]}
+
+
+PUBLISHED = {
+    (encoding, name): (golden, *call(name, golden))
+    for encoding, call in (("transformer_xl", as_xlnet), ("deberta", as_transformers))
+    for name, golden in GOLDEN[encoding].items()
+}
+
+
+@functools.cache
+def of_published():
+    return compiled_together(
+        {
+            case: (attend, list(arrays_of(golden, QKV).values()), parameters | common | {"implementation": "streaming"})
+            for case, (golden, attend, parameters, common) in PUBLISHED.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids="-".join)
+def test_attention_and_oracle_are_those_of_xlnet_and_of_transformers(case):
+    golden, _, parameters, common = PUBLISHED[case]
+    wanted = expected(case[0], parameters, *arrays_of(golden, QKV).values(), **common)
+    out, stats = of_published()[case]
     for output, entropy in ((out, stats.entropy), (wanted.output, wanted.entropy)):
         assert_close(output, golden["out"])
         assert_close(entropy, golden["entropy"])
@@ -195,26 +213,32 @@ def test_the_paper_and_the_released_deberta_differ_by_the_order_of_the_queries_r
         "key_kernel": np.concatenate([kernels["key_kernel"], nothing]),
         "query_kernel": np.concatenate([nothing, kernels["query_kernel"]]),
     }
-    assert_close(deberta_attention(query, key, value, **paper, is_causal=False), golden["out"])
-    other = deberta_attention(query, key, value, relative=relative, **kernels, is_causal=False)
-    assert np.abs(other - np.array(golden["out"])).max() > 1e-2
+
+    @jax.jit
+    def outputs(*arrays):
+        tables = paper, kernels | {"relative": relative}
+        return [deberta_attention(*arrays, **parameters, is_causal=False) for parameters in tables]
+
+    out, other = outputs(query, key, value)
+    assert_close(out, golden["out"])
+    assert np.abs(np.asarray(other) - np.array(golden["out"])).max() > 1e-2
 
 
 @pytest.mark.parametrize("golden", GOLDEN["deberta_bucket"], ids=lambda g: f"{g['num_buckets']}-{g['max_distance']}")
 def test_deberta_buckets_are_those_of_transformers(golden):
     settings = {name: golden[name] for name in ("num_buckets", "max_distance")}
-    buckets = deberta_bucket(jnp.array(GOLDEN["distances"]), **settings)
+    buckets = jax.jit(functools.partial(deberta_bucket, **settings))(np.array(GOLDEN["distances"]))
     np.testing.assert_array_equal(buckets, golden["buckets"])
     np.testing.assert_array_equal([oracles.deberta_bucket(d, **settings) for d in GOLDEN["distances"]], buckets)
 
 
-@pytest.mark.parametrize("case", ["shaw", "transformer_xl"])
+@pytest.mark.parametrize("case", ["shaw", pytest.param("transformer_xl", marks=pytest.mark.slow)])
 def test_bfloat16_in_is_bfloat16_out(case):
     function, parameters = CASES[case]
-    query, key, value = (jnp.array(x, jnp.bfloat16) for x in inputs())
-    out, stats = compiled(function, query, key, value, **parameters, implementation="streaming")
+    arrays = [x.astype(jnp.bfloat16) for x in inputs()]
+    out, stats = compiled(function, *arrays, **parameters, implementation="streaming")
     assert out.dtype == jnp.bfloat16 and stats.entropy.dtype == jnp.float32
-    wanted = expected(case, parameters, *(np.asarray(x, np.float32) for x in (query, key, value)))
+    wanted = expected(case, parameters, *(x.astype(np.float32) for x in arrays))
     # Transformer-XL rounds q + u to bfloat16, and TUPE its positions; elsewhere only the output is.
     rounded = case.split("_")[0] in ("transformer", "tupe")
     assert_close(out, wanted.output, tolerance=2**-6 if rounded else 2**-7)
@@ -224,35 +248,55 @@ def test_bfloat16_in_is_bfloat16_out(case):
 # --- Gradients
 
 
-GIVEN = {"query_positions": ANYWHERE[:2, :11], "key_positions": ANYWHERE[2:, :11]}
+POSITIONS = {
+    "run on": {},
+    "given": {"query_positions": ANYWHERE[:2, :11], "key_positions": ANYWHERE[2:, :11], "is_causal": False},
+}
+WEIGHTS = random(2, 11, N, H, seed=7)
 
 
-@pytest.mark.parametrize("common", [{}, pytest.param(GIVEN, marks=pytest.mark.slow)], ids=["run on", "given"])
-@every_kind
-def test_values_are_those_of_the_oracle_and_gradients_of_all_arrays_its_differences(case, common):
-    function, parameters = CASES[case]
-    learned = {name: x for name, x in parameters.items() if isinstance(x, np.ndarray)}
-    fixed = {name: x for name, x in parameters.items() if name not in learned}
-    arrays = dict(zip(("query", "key", "value"), inputs(T=11), strict=True)) | learned
-    common, weights = common | {"is_causal": not common}, random(2, 11, N, H, seed=7)
+def arrays_and_settings(case):
+    """All that has a gradient, and what has none."""
+    parameters = CASES[case][1]
+    arrays = {name: x for name, x in parameters.items() if isinstance(x, np.ndarray)}
+    settings = {name: x for name, x in parameters.items() if name not in arrays}
+    return dict(zip(QKV, inputs(T=11), strict=True)) | arrays, settings
+
+
+@functools.cache
+def gradients_and_results(positions):
+    """Of every kind, by one program. Of TUPE nothing is in a kernel but T5's bias."""
+
+    def loss(arrays, case):
+        _, settings = arrays_and_settings(case)
+        implementation = "reference" if case == "tupe_r" else "streaming"
+        common = settings | POSITIONS[positions] | {"implementation": implementation, "return_stats": True}
+        out, stats = CASES[case][0](**arrays, **common)
+        return (out * WEIGHTS).sum() + stats.entropy.sum(), (out, *stats)
 
     @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def gradient_and_results(arrays):
-        out, stats = function(**arrays, **fixed, **common, implementation="streaming", return_stats=True)
-        return (out * weights).sum() + stats.entropy.sum(), (out, *stats)
+    def gradients(arrays):
+        return {case: jax.grad(loss, has_aux=True)(arrays[case], case) for case in arrays}
+
+    return gradients({case: arrays_and_settings(case)[0] for case in KINDS})
+
+
+@pytest.mark.parametrize("positions", ["run on", pytest.param("given", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", KINDS)
+def test_values_are_those_of_the_oracle_and_gradients_of_all_arrays_its_differences(case, positions):
+    arrays, settings = arrays_and_settings(case)
 
     def oracle(arrays):
-        tokens = [arrays[name] for name in ("query", "key", "value")]
-        return expected(case, {name: arrays[name] for name in learned} | fixed, *tokens, **common)[:3]
+        parameters = {name: x for name, x in arrays.items() if name not in QKV} | settings
+        return expected(case, parameters, *(arrays[name] for name in QKV), **POSITIONS[positions])[:3]
 
-    gradient, results = gradient_and_results(arrays)
+    gradient, results = gradients_and_results(positions)[case]
     jax.tree.map(assert_close, results, tuple(oracle(arrays)))
     for i, (name, slopes) in enumerate(gradient.items()):  # along one direction each
         slopes, step = np.asarray(slopes, np.float64), 1e-5
         direction = random(*slopes.shape, seed=50 + i).astype(np.float64)
         ahead, behind = (oracle(arrays | {name: arrays[name] + size * direction}) for size in (step, -step))
-        wanted = ((ahead[0] - behind[0]) * weights).sum() + (ahead[1] - behind[1]).sum()
+        wanted = ((ahead[0] - behind[0]) * WEIGHTS).sum() + (ahead[1] - behind[1]).sum()
         # The error is that of a sum of numbers of either sign.
         error = (direction * slopes).sum() - wanted / (2 * step)
         assert abs(error) < TOLERANCE * np.abs(direction * slopes).sum()
@@ -291,7 +335,10 @@ def test_the_functions_are_the_encodings():
     @jax.jit
     def outputs(params):
         return [
-            (encoded_attention(encoding, p, *inputs(T=7)), function(*inputs(T=7), **arguments(p)))
+            (
+                encoded_attention(encoding, p, *inputs(T=7), implementation="reference"),
+                function(*inputs(T=7), **arguments(p), implementation="reference"),
+            )
             for (encoding, function, arguments), p in zip(pairs, params, strict=True)
         ]
 
@@ -337,19 +384,17 @@ def test_absolute_deberta_adds_its_rows_to_the_queries():
     params, (query, key, value) = made(encoding), inputs()
     positions = np.sort(ANYWHERE[:2])
     rows = np.stack([np.asarray(params["absolute"])[row] for row in positions])
-    out = encoded_attention(encoding, params, query, key, value, query_positions=positions, key_positions=positions)
+    at = {"query_positions": positions, "key_positions": positions}
+    out = jax.jit(lambda *arrays: encoded_attention(encoding, params, *arrays, **at))(query, key, value)
     plain = {name: params[name] for name in DISENTANGLED}
-    wanted = expected(
-        "deberta", plain, query + rows, key, value, query_positions=positions, key_positions=positions
-    ).output
-    assert_close(out, wanted)
+    assert_close(out, expected("deberta", plain, query + rows, key, value, **at).output)
 
 
 def test_absolute_layers_of_a_decoder_share_the_relative_table_and_bound_its_length():
-    model = small_model(num_layers=3, train_length=12, encoding=("deberta", "deberta", DeBERTa(absolute=True)))
-    assert [encoding.unwrapped for encoding in model.encodings] == [DeBERTa()] * 3
+    model = small_model(num_layers=2, train_length=12, encoding=("deberta", DeBERTa(absolute=True)))
+    assert [encoding.unwrapped for encoding in model.encodings] == [DeBERTa()] * 2
     assert len(model.positions) == 1 and set(model.positions[0]) == {"relative"}
-    assert ["absolute" in block.attention.position for block in model.blocks] == [False, False, True]
+    assert ["absolute" in block.attention.position for block in model.blocks] == [False, True]
     assert model.max_length == 12
     assert jax.eval_shape(model, np.arange(12)[None]).shape == (1, 12, 32)
     with pytest.raises(ValueError, match=r"\A.*\b12\b.*\Z"):
@@ -425,8 +470,11 @@ def test_nezha_refuses_heads_without_sinusoids_and_values_of_another_width():
     [(5, None, "a positive even number of rows, not 5"), (6, 30, "a multiple of 4 rows, at least 8, not 6")],
 )
 def test_a_table_of_other_rows_is_refused(rows, max_distance, reason):
-    kernels = {name: jnp.ones((6, 2, 8)) for name in ("key_kernel", "query_kernel")}
+    kernels = {name: np.ones((6, 2, 8), np.float32) for name in ("key_kernel", "query_kernel")}
     with pytest.raises(ValueError, match=f"relative must have {reason}"):
         deberta_attention(
-            *[jnp.ones((1, 4, 2, 8))] * 3, relative=jnp.ones((rows, 6)), max_distance=max_distance, **kernels
+            *[np.ones((1, 4, 2, 8), np.float32)] * 3,
+            relative=np.ones((rows, 6), np.float32),
+            max_distance=max_distance,
+            **kernels,
         )

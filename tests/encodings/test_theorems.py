@@ -17,7 +17,7 @@ import numpy as np
 from nope_jax.attention import alibi_attention, nope_attention
 from nope_jax.encodings import Sinusoidal, TokenInputs
 from tests.support import oracles
-from tests.support.attention_cases import assert_close, every_implementation, inputs, random, streaming_only
+from tests.support.attention_cases import assert_close, compiled, inputs, random, reference_only, streaming_only
 
 LENGTH = 4096
 VOCABULARY, CONTENT, H = 12, 14, 16
@@ -102,29 +102,34 @@ def after_layer_one():
     """The residual stream [T, D] after the layer that finds positions, of random tokens behind the first."""
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, LENGTH)
     tokens[0] = 0
-    x = attend(embedding()[tokens], reading_head(), implementation="streaming")
-    return jax.lax.map(write_position, x.reshape(-1, 256, D)).reshape(LENGTH, D)
+
+    @jax.jit
+    def layer(x):
+        x = attend(x, reading_head(), implementation="streaming")
+        return jax.lax.map(write_position, x.reshape(-1, 256, D)).reshape(LENGTH, D)
+
+    return np.asarray(layer(embedding()[tokens]))
 
 
 def test_theorem_1_attention_gives_one_over_t():
     """To half a unit of the last place: nothing but a division is rounded."""
-    share = np.asarray(after_layer_one()[:, SHARE], np.float64)
+    share = after_layer_one()[:, SHARE].astype(np.float64)
     t = np.arange(1, LENGTH + 1)
     np.testing.assert_allclose(share * t, 1, rtol=2**-24, atol=0)
     # Reading t off as 1/share is good to 2⁻²⁴ of t, which at 4,096 is the spacing of its floats but not t itself.
     assert 0 < np.abs(1 / share - t).max() <= LENGTH * 2**-24
 
 
-@every_implementation
+@reference_only  # the test above is by streaming
 def test_theorem_1_holds_in_both_implementations(implementation):
     tokens = np.r_[0, np.random.default_rng(1).integers(1, VOCABULARY, 299)]
     x = attend(embedding()[tokens], reading_head(), implementation=implementation)
-    np.testing.assert_allclose(x[:, SHARE], 1 / np.arange(1, 301), rtol=2**-23, atol=0)
+    np.testing.assert_allclose(np.asarray(x)[:, SHARE], 1 / np.arange(1, 301), rtol=2**-23, atol=0)
 
 
 def test_theorem_1_a_relu_network_writes_the_position():
     """Exactly, at every one of 4,096 positions, though 1/4095 and 1/4096 differ in the fourth digit only."""
-    x = np.asarray(after_layer_one(), np.float64)
+    x = after_layer_one().astype(np.float64)
     t = np.arange(1, LENGTH + 1)
     np.testing.assert_array_equal(x[:, POSITION], t)
     np.testing.assert_array_equal(x[:, COS], np.cos(FREQUENCY * t).astype(np.float32))
@@ -133,8 +138,8 @@ def test_theorem_1_a_relu_network_writes_the_position():
 
 def test_theorem_1_needs_the_causal_mask():
     tokens = np.r_[0, np.random.default_rng(1).integers(1, VOCABULARY, 299)]
-    x = attend(embedding()[tokens], reading_head(), is_causal=False)
-    np.testing.assert_allclose(x[:, SHARE], np.full(300, 1 / 300), rtol=2**-23)
+    x = attend(embedding()[tokens], reading_head(), is_causal=False, implementation="reference")
+    np.testing.assert_allclose(np.asarray(x)[:, SHARE], np.full(300, 1 / 300), rtol=2**-23)
 
 
 ROWS = np.r_[0:6, 100:4000:150, 4090:4096]
@@ -151,6 +156,12 @@ def projected(x, weights):
     return [jnp.einsum("td,dnh->tnh", x, w, precision="highest")[None] for w in weights]
 
 
+@jax.jit
+def results(*arrays):
+    out, stats = nope_attention(*arrays, return_stats=True)
+    return out[:, ROWS], stats.entropy[..., ROWS], stats.logsumexp[..., ROWS]
+
+
 def oracle_of_second_layer(slope=SLOPE):
     """The same attention from content alone and explicit distances, float64; rows ROWS."""
     query, key, value = (np.array(x, np.float64) for x in second_layer(slope))
@@ -161,31 +172,36 @@ def oracle_of_second_layer(slope=SLOPE):
 
 
 def test_theorem_2_positions_in_the_stream_become_relative_terms():
-    out, stats = nope_attention(*second_layer(), return_stats=True)
+    out, entropy, logsumexp = results(*second_layer())
     wanted = oracle_of_second_layer()
-    assert_close(out[:, ROWS], wanted.output)
-    assert_close(stats.entropy[..., ROWS], wanted.entropy)
-    assert_close(stats.logsumexp[..., ROWS], wanted.logsumexp)
+    assert_close(out, wanted.output)
+    assert_close(entropy, wanted.entropy)
+    assert_close(logsumexp, wanted.logsumexp)
     # The terms matter: without them the same content attends otherwise.
     query, key, value = map(np.asarray, second_layer())
     query, key = (np.where(np.arange(H) < CONTENT, x, 0) for x in (query, key))
-    plain, _ = nope_attention(query, key, value, return_stats=True)
-    assert (np.abs(plain - out).max((0, 1, 3)) > 0.1).all()
+    plain, *_ = results(query, key, value)
+    assert (np.abs(np.asarray(plain) - out).max((0, 1, 3)) > 0.1).all()
 
 
 def test_theorem_2_nope_becomes_alibi():
     """At every position, from tokens alone; ALiBi is given the content and the distances."""
     query, key, value = (np.asarray(x)[:, :, :1] for x in second_layer())
     content = query[..., :CONTENT] * math.sqrt(CONTENT / H), key[..., :CONTENT]
-    assert_close(nope_attention(query, key, value), alibi_attention(*content, value, slopes=np.float32([SLOPE])))
+
+    @jax.jit
+    def both(*arrays):
+        return nope_attention(*arrays), alibi_attention(*content, value, slopes=np.float32([SLOPE]))
+
+    assert_close(*both(query, key, value))
 
 
 def test_theorem_2_in_float32_is_as_good_as_slope_times_position():
     """A logit is the difference of two numbers as large as slope · t: steep slopes cost digits far out."""
     slope = 0.5
-    _, stats = nope_attention(*second_layer(slope), return_stats=True)
+    *_, logsumexp = results(*second_layer(slope))
     wanted = oracle_of_second_layer(slope)
-    errors = np.abs(stats.logsumexp[0, 0, ROWS] - wanted.logsumexp[0, 0])
+    errors = np.abs(logsumexp[0, 0] - wanted.logsumexp[0, 0])
     assert errors.max() <= 2 * slope * LENGTH * 2**-23
 
 
@@ -193,14 +209,17 @@ def test_theorem_2_in_float32_is_as_good_as_slope_times_position():
 def test_without_the_mask_order_is_nothing_and_with_it_something(implementation):
     x = inputs(B=1, T=40)
     shuffled = np.random.default_rng(0).permutation(40)
-    for is_causal in (False, True):
-        attend = functools.partial(nope_attention, is_causal=is_causal, implementation=implementation)
-        out = np.asarray(attend(*x))[:, shuffled]
-        again = np.asarray(attend(*(part[:, shuffled] for part in x)))
-        if is_causal:
-            assert (np.abs(out - again).max((0, 2, 3))[1:] > 1e-2).mean() > 0.9
-        else:
-            assert_close(again, out)
+
+    @jax.jit
+    def outputs(*arrays):
+        attend = functools.partial(nope_attention, *arrays, implementation=implementation)
+        return attend(is_causal=False), attend(is_causal=True)
+
+    (without, causal), (without_again, causal_again) = (
+        map(np.asarray, outputs(*arrays)) for arrays in (x, [part[:, shuffled] for part in x])
+    )
+    assert_close(without_again, without[:, shuffled])
+    assert (np.abs(causal[:, shuffled] - causal_again).max((0, 2, 3))[1:] > 1e-2).mean() > 0.9
 
 
 @streaming_only
@@ -208,13 +227,14 @@ def test_identical_tokens_are_seen_evenly(implementation):
     """Weights 1/n, entropy ln n, and the same output everywhere: no layer above can tell the positions apart."""
     T = 65
     query, key, value = (np.repeat(x, T, axis=1) for x in inputs(B=1, T=1))
-    out, stats = nope_attention(query, key, value, return_stats=True, implementation=implementation)
+    identity = np.broadcast_to(np.eye(T, dtype=np.float32)[:, None], (1, T, 2, T))  # the output is the weights
+    both = np.concatenate([value, identity], axis=-1)
+    out, stats = compiled(nope_attention, query, key, both, implementation=implementation)
+    out, weights = np.split(np.asarray(out), [8], axis=-1)
     n = np.arange(1, T + 1)
     assert_close(out, np.broadcast_to(value.repeat(2, axis=2), out.shape))
     assert_close(stats.entropy, np.broadcast_to(np.log(n), (1, 4, T)))
-    identity = np.broadcast_to(np.eye(T, dtype=np.float32)[:, None], (1, T, 2, T))  # the output is the weights
-    weights = np.asarray(nope_attention(query, key, identity, implementation=implementation))[0, :, 0]
-    assert_close(weights, np.tril(np.ones((T, T))) / n[:, None])
+    assert_close(weights[0, :, 0], np.tril(np.ones((T, T))) / n[:, None])
 
 
 def test_a_shift_changes_what_sinusoids_do():

@@ -1,7 +1,6 @@
 """Decoders whose parameters NumPy draws: JAX would compile an initializer for every shape."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,7 +15,7 @@ def drawn_model(config: ModelConfig, seed: int = 0) -> Decoder:
     def drawn(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
         around = 1 if any(name in str(part) for part in path for name in ("norm", "scale")) else 0
         noise = config.model_dim**-0.5 * draw.standard_normal(x.shape)
-        return jnp.asarray((around + noise).astype(x.dtype))
+        return jax.device_put((around + noise).astype(x.dtype))
 
     nnx.update(model, jax.tree_util.tree_map_with_path(drawn, nnx.state(model)))
     return model
