@@ -46,8 +46,11 @@ every = pytest.mark.parametrize("encoding", EVERY, ids=str)
 def tokens(positions=POSITIONS, ids=None, segments=None, length=None):
     """What the input place is told; the length is beyond all positions unless given."""
     length = int(np.max(positions)) + 1 if length is None else length  # given where they are traced
-    positions = jnp.atleast_2d(jnp.asarray(positions))
-    ids = jnp.zeros((B, positions.shape[1]), int) if ids is None else jnp.asarray(ids)
+    positions = positions if isinstance(positions, jax.Array) else np.atleast_2d(positions)
+    positions = positions[None] if positions.ndim == 1 else positions
+    ids = np.zeros((B, positions.shape[1]), int) if ids is None else ids
+    # Not by jnp.asarray, which compiles a program for every shape.
+    ids, positions, segments = jax.device_put((np.asarray(ids), positions, segments))
     return TokenInputs(ids, positions, segments, length)
 
 
@@ -277,8 +280,7 @@ def test_convolution_agrees_with_float64_and_keeps_to_its_segment(kernel_size, s
     encoding = Convolution(kernel_size)
     params, x = parameters(encoding), random(B, T, D)
     segments = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 0, 0, 0, 0, 0, 5, 5, 5]]) if segmented else None
-    told = tokens(segments=None if segments is None else jnp.asarray(segments))
-    out = run(encoding, params, x, told)
+    out = run(encoding, params, x, tokens(segments=segments))
     assert_close(out, oracles.convolved(x, params["kernel"], segments))
     if segmented:
         alone = run(encoding, params, x[:1, 5:], tokens(np.arange(4)))
@@ -295,7 +297,7 @@ def test_convolution_of_the_tokens_before_is_that_of_the_whole():
     part = jax.jit(lambda window, at: encoding.input(params, window, tokens(at, length=T)))
     for t in range(T):
         out = part(window[:, t : t + back + 1], np.array([[t - 2, t - 1, t]]))
-        np.testing.assert_allclose(out[:, back:], whole[:, t : t + 1], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(out)[:, back:], whole[:, t : t + 1], rtol=1e-6, atol=1e-6)
 
 
 # --- Bad input

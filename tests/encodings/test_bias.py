@@ -156,7 +156,7 @@ def gradients_and_results(cases, explicit):
     ("case", "explicit"),
     [
         ("kerple log", False),
-        ("kerple power", False),
+        pytest.param("kerple power", False, marks=pytest.mark.slow),  # a test below has its gradient in closed form
         pytest.param("fire", True, marks=pytest.mark.slow),  # as the forgetting of test_every_encoding.py
         ("fire", False),
     ],
@@ -168,7 +168,8 @@ def test_values_agree_with_float64_and_gradients_of_every_parameter_with_its_dif
     def exact(parameters):
         return oracle(case, parameters, *inputs(B=1), **where)
 
-    gradient, results = gradients_and_results((case,) if explicit else tuple(CASES), explicit)[case]
+    together = ("kerple log", "fire") if (case, explicit) in {("kerple log", False), ("fire", False)} else (case,)
+    gradient, results = gradients_and_results(together, explicit)[case]
     jax.tree.map(assert_close, results, tuple(exact(parameters)[:3]))
     h = 1e-5
     for name, x in parameters.items():
@@ -202,13 +203,15 @@ def test_falcon_divides_its_slopes_by_the_root_of_the_head_dim_too(implementatio
     @jax.jit
     def outputs(*arrays):
         attend = functools.partial(alibi_attention, *arrays, implementation=implementation, return_stats=True)
-        return attend(slopes=slopes), encoded_attention(given, {}, *arrays, implementation=implementation), attend()
+        return attend(slopes=slopes), encoded_attention(given, {}, *arrays, implementation=implementation)
 
-    (out, stats), of_encoding, (plain, _) = outputs(*arrays)
+    (out, stats), of_encoding = outputs(*arrays)
     assert_close(out, golden["out"])
     assert_close(stats.entropy, golden["entropy"])
     assert_close(of_encoding, golden["out"])
-    assert np.abs(np.asarray(plain) - golden["out"]).max() > 1e-2
+    at = np.arange(arrays[0].shape[1])[None]
+    plain = oracles.attention(*arrays, bias=oracles.alibi_bias(alibi_slopes(4), at, at))
+    assert np.abs(plain.output - golden["out"]).max() > 1e-2
 
 
 def test_slopes_of_ones_own_are_one_per_head_and_may_be_learned_from_there():
@@ -399,7 +402,7 @@ def test_the_registry_has_the_papers_settings():
 )
 def test_every_parameter_of_a_layer_learns(encoding):
     def loss(params):
-        return (encoded_attention(encoding, params, *inputs(B=1)) ** 2).sum()
+        return (encoded_attention(encoding, params, *inputs(B=1), implementation="reference") ** 2).sum()
 
     @jax.jit
     def gradient(key):

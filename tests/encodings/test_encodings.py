@@ -40,9 +40,12 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+turn = jax.jit(apply_rope, static_argnames=("base", "rotary_dim", "interleaved", "scaling"))
+
+
 def turned(x, positions, **settings):
     """By one program: outside jit each operation is compiled by itself."""
-    return np.asarray(jax.jit(lambda x, positions: apply_rope(x, positions, **settings))(x, positions))
+    return np.asarray(turn(x, positions, **settings))
 
 
 def rope_settings(golden):
@@ -55,7 +58,7 @@ def rope_settings(golden):
 @pytest.mark.parametrize("model", ["llama", "gptj", "gpt_neox"])
 def test_rope_turns_as_published_models_do(model):
     golden = GOLDEN["rope"][model]
-    out = apply_rope(jnp.array(GOLDEN["rope"]["x"]), POSITIONS, **rope_settings(golden))
+    out = turned(np.array(GOLDEN["rope"]["x"], np.float32), POSITIONS, **rope_settings(golden))
     np.testing.assert_allclose(out, golden["out"], **close)
 
 
@@ -81,11 +84,11 @@ def test_rope_takes_one_row_of_positions_for_the_whole_batch():
 
 def test_rope_keeps_its_angles_in_float32_for_bfloat16():
     # In bfloat16 257 rounds to 256, so that two neighbours would turn alike.
-    x = jnp.array(random(1, 4, 1, 16), jnp.bfloat16)
+    x = random(1, 4, 1, 16).astype(jnp.bfloat16)
     positions = np.array([256, 257, 1000, 1001])
     out = turned(x, positions)
     assert out.dtype == jnp.bfloat16
-    expected = oracles.rope(np.asarray(x, np.float64), positions)
+    expected = oracles.rope(x.astype(np.float64), positions)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
@@ -174,12 +177,10 @@ def test_alibi_slopes_refuse_no_heads():
 def test_t5_buckets_are_those_of_the_published_model(golden):
     settings = {name: golden[name] for name in ("bidirectional", "num_buckets", "max_distance")}
     relative = np.array(GOLDEN["relative"])
-    bucket = t5_bucket(jnp.array(relative), **settings)
+    bucket = jax.jit(lambda relative: t5_bucket(relative, **settings))(relative)
     assert jnp.issubdtype(bucket.dtype, jnp.integer)
     np.testing.assert_array_equal(bucket, golden["buckets"])
     np.testing.assert_array_equal(oracles.t5_bucket(relative, **settings), golden["buckets"])
-    jitted = jax.jit(lambda relative: t5_bucket(relative, **settings))(relative)
-    np.testing.assert_array_equal(jitted, golden["buckets"])
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -224,7 +225,8 @@ def test_t5_refuses_sizes_without_room_for_both_kinds_of_bucket(name, settings):
 @pytest.mark.parametrize("layout", ["interleaved", "halves"])
 def test_sinusoids_are_those_of_published_models_in_both_layouts(layout):
     golden = GOLDEN["sinusoidal"][layout]
-    np.testing.assert_allclose(sinusoidal_positions(POSITIONS, 8, layout=layout), golden, **close)
+    out = jax.jit(lambda positions: sinusoidal_positions(positions, 8, layout=layout))(POSITIONS)
+    np.testing.assert_allclose(out, golden, **close)
     np.testing.assert_allclose(oracles.sinusoidal(POSITIONS, 8, halves=layout == "halves"), golden, **close)
 
 

@@ -141,7 +141,7 @@ def test_llama4_temperature_is_a_staircase():
     got = np.asarray(factors(Llama4Scale()))[:, 0]
     assert got[POSITIONS < 8191].max() == 1
     assert_close(got[1, -1], 1 + 0.1 * math.log(2))
-    edges = np.array([[0, 8190, 8191, 16382, 16383, 10**6]])
+    edges = np.resize([0, 8190, 8191, 16382, 16383, 10**6], POSITIONS.shape)
     wanted = [1 + 0.1 * math.log(1 + (p + 1) // 8192) for p in edges[0]]
     assert_close(factors(Llama4Scale(), edges)[0, 0], wanted)
     wanted = [1 + 0.7 * math.log(1 + (p + 1) // 3) for p in edges[0]]

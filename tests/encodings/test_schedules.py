@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +23,14 @@ from nope_jax.encodings import (
 )
 from tests.goldens import regenerate
 from tests.support import oracles
-from tests.support.attention_cases import assert_close, inputs, streaming_only
+from tests.support.attention_cases import (
+    assert_close,
+    compiled,
+    compiled_together,
+    inputs,
+    streaming_and_some_reference,
+    streaming_only,
+)
 from tests.support.drawn_model import small_model
 
 GOLDENS = regenerate.load("schedules")
@@ -36,27 +42,39 @@ def resized(encoding, golden):
     return dataclasses.replace(encoding, **{name: golden[name] for name in names})
 
 
+@functools.cache
+def of_every_layer(implementation):
+    """Of the goldens, by one program."""
+    calls = {}
+    for name, golden in GOLDENS.items():
+        for place, kind in ((2, "rope"), (3, "nope")):
+            encoding = resized(SCHEDULES[name][place], golden)
+            attend = functools.partial(encoded_attention, encoding, {}, implementation=implementation)
+            arrays = [np.array(golden[kind][x], np.float32) for x in ("query", "key", "value")]
+            calls[name, kind] = attend, arrays, {}
+    return compiled_together(calls)
+
+
 @streaming_only
-@pytest.mark.parametrize(("place", "kind"), [(2, "rope"), (3, "nope")])
+@pytest.mark.parametrize("kind", ["rope", "nope"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_layer_attends_as_the_released_model_s_does(name, place, kind, implementation):
-    golden = GOLDENS[name]
-    encoding = resized(SCHEDULES[name][place], golden)
-    arrays = {key: np.array(x, np.float32) for key, x in golden[kind].items()}
-    out = arrays.pop("out")
-    attend = functools.partial(encoded_attention, encoding, {}, implementation=implementation)
-    assert_close(jax.jit(lambda arrays: attend(**arrays))(arrays), out)
+def test_a_layer_attends_as_the_released_model_s_does(name, kind, implementation):
+    out, _ = of_every_layer(implementation)[name, kind]
+    assert_close(out, GOLDENS[name][kind]["out"])
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_the_layers_without_positions_are_the_released_model_s(name):
     """Without positions: shifting the queries' positions changes nothing that they see of the keys."""
     period, layers = SCHEDULES[name], GOLDENS[name]["layers"]
-    turns = []
-    for encoding in period:
-        query, key = inputs(T=3)[:2]
-        turned, _ = jax.jit(encoding.query_key)({}, query, key, np.arange(5, 8)[None], np.arange(3)[None])
-        turns.append(int(not np.array_equal(turned, query)))
+    query, key, _ = inputs(T=3)
+
+    @jax.jit
+    def turned(*arrays):
+        return [encoding.query_key({}, *arrays)[0] for encoding in period]
+
+    at = np.arange(5, 8)[None], np.arange(3)[None]
+    turns = [int(not np.array_equal(x, query)) for x in turned(query, key, *at)]
     assert [turns[layer % len(period)] for layer in range(len(layers))] == layers
 
 
@@ -69,39 +87,43 @@ def test_the_sizes_are_the_released_models():
     assert SCHEDULES["llama4"][3] == Llama4Scale(floor_scale=8192, scale=0.1)
 
 
-@streaming_only
-@pytest.mark.parametrize(
-    ("encoding", "wanted"),
-    [
-        (Windowed(ALiBi(), window=5), AttentionSpan(window=5)),
-        (Chunked(ALiBi(), chunk_size=4), AttentionSpan(chunk_size=4)),
-        (Windowed(Chunked(ALiBi(), chunk_size=8), window=3), AttentionSpan(3, 8)),
-        (Chunked(Windowed(ALiBi(), window=3), chunk_size=8), AttentionSpan(3, 8)),
-        (Windowed(Windowed(ALiBi(), window=3), window=5), AttentionSpan(window=3)),
-        (Windowed(Windowed(ALiBi(), window=5), window=3), AttentionSpan(window=3)),
-        (Chunked(Chunked(ALiBi(), chunk_size=8), chunk_size=4), AttentionSpan(chunk_size=4)),
-        (Chunked(Chunked(ALiBi(), chunk_size=4), chunk_size=8), AttentionSpan(chunk_size=4)),
-        (HeadScale(Windowed(ALiBi(), window=5)), AttentionSpan(window=5)),
-    ],
-)
-def test_a_window_and_chunks_narrow_what_the_encoding_within_sees(encoding, wanted, implementation):
-    assert encoding.span() == wanted
-    query, key, value = inputs(T=7, S=21)
-    params = {"head_scale": np.ones(4, np.float32)} if isinstance(encoding, HeadScale) else {}
-    out = encoded_attention(encoding, params, query, key, value, implementation=implementation)
-    at, to = oracles.positions(2, 7, 21)
-    mask = np.ones((2, 1, 7, 21), bool)
-    if wanted.chunk_size:
-        mask &= (at[:, None, :, None] // wanted.chunk_size) == (to[:, None, None, :] // wanted.chunk_size)
-    bias = oracles.alibi_bias(oracles.alibi_slopes(4), at, to)
-    assert_close(out, oracles.attention(query, key, value, bias=bias, mask=mask, window=wanted.window).output)
+SPANS = {
+    Windowed(ALiBi(), window=5): AttentionSpan(window=5),
+    Chunked(ALiBi(), chunk_size=4): AttentionSpan(chunk_size=4),
+    Windowed(Chunked(ALiBi(), chunk_size=8), window=3): AttentionSpan(3, 8),
+    Chunked(Windowed(ALiBi(), window=3), chunk_size=8): AttentionSpan(3, 8),
+    Windowed(Windowed(ALiBi(), window=3), window=5): AttentionSpan(window=3),
+    Windowed(Windowed(ALiBi(), window=5), window=3): AttentionSpan(window=3),
+    Chunked(Chunked(ALiBi(), chunk_size=8), chunk_size=4): AttentionSpan(chunk_size=4),
+    Chunked(Chunked(ALiBi(), chunk_size=4), chunk_size=8): AttentionSpan(chunk_size=4),
+    HeadScale(Windowed(ALiBi(), window=5)): AttentionSpan(window=5),
+}
+
+
+@pytest.mark.parametrize("encoding", SPANS, ids=str)
+def test_a_window_and_chunks_narrow_that_of_the_encoding_within(encoding):
+    assert encoding.span() == SPANS[encoding]
+
+
+# Attention knows of an encoding's window and chunks by its span alone.
+@streaming_and_some_reference("encoding", SPANS, [], slow=[*SPANS][3:-1])
+def test_an_encoding_sees_its_span(encoding, implementation):
+    span, params = SPANS[encoding], {"head_scale": np.ones(4, np.float32)} if isinstance(encoding, HeadScale) else {}
+    arrays, (at, to) = inputs(T=7, S=21), oracles.positions(2, 7, 21)
+    out, _ = compiled(functools.partial(encoded_attention, encoding, params), *arrays, implementation=implementation)
+    common = {"bias": oracles.alibi_bias(oracles.alibi_slopes(4), at, to), **span._asdict()}
+    assert_close(out, oracles.attention(*arrays, **common).output)
 
 
 def test_a_window_given_beside_only_narrows():
-    query, key, value = inputs(T=9)
-    for given, window in ((4, 4), (7, 5)):
-        out = encoded_attention(Windowed(window=5), {}, query, key, value, window=given)
-        assert_close(out, oracles.attention(query, key, value, window=window).output)
+    arrays, windows = inputs(T=9), {4: 4, 7: 5}
+
+    @jax.jit
+    def outputs(*arrays):
+        return {given: encoded_attention(Windowed(window=5), {}, *arrays, window=given) for given in windows}
+
+    for given, out in outputs(*arrays).items():
+        assert_close(out, oracles.attention(*arrays, window=windows[given]).output)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +150,7 @@ def test_names_encodings_and_schedules_mix_in_a_tuple():
 
 
 def test_chunks_that_do_not_fit_the_encodings_own_are_refused():
-    arrays = (jnp.ones((1, 12, 2, 4)),) * 3
+    arrays = (np.ones((1, 12, 2, 4), np.float32),) * 3
     with pytest.raises(ValueError, match="chunk_size must divide the encoding's own, 6, or be a multiple of it: 4"):
         encoded_attention(Chunked(chunk_size=6), {}, *arrays, chunk_size=4)
 
@@ -159,7 +181,7 @@ def test_a_decoder_s_layers_see_as_far_as_their_places_in_the_schedule(name):
     dims = {"window": 3, "chunk_size": 3}
     period = tuple(resized(encoding, dims) for encoding in SCHEDULES[name])
     tokens = np.random.default_rng(0).integers(0, 32, (1, 30))
-    _, stats = small_model(num_layers=5, encoding=period)(tokens, return_stats=True)
+    _, stats = small_model(num_layers=5, encoding=period, attention="reference")(tokens, return_stats=True)
     for layer, entropy in enumerate(np.asarray(stats.entropy)):
         near = period[layer % 4].span() != AttentionSpan()
         assert (entropy[0, :, 20:] <= np.log(3) + 1e-6).all() == near, layer
