@@ -40,7 +40,10 @@ EVERY = [
     FLOATER(),
     Convolution(),
 ]
-every = pytest.mark.parametrize("encoding", EVERY, ids=str)
+VARIANTS = Multiplicative(sinusoidal=True), ComplexOrder(per_token=False)  # each has a test of its values
+every = pytest.mark.parametrize(
+    "encoding", [pytest.param(x, marks=pytest.mark.slow) if x in VARIANTS else x for x in EVERY], ids=str
+)
 
 
 def tokens(positions=POSITIONS, ids=None, segments=None, length=None):
@@ -231,7 +234,13 @@ def test_recursive_positions_agree_with_float64_past_training():
 
 
 @pytest.mark.parametrize(
-    "encoding", [FLOATER(), FLOATER(step_size=0.3, width=10), FLOATER(step_size=0.5, substeps=3)], ids=str
+    "encoding",
+    [
+        pytest.param(FLOATER(), marks=pytest.mark.slow),  # as the test below
+        FLOATER(step_size=0.3, width=10),
+        FLOATER(step_size=0.5, substeps=3),
+    ],
+    ids=str,
 )
 def test_floater_is_runge_kutta_of_fourth_order(encoding):
     params = parameters(encoding)

@@ -1,6 +1,7 @@
 """ALiBi, T5, KERPLE and FIRE: their settings and parameters, held to published models and to float64 NumPy."""
 
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -27,8 +28,9 @@ from tests.support.attention_cases import (
     compiled_together,
     inputs,
     random,
+    reference_and_some_streaming,
+    reference_only,
     streaming_and_some_reference,
-    streaming_only,
 )
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -60,7 +62,6 @@ CASES = {
     "kerple power": (functools.partial(kerple_attention, variant="power"), kerple_parameters("power")),
     "fire": (fire_attention, fire_parameters()),
 }
-every_case = pytest.mark.parametrize("case", CASES)
 
 
 def bias(case, parameters, query_positions, key_positions):
@@ -89,16 +90,28 @@ COMMON = {
 }
 
 
+QUICK = [
+    ("kerple log", "logit scale per head, both ways"),
+    ("kerple power", "positions with gaps, per row"),
+    ("fire", "logit scale per head, both ways"),
+    ("fire", "positions with gaps, per row"),
+]
+OTHERS = [pair for pair in itertools.product(CASES, COMMON) if pair not in QUICK]
+
+
 @functools.cache
-def of_every_case(common, implementation):
-    settings = COMMON[common] | {"implementation": implementation}
-    return compiled_together({case: (call, inputs(), made | settings) for case, (call, made) in CASES.items()})
+def results_of(pairs, implementation):
+    calls = {
+        (case, common): CASES[case][1] | COMMON[common] | {"implementation": implementation} for case, common in pairs
+    }
+    return compiled_together({pair: (CASES[pair[0]][0], inputs(), call) for pair, call in calls.items()})
 
 
-@streaming_and_some_reference("common", COMMON, [], slow=["defaults"])  # the gradients below begin with it
-@every_case
-def test_attention_is_that_of_the_paper(case, common, implementation):
-    out, stats = of_every_case(common, implementation)[case]
+# A bias by distance needs each of them once; the gradients below begin with the defaults.
+@streaming_and_some_reference("pair", QUICK + OTHERS, [], slow=OTHERS)
+def test_attention_is_that_of_the_paper(pair, implementation):
+    out, stats = results_of(tuple(QUICK if pair in QUICK else OTHERS), implementation)[pair]
+    case, common = pair
     wanted = oracle(case, CASES[case][1], *inputs(), **COMMON[common])
     assert_close(out, wanted.output)
     assert_close(stats.entropy, wanted.entropy)
@@ -106,7 +119,7 @@ def test_attention_is_that_of_the_paper(case, common, implementation):
 
 
 # Of a bias by distance alone test_attention.py has this.
-@streaming_and_some_reference("case", CASES, [], slow=["kerple log", "kerple power"])
+@reference_and_some_streaming("case", CASES, [], slow=["kerple log", "kerple power"])
 def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, implementation):
     attend, parameters = CASES[case]
     arrays = inputs(T=3, S=LENGTH)
@@ -120,7 +133,7 @@ def test_queries_against_a_cache_stand_at_its_end_or_where_they_are_told(case, i
         assert_close(out, oracle(case, parameters, *arrays, **where).output)
 
 
-@streaming_and_some_reference("case", CASES, [], slow=["kerple log", "kerple power"])
+@reference_and_some_streaming("case", CASES, [], slow=["kerple log", "kerple power"])
 def test_bfloat16_in_is_bfloat16_out_and_the_bias_is_float32(case, implementation):
     attend, parameters = CASES[case]
     arrays = [x.astype(jnp.bfloat16) for x in inputs()]
@@ -135,41 +148,28 @@ def mix(out, logsumexp):
     return (out * random(*out.shape, seed=20)).sum() + (logsumexp * random(*logsumexp.shape, seed=21)).sum()
 
 
-@functools.cache
-def gradients_and_results(cases, explicit):
-    """In the parameters, by one program."""
-    where = {"query_positions": 2 * INDEX, "key_positions": 2 * INDEX} if explicit else {}
-
-    def loss(parameters, case):
-        attend = functools.partial(CASES[case][0], **where, implementation="streaming", return_stats=True)
-        out, stats = attend(*inputs(B=1), **parameters)
-        return mix(out, stats.logsumexp), (out, *stats)
-
-    @jax.jit
-    def gradients(parameters):
-        return {case: jax.grad(loss, has_aux=True)(parameters[case], case) for case in cases}
-
-    return gradients({case: CASES[case][1] for case in cases})
-
-
 @pytest.mark.parametrize(
     ("case", "explicit"),
     [
-        ("kerple log", False),
-        pytest.param("kerple power", False, marks=pytest.mark.slow),  # a test below has its gradient in closed form
+        # As those of T5 and ALiBi in test_attention.py; a test below has the power's gradient in closed form.
+        pytest.param("kerple log", False, marks=pytest.mark.slow),
+        pytest.param("kerple power", False, marks=pytest.mark.slow),
         pytest.param("fire", True, marks=pytest.mark.slow),  # as the forgetting of test_every_encoding.py
         ("fire", False),
     ],
 )
 def test_values_agree_with_float64_and_gradients_of_every_parameter_with_its_differences(case, explicit):
-    parameters = CASES[case][1]
+    attend, parameters = CASES[case]
     where = {"query_positions": 2 * INDEX, "key_positions": 2 * INDEX} if explicit else {}
+
+    def loss(parameters):
+        out, stats = attend(*inputs(B=1), **parameters, **where, implementation="streaming", return_stats=True)
+        return mix(out, stats.logsumexp), (out, *stats)
 
     def exact(parameters):
         return oracle(case, parameters, *inputs(B=1), **where)
 
-    together = ("kerple log", "fire") if (case, explicit) in {("kerple log", False), ("fire", False)} else (case,)
-    gradient, results = gradients_and_results(together, explicit)[case]
+    gradient, results = jax.jit(jax.grad(loss, has_aux=True))(parameters)
     jax.tree.map(assert_close, results, tuple(exact(parameters)[:3]))
     h = 1e-5
     for name, x in parameters.items():
@@ -184,7 +184,8 @@ def test_values_agree_with_float64_and_gradients_of_every_parameter_with_its_dif
 # --- ALiBi
 
 
-@streaming_only
+# Streaming is held to the oracles above and in test_attention.py.
+@reference_only
 def test_alibi_is_that_of_mpt(implementation):
     golden = {name: np.array(x, np.float32) for name, x in GOLDEN["mpt"].items()}
     arrays = golden["query"], golden["key"], golden["value"]
@@ -193,7 +194,7 @@ def test_alibi_is_that_of_mpt(implementation):
     assert_close(stats.entropy, golden["entropy"])
 
 
-@streaming_only
+@reference_only
 def test_falcon_divides_its_slopes_by_the_root_of_the_head_dim_too(implementation):
     golden = {name: np.array(x, np.float32) for name, x in GOLDEN["falcon"].items()}
     arrays = golden["query"], golden["key"], golden["value"]
@@ -245,7 +246,7 @@ def test_learned_slopes_start_from_the_papers_and_are_parameters_of_each_layer()
 # --- T5
 
 
-@streaming_only
+@reference_only
 @pytest.mark.parametrize("name", ["t5_causal", "t5_bidirectional"])
 def test_t5_without_the_root_is_the_published_model(name, implementation):
     golden = {key: np.array(x, np.float32) for key, x in T5_GOLDEN[name].items()}

@@ -30,6 +30,7 @@ from tests.support.attention_cases import (
     compiled_together,
     inputs,
     random,
+    reference_and_some_streaming,
     reference_only,
     streaming_and_some_reference,
     streaming_only,
@@ -125,7 +126,7 @@ def test_cope_of_queries_against_a_cache(implementation):
         assert_agrees(results[shape], cope_oracle(*given, EMBEDDINGS))
 
 
-@streaming_and_some_reference("kv_heads", [1, 4], [], slow=[1])
+@reference_and_some_streaming("kv_heads", [1, 4], [], slow=[1])
 def test_cope_with_embeddings_per_head_and_the_division_of_its_code(kv_heads, implementation):
     settings, arrays = {"embeddings": random(4, 7, 8, seed=5), "scaled": True}, inputs(K=kv_heads)
     results = compiled(cope_attention, *arrays, **settings, implementation=implementation)
@@ -286,7 +287,7 @@ def forget_oracle(query, key, value, log_forget, query_start=None, **common):
     return oracles.attention(query, key, value, bias=bias, **common)
 
 
-# What is visible is not its own to say: test_every_encoding.py has segments and masks.
+# What is visible is not its own to say: test_every_encoding.py has segments and masks, and gradients at any positions.
 @streaming_and_some_reference(
     "rule",
     ["causal", "window", "segments", "mask per head and row", "logit scale per head, both ways",

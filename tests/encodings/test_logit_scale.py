@@ -30,7 +30,7 @@ from nope_jax.encodings import (
 )
 from nope_jax.models.decoder import abstract_decoder
 from tests.support import oracles
-from tests.support.attention_cases import assert_close, compiled, inputs, random, streaming_only
+from tests.support.attention_cases import assert_close, compiled, inputs, random, reference_only, streaming_only
 
 SIZES = ModelDims(num_heads=4, head_dim=8, model_dim=32, num_kv_heads=2, vocab_size=16)
 POSITIONS = np.array([[0, 1, 2, 7, 8, 15, 63, 511, 2047], [3, 0, 30, 31, 32, 100, 12, 4096, 9999]])
@@ -123,7 +123,7 @@ def test_head_scale_is_its_parameter():
     np.testing.assert_array_equal(factors(HeadScale()), LEARNED["head_scale"])
 
 
-@streaming_only
+@reference_only
 def test_ssmax_is_a_power_of_the_number_of_keys(implementation):
     query, key, _ = inputs(T=9)
     identity = np.broadcast_to(np.eye(9, dtype=np.float32)[:, None], (2, 9, 2, 9))  # the output is the weights
@@ -193,7 +193,7 @@ def test_a_temperature_multiplies_the_content_logit_and_not_the_bias(implementat
     assert_close(stats.logsumexp, wanted.logsumexp)
 
 
-@streaming_only
+@reference_only
 def test_explicit_positions_decide_the_factor(implementation):
     query, key, value = inputs(T=6, S=9)
     where = np.array([[3, 30, 31, 32, 90, 90], [8, 8, 9, 40, 41, 700]])
@@ -206,8 +206,15 @@ def test_explicit_positions_decide_the_factor(implementation):
     assert_close(out, oracles.attention(query, key, value, logit_scale=factor, **at).output)
 
 
-@streaming_only
-@pytest.mark.parametrize("wrapper", [HeadScale(Tempered()), SSMax(RoPE())])
+@pytest.mark.parametrize(
+    ("wrapper", "implementation"),
+    [
+        (HeadScale(Tempered()), "streaming"),
+        (SSMax(RoPE()), "reference"),
+        pytest.param(HeadScale(Tempered()), "reference", marks=pytest.mark.slow),
+        pytest.param(SSMax(RoPE()), "streaming", marks=pytest.mark.slow),
+    ],
+)
 def test_learned_scales_have_the_gradient_of_differences(wrapper, implementation):
     query, key, value = inputs(T=12)
     name = next(iter(wrapper.init_layer(jax.random.key(0), SIZES)))

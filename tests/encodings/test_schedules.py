@@ -28,8 +28,8 @@ from tests.support.attention_cases import (
     compiled,
     compiled_together,
     inputs,
-    streaming_and_some_reference,
-    streaming_only,
+    reference_and_some_streaming,
+    reference_only,
 )
 from tests.support.drawn_model import small_model
 
@@ -55,7 +55,8 @@ def of_every_layer(implementation):
     return compiled_together(calls)
 
 
-@streaming_only
+# Windows and chunks by streaming are in test_attention.py.
+@reference_only
 @pytest.mark.parametrize("kind", ["rope", "nope"])
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_layer_attends_as_the_released_model_s_does(name, kind, implementation):
@@ -106,7 +107,7 @@ def test_a_window_and_chunks_narrow_that_of_the_encoding_within(encoding):
 
 
 # Attention knows of an encoding's window and chunks by its span alone.
-@streaming_and_some_reference("encoding", SPANS, [], slow=[*SPANS][3:-1])
+@reference_and_some_streaming("encoding", SPANS, [], slow=[*SPANS][3:-1])
 def test_an_encoding_sees_its_span(encoding, implementation):
     span, params = SPANS[encoding], {"head_scale": np.ones(4, np.float32)} if isinstance(encoding, HeadScale) else {}
     arrays, (at, to) = inputs(T=7, S=21), oracles.positions(2, 7, 21)

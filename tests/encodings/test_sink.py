@@ -13,7 +13,7 @@ from tests.support.attention_cases import (
     assert_close,
     inputs,
     random,
-    streaming_and_some_reference,
+    reference_and_some_streaming,
     streaming_only,
 )
 from tests.support.drawn_model import small_model
@@ -28,7 +28,7 @@ CASES = {
 
 
 # Most rows of the last case have keys.
-@streaming_and_some_reference("case", CASES, ["rows without keys"], slow=["plain"])
+@reference_and_some_streaming("case", CASES, ["rows without keys"], slow=["plain"])
 def test_it_is_a_column_that_takes_part_in_the_softmax_and_has_no_value(case, implementation):
     arrays, common, layer = inputs(), {**CASES[case], "return_stats": True}, (AttentionSink(NoPE()), {"sink": SINK})
 

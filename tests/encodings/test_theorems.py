@@ -17,7 +17,7 @@ import numpy as np
 from nope_jax.attention import alibi_attention, nope_attention
 from nope_jax.encodings import Sinusoidal, TokenInputs
 from tests.support import oracles
-from tests.support.attention_cases import assert_close, compiled, inputs, random, reference_only, streaming_only
+from tests.support.attention_cases import assert_close, compiled, inputs, random, reference_only
 
 LENGTH = 4096
 VOCABULARY, CONTENT, H = 12, 14, 16
@@ -205,7 +205,7 @@ def test_theorem_2_in_float32_is_as_good_as_slope_times_position():
     assert errors.max() <= 2 * slope * LENGTH * 2**-23
 
 
-@streaming_only
+@reference_only
 def test_without_the_mask_order_is_nothing_and_with_it_something(implementation):
     x = inputs(B=1, T=40)
     shuffled = np.random.default_rng(0).permutation(40)
@@ -222,7 +222,7 @@ def test_without_the_mask_order_is_nothing_and_with_it_something(implementation)
     assert (np.abs(causal[:, shuffled] - causal_again).max((0, 2, 3))[1:] > 1e-2).mean() > 0.9
 
 
-@streaming_only
+@reference_only
 def test_identical_tokens_are_seen_evenly(implementation):
     """Weights 1/n, entropy ln n, and the same output everywhere: no layer above can tell the positions apart."""
     T = 65

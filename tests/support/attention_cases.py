@@ -26,21 +26,30 @@ streaming_only, reference_only = (  # but for the slow tests
 )
 
 
+def _one_and_some_of_the_other(one, name, cases, other, slow):
+    return pytest.mark.parametrize(
+        (name, "implementation"),
+        [
+            pytest.param(case, implementation, marks=pytest.mark.slow)
+            if case in slow or (implementation != one and case not in other)
+            else (case, implementation)
+            for case, implementation in itertools.product(cases, IMPLEMENTATIONS)
+        ],
+    )
+
+
 def streaming_and_some_reference(name, cases, reference, slow=()):
     """Every case of an argument by streaming, but for the slow tests only some of them by the reference.
 
     Streaming has a path for each kind of position, mask and block; the reference has one for all. What another case
     proves too may be left to the slow tests altogether.
     """
-    return pytest.mark.parametrize(
-        (name, "implementation"),
-        [
-            pytest.param(case, implementation, marks=pytest.mark.slow)
-            if case in slow or (implementation == "reference" and case not in reference)
-            else (case, implementation)
-            for case, implementation in itertools.product(cases, IMPLEMENTATIONS)
-        ],
-    )
+    return _one_and_some_of_the_other("streaming", name, cases, reference, slow)
+
+
+def reference_and_some_streaming(name, cases, streaming, slow=()):
+    """The reverse, for what happens before queries and keys come to an implementation, or in a term alike in both."""
+    return _one_and_some_of_the_other("reference", name, cases, streaming, slow)
 
 
 TOLERANCE = 1e-5
