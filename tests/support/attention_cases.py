@@ -35,6 +35,7 @@ def _one_and_some_of_the_other(one, name, cases, other, slow):
             else (case, implementation)
             for case, implementation in itertools.product(cases, IMPLEMENTATIONS)
         ],
+        ids=str,
     )
 
 
