@@ -10,7 +10,18 @@ import pytest
 from flax import nnx
 
 from nope_jax import ModelConfig
-from nope_jax.encodings import T5, ALiBi, HeadScale, NoPE, NTKScaling, RoPE, UniformScale, Windowed, YaRNScaling
+from nope_jax.encodings import (
+    T5,
+    ALiBi,
+    HeadScale,
+    NoPE,
+    NTKScaling,
+    RoPE,
+    UniformScale,
+    Windowed,
+    YaRNScaling,
+    rope_frequencies,
+)
 from nope_jax.interop import FAMILIES, huggingface, load_pretrained, published, save_pretrained
 from nope_jax.interop.parameters import published_tensors
 from nope_jax.interop.safetensors import read_header
@@ -280,11 +291,14 @@ REAL = {
 
 
 OF_FAMILY = {settings["model_type"]: name for name, (settings, _) in reversed(REAL.items())}
-"""The first of each family; the rest are slow tests."""
+"""The first of each family."""
+AS_TINY = {"llama", "qwen2", "qwen3", "smollm3", "olmo2", "cohere2", "gemma2", "gemma3_text", "custom_decoder_only_t5"}
+"""Families whose config.json says the shapes of these as it does those of the tiny ones above."""
+QUICK_TO_COUNT = {name for family, name in OF_FAMILY.items() if family not in AS_TINY}
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in OF_FAMILY.values() else pytest.param(name, marks=pytest.mark.slow) for name in REAL]
+    "name", [name if name in QUICK_TO_COUNT else pytest.param(name, marks=pytest.mark.slow) for name in REAL]
 )
 def test_published_models_have_as_many_parameters_as_they_should(name):
     settings, count = REAL[name]
@@ -307,11 +321,8 @@ def test_factors_of_a_model_without_positions(tmp_path):
     assert model.config.encoding == HeadScale(NoPE())
     expected = np.stack([weight(name, shape) for name, shape in factors.items()])
     np.testing.assert_array_equal(model.blocks[0].attention.position["head_scale"][...], expected)
-    ids = tokens(2, 48)
-    np.testing.assert_allclose(model(ids), plain(ids, logit_scale=expected), atol=1e-5)
     _, again = saved(model, tmp_path / "saved")
     assert (again.config.encoding, published(str(tmp_path / "saved")).family.name) == (NoPE(), "smollm3")
-    np.testing.assert_allclose(again(ids), model(ids), atol=1e-5)
 
 
 def test_names_whose_authors_patch_the_code(tmp_path, monkeypatch):
@@ -337,14 +348,12 @@ def test_a_t5_is_its_decoder(tmp_path):
         save_pretrained(whole, tmp_path / "saved", family="t5")
 
 
-def test_mpt_with_steeper_slopes(tmp_path):
+def test_mpt_with_steeper_slopes():
     settings = {**CONFIGS["mpt 6 heads, scaled"], "attn_config": {"alibi_bias_max": 16}}
-    model, _ = load_pretrained(str(folder_of(tmp_path / "folder", settings)))
+    config = FAMILIES["mpt"].read(Settings(settings, "config.json"))
     # Powers of 2^(-16/8), every second first.
-    assert model.config.encoding == ALiBi(slopes=[2**-4, 2**-8, 2**-12, 2**-16, 2**-2, 2**-6])
-    written, again = saved(model, tmp_path / "saved")
-    assert written["attn_config"]["alibi_bias_max"] == 16
-    assert again.config.encoding == model.config.encoding
+    assert config.encoding == ALiBi(slopes=[2**-4, 2**-8, 2**-12, 2**-16, 2**-2, 2**-6])
+    assert FAMILIES["mpt"].write(config)["attn_config"]["alibi_bias_max"] == 16
 
 
 @pytest.mark.parametrize(
@@ -392,8 +401,9 @@ def test_yarn_and_ntk_go_out_and_in(tmp_path):
     ntk = tiny(encoding=Windowed(RoPE(scaling=NTKScaling(2.0)), 9))
     settings, again = saved(ntk, tmp_path / "ntk")
     assert settings["rope_theta"] == pytest.approx(10_000 * 2 ** (8 / 6))
-    ids = tokens(2, 48)
-    np.testing.assert_allclose(again(ids), ntk(ids), atol=1e-5)
+    base = settings["rope_theta"]
+    assert again.config.encoding == Windowed(RoPE(base), 9)
+    np.testing.assert_allclose(rope_frequencies(8, base=base), rope_frequencies(8, scaling=NTKScaling(2.0)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("qk_norm", [None, "all"])
@@ -439,7 +449,12 @@ def test_what_no_family_can_say_is_refused_by_name(tmp_path, fields, said):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"encoding": "nope", "tie_embeddings": True}, {"biases": ("qkv", "out", "mlp")}], ids=str
+    "fields",
+    [
+        {"biases": ("qkv", "out", "mlp"), "tie_embeddings": True},
+        pytest.param({"encoding": "nope"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_factor_of_embeddings_goes_into_what_layers_add(tmp_path, fields):
     model = tiny(**{"encoding": ("nope", "rope"), "norm_eps": 0.3} | fields, embedding_scale=3.0)
@@ -459,5 +474,6 @@ def test_a_decoder_with_scaled_embeddings_is_a_granite(tmp_path):
     model = tiny(encoding="rope", embedding_scale=None)
     settings, again = saved(model, tmp_path / "saved")
     assert settings["model_type"] == "granite"
-    ids = tokens(2, 48)
-    np.testing.assert_allclose(again(ids), model(ids), atol=1e-5)
+    ours, theirs = model.config.with_defaults(), again.config.with_defaults()
+    assert dataclasses.replace(theirs, encoding=ours.encoding) == ours and again.config.encoding == RoPE()
+    assert same(model, again)

@@ -72,12 +72,13 @@ def test_losses_are_those_of_an_independent_forward_pass(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", config, weights, quantised="Q8_0")
     model, _ = load_pretrained(f"gguf:{file}")
     (ids,) = tokens(1, 21)
-    hidden, _ = model.hidden(ids[None, :-1])
-    np.testing.assert_allclose(model.nll(hidden, ids[None, 1:])[0], numpy_llama.nll(str(file), ids), atol=1e-4)
+    (logits,) = np.asarray(model(ids[None, :-1]), np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[1:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(losses, numpy_llama.nll(str(file), ids), atol=1e-4)
 
 
 def test_quantised_weights_are_near_and_bfloat16_is_kept(tmp_path):
-    config = {**CONFIGS["qwen2"], "hidden_size": 64, "intermediate_size": 96}
+    config = {**CONFIGS["qwen2"], "intermediate_size": 64}
     folder = folder_of(tmp_path / "folder", config)
     weights = tensors_of(config, folder)
     exact, near = (

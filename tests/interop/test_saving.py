@@ -15,7 +15,8 @@ from tests.support.drawn_model import drawn_model
 
 @pytest.fixture(scope="module")
 def model():
-    return drawn_model(ModelConfig(encoding="rope", num_layers=1, num_heads=2, model_dim=16))
+    sizes = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "model_dim": 32, "mlp_dim": 40}
+    return drawn_model(ModelConfig(encoding="rope", **sizes))
 
 
 def test_the_size_of_the_vocabulary_is_written_out(model, tmp_path):

@@ -88,6 +88,7 @@ def test_what_may_be_cached_and_what_follows_from_the_length(encoding, keys_apar
 
 ROLLING = {Windowed(RoPE(), 6): 6, Windowed(Forgetting(), 9): 9}
 ROLLING |= {Chunked(Windowed(Forgetting(), 30), 7): 7, Windowed(Randomized(RoPE(), 64), 6): 6}
+ROLLING |= {Windowed(Randomized(Forgetting(), 64), 6): 6}
 WHOLE = [Windowed(CoPE(), 6), Windowed(Centred(), 6), Counting()]
 PIECES = [17, 1, 1, 21]
 
@@ -95,8 +96,8 @@ PIECES = [17, 1, 1, 21]
 @pytest.mark.parametrize(
     ("encodings", "pieces"),
     [
-        # Of those that roll, the others are within these: RoPE at other positions, a window in a chunk.
-        ((*list(ROLLING)[2:], Windowed(CoPE(), 6), Windowed(CentredCounting(), 6)), PIECES),
+        # Features that roll, at other positions; logits that ask for all keys; keys that change with the others.
+        ((list(ROLLING)[-1], Windowed(CoPE(), 6), Windowed(CentredCounting(), 6)), PIECES),
         *(
             pytest.param(pair, PIECES, marks=pytest.mark.slow)
             for pair in itertools.zip_longest(ROLLING, WHOLE, fillvalue="nope")
