@@ -38,7 +38,7 @@ def tensors_of(config, folder):
 GRANTED = {
     "gemma2": {"query_pre_attn_scalar": 12},
     "gemma3": {
-        "query_pre_attn_scalar": 12, "sliding_window_pattern": 6, "num_hidden_layers": 7, "rope_scaling": None,
+        "query_pre_attn_scalar": 12, "sliding_window_pattern": 6, "num_hidden_layers": 6, "rope_scaling": None,
         "rope_local_base_freq": 1e4,
     },
 }  # fmt: skip

@@ -111,7 +111,7 @@ PIECES = [17, 1, 1, 21]
 def test_pieces_are_as_one_pass(encodings, pieces):
     """A layer of each encoding."""
     model = decoder(encodings, num_layers=len(encodings))
-    logits, stats = model(TOKENS, return_stats=True)
+    logits, stats = jax.tree.map(np.asarray, model(TOKENS, return_stats=True))
     cache = model.init_cache(2, LENGTH)
     assert [kv_cache.slots for kv_cache in cache.kv_caches] == [ROLLING.get(e, LENGTH) for e in encodings]
     start = 0
@@ -137,8 +137,8 @@ def test_schedules_with_windows_generate_as_one_pass(name):
         for e in dict.fromkeys(SCHEDULES[name])
     )
     model = decoder(encodings, num_layers=len(encodings) + 1)
-    text = generate(model, TOKENS[:, :13], 20)
-    np.testing.assert_array_equal(text[:, 13:], model(text)[:, 12:-1].argmax(-1))
+    text = np.asarray(generate(model, TOKENS[:, :13], 20))
+    np.testing.assert_array_equal(text[:, 13:], np.asarray(model(text))[:, 12:-1].argmax(-1))
 
 
 def test_keys_are_transformed_once():

@@ -12,7 +12,7 @@ from nope_jax.encodings import KERPLE, T5, TUPE, HeadScale, Multiplicative, NoPE
 from nope_jax.models import transfer_weights
 from tests.support.drawn_model import drawn_model
 
-TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=32, mlp_dim=24, train_length=16)
+TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=32, mlp_dim=32, train_length=16)
 TOKENS = np.arange(48).reshape(2, 24) % 32
 
 
