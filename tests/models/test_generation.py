@@ -105,9 +105,12 @@ LENGTHS = np.array([9, 2])
 PROMPTS = np.random.default_rng(2).integers(0, 32, (2, 9))
 
 
+COLD = DRAWN | {"temperature": 1e-40, "key": jax.random.key(7), "prompt_lengths": LENGTHS}
+"""Which takes the likeliest tokens, by the same program."""
+
+
 def test_rows_with_prompts_of_different_lengths_go_on_as_one_pass():
-    cold = DRAWN | {"temperature": 1e-40, "key": jax.random.key(7)}
-    text = np.asarray(generate(learned(), PROMPTS, 56, prompt_lengths=LENGTHS, **cold))
+    text = np.asarray(generate(learned(), PROMPTS, 56, **COLD))
     likeliest = np.asarray(learned()(text[:, :-1])).argmax(-1)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(text[row, length : length + 56], likeliest[row, length - 1 : length + 55])
@@ -160,13 +163,16 @@ def test_the_room_is_that_of_the_text_where_an_encoding_depends_on_it(encoding, 
 
 
 def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
-    free = np.asarray(generate(learned(), PROMPT, 60))[:, :17]
-    stop = free[0, 8]  # the fourth new token of the first row
-    first = [int(np.argmax([*(row[5:] == stop), True])) + 1 for row in free]  # new tokens of each row
-    stopped = np.asarray(generate(learned(), PROMPT, 12, stop_tokens=[int(stop)]))
-    for row, number in enumerate(first):
-        np.testing.assert_array_equal(stopped[row, : 5 + number], free[row, : 5 + number])
-        assert (stopped[row, 5 + number :] == 0).all()
+    free = np.asarray(generate(learned(), PROMPTS, 56, **COLD))
+    stop = int(free[0, LENGTHS[0] + 3])  # the fourth new token of the first row
+    stopped = np.asarray(generate(learned(), PROMPTS, 56, **COLD | {"stop_tokens": [stop]}))
+    ends = [
+        length + int(np.argmax([*(row[length:] == stop), True])) + 1 for row, length in zip(free, LENGTHS, strict=True)
+    ]
+    assert ends[0] == LENGTHS[0] + 4 < ends[1]
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(stopped[row, :end], free[row, :end])
+        assert (stopped[row, end:] == 0).all()
 
 
 @pytest.mark.parametrize(
