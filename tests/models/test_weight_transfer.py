@@ -13,7 +13,7 @@ from nope_jax.encodings import KERPLE, T5, TUPE, HeadScale, Multiplicative, NoPE
 from nope_jax.models import transfer_weights
 from tests.support.drawn_model import drawn_model
 
-TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=32, mlp_dim=32, train_length=16)
+TINY = ModelConfig(vocab_size=32, num_layers=3, num_heads=2, model_dim=32, mlp_dim=32, train_length=24)
 TOKENS = np.arange(48).reshape(2, 24) % 32
 
 
@@ -79,7 +79,7 @@ def test_a_default_is_its_value_written_out():
         ({"tie_embeddings": True}, "its model.tie_embeddings is False, not True"),
         ({"norm": "layer"}, "its model.norm is rms, not layer"),
         ({"logits_softcap": 30.0}, "its model.logits_softcap is None, not 30.0"),
-        ({"train_length": 8}, r"its positions.0.positions has shape \[16, 32\], not \[8, 32\]"),
+        ({"train_length": 8}, r"its positions.0.positions has shape \[24, 32\], not \[8, 32\]"),
     ],
 )
 def test_another_shape_is_refused(changes, message):
