@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
         """Return one layer, sliced from its stack."""
         period = len(self.encodings)
         structure, state = nnx.split(self.blocks[index % period])
-        return nnx.merge(structure, jax.tree.map(lambda x: x[index // period], state))
+        return nnx.merge(structure, _row(state, index // period))
 
     def init_cache(self, batch_size: int, length: int) -> DecodeState:
         """Create an empty cache for `decode_step`, with capacity for `length` tokens per row.
@@ -553,6 +553,12 @@ def _finished(
     if config.logits_scale != 1:
         logits *= config.logits_scale
     return softcapped(logits, config.logits_softcap)
+
+
+@jax.jit
+def _row(tree: Any, index: ArrayLike) -> Any:
+    # One program for a tree: taken one by one, arrays of every shape would have programs of their own.
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
 def _values(x: Any) -> np.ndarray | None:

@@ -20,18 +20,19 @@ from nope_jax.evaluation.registry import EVALUATIONS
 from nope_jax.sharding import make_mesh
 from tests.support.eight_devices import results
 from tests.support.hosts import ROOT, Started
-from tests.support.tiny_runs import call_eval, write_documents, write_run
+from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
 
 SIZES = {"num_heads": 4, "model_dim": 32, "mlp_dim": 32, "vocab_size": 256}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Documents, two runs whose dimensions eight devices divide, and an odd one."""
+    """Documents, two runs whose dimensions eight devices divide, and the config of an odd one."""
     folder = tmp_path_factory.mktemp("at_size")
     write_documents(folder)
-    for name, sizes in {"nope": {}, "rope": {"encoding": "rope"}, "odd": {"model_dim": 20}}.items():
-        write_run(folder, name, seed=len(name), **(SIZES | sizes))
+    write_run(folder, "rope", encoding="rope", **SIZES)
+    copy_run(folder / "rope", folder / "nope", {"model.encoding": "nope"})
+    copy_run(folder / "rope", folder / "odd", {"model.model_dim": 20})
     row = {"input": "Who?", "context": "a is Bob.", "answers": ["Bob"], "length": 5}
     (folder / "hotpotqa.jsonl").write_text((json.dumps(row) + "\n") * 3)
     return folder

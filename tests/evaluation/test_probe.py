@@ -3,7 +3,7 @@
 import csv
 import shutil
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -105,7 +105,7 @@ def constructed(model, tokens):
     for known in (position, np.minimum(position, 15)):
         features.append(known[..., None] * direction + mean + 1e-3 * rng.normal(size=(batch, length, 8)))
     for layer, hidden in enumerate(features):
-        yield Activations(layer, jnp.asarray(hidden, jnp.float32), None)
+        yield Activations(layer, jax.device_put(hidden.astype(np.float32)), None)
 
 
 def test_what_carries_the_position_is_read_and_noise_is_not(monkeypatch):
@@ -146,7 +146,12 @@ def test_the_last_batch_is_filled_up_and_counts_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "low", "high"), [("nope", -0.2, 0.1), ("sinusoidal", 0.98, 1), ("learned", 0.98, 1)]
+    ("encoding", "low", "high"),
+    [
+        ("nope", -0.2, 0.1),
+        pytest.param("sinusoidal", 0.98, 1, marks=pytest.mark.slow),
+        ("learned", 0.98, 1),
+    ],
 )
 def test_positions_enter_with_the_encodings_that_add_them(encoding, low, high):
     config = ModelConfig(

@@ -3,7 +3,7 @@
 import csv
 import re
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -28,7 +28,7 @@ SMALL = "--ruler.examples 3 --ruler.batch_size 2"
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ruler")
     write_documents(folder)
-    write_run(folder, "nope", num_layers=1, model_dim=8, mlp_dim=8)
+    write_run(folder, "nope")
     copy_run(folder / "nope", folder / "learned", {"model.encoding": "learned", "model.train_length": 1300})
     return folder
 
@@ -53,7 +53,7 @@ class Knows:
             said = re.search(rf"for {key[1]} is: (\S+)\.[ \n]", text)[1] if key else "no idea"
             text = f"{text} {said}.".encode() + bytes(stop_tokens) + b"after the end"
             row[: len(text)] = np.frombuffer(text, np.uint8)[: len(row)]
-        return jnp.asarray(out)
+        return jax.device_put(out)
 
 
 def test_a_model_that_knows_needles_is_found_to_know_them_and_what_is_measured_is_kept(
@@ -95,7 +95,7 @@ def test_tasks_over_files_are_called_ruler_style_and_any_answer_to_a_question_wi
                     said = re.search(rf"Paragraph {number[1]} says (?:\S+ ){{3}}(\S+)", text)[1]
                     row[length : length + room] = 0
                     row[length : length + len(said)] = np.frombuffer(said.encode(), np.uint8)
-            return jnp.asarray(out)
+            return jax.device_put(out)
 
     monkeypatch.setattr(continuations, "generate", Says())
     files = write_files(tmp_path)
@@ -128,12 +128,12 @@ def test_tasks_over_files_are_called_ruler_style_and_any_answer_to_a_question_wi
         assert message in error and error.count("\n") == 1 and not (tmp_path / "none").exists()
 
 
-def test_an_untrained_run_answers_every_task(folder, tmp_path, monkeypatch):
-    tasks = "--ruler.tasks niah_multikey_2 vt cwe fwe"
-    words = f"ruler --workdirs {folder}/nope --lengths 2500 {tasks} --ruler.examples 1 --ruler.batch_size 1"
-    assert call_eval(monkeypatch, f"{words} --out {tmp_path}") == 0
+@pytest.mark.parametrize("tasks", ["vt", pytest.param("niah_multikey_2 vt cwe fwe", marks=pytest.mark.slow)])
+def test_an_untrained_run_answers_every_task(folder, tmp_path, monkeypatch, tasks):
+    words = f"ruler --workdirs {folder}/nope --lengths 2500 --ruler.examples 1 --ruler.batch_size 1"
+    assert call_eval(monkeypatch, f"{words} --ruler.tasks {tasks} --out {tmp_path}") == 0
     lines = table(tmp_path / "ruler.csv")
-    assert [row["task"] for row in lines] == ["niah_multikey_2", "vt", "cwe", "fwe"]
+    assert [row["task"] for row in lines] == tasks.split()
     assert all(float(row["score"]) == 0 and float(row["score_low"]) == 0 for row in lines)
 
 
@@ -153,7 +153,7 @@ def test_continuations_are_those_of_greedy_decoding_and_end_with_the_document(bo
         while len(new) < task.room:
             padded = np.zeros((1, 64), np.int32)
             padded[0, : len(tokens + new)] = tokens + new
-            new.append(int(likeliest(model, padded)[0, len(tokens + new) - 1]))
+            new.append(int(np.asarray(likeliest(model, padded))[0, len(tokens + new) - 1]))
             if new[-1] == tokenizer.separator:
                 new.pop()
                 break

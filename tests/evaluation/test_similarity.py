@@ -76,7 +76,8 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "encoding",
     [
-        ("randomized", "shaw", "forgetting"),  # positions, terms of logit and value, features
+        ("randomized", "forgetting"),  # positions, features
+        pytest.param(("randomized", "shaw", "forgetting"), marks=pytest.mark.slow),  # terms of logit and value too
         pytest.param(("sinusoidal", "rope", "cope"), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -84,7 +85,9 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def test_a_walk_ends_where_the_decoder_does_and_its_weights_have_the_entropy_of_the_statistics(encoding):
     model = decoder(encoding=encoding)
     hidden, stats = jax.jit(lambda tokens: model.hidden(tokens, return_stats=True))(TOKENS)
+    before = activations._pass_layer._cache_size()
     steps = list(walk(model, TOKENS, weights=True))
+    assert activations._pass_layer._cache_size() == before + len(encoding)  # a program for all layers of one kind
     assert [step.layer for step in steps] == [0, 1, 2, 3] and steps[0].weights is None
     np.testing.assert_allclose(norm(steps[-1].stream, model.norm[...]), hidden, rtol=1e-5, atol=1e-5)
 
@@ -108,12 +111,6 @@ def test_layers_in_bfloat16_have_weights_in_float32():
     steps = list(walk(decoder(dtype="bfloat16"), TOKENS, weights=True))
     assert steps[1].stream.dtype == jnp.bfloat16 and steps[1].weights.dtype == jnp.float32
     np.testing.assert_allclose(steps[3].weights.sum(-1), 1, rtol=1e-6)
-
-
-def test_layers_of_one_kind_compile_once():
-    before = activations._pass_layer._cache_size()
-    list(walk(decoder(num_layers=6, encoding=("rope", "nope"), mlp_dim=40), TOKENS))
-    assert activations._pass_layer._cache_size() == before + 2
 
 
 def test_layers_are_those_of_the_schedule():
@@ -187,6 +184,7 @@ def test_weight_by_distance_is_the_mean_of_each_diagonal():
     np.testing.assert_allclose(weight_by_distance(weights), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [0, 5])
 def test_a_head_that_looks_at_one_distance_has_its_weight_there(back):
     *_, last = walk(decoder(encoding=LooksBack(back)), TOKENS, weights=True)
@@ -254,18 +252,22 @@ def test_the_closest_heads_are_found_over_all_pairs_and_documents(monkeypatch):
 def workdirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_documents(folder)
-    for name, changes in {
-        "nope": {"encoding": "nope"},
-        "alibi": {"encoding": "alibi", "num_heads": 4},
-        "deep": {"encoding": "learned", "num_layers": 3, "seed": 5, "train_length": 12},
-    }.items():
-        write_run(folder, name, **changes)
+    write_run(folder, "nope")
     copy_run(folder / "nope", folder / "same")
+    copy_run(folder / "nope", folder / "learned", {"model.encoding": "learned", "model.train_length": 12})
     copy_run(folder / "nope", folder / "small", {"model.vocab_size": 300})
     copy_run(folder / "nope", folder / "other", {"data.source": f"text:{folder}/text/*.txt"})
     (folder / "empty").mkdir()
     shutil.copy(folder / "nope" / "config.json", folder / "empty")
     return folder
+
+
+@pytest.fixture(scope="module")
+def unlike(workdirs):
+    """Two more runs, of other sizes."""
+    write_run(workdirs, "alibi", encoding="alibi", num_heads=4)
+    write_run(workdirs, "deep", encoding="learned", num_layers=3, seed=5, train_length=12)
+    return workdirs
 
 
 def read(out):
@@ -293,8 +295,8 @@ def test_two_copies_of_one_run_are_at_distance_0(workdirs, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp_path, monkeypatch, capsys):
-    words = f"similarity --workdirs {workdirs}/alibi {workdirs}/deep --out {tmp_path} --similarity.documents 2"
+def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(unlike, tmp_path, monkeypatch, capsys):
+    words = f"similarity --workdirs {unlike}/alibi {unlike}/deep --out {tmp_path} --similarity.documents 2"
     assert call_eval(monkeypatch, words) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"similarity.csv", "similarity.npz", "similarity.png", "report.html", "sections"}
@@ -308,8 +310,8 @@ def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp
     assert "the first 2 are compared" in " ".join(capsys.readouterr().out.split())
 
     # The numbers are those of the saved models on the documents that were chosen.
-    config, a, _ = load_model(workdirs / "alibi")
-    b = load_model(workdirs / "deep")[1]
+    config, a, _ = load_model(unlike / "alibi")
+    b = load_model(unlike / "deep")[1]
     corpus = load_corpus(config.data, "validation")
     order = np.random.default_rng(0).permutation(len(corpus))[:2]
     wanted = np.zeros((2, 4, 2))
@@ -327,7 +329,7 @@ def test_runs_of_other_sizes_are_compared_on_the_layers_they_share(workdirs, tmp
 
 
 @pytest.mark.slow
-def test_what_was_read_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch):
+def test_what_was_read_is_kept_when_interrupted(unlike, tmp_path, monkeypatch):
     add = Similarity.add
 
     def stop(self, models, batch, count):
@@ -336,7 +338,7 @@ def test_what_was_read_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch)
         add(self, models, batch, count)
 
     monkeypatch.setattr(Similarity, "add", stop)
-    words = f"similarity --workdirs {workdirs}/nope {workdirs}/alibi --out {tmp_path} --similarity.length 8"
+    words = f"similarity --workdirs {unlike}/nope {unlike}/alibi --out {tmp_path} --similarity.length 8"
     assert call_eval(monkeypatch, words) == 130
     assert len(read(tmp_path)[0]) == 2
     assert "first 8 tokens of 2 validation documents" in (tmp_path / "report.html").read_text()
@@ -344,14 +346,14 @@ def test_what_was_read_is_kept_when_interrupted(workdirs, tmp_path, monkeypatch)
 
 BAD = {
     "--workdirs must be the two runs to compare, not 1": ("nope", ""),
-    "--workdirs must be the two runs to compare, not 3": ("nope same alibi", ""),
+    "--workdirs must be the two runs to compare, not 3": ("nope same small", ""),
     "nowhere is not the workdir of a run": ("nope nowhere", ""),
     "empty: no checkpoint yet": ("nope empty", ""),
     "model.vocab_size differs between the runs (nope: 256, small: 300)": ("nope small", ""),
     "data.tokenizer differs between the runs (nope: bytes, ": ("nope words", ""),
     "data.source differs between the runs (nope: ": ("nope other", ""),
-    "--similarity.length: deep cannot read 13 tokens, its learned encoding has 12 positions": (
-        "nope deep",
+    "--similarity.length: learned cannot read 13 tokens, its learned encoding has 12 positions": (
+        "nope learned",
         "--similarity.length 13",
     ),
     "--similarity.length: no validation document reaches length 9999": ("nope same", "--similarity.length 9999"),

@@ -10,6 +10,7 @@ from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.data.tasks import find_task
 from nope_jax.evaluation.common.activations import walk
+from nope_jax.evaluation.similarity import examples
 from nope_jax.evaluation.similarity.distances import head_distances
 from nope_jax.evaluation.similarity.examples import COLUMNS, read_examples
 from tests.support.tiny_runs import call_eval, copy_run, write_documents, write_run
@@ -23,7 +24,7 @@ def runs(tmp_path_factory):
     write_documents(folder, 3)
     for name, changes in {
         "nope": {"encoding": "nope"},
-        "learned": {"encoding": "learned", "train_length": 40, "num_heads": 4, "num_layers": 3, "seed": 1},
+        "learned": {"encoding": "learned", "train_length": 40, "num_layers": 3, "seed": 1},
     }.items():
         write_run(folder, f"{name}-on-text", **changes)
         copy_run(folder / f"{name}-on-text", folder / name, ON_TASK)
@@ -39,6 +40,7 @@ def table(out):
 
 
 def test_the_attention_of_a_run_is_compared_with_others_example_by_example(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(examples, "ROOM", 48)  # one program for all lengths
     words = f"similarity --workdirs {runs}/nope {runs}/same {runs}/learned --out {tmp_path}"
     assert call_eval(monkeypatch, f"{words} --similarity.documents 2", pictures=True) == 0
     rows = table(tmp_path)
@@ -55,8 +57,9 @@ def test_the_attention_of_a_run_is_compared_with_others_example_by_example(runs,
     texts = read_examples(config.data, 0, 2)
     apart = []
     for tokens in texts[9]:
-        layers = [[step.weights for step in walk(model, tokens[None], weights=True)][1:3] for model in (nope, learned)]
-        apart.append([head_distances(a[0], b[0]).min() for a, b in zip(*layers, strict=True)])
+        walks = [list(walk(model, tokens[None], weights=True))[1:3] for model in (nope, learned)]
+        layers = zip(*([np.asarray(step.weights)[0] for step in steps] for steps in walks), strict=True)
+        apart.append([np.min(head_distances(a, b)) for a, b in layers])
     found = [row for row in rows if (row["other"], row["length"]) == ("learned", "9")]
     np.testing.assert_allclose([float(row["distance"]) for row in found], np.mean(apart, 0), rtol=1e-4)
     assert {int(row["examples"]) for row in found} == {len(apart)}

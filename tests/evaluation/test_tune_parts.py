@@ -22,13 +22,15 @@ from nope_jax.encodings import (
     YaRNScaling,
 )
 from nope_jax.encodings.rotary import rope_frequencies
+from nope_jax.evaluation.common.placement import place
 from nope_jax.evaluation.common.plots import save
 from nope_jax.evaluation.common.report import Section, add_sections
 from nope_jax.evaluation.tune import report
-from nope_jax.evaluation.tune.methods import new_encoding
+from nope_jax.evaluation.tune.methods import new_encoding, with_encoding
 from nope_jax.evaluation.tune.search import best_factor, golden_section
 from nope_jax.evaluation.tune.state import Learned, Outcome, Tuning
 from tests.evaluation.test_tune import HEADS, LONG, MODEL, ROPE, SHORT, TRAINED
+from tests.support.drawn_model import drawn_model
 
 
 @pytest.mark.parametrize("least", [0.81, 1.0, 1.3737, 1.99])
@@ -96,7 +98,7 @@ SCALINGS = {
 @pytest.mark.parametrize("method", SCALINGS)
 def test_scalings_are_put_on_rope_wherever_it_is(method):
     def changed(encoding):
-        model = dataclasses.replace(MODEL, encoding=encoding)
+        model = dataclasses.replace(MODEL, num_layers=3, encoding=encoding)
         return new_encoding(Config(model), method, (SHORT, LONG))
 
     scaling = SCALINGS[method]
@@ -109,9 +111,20 @@ def test_scalings_are_put_on_rope_wherever_it_is(method):
     )
 
 
+def test_learned_factors_go_to_the_layers_of_a_schedule_in_turn():
+    config = dataclasses.replace(MODEL, num_layers=4, encoding=("nope", "alibi"))
+    encoding = new_encoding(Config(config), "head", (SHORT, LONG))
+    assert encoding == (HeadScale(NoPE()), HeadScale(ALiBi()))
+    factors = np.arange(1.0, 9.0).reshape(4, 2)
+    mesh = place([config], 1).mesh
+    model = with_encoding(config, encoding, drawn_model(config), mesh, {"head_scale": factors})
+    for slot, block in enumerate(model.blocks):
+        np.testing.assert_array_equal(block.attention.position["head_scale"][...], factors[slot::2])
+
+
 def test_ssmax_starts_from_one_over_the_logarithm_of_the_training_length():
     start = 1 / math.log(TRAINED)
-    assert new_encoding(Config(MODEL), "ssmax", (SHORT, LONG)) == tuple(SSMax(e, start) for e in (NoPE(), ALiBi()))
+    assert new_encoding(Config(MODEL), "ssmax", (SHORT, LONG)) == SSMax(ALiBi(), start)
 
 
 def test_dynamic_scaling_is_ntk_by_the_length_over_the_training_length():
