@@ -204,12 +204,12 @@ def test_a_run_is_evaluated_on_tokens_whose_text_is_not_there(config, small_part
     prepare.prepare(config, workers=1)
     copy = copied(config, tmp_path / "copy")
     model = ModelConfig(vocab_size=512, num_layers=1, num_heads=2, model_dim=8)
-    for workdir, data in {tmp_path / "run": config, tmp_path / "of_bytes": copy}.items():
-        workdir.mkdir()
-        data = dataclasses.replace(data, tokenizer="bytes") if workdir.name == "of_bytes" else data
-        configs.save(Config(model, data), workdir)
-        with Checkpointer(workdir) as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(drawn_model(model))})
+    (tmp_path / "run").mkdir()
+    configs.save(Config(model, config), tmp_path / "run")
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(0, {"params": nnx.state(drawn_model(model))})
+    shutil.copytree(tmp_path / "run", tmp_path / "of_bytes")
+    configs.save(Config(model, dataclasses.replace(copy, tokenizer="bytes")), tmp_path / "of_bytes")
     found = {}
     for folder in (copy, config):  # the text that comes later is not passed over for what was measured without it
         compare([tmp_path / "run"], [2], tmp_path / "out", {"data.dir": folder.dir})

@@ -175,10 +175,9 @@ def runs(tmp_path_factory):
         configs.save(config, folder / "nope")
         with Checkpointer(folder / "nope") as checkpointer:
             checkpointer.save(0, {"params": nnx.state(one_who_says_it(config.model))})
-        model = {"vocab_size": 64, "num_layers": 1, "num_heads": 2, "model_dim": 16, "mlp_dim": 16}
         write_documents(folder, 4)
         write_run(folder, "on_text")
-        write_run(folder, "untrained", **model, encoding="learned", train_length=9)
+        write_run(folder, "untrained", vocab_size=64, encoding="learned", train_length=9)
         changes = {"data.source": "task:say", "data.tokenizer": "task:say", "data.context_length": 9}
         workdir = folder / "untrained"
         configs.save(configs.override(configs.load(workdir), changes), workdir)
