@@ -34,7 +34,9 @@ def take(batches, count):
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-@pytest.mark.parametrize(("hosts", "start"), [(2, 0), (4, 0), (1, 7), (4, 7)])
+@pytest.mark.parametrize(
+    ("hosts", "start"), [(4, 7), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (4, 0), (1, 7)])]
+)
 def test_rows_are_the_same_for_any_hosts_and_start(config, hosts, start, document_mask):
     config = dataclasses.replace(config, document_mask=document_mask)
     whole = take(train_batches(config), 20)[start:]

@@ -381,8 +381,14 @@ def data(name: str = "addition", **changes) -> DataConfig:
     return DataConfig(**fields)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    ("packed", "bos"),
+    [
+        (True, True),
+        (False, False),
+        *(pytest.param(packed, not packed, marks=pytest.mark.slow) for packed in (True, False)),
+    ],
+)
 def test_rows_hold_whole_examples_of_which_only_the_target_counts(packed, bos):
     config = data(document_mask=packed, bos=bos)
     tokenizer = load_tokenizer(config.tokenizer)

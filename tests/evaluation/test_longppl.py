@@ -20,8 +20,8 @@ SMALL = "--longppl.short 8 --longppl.step 4 --eval.documents 3"
 class Copier(nnx.Module):
     """Expects tokens that it has read, and is surprised by others."""
 
-    def __init__(self):
-        self.surprise = nnx.Param(jnp.float32(5))
+    def __init__(self, surprise=5):
+        self.surprise = nnx.Param(np.float32(surprise))
 
     def hidden(self, tokens):
         return tokens, None
@@ -95,7 +95,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("longppl")
     write_documents(folder)
     write_run(folder, "nope")
-    write_run(folder, "alibi", encoding="alibi")
     copy_run(folder / "nope", folder / "learned", {"model.encoding": "learned"})
     return folder
 
@@ -122,18 +121,19 @@ def test_perplexity_over_key_tokens_is_beside_that_over_all(folder, tmp_path, mo
     assert call_eval(monkeypatch, words) == 0
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_a_judge_decides_for_all_runs(folder, tmp_path, monkeypatch, capsys):
-    words = f"longppl --workdirs {folder}/alibi {folder}/learned --lengths 12 20 {SMALL} --longppl.gain 0.001"
-    words += " --longppl.loss 9"
-    write_run(folder, "short", encoding="learned")  # 16 positions
-    write_run(folder, "judge", encoding="alibi", seed=1)
-    command = words.replace("learned", "short") + f" --longppl.judge {folder}/judge --out {tmp_path}"
-    assert call_eval(monkeypatch, command) == 0
+    surprise = {"nope": 5, "learned": 0.6, "judge": 4}  # by itself, learned has no key tokens
+    monkeypatch.setattr(trained, "load_model", lambda workdir, mesh, **_: (None, Copier(surprise[workdir.name]), 0))
+    copy_run(folder / "nope", folder / "judge")
+    words = f"longppl --workdirs {folder}/nope {folder}/learned --lengths 12 20 {SMALL}"
+    assert call_eval(monkeypatch, f"{words} --longppl.judge {folder}/judge --out {tmp_path}") == 0
     lines = table(tmp_path / "longppl.csv")
-    assert [(row["run"], row["length"]) for row in lines] == [("alibi", "12"), ("alibi", "20"), ("short", "12")]
-    assert lines[0]["key_tokens"] == lines[2]["key_tokens"] and {row["judge"] for row in lines} == {"judge"}
+    assert [(row["run"], row["length"]) for row in lines] == [("nope", "12"), ("nope", "20"), ("learned", "12")]
+    assert lines[0]["key_tokens"] == lines[2]["key_tokens"] != "0" and {row["judge"] for row in lines} == {"judge"}
+    assert [float(row["longppl"]) for row in lines] == pytest.approx([np.exp(0.5)] * 3, rel=1e-4)
     said = " ".join(capsys.readouterr().out.split())
-    assert "The judge is judge at step 0" in said and "short cannot read 20 tokens" in said
+    assert "The judge is judge at step 0" in said and "learned cannot read 20 tokens" in said
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,9 @@ def evaluate(monkeypatch):
 SMALL = ("--passkey.depths", 2, "--passkey.keys", 3, "--passkey.batch_size", 4)
 
 
-def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evaluate, capsys):
+@pytest.mark.usefixtures("stand_ins")
+def test_command_line_measures_what_each_run_can_read(workdirs, tmp_path, evaluate, monkeypatch, capsys):
+    monkeypatch.setattr(trained, "load_model", lambda workdir, mesh, **_: (None, Oracle(blind=ord("7")), 0))
     out = tmp_path / "a" / "b"
     folders = workdirs / "alibi", workdirs / "learned"
     assert evaluate("passkey", "--workdirs", *folders, "--lengths", 300, 260, 260, "--out", out, *SMALL) == 0

@@ -3,13 +3,15 @@
 import csv
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from nope_jax import config as configs
 from nope_jax.checkpoint import load_model
 from nope_jax.data.tasks import find_task
-from nope_jax.evaluation.common.activations import walk
+from nope_jax.evaluation.common import activations
+from nope_jax.evaluation.common.activations import Activations
 from nope_jax.evaluation.similarity import examples
 from nope_jax.evaluation.similarity.distances import head_distances
 from nope_jax.evaluation.similarity.examples import COLUMNS, read_examples
@@ -24,7 +26,7 @@ def runs(tmp_path_factory):
     write_documents(folder, 3)
     for name, changes in {
         "nope": {"encoding": "nope"},
-        "learned": {"encoding": "learned", "train_length": 40, "num_layers": 3, "seed": 1},
+        "learned": {"encoding": "learned", "train_length": 40, "num_heads": 4, "num_layers": 3, "seed": 1},
     }.items():
         write_run(folder, f"{name}-on-text", **changes)
         copy_run(folder / f"{name}-on-text", folder / name, ON_TASK)
@@ -39,7 +41,21 @@ def table(out):
         return list(csv.DictReader(file))
 
 
-def test_the_attention_of_a_run_is_compared_with_others_example_by_example(runs, tmp_path, monkeypatch, capsys):
+def constructed(model, tokens, *, weights):
+    """Attention that depends on the run, the layer and the tokens up to each query."""
+    assert weights
+    yield Activations(0, None, None)
+    for layer in range(model.config.num_layers):
+        each = [head + 2 * layer + 5 * (model.config.encoding == "learned") for head in range(model.config.num_heads)]
+        seen = np.tril(1 + (np.asarray(tokens)[:, None, None] + np.array(each)[:, None, None]) % 7)
+        seen = np.broadcast_to(seen, (len(tokens), len(each), tokens.shape[1], tokens.shape[1]))
+        yield Activations(layer + 1, None, jax.device_put(np.float32(seen / seen.sum(-1, keepdims=True))))
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("walk", [constructed, pytest.param(activations.walk, marks=pytest.mark.slow)])
+def test_the_attention_of_a_run_is_compared_with_others_example_by_example(runs, tmp_path, monkeypatch, capsys, walk):
+    monkeypatch.setattr(examples, "walk", walk)
     monkeypatch.setattr(examples, "ROOM", 48)  # one program for all lengths
     words = f"similarity --workdirs {runs}/nope {runs}/same {runs}/learned --out {tmp_path}"
     assert call_eval(monkeypatch, f"{words} --similarity.documents 2", pictures=True) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nope_jax import ModelConfig
+from nope_jax import ModelConfig, trained
 from nope_jax import config as configs
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -163,7 +163,7 @@ def one_who_says_it(config):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run that knows how to say the letter, one that does not, and one trained on text."""
+    """A run that knows how to say the letter, one that does not, the config of a short one, and one trained on text."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "say", Say())
@@ -171,17 +171,19 @@ def runs(tmp_path_factory):
             ModelConfig(vocab_size=64, num_layers=1, num_heads=1, model_dim=64, mlp_dim=16),
             DataConfig(source="task:say", tokenizer="task:say", context_length=8),
         )
-        (folder / "nope").mkdir()
-        configs.save(config, folder / "nope")
-        with Checkpointer(folder / "nope") as checkpointer:
-            checkpointer.save(0, {"params": nnx.state(one_who_says_it(config.model))})
+        for name, model in {"nope": one_who_says_it(config.model), "untrained": drawn_model(config.model)}.items():
+            (folder / name).mkdir()
+            configs.save(config, folder / name)
+            with Checkpointer(folder / name) as checkpointer:
+                checkpointer.save(0, {"params": nnx.state(model)})
         write_documents(folder, 4)
         write_run(folder, "on_text")
-        write_run(folder, "untrained", vocab_size=64, encoding="learned", train_length=9)
-        changes = {"data.source": "task:say", "data.tokenizer": "task:say", "data.context_length": 9}
-        workdir = folder / "untrained"
-        configs.save(configs.override(configs.load(workdir), changes), workdir)
+        copy_run(folder / "nope", folder / "short", {"model.encoding": "learned", "model.train_length": 9})
     return folder
+
+
+def silent(model, prompts, new, **_):
+    return np.pad(prompts, [(0, 0), (0, new)])
 
 
 def table(path):
@@ -224,7 +226,7 @@ def test_who_knows_the_answers_is_right_at_every_length_and_interrupted_keeps_it
     assert [row["length"] for row in table(tmp_path / "tasks.csv")] == ["1", "2", "3"]
     assert "Not measured at all lengths yet: nope" in " ".join(capsys.readouterr().out.split())
     assert call_eval(monkeypatch, words, pictures=True) == 0
-    assert len(measured) == 4 + 2 + 4  # three lengths of the first run were kept; the second cannot read one of five
+    assert len(measured) == 4 + 2 + 5  # three lengths of the first run were kept
     rows = table(tmp_path / "tasks.csv")
     knowing, other = ([row for row in rows if row["run"] == name] for name in ("nope", "untrained"))
     assert [(row["length"], row["distribution"]) for row in knowing] == [
@@ -235,15 +237,26 @@ def test_who_knows_the_answers_is_right_at_every_length_and_interrupted_keeps_it
         assert row["correct"] == row["examples"] and 8 <= count <= 9
         low, high = wilson_interval(count, count)
         assert (float(row["accuracy_low"]), float(row["accuracy_high"])) == pytest.approx((low, high), rel=1e-5)
-    assert [row["correct"] for row in other] == ["0"] * 4 + [""] and int(other[4]["examples"]) >= 8
+    assert [row["correct"] for row in other] == ["0"] * 5
     said = " ".join(capsys.readouterr().out.split())
-    assert "untrained cannot be asked say of lengths 5: its learned encoding has 9 positions" in said
-    assert "Mean reciprocal ranks" in said and "1 of 1 cells" in said
+    assert "Mean reciprocal ranks" in said and "2 of 2 cells" in said
     page = (tmp_path / "report.html").read_text()
     assert "tasks.png" not in page and "data:image/png" in page and "nope</td><td>1.000</td><td>0.687" in page
     # Another number of examples is other questions: nothing kept is used for them.
     assert call_eval(monkeypatch, words.replace("30", "1")) == 0
-    assert len(measured) == 10 + 9
+    assert len(measured) == 11 + 10
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_run_is_not_asked_what_has_more_tokens_than_it_has_positions(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "say", Say())
+    monkeypatch.setattr(answers_module, "generate", silent)
+    monkeypatch.setattr(trained, "load_model", lambda workdir, mesh, **_: (None, SimpleNamespace(max_length=9), 0))
+    assert call_eval(monkeypatch, f"tasks --workdirs {runs}/short --out {tmp_path} --tasks.examples 30") == 0
+    rows = table(tmp_path / "tasks.csv")
+    assert [row["correct"] for row in rows] == ["0"] * 4 + [""] and int(rows[4]["examples"]) >= 8
+    said = " ".join(capsys.readouterr().out.split())
+    assert "short cannot be asked say of lengths 5: its learned encoding has 9 positions" in said
 
 
 @pytest.mark.parametrize(
@@ -256,7 +269,7 @@ def test_who_knows_the_answers_is_right_at_every_length_and_interrupted_keeps_it
         ("tasks --workdirs nope --tasks.task sya", "error: --tasks.task: unknown task 'sya': did you mean 'say'?"),
         ("tasks --workdirs nope --tasks.task passkey", "eval.py passkey measures it"),
         ("tasks --workdirs nope --lengths 100", "error: --lengths: task:say has lengths 1 to 99, not 100"),
-        ("tasks --workdirs untrained --lengths 9", "untrained can be asked none of them: its learned encoding has 9"),
+        ("tasks --workdirs short --lengths 9", "short can be asked none of them: its learned encoding has 9"),
         ("tasks --workdirs nope --tasks.task copy", "error: data.tokenizer task:say has no word"),
         (
             "tasks --workdirs on_text --tasks.task scan --lengths 41",
@@ -267,7 +280,7 @@ def test_who_knows_the_answers_is_right_at_every_length_and_interrupted_keeps_it
 )
 def test_what_cannot_be_asked_is_one_line(runs, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setitem(TASKS, "say", Say())
-    for name in ("nope", "on_text", "untrained"):
+    for name in ("nope", "on_text", "short"):
         words = words.replace(f"--workdirs {name}", f"--workdirs {runs}/{name}")
     assert call_eval(monkeypatch, f"{words} --out {tmp_path}") == 2
     said = capsys.readouterr().err
@@ -275,9 +288,6 @@ def test_what_cannot_be_asked_is_one_line(runs, tmp_path, monkeypatch, capsys, w
 
 
 def test_a_run_on_text_is_asked_a_task(runs, tmp_path, monkeypatch):
-    def silent(model, prompts, new, **_):
-        return np.pad(prompts, [(0, 0), (0, new)])
-
     monkeypatch.setattr(answers_module, "generate", silent)
     words = f"tasks --workdirs {runs}/on_text --tasks.task addition --lengths 2 9 --tasks.examples 3 --out {tmp_path}"
     assert call_eval(monkeypatch, words) == 0

@@ -146,7 +146,8 @@ def full_nll(model, rows, logit_scale=ONES):
 # Methods
 
 
-def test_uniform_finds_the_factor_that_brute_force_finds(folder, tmp_path, capsys):
+@pytest.mark.slow
+def test_uniform_finds_the_factor_that_brute_force_finds(folder, tmp_path):
     found, config, model = run(folder / "uniform", tmp_path / "out", "uniform")
     _, source, _ = load_model(folder / "uniform")
     for outcome, length in zip(found["lengths"], (SHORT, LONG), strict=True):
@@ -167,6 +168,25 @@ def test_uniform_finds_the_factor_that_brute_force_finds(folder, tmp_path, capsy
     assert abs(found["factor"] - 1.6) < 0.1  # what the queries were divided by, up to chance
     assert config.model == dataclasses.replace(MODEL, encoding=UniformScale(ALiBi(), found["factor"]))
     np.testing.assert_array_equal(logits_of(model, rows), logits_of(source, rows, found["factor"] * ONES))
+
+
+def test_uniform_takes_the_factor_of_the_least_loss_at_the_longest_length(folder, tmp_path, monkeypatch, capsys):
+    least = {SHORT: 1.25, LONG: 1.6}
+
+    def judge(graphdef, state, batch, factor):
+        length, last = batch.tokens.shape[1], np.asarray(batch.tokens)[:, -1]
+        return np.asarray(batch.weights)[:, 0] * (1 + (factor - least[length]) ** 2 + last / 256)
+
+    monkeypatch.setattr(search, "_judge", judge)
+    found, config, _ = run(folder / "uniform", tmp_path / "out", "uniform")
+    for outcome, length in zip(found["lengths"], (SHORT, LONG), strict=True):
+        last = documents(folder / "uniform", length)[:, length - 1]
+        assert (outcome["length"], outcome["documents"]) == (length, len(last))
+        assert abs(outcome["factor"] - least[length]) <= 0.01
+        np.testing.assert_allclose(outcome["loss_before"], 1 + (1 - least[length]) ** 2 + last.mean() / 256, rtol=1e-6)
+        np.testing.assert_allclose(outcome["loss_at_factor"], 1 + last.mean() / 256, atol=1e-4)
+    assert found["factor"] == found["lengths"][-1]["factor"]
+    assert config.model == dataclasses.replace(MODEL, encoding=UniformScale(ALiBi(), found["factor"]))
     printed = capsys.readouterr().out
     for outcome in found["lengths"]:
         assert f"{outcome['loss_before']:.4f}" in printed and f"{outcome['factor']:.2f}" in printed
