@@ -106,12 +106,14 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(folder, monkeypatch, ca
     assert not (folder / "refused").exists()
 
 
-def test_bfloat16_is_asked_for_by_name_and_sums_are_not_in_it(folder, tmp_path, monkeypatch):
+def test_bfloat16_is_asked_for_by_name_and_sums_are_not_in_it(tmp_path, monkeypatch):
     found = {}
+    write_documents(tmp_path)
+    write_run(tmp_path, "alibi", encoding="alibi", train_length=8)
     for dtype in ("float32", "bfloat16", None):
-        line = f"--workdirs {folder}/rope --lengths 16 --eval.documents 2 --eval.dtype {dtype} --out {tmp_path}"
+        line = f"--workdirs {tmp_path}/alibi --lengths 16 --eval.documents 2 --eval.dtype {dtype} --out {tmp_path}/out"
         assert call_eval(monkeypatch, line) == 0
-        with np.load(tmp_path / "measured" / "rope-16.npz") as arrays:  # replaced, because it was of another dtype
+        with np.load(tmp_path / "out" / "measured" / "alibi-16.npz") as arrays:  # replaced, being of another dtype
             found[dtype] = dict(arrays)
     for name in ("nll_sum", "entropy_sum", "heads"):
         np.testing.assert_array_equal(found["float32"][name], found[None][name])  # what this run computes in

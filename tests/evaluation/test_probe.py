@@ -184,7 +184,16 @@ def read(out):
         return list(csv.DictReader(file))
 
 
-def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, capsys):
+def of_tokens(model, tokens):
+    """Features of two layers that depend on each token, its position and the layer alone."""
+    angles = np.asarray(tokens)[..., None] * np.arange(1, 9) + 0.1 * np.arange(tokens.shape[1])[:, None]
+    for layer in range(3):
+        yield Activations(layer, jax.device_put(np.sin(angles * (layer + 1)).astype(np.float32)), None)
+
+
+@pytest.mark.parametrize("walk", [of_tokens, pytest.param(walk, marks=pytest.mark.slow)])
+def test_probe_measures_what_each_run_can_read(workdirs, tmp_path, monkeypatch, capsys, walk):
+    monkeypatch.setattr(probe, "walk", walk)
     words = f"probe --workdirs {workdirs}/alibi {workdirs}/learned --lengths 32 8 --out {tmp_path}/a"
     assert call_eval(monkeypatch, f"{words} --probe.documents 5 --probe.ridge 0.01", pictures=True) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"probe.csv", "probe.png", "report.html", "sections"}
