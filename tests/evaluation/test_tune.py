@@ -324,8 +324,8 @@ def test_lengths_take_turns_and_the_longest_is_last(folder, tmp_path, monkeypatc
         return factors, opt_state, dict.fromkeys(("loss", "grad_norm", "least", "mean", "most"), 1.0)
 
     monkeypatch.setattr(search, "_update", update)
-    run(folder / "heads", tmp_path / "out", "head", settings=LEARN)
-    assert read == [SHORT, LONG] * 25
+    run(folder / "heads", tmp_path / "out", "head", settings=dataclasses.replace(LEARN, steps=49))
+    assert read == [LONG] + [SHORT, LONG] * 24
     np.testing.assert_allclose(rates[:5], np.arange(1, 6) * 0.02, rtol=1e-6)
     assert np.argmax(rates) in (4, 5) and 0.01 < rates[-1] < 0.0105
     lines = [json.loads(line) for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()]
