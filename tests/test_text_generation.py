@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from nope_jax import generate
+from nope_jax import generate, text_generation
 from nope_jax.cli import parse_generate
 from nope_jax.config import MeshConfig
 from nope_jax.data import load_tokenizer
 from nope_jax.data.tokenizers import ByteTokenizer
+from nope_jax.sharding import make_mesh
 from nope_jax.text_generation import GenerateOptions, characters, load, until_stop, write_text
 from tests.support.tiny_runs import write_run
 
@@ -68,11 +71,20 @@ def test_it_prints_what_generate_continues_with_and_flushes_each_piece(workdir):
     new = np.asarray(generate(model, prompt, 9, stop_tokens=[0]))[0, 3:]
     assert out.getvalue() == tokenizer.decode(new[new != 0]) + "\n"
     assert flushed == sorted(flushed, key=len) and len(set(flushed)) > 2
-    on_mesh = Out()
-    write_text(GenerateOptions(workdir, "abc", max_new_tokens=9, mesh=MeshConfig(fsdp=-1)), on_mesh)
-    assert on_mesh.getvalue() == out.getvalue()
+
+
+def test_its_parameters_lie_on_the_mesh_asked_for(workdir, monkeypatch):
+    mesh, found = make_mesh(MeshConfig(fsdp=-1)), []
+
+    def meshes(loaded, *_):
+        found.extend([jax.sharding.get_mesh(), *(x.sharding.mesh for x in jax.tree.leaves(nnx.state(loaded.model)))])
+        return ["its text"]
+
+    monkeypatch.setattr(text_generation, "continuation", meshes)
+    write_text(GenerateOptions(workdir, "abc", mesh=MeshConfig(fsdp=-1)), out := io.StringIO())
+    assert out.getvalue() == "its text\n" and len(found) > 5 and all(one == mesh for one in found)
     with pytest.raises(ValueError, match=r"mesh data -1 x fsdp 1 x tensor 3 .* does not fit 1 device"):
-        write_text(GenerateOptions(workdir, "abc", mesh=MeshConfig(tensor=3)), Out())
+        write_text(GenerateOptions(workdir, "abc", mesh=MeshConfig(tensor=3)), io.StringIO())
 
 
 @pytest.mark.slow

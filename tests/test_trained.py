@@ -40,14 +40,11 @@ def data(folder):
 
 
 def test_it_is_evaluated_as_a_run_is(folder, tmp_path, monkeypatch, capsys):
-    words = f"--workdirs hf:{folder}/llama {folder}/run --lengths 48 {data(folder)} --eval.documents 4"
+    words = f"--workdirs hf:{folder}/llama --lengths 48 {data(folder)} --eval.documents 4"
     assert call_eval(monkeypatch, f"{words} --out {tmp_path}/report") == 0, capsys.readouterr().err
     with (tmp_path / "report" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {(row["run"], row["encoding"], row["train_length"]) for row in rows} == {
-        ("llama", "rope", "24"),
-        ("run", "nope", "16"),
-    }
+    assert {(row["run"], row["encoding"], row["train_length"]) for row in rows} == {("llama", "rope", "24")}
     assert all(np.isfinite(float(row["nll"])) for row in rows)
     # Run again, everything is kept; with other weights, nothing is.
     identity = find_trained(f"hf:{folder}/llama").identity(0)
@@ -74,15 +71,28 @@ def test_it_is_tuned_and_given_back(folder, tmp_path, monkeypatch, capsys):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
 
 
-def test_training_starts_from_it(folder, tmp_path, monkeypatch):
-    share_programs(monkeypatch)
-    source, _ = load_pretrained(f"{folder}/llama")
-    config = Config(
+@pytest.fixture
+def further(folder):
+    """The config of a run that starts from it, and hardly moves."""
+    return Config(
         find_trained(f"hf:{folder}/llama").config.model,
         DataConfig(source=f"text:{folder}/text", context_length=24, batch_size=8),
         OptimizerConfig(learning_rate=1e-9, warmup_steps=1, weight_decay=0.0),
         TrainConfig(steps=1, init_from=f"hf:{folder}/llama", eval_every=2),
     )
+
+
+def test_what_trains_further_must_have_its_shape(folder, further, tmp_path):
+    wider = configs.override(further, {"model.mlp_dim": 48})
+    with pytest.raises(ValueError, match=f"train.init_from hf:{folder}/llama: its model.mlp_dim is 40, not 48"):
+        train(wider, tmp_path / "run")
+
+
+@pytest.mark.slow  # test_training.py starts from the weights of a run
+def test_training_starts_from_it(folder, further, tmp_path, monkeypatch):
+    share_programs(monkeypatch)
+    source, _ = load_pretrained(f"{folder}/llama")
+    config = further
     train(config, tmp_path / "run")
     assert configs.load(tmp_path / "run") == config
     close = lambda new, old: np.testing.assert_allclose(new, old, atol=1e-7)  # noqa: E731

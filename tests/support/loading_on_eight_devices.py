@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from nope_jax.config import MeshConfig
 from nope_jax.interop import load_pretrained
@@ -10,9 +11,12 @@ from tests.interop.test_families import arrays, folder_of
 from tests.support.published import CONFIGS
 
 
-def test_a_mesh_gets_its_parts(tmp_path):
-    config = CONFIGS["smollm3"] | {"num_hidden_layers": 6}  # a period of four, and half of another
-    folder = str(folder_of(tmp_path / "model", config))
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("llama", 2), pytest.param("smollm3", 6, marks=pytest.mark.slow)],  # a period of four, and half of another
+)
+def test_a_mesh_gets_its_parts(tmp_path, family, layers):
+    folder = str(folder_of(tmp_path / "model", CONFIGS[family] | {"num_hidden_layers": layers}))
     expected = arrays(load_pretrained(folder)[0])
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     with jax.set_mesh(mesh):

@@ -27,21 +27,17 @@ RING, ALL = {"data": 1, "tensor": 2, "sequence": 4}, {"data": 1, "fsdp": 2, "ten
 EXCHANGES = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
-QUICK = "forgetting"  # per-token features with heads of their own
-encodings = pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in IN_ATTENTION]
-)
 slow = pytest.mark.slow
 
 
 def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def parameters(encoding):
     """Initial parameters, each moved a little, so that none is where it has no effect."""
     params = encoding.init_shared(jax.random.key(0), SIZES) | encoding.init_layer(jax.random.key(1), SIZES)
-    return {name: x + 0.3 * draw(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
+    return {name: np.asarray(x) + np.float32(0.3) * draw(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
 
 
 def operands(keys=T, queries=T):
@@ -82,7 +78,7 @@ def function_of(encoding, **common):
 
 def assert_mesh_changes_nothing(encoding, axes, arrays=None, implementation=None, **common):
     """Attention over a mesh against that of one device that writes its weights out; returns the mesh's program."""
-    arrays, params, logit_scale = arrays or operands(), parameters(encoding), jnp.linspace(0.5, 1.5, N)
+    arrays, params, logit_scale = arrays or operands(), parameters(encoding), np.linspace(0.5, 1.5, N, dtype=np.float32)
     reference = function_of(encoding, implementation="reference", **common)
     (_, wanted), wanted_gradient = reference(params, *arrays, logit_scale)
     mesh = make_mesh(MeshConfig(**axes))
@@ -101,16 +97,22 @@ def exchanged(text):
     return {match[1] for line in text.splitlines() if "shard_map" in line and (match := EXCHANGES.search(line))}
 
 
-@encodings
-def test_a_ring_is_one_device(name):
-    text = assert_mesh_changes_nothing(ENCODINGS[name]().bind(SIZES), RING)
+def assert_a_ring_is_one_device(encoding, **common):
+    text = assert_mesh_changes_nothing(encoding.bind(SIZES), RING, **common)
     assert exchanged(text) == {"collective-permute", "all-reduce"}  # the latter of the parameters' gradients
 
 
-@pytest.mark.parametrize("name", ["t5", *(pytest.param(name, marks=slow) for name in ("shaw", "cope"))])
+@slow
+@pytest.mark.parametrize("name", IN_ATTENTION)
+def test_a_ring_is_one_device(name):
+    assert_a_ring_is_one_device(ENCODINGS[name]())
+
+
+# Forgetting attention has features of each token, with heads of their own.
+@pytest.mark.parametrize("name", ["forgetting", *(pytest.param(name, marks=slow) for name in ("t5", "shaw", "cope"))])
 def test_scale_soft_cap_and_sink_in_a_ring(name):
     # With a qk_scale of 0.6, one of CoPE's counts is an integer but for rounding, where its gradient jumps.
-    assert_mesh_changes_nothing(AttentionSink(ENCODINGS[name]().bind(SIZES)), RING, qk_scale=0.5, softcap=0.7)
+    assert_a_ring_is_one_device(AttentionSink(ENCODINGS[name]()), qk_scale=0.5, softcap=0.7)
 
 
 @slow
@@ -120,7 +122,7 @@ def test_dtypes_may_be_mixed_in_a_ring(name):
     encoding, last = ENCODINGS[name]().bind(SIZES), np.tile(np.arange(T) == T - 1, (B, 1))
     segments = 0 * last, 1 * last
     query, key, value, inputs = operands()
-    key = key.at[:, -1].set(jnp.nan)
+    key[:, -1] = np.nan
     arrays = query, key.astype(jnp.bfloat16), value.astype(jnp.float16), inputs
 
     def run(arrays, **common):
@@ -208,8 +210,8 @@ def test_shares_that_have_no_halves_and_halves_that_are_no_whole_blocks(name, le
 def test_arrays_may_lie_on_a_mesh_with_explicit_axes_outside_of_jit():
     arrays, mesh = operands()[:3], jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"))
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "sequence", "tensor"))) for x in arrays]
-    out = attention.rope_attention(*placed)
-    assert_close(out, expected("rope", *map(np.asarray, arrays)).output)
+    out = attention.alibi_attention(*placed)  # whose slopes are those of all heads
+    assert_close(out, expected("alibi", *map(np.asarray, arrays)).output)
     assert out.sharding.spec == PartitionSpec("data", "sequence", "tensor", None)
 
 

@@ -8,13 +8,15 @@ import pytest
 from nope_jax.training import loop
 from nope_jax.training.state import new_state
 
+INITS = {}
+
 
 def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Gives runs that ask for the same step or validation the same jitted function, which JAX compiles only once.
 
-    Runs of one shape have one abstract state, and one program that makes the first state of each.
+    Runs of one shape have one abstract state, and one program that makes the first state of each, in all modules.
     """
-    steps, abstracts, inits = {}, {}, {}
+    steps, abstracts = {}, {}
     jit_train_step, abstract_state = loop.jit_train_step, loop.abstract_state
 
     def shared_step(graphdef, optimizer, abstract, *arguments, **keywords):
@@ -31,11 +33,11 @@ def share_programs(patch: pytest.MonkeyPatch) -> None:
         return abstracts[key]
 
     def shared_init_state(config, optimizer, abstract):
-        key = config.model, config.train.ema, config.mesh, optimizer
-        if key not in inits:
+        key = config.model, config.train.ema, config.mesh, config.optimizer
+        if key not in INITS:
             shardings = jax.tree.map(lambda array: array.sharding, abstract)
-            inits[key] = jax.jit(functools.partial(new_state, config, optimizer), out_shardings=shardings)
-        return inits[key](jax.random.key(config.train.seed))
+            INITS[key] = jax.jit(functools.partial(new_state, config, optimizer), out_shardings=shardings)
+        return INITS[key](jax.random.key(config.train.seed))
 
     patch.setattr(loop, "make_optimizer", functools.cache(loop.make_optimizer))
     patch.setattr(loop, "jit_train_step", shared_step)

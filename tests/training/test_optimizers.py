@@ -16,7 +16,7 @@ from nope_jax import config as configs
 from nope_jax.config import ModelConfig, OptimizerConfig
 from nope_jax.config.choices import CHOICES
 from nope_jax.data import Batch
-from nope_jax.models import abstract_decoder, decoder
+from nope_jax.models import Decoder, abstract_decoder, decoder
 from nope_jax.training.adafactor import matrix_axes
 from nope_jax.training.optimizer import OPTIMIZERS, make_optimizer, matrices
 from nope_jax.training.schedules import SCHEDULES, learning_rate_schedule
@@ -195,42 +195,46 @@ def test_weight_decay_is_of_what_optimizer_decay_says(decay):
     assert decayed == expected[decay]
 
 
-@pytest.mark.parametrize("chunked", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_z_loss_is_in_the_gradient_and_not_in_the_loss(chunked, monkeypatch):
-    monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 64 if chunked else 2**26)
-    model = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=32)
-    graphdef, params = nnx.split(drawn_model(model))
-    tokens = np.random.default_rng(0).integers(0, 32, (4, 9), np.int32)
-    mask = np.arange(8) % 3 > 0
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], loss_mask=np.broadcast_to(mask, (4, 8)))
+MODEL = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=32)
+TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9), np.int32)
+MASK = np.arange(8) % 3 > 0
+BATCH = Batch(TOKENS[:, :-1], TOKENS[:, 1:], loss_mask=np.broadcast_to(MASK, (4, 8)))
 
-    def objective(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, params)(batch.tokens)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-        return (nll + 0.5 * jax.nn.logsumexp(logits, axis=-1) ** 2)[:, mask].mean(), nll[:, mask].mean()
 
+@pytest.fixture(scope="module", params=[64, pytest.param(2**26, marks=pytest.mark.slow)])
+def descent(request) -> tuple[nnx.GraphDef[Decoder], TrainState, jax.stages.Compiled]:
+    """A decoder, its first state, and a step against the gradient, with a z-loss, an average, and bad steps skipped."""
+    graphdef, params = nnx.split(drawn_model(MODEL))
     optimizer = optax.scale_by_schedule(lambda count: -1.0)
-    state = TrainState(params, optimizer.init(params), no_skips())
-    after, metrics = jax.jit(seeded_step(graphdef, optimizer, accumulation=2, z_loss=0.5))(state, batch, 0)
-    expected, nll = jax.jit(jax.grad(objective, has_aux=True))(params)
-    gradient = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, after.params)
+    state = TrainState(params, optimizer.init(params), no_skips(), params)
+    step = seeded_step(graphdef, optimizer, accumulation=2, z_loss=0.5, ema=0.2, skip_bad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "LOGITS_AT_ONCE", request.param)
+        return graphdef, state, jax.jit(step).lower(state, BATCH, 0).compile()
+
+
+def test_the_z_loss_is_in_the_gradient_and_not_in_the_loss(descent):
+    def objective(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graphdef, params)(BATCH.tokens)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, BATCH.targets)
+        return (nll + 0.5 * jax.nn.logsumexp(logits, axis=-1) ** 2)[:, MASK].mean(), nll[:, MASK].mean()
+
+    graphdef, state, step = descent
+    after, metrics = step(state, BATCH, 0)
+    expected, nll = jax.jit(jax.grad(objective, has_aux=True))(state.params)
+    gradient = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), state.params, after.params)
     chex.assert_trees_all_close(gradient, expected, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], nll, rtol=1e-6)
 
 
-def test_the_average_of_the_weights_follows_them():
-    model = ModelConfig(num_layers=1, num_heads=2, model_dim=8, mlp_dim=8, vocab_size=32)
-    graphdef, params = nnx.split(drawn_model(model))
-    tokens = np.random.default_rng(0).integers(0, 32, (2, 9), np.int32)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0), 10)
-    step = jax.jit(seeded_step(graphdef, optimizer, ema=0.2, skip_bad=True))
-    state = TrainState(params, jax.jit(optimizer.init)(params), no_skips(), params)
-    expected = jax.tree.map(np.asarray, params)
+def test_the_average_of_the_weights_follows_them(descent):
+    _, state, step = descent
+    expected = jax.tree.map(np.asarray, state.params)
     for decay in (2 / 11, 0.2, 0.2):  # (1 + n) / (10 + n) after one update, then more than 0.2
-        state, _ = step(state, Batch(tokens[:, :-1], tokens[:, 1:]), 0)
+        state, _ = step(state, BATCH, 0)
         new = jax.tree.map(np.asarray, state.params)
         expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, expected, new)  # noqa: B023
     chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
-    bad, metrics = step(state, Batch(np.full_like(tokens[:, 1:], 99), tokens[:, 1:]), 0)
+    bad, metrics = step(state, BATCH._replace(tokens=np.full_like(BATCH.tokens, 99)), 0)
     assert metrics["skipped_in_a_row"] == 1
     chex.assert_trees_all_equal(bad.ema, state.ema)
