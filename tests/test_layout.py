@@ -175,6 +175,15 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_what_the_pages_import_is_there(page):
+    examples = doctest.DocTestParser().get_examples((ROOT / page).read_text(encoding="utf-8"))
+    for example in examples:
+        if example.source.startswith(("from ", "import ")):
+            exec(example.source, {})
+
+
+@pytest.mark.slow  # what it calls, other tests call; of its names, the test above
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     write_run(tmp_path / "runs", "nope")

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -58,14 +59,27 @@ def test_it_is_evaluated_as_a_run_is(folder, tmp_path, monkeypatch, capsys):
     settings.write_text(before)
 
 
+def exported(monkeypatch, workdir, out):
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # run sets its own
+        patch.setattr(sys, "argv", ["export", "--workdir", str(workdir), "--out", str(out)])
+        return run(export.main)
+
+
+def test_a_run_is_published(folder, tmp_path, monkeypatch, capsys):
+    assert exported(monkeypatch, folder / "run", tmp_path / "folder") == 0, capsys.readouterr().err
+    (again, _), (_, model, _) = load_pretrained(f"{tmp_path}/folder"), load_model(folder / "run")
+    assert again.config.encoding == model.config.encoding
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+@pytest.mark.slow  # test_tune.py tunes a run, and test_families.py gives back what has YaRN's scaling
 def test_it_is_tuned_and_given_back(folder, tmp_path, monkeypatch, capsys):
     tune = f"tune --workdirs hf:{folder}/llama --method yarn --lengths 48 {data(folder)} --tune.documents 2"
     assert call_eval(monkeypatch, f"{tune} --out {tmp_path}/yarn") == 0, capsys.readouterr().err
     config, model, _ = load_model(tmp_path / "yarn")
     assert config.model.encoding == RoPE(base=10_000.0, scaling=YaRNScaling(2.0, 24))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["export", "--workdir", f"{tmp_path}/yarn", "--out", f"{tmp_path}/folder"])
-        assert run(export.main) == 0, capsys.readouterr().err
+    assert exported(monkeypatch, tmp_path / "yarn", tmp_path / "folder") == 0, capsys.readouterr().err
     again, _ = load_pretrained(f"{tmp_path}/folder")
     assert again.config.encoding == config.model.encoding
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))

@@ -37,7 +37,8 @@ def draw(*shape, seed=0):
 def parameters(encoding):
     """Initial parameters, each moved a little, so that none is where it has no effect."""
     params = encoding.init_shared(jax.random.key(0), SIZES) | encoding.init_layer(jax.random.key(1), SIZES)
-    return {name: np.asarray(x) + np.float32(0.3) * draw(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
+    moved = {name: draw(*x.shape, seed=i) for i, (name, x) in enumerate(params.items())}
+    return {name: np.asarray(x) + np.float32(0.3) * moved[name] for name, x in params.items()}
 
 
 def operands(keys=T, queries=T):

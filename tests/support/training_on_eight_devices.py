@@ -6,18 +6,18 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nope_jax import Decoder
 from nope_jax.checkpoint import Checkpointer
 from nope_jax.compile.collectives import Collective, collectives
+from nope_jax.config import MeshConfig
 from nope_jax.data import Batch
 from nope_jax.models import decoder, generate
 from nope_jax.sharding import AXES, make_mesh
@@ -89,23 +89,41 @@ def complaints() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def eight_and_one(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], Path, str]:
-    """Two steps on eight devices, the same on one, the workdir in which eight have saved, and what XLA wrote."""
-    workdir = tmp_path_factory.mktemp("eight")
+def eight_and_one() -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Two steps on eight devices, the same on one, and what XLA wrote."""
     with complaints() as written:
-        (run,) = train_steps([(MESH, GROUPED, 1)], 2, str(workdir))
+        (run,) = train_steps([(MESH, GROUPED, 1)], 2)
     (one,) = train_steps([({"data": 1}, GROUPED, 1)], 2)
-    return run, one, workdir, *written
+    return run, one, *written
 
 
-def test_eight_devices_take_the_steps_of_one_which_goes_on_from_what_they_save(eight_and_one):
-    run, one, workdir, _ = eight_and_one
+def test_eight_devices_take_the_steps_of_one(eight_and_one):
+    run, one, _ = eight_and_one
     assert_same(run, one)
+
+
+def test_one_device_reads_what_eight_save(tmp_path):
+    """An array split over all and one that all have."""
+    specs = PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec()
+    mesh, arrays = make_mesh(MeshConfig(**MESH)), np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)
+    spread = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    with jax.set_mesh(mesh), Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, {"params": spread})
+    one = jax.ShapeDtypeStruct((8, 4), np.float32, sharding=SingleDeviceSharding(jax.devices()[3]))
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        step, trees = checkpointer.restore({"params": [one, one]})
+    assert step == 2 and [array.sharding for array in trees["params"]] == [one.sharding] * 2
+    np.testing.assert_array_equal(trees["params"], arrays)
+
+
+@pytest.mark.slow
+def test_one_device_goes_on_from_a_run_that_eight_save(tmp_path):
+    (run,) = train_steps([(MESH, GROUPED, 1)], 2, str(tmp_path))
     settings = config({"data": 1}, GROUPED, 1)
     _, abstract = abstract_state(
         settings, make_optimizer(settings.optimizer, 2), make_mesh(settings.mesh, jax.devices()[:1])
     )
-    with Checkpointer(workdir, read_only=True) as checkpointer:
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
         step, trees = checkpointer.restore(abstract.trees())
     restored = jax.tree_util.tree_leaves_with_path(TrainState(**trees))
     assert step == 2 and all(array.sharding.num_devices == 1 for _, array in restored)
@@ -114,7 +132,7 @@ def test_eight_devices_take_the_steps_of_one_which_goes_on_from_what_they_save(e
 
 
 def test_a_step_moves_what_fsdp_and_tensor_parallelism_mean(eight_and_one):
-    run, _, _, written = eight_and_one
+    run, _, written = eight_and_one
     assert "Involuntary full rematerialization" not in written
     assert_split(run, parameters=4, moments=4)
     found = collectives(run["text"])

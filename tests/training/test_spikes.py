@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     for document in range(10):
         (corpus / f"{document}.txt").write_text(" ".join("".join(draw.choices("aeiou", k=3)) for _ in range(100)))
     return Config(
-        model=ModelConfig(num_layers=2, num_heads=2, model_dim=16, mlp_dim=32),
+        model=ModelConfig(num_layers=1, num_heads=2, model_dim=16, mlp_dim=32),
         data=DataConfig(source=f"text:{corpus}/*.txt", context_length=16, batch_size=4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
         train=TrainConfig(

@@ -43,7 +43,7 @@ def few_examples():
 def alike() -> list[Config]:
     """Runs of one shape: other seeds, data and tasks."""
     config = Config(
-        ModelConfig(vocab_size=128, num_layers=2, num_heads=2, model_dim=16, mlp_dim=32, encoding="randomized"),
+        ModelConfig(vocab_size=128, num_layers=1, num_heads=2, model_dim=16, mlp_dim=32, encoding="randomized"),
         DataConfig(source="task:copy", tokenizer="task:copy", document_mask=True, context_length=64, batch_size=4),
         OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
         TrainConfig(steps=12, log_every=1, checkpoint_every=4, eval_every=6, eval_batches=2),
@@ -209,7 +209,7 @@ def test_they_spread_over_devices(alike, alone, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model.num_layers", 1, "model.num_layers of b is 1, but 2 in the run that it trains with"),
+        ("model.num_layers", 2, "model.num_layers of b is 2, but 1 in the run that it trains with"),
         ("train.steps", 13, "train.steps of b is 13, but 12 in the run that it trains with"),
         ("data.source", "python_stdlib", "data.source python_stdlib counts other losses than task:copy"),
     ],
