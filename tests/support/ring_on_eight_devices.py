@@ -121,7 +121,7 @@ def test_scale_soft_cap_and_sink_in_a_ring(name):
 def test_dtypes_may_be_mixed_in_a_ring(name):
     """And a key that no query sees may be NaN."""
     encoding, last = ENCODINGS[name]().bind(SIZES), np.tile(np.arange(T) == T - 1, (B, 1))
-    segments = 0 * last, 1 * last
+    params, segments = parameters(encoding), (0 * last, 1 * last)
     query, key, value, inputs = operands()
     key[:, -1] = np.nan
     arrays = query, key.astype(jnp.bfloat16), value.astype(jnp.float16), inputs
@@ -129,7 +129,7 @@ def test_dtypes_may_be_mixed_in_a_ring(name):
     def run(arrays, **common):
         def loss(*arrays):
             out, stats = encoded_attention(
-                encoding, parameters(encoding), *arrays, segment_ids=segments, return_stats=True, **common
+                encoding, params, *arrays, segment_ids=segments, return_stats=True, **common
             )
             total = (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + (stats.entropy**2).sum()
             return total, (out.astype(jnp.float32), stats.entropy)
