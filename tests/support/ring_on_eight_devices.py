@@ -128,9 +128,7 @@ def test_dtypes_may_be_mixed_in_a_ring(name):
 
     def run(arrays, **common):
         def loss(*arrays):
-            out, stats = encoded_attention(
-                encoding, params, *arrays, segment_ids=segments, return_stats=True, **common
-            )
+            out, stats = encoded_attention(encoding, params, *arrays, segment_ids=segments, return_stats=True, **common)
             total = (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + (stats.entropy**2).sum()
             return total, (out.astype(jnp.float32), stats.entropy)
 
