@@ -183,7 +183,6 @@ def test_what_the_pages_import_is_there(page):
             exec(example.source, {})
 
 
-@pytest.mark.slow  # what it calls, other tests call; of its names, the test above
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     write_run(tmp_path / "runs", "nope")

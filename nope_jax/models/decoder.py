@@ -225,10 +225,17 @@ class Decoder(nnx.Module):
         return x, arguments
 
     def layer(self, index: int) -> Block:
-        """Return one layer, sliced from its stack."""
-        period = len(self.encodings)
-        structure, state = nnx.split(self.blocks[index % period])
-        return nnx.merge(structure, _row(state, index // period))
+        """Return one layer, sliced from its stack.
+
+        Raises:
+            ValueError: index is not an integer from 0 to num_layers − 1.
+        """
+        integer_at_least(0, index=index)
+        if index >= self.config.num_layers:
+            raise ValueError(f"index must be below num_layers, {self.config.num_layers}, not {index}")
+        row, slot = divmod(int(index), len(self.encodings))
+        structure, state = nnx.split(self.blocks[slot])
+        return nnx.merge(structure, _row(state, row))
 
     def init_cache(self, batch_size: int, length: int) -> DecodeState:
         """Create an empty cache for `decode_step`, with capacity for `length` tokens per row.

@@ -168,6 +168,16 @@ def test_a_schedule_gives_each_layer_its_encoding():
     assert not np.allclose(scheduled(TOKENS, positions=places), plain(TOKENS, positions=places), atol=1e-3)
 
 
+def test_a_layer_is_the_slice_of_its_stack_and_there_are_no_others():
+    model = decoder(encoding=("nope", "alibi"), num_layers=3)
+    first, second = (block.attention.query[...] for block in model.blocks)
+    for index, weights in (0, first[0]), (1, second[0]), (np.int64(2), first[1]):
+        np.testing.assert_array_equal(model.layer(index).attention.query[...], weights)
+    for index in (-1, 3, 1.0, True):
+        with pytest.raises(ValueError, match=r"index must be (below num_layers, 3|(an integer of )?at least 0), not"):
+            model.layer(index)
+
+
 def test_statistics_come_in_the_order_of_the_layers():
     model = decoder(encoding=("nope", "alibi"), num_layers=5)
     scale = np.repeat([[1.0], [0.0], [0.0], [0.0], [0.0]], 4, axis=1)

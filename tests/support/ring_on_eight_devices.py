@@ -110,7 +110,7 @@ def test_a_ring_is_one_device(name):
 
 
 # Forgetting attention has features of each token, with heads of their own.
-@pytest.mark.parametrize("name", ["forgetting", *(pytest.param(name, marks=slow) for name in ("t5", "shaw", "cope"))])
+@pytest.mark.parametrize("name", ["t5", "forgetting", *(pytest.param(name, marks=slow) for name in ("shaw", "cope"))])
 def test_scale_soft_cap_and_sink_in_a_ring(name):
     # With a qk_scale of 0.6, one of CoPE's counts is an integer but for rounding, where its gradient jumps.
     assert_a_ring_is_one_device(AttentionSink(ENCODINGS[name]()), qk_scale=0.5, softcap=0.7)
