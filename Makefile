@@ -25,8 +25,7 @@ help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 # The versions of constraints/ are those it was tested with; a Python without such a file gets the newest that fit.
-# Python compiles what is imported; for pip to compile every module takes it as long as all else.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 $(BIN)/.installed: requirements.txt pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later, please: make PYTHON=python3.12")'
