@@ -195,20 +195,25 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(config, tmp_path, monkeypatc
 
 
 @pytest.mark.slow  # test_checkpoint.py damages checkpoints as a kill would, and the tests around it stop runs
-def test_a_killed_run_goes_on_to_the_same_bits(config, finished, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
+    # The first state too is made as by that process, where other tests compile what makes it more quickly.
+    monkeypatch.setattr(loop, "init_state", init_state)
+    finished, killed = tmp_path / "finished", tmp_path / "killed"
+    train(config, finished)
     # Many checkpoints, so that the kill may hit one half written.
     often = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=1, eval_every=3))
-    configs.save(often, tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT)
-    log = tmp_path / "metrics.jsonl"
+    killed.mkdir()
+    configs.save(often, killed)
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(killed)], cwd=ROOT)
+    log = killed / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.01)
     time.sleep(random.uniform(0, 1))
     process.kill()
     process.wait()
-    train(dataclasses.replace(often, train=config.train), tmp_path)
-    assert losses(tmp_path) == losses(finished)
-    model, expected = load_model(tmp_path)[1], load_model(finished)[1]
+    train(dataclasses.replace(often, train=config.train), killed)
+    assert losses(killed) == losses(finished)
+    model, expected = load_model(killed)[1], load_model(finished)[1]
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected))
 
 
