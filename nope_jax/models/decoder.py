@@ -231,7 +231,7 @@ class Decoder(nnx.Module):
             ValueError: index is not an integer from 0 to num_layers − 1.
         """
         integer_at_least(0, index=index)
-        if index >= self.config.num_layers:
+        if index is None or index >= self.config.num_layers:
             raise ValueError(f"index must be below num_layers, {self.config.num_layers}, not {index}")
         row, slot = divmod(int(index), len(self.encodings))
         structure, state = nnx.split(self.blocks[slot])
@@ -239,6 +239,8 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch_size: int, length: int) -> DecodeState:
         """Create an empty cache for `decode_step`, with capacity for `length` tokens per row.
+
+        That it is empty is part of its structure: a `jax.lax.scan` over steps begins after the first of them.
 
         Raises:
             ValueError: A size is below 1, or length exceeds the positions that the encoding supports.
@@ -288,9 +290,11 @@ class Decoder(nnx.Module):
             traced under jit, tokens beyond the cache's capacity give NaN.
 
         Raises:
-            ValueError: Tokens outside the vocabulary, another batch size, or more tokens than the cache can hold.
+            ValueError: Tokens outside the vocabulary, the cache of a model with other layers, another batch size, or
+                more tokens than the cache can hold.
         """
         self.check_tokens(tokens, np.zeros(1, int))
+        self._check_cache(cache)
         (batch, steps), rows, room = tokens.shape, cache.kv_caches[0].key.shape[1], cache.room
         if batch != rows:
             raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
@@ -299,6 +303,24 @@ class Decoder(nnx.Module):
         if steps + used > room:
             raise ValueError(f"tokens: {steps} more do not fit the cache, which has room for {room} and holds {used}")
         return self._decode_step(jnp.asarray(tokens), cache, steps, logit_scale, return_stats=return_stats)
+
+    def _check_cache(self, cache: DecodeState) -> None:
+        """Check that a cache has the layers of this model."""
+        kv_heads, caches = self.config.num_kv_heads or self.config.num_heads, cache.kv_caches
+        wanted = [(p.shape[0], kv_heads, p.shape[-1]) for p in (block.attention.key for block in self.blocks)]
+        found = [(len(kv.value), *kv.value.shape[2::2]) for kv in caches]
+        if found != wanted:
+            raise ValueError(
+                "cache must be from init_cache of this model, whose layers, KV heads and head dim at each place of its "
+                f"period are {wanted}, not {found}"
+            )
+        for encoding, kv in zip(self.encodings, caches, strict=True):
+            span = min((n for n in encoding.span() if n is not None), default=None)
+            if kv.rolls and kv.slots != span:
+                raise ValueError(
+                    f"cache must be from init_cache of this model: it keeps the last {kv.slots} tokens, but {encoding} "
+                    f"sees {span or 'all'}"
+                )
 
     @_compiled
     def _decode_step(self, tokens, cache, lengths, logit_scale=None, *, return_stats=False, last_only=False):

@@ -22,6 +22,7 @@ from nope_jax.encodings import (
     RoPE,
     Windowed,
 )
+from nope_jax.models import abstract_decoder
 from tests.support.attention_cases import assert_close
 from tests.support.drawn_model import drawn_model
 
@@ -149,3 +150,19 @@ def test_keys_are_transformed_once():
     lines = step.lower(cache).as_text().splitlines()
     assert any("cosine" in line for line in lines)
     assert not [line for line in lines if "cosine" in line and "5000" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 1}, r"\[\(2, 4, 4\)\], not \[\(1, 4, 4\)\]"),
+        ({"num_kv_heads": 2}, r"not \[\(2, 2, 4\)\]"),
+        ({"encoding": ("rope", "nope")}, r"not \[\(1, 4, 4\), \(1, 4, 4\)\]"),
+        ({"encoding": Windowed(RoPE(), 4)}, "keeps the last 4 tokens, but .* sees all"),
+    ],
+)
+def test_the_cache_of_another_model_is_refused(changes, message):
+    sizes = {"vocab_size": 32, "num_layers": 2, "num_heads": 4, "model_dim": 16, "encoding": "rope"}
+    model, other = (abstract_decoder(ModelConfig(**sizes | more)) for more in ({}, changes))
+    with pytest.raises(ValueError, match=f"cache must be from init_cache of this model.*{message}"):
+        model.decode_step(np.zeros((1, 3), int), other.init_cache(1, 8))

@@ -173,7 +173,7 @@ def test_a_layer_is_the_slice_of_its_stack_and_there_are_no_others():
     first, second = (block.attention.query[...] for block in model.blocks)
     for index, weights in (0, first[0]), (1, second[0]), (np.int64(2), first[1]):
         np.testing.assert_array_equal(model.layer(index).attention.query[...], weights)
-    for index in (-1, 3, 1.0, True):
+    for index in (-1, 3, 1.0, True, None):
         with pytest.raises(ValueError, match=r"index must be (below num_layers, 3|(an integer of )?at least 0), not"):
             model.layer(index)
 
