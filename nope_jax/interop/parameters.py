@@ -19,6 +19,7 @@ from nope_jax.encodings import resolve
 from nope_jax.interop.rotary import head_dim
 from nope_jax.interop.weights import Weight
 from nope_jax.models import Decoder, abstract_decoder
+from nope_jax.models.layers import row_of
 from nope_jax.sharding import abstract_on_mesh, to_host
 
 Path = tuple[Any, ...]
@@ -135,7 +136,7 @@ def published_values(
         values = []
         for part in tensor.slices:
             array = parameters[part.path][...]
-            value = to_host(array if part.row is None else _row(array, np.int32(part.row)))
+            value = to_host(array if part.row is None else row_of(array, np.int32(part.row)))
             values.append((value * factors[part]).astype(value.dtype) if part in factors else value)
         yield tensor.weight.pack(values, axes)
 
@@ -168,12 +169,6 @@ def _place(view: np.ndarray, dtype: Any, sharding: Sharding) -> jax.Array:
 @functools.lru_cache(maxsize=256)
 def _compiled_zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-
-
-# One program for all rows, where indexing takes two.
-@jax.jit
-def _row(stack: jax.Array, index: ArrayLike) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

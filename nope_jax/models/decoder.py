@@ -25,8 +25,8 @@ from nope_jax.config import Config, ModelConfig
 from nope_jax.encodings import Encoding, ModelDims, Params, TokenInputs, resolve
 from nope_jax.encodings.checks import as_array, integer_at_least
 from nope_jax.models.cross_entropy import nll_in_chunks, total_in_chunks
-from nope_jax.models.kv_cache import CacheStep, KVCache, LayerCache, empty_kv_cache
-from nope_jax.models.layers import RESIDUAL, Block, add_norm, apply_norm, bias, encoding_params, kernel
+from nope_jax.models.kv_cache import CacheStep, KVCache, LayerCache, check_kv_caches, empty_kv_cache
+from nope_jax.models.layers import RESIDUAL, Block, add_norm, apply_norm, bias, encoding_params, kernel, row_of
 from nope_jax.models.remat import LAYER_INPUT, rematerialized
 from nope_jax.sharding import auto_axes, gathered, num_shards, with_logical_constraint
 
@@ -235,7 +235,7 @@ class Decoder(nnx.Module):
             raise ValueError(f"index must be below num_layers, {self.config.num_layers}, not {index}")
         row, slot = divmod(int(index), len(self.encodings))
         structure, state = nnx.split(self.blocks[slot])
-        return nnx.merge(structure, _row(state, row))
+        return nnx.merge(structure, row_of(state, row))
 
     def init_cache(self, batch_size: int, length: int) -> DecodeState:
         """Create an empty cache for `decode_step`, with capacity for `length` tokens per row.
@@ -294,7 +294,9 @@ class Decoder(nnx.Module):
                 more tokens than the cache can hold.
         """
         self.check_tokens(tokens, np.zeros(1, int))
-        self._check_cache(cache)
+        heads = self.config.num_kv_heads or self.config.num_heads
+        shapes = [(key.shape[0], heads, key.shape[-1]) for key in (block.attention.key for block in self.blocks)]
+        check_kv_caches(cache.kv_caches, self.encodings, shapes)
         (batch, steps), rows, room = tokens.shape, cache.kv_caches[0].key.shape[1], cache.room
         if batch != rows:
             raise ValueError(f"tokens must have the batch size of the cache, {rows}, not {batch}")
@@ -303,24 +305,6 @@ class Decoder(nnx.Module):
         if steps + used > room:
             raise ValueError(f"tokens: {steps} more do not fit the cache, which has room for {room} and holds {used}")
         return self._decode_step(jnp.asarray(tokens), cache, steps, logit_scale, return_stats=return_stats)
-
-    def _check_cache(self, cache: DecodeState) -> None:
-        """Check that a cache has the layers of this model."""
-        kv_heads, caches = self.config.num_kv_heads or self.config.num_heads, cache.kv_caches
-        wanted = [(p.shape[0], kv_heads, p.shape[-1]) for p in (block.attention.key for block in self.blocks)]
-        found = [(len(kv.value), *kv.value.shape[2::2]) for kv in caches]
-        if found != wanted:
-            raise ValueError(
-                "cache must be from init_cache of this model, whose layers, KV heads and head dim at each place of its "
-                f"period are {wanted}, not {found}"
-            )
-        for encoding, kv in zip(self.encodings, caches, strict=True):
-            span = min((n for n in encoding.span() if n is not None), default=None)
-            if kv.rolls and kv.slots != span:
-                raise ValueError(
-                    f"cache must be from init_cache of this model: it keeps the last {kv.slots} tokens, but {encoding} "
-                    f"sees {span or 'all'}"
-                )
 
     @_compiled
     def _decode_step(self, tokens, cache, lengths, logit_scale=None, *, return_stats=False, last_only=False):
@@ -582,12 +566,6 @@ def _finished(
     if config.logits_scale != 1:
         logits *= config.logits_scale
     return softcapped(logits, config.logits_softcap)
-
-
-@jax.jit
-def _row(tree: Any, index: ArrayLike) -> Any:
-    # One program for a tree: taken one by one, arrays of every shape would have programs of their own.
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
 def _values(x: Any) -> np.ndarray | None:

@@ -9,6 +9,7 @@ K key/value heads, H head dim, D model width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +105,34 @@ def empty_kv_cache(
         dtypes=(cached.dtype, key.dtype),
         rolls=rolls,
     )
+
+
+def check_kv_caches(
+    caches: Sequence[KVCache], encodings: Sequence[Encoding], shapes: Sequence[tuple[int, int, int]]
+) -> None:
+    """Check that caches are of layers with these encodings.
+
+    Args:
+        caches: The caches, one for each place of the encodings' period.
+        encodings: The encodings of one period.
+        shapes: L, K and H at each of its places.
+
+    Raises:
+        ValueError: They are the caches of another model.
+    """
+    found = [(len(kv.value), *kv.value.shape[2::2]) for kv in caches]
+    if found != shapes:
+        raise ValueError(
+            "cache must be from init_cache of this model, whose layers, KV heads and head dim at each place of its "
+            f"period are {shapes}, not {found}"
+        )
+    for encoding, kv in zip(encodings, caches, strict=True):
+        span = min((n for n in encoding.span() if n is not None), default=None)
+        if kv.rolls and kv.slots != span:
+            raise ValueError(
+                f"cache must be from init_cache of this model: it keeps the last {kv.slots} tokens, but {encoding} "
+                f"sees {span or 'all'}"
+            )
 
 
 class LayerCache(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from nope_jax.attention import AttentionStats, attention_weights, encoded_attention
 from nope_jax.attention.mesh import platform
@@ -341,3 +341,9 @@ class Block(nnx.Module):
         if self.config.residual_scale != 1:
             part *= self.config.residual_scale
         return with_logical_constraint(x + part, RESIDUAL)
+
+
+@jax.jit
+def row_of(stacks: Any, index: ArrayLike) -> Any:
+    """The entry at an index of the first axis of every array, by one program; indexing takes two for each shape."""
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
